@@ -1,0 +1,443 @@
+"""The values that flow between the rooms: every arrow of the pipeline is one of these types.
+
+All are frozen: made in one place and only read afterwards. Constructors check shapes, dtypes and
+devices, never values, because a value check waits for the GPU and breaks a compiled graph. Values
+are checked by `Target`, while they are still on the host.
+
+Capital letters are fixed for the whole project: B images, Q queries, K classes, C channels,
+L predictions (decoder layers), S memory tokens, R reference width, M most objects in an image.
+Boxes are cxcywh in [0, 1] of the unpadded image; padding masks are True where there is padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+def _check(value: Tensor, name: str, shape: tuple, *, integer: bool = False, boolean: bool = False):
+    """Raise ValueError unless `value` has `shape` (None = any size) and the kind of dtype asked."""
+    sizes_fit = len(shape) == value.dim() and all(
+        want is None or got == want for got, want in zip(value.shape, shape, strict=True)
+    )
+    if not sizes_fit:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must be [{wanted}], got {list(value.shape)}")
+    if boolean and value.dtype != torch.bool:
+        raise ValueError(f"{name} must be bool, got {value.dtype}")
+    if integer and value.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64, got {value.dtype}")
+    if not (boolean or integer) and not value.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {value.dtype}")
+
+
+# ---------------------------------------------------------------------------------- ground truth
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """The objects of one image, on the host. The only structure whose values are checked.
+
+    labels [n] int64 >= 0; boxes [n, 4] cxcywh in [0, 1] of the unpadded image, finite, w, h > 0;
+    masks [n, H, W] bool or None; scores [n] in (0, 1] or None (a teacher's confidence);
+    noise_key: integer made from (seed, iteration, image id), the source of all denoising noise.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    masks: Tensor | None = None
+    scores: Tensor | None = None
+    noise_key: int = 0
+
+    def __post_init__(self):
+        count = self.labels.shape[0]
+        _check(self.labels, "labels", (count,), integer=True)
+        _check(self.boxes, "boxes", (count, 4))
+        if count and not bool(torch.isfinite(self.boxes).all()):
+            raise ValueError(f"boxes must be finite, got {self.boxes.tolist()}")
+        if count and not bool((self.boxes[:, 2:] > 0).all()):
+            raise ValueError(f"boxes must have width and height > 0, got {self.boxes.tolist()}")
+        if count and bool((self.labels < 0).any()):
+            raise ValueError(f"labels must be >= 0, got {self.labels.tolist()}")
+        if self.masks is not None:
+            _check(self.masks, "masks", (count, None, None), boolean=True)
+        if self.scores is not None:
+            _check(self.scores, "scores", (count,))
+            if count and not bool(((self.scores > 0) & (self.scores <= 1)).all()):
+                raise ValueError(f"scores must be in (0, 1], got {self.scores.tolist()}")
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The objects of a batch, padded to M >= 1 an image; made once by `pad_targets`.
+
+    labels [B, M] int64; boxes [B, M, 4]; is_object [B, M] bool, True first; scores [B, M] or None;
+    noise_keys [B] int64; masks: B tensors [n_b, H, W] or None (ragged). Where not is_object the
+    label is 0 and the box (.5, .5, .5, .5). `counts` holds the number of objects of each image on
+    the host: only for the assignment and mask terms, never read inside the model.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    is_object: Tensor
+    noise_keys: Tensor
+    counts: tuple[int, ...]
+    scores: Tensor | None = None
+    masks: tuple[Tensor, ...] | None = None
+
+    def __post_init__(self):
+        batch, most = self.labels.shape
+        _check(self.labels, "labels", (batch, most), integer=True)
+        _check(self.boxes, "boxes", (batch, most, 4))
+        _check(self.is_object, "is_object", (batch, most), boolean=True)
+        _check(self.noise_keys, "noise_keys", (batch,), integer=True)
+        if self.scores is not None:
+            _check(self.scores, "scores", (batch, most))
+
+    def to(self, device: torch.device | str) -> Targets:
+        """A copy on `device`; `counts` stays on the host."""
+
+        def move(value):
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        moved = {f.name: move(getattr(self, f.name)) for f in fields(self)}
+        if self.masks is not None:
+            moved["masks"] = tuple(move(mask) for mask in self.masks)
+        return Targets(**moved)
+
+
+def pad_targets(targets: list[Target], multiple_of: int = 1) -> Targets:
+    """Join the targets of a batch.
+
+    M is the largest number of objects, at least 1, rounded up to `multiple_of`: 1 gives the
+    published numbers of denoising groups under a query budget, 8 gives few distinct shapes.
+    """
+    if not targets:
+        raise ValueError("pad_targets needs at least one image, got none")
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of must be >= 1, got {multiple_of}")
+    counts = tuple(target.labels.shape[0] for target in targets)
+    most = -(-max(1, *counts) // multiple_of) * multiple_of
+    batch, like = len(targets), targets[0].boxes
+    labels = torch.zeros(batch, most, dtype=torch.int64, device=like.device)
+    boxes = like.new_full((batch, most, 4), 0.5)
+    is_object = torch.zeros(batch, most, dtype=torch.bool, device=like.device)
+    has_scores = [target.scores is not None for target in targets]
+    has_masks = [target.masks is not None for target in targets]
+    if len(set(has_scores)) > 1 or len(set(has_masks)) > 1:
+        raise ValueError("either all or none of the targets must have scores (and masks)")
+    scores = like.new_ones((batch, most)) if has_scores[0] else None
+    for i, (target, count) in enumerate(zip(targets, counts, strict=True)):
+        labels[i, :count] = target.labels
+        boxes[i, :count] = target.boxes
+        is_object[i, :count] = True
+        if scores is not None:
+            scores[i, :count] = target.scores
+    return Targets(
+        labels=labels,
+        boxes=boxes,
+        is_object=is_object,
+        noise_keys=torch.tensor([t.noise_key for t in targets], device=like.device),
+        counts=counts,
+        scores=scores,
+        masks=tuple(target.masks for target in targets) if has_masks[0] else None,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class NoisedObjects:
+    """Noised copies of the ground truth in T slots (see `ops.noise_objects`).
+
+    labels [B, T] int64; boxes [B, T, 4]; assignment [B, T] int64 (object to rebuild, -1 = must say
+    nothing); is_empty [B, T] bool (slot does not exist); num_groups divides T.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    assignment: Tensor
+    is_empty: Tensor
+    num_groups: int
+
+    def __post_init__(self):
+        batch, slots = self.labels.shape
+        _check(self.labels, "labels", (batch, slots), integer=True)
+        _check(self.boxes, "boxes", (batch, slots, 4))
+        _check(self.assignment, "assignment", (batch, slots), integer=True)
+        _check(self.is_empty, "is_empty", (batch, slots), boolean=True)
+
+
+# --------------------------------------------------------------------------------------- images
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMaps:
+    """What the encoder gets: maps of [B, C, h, w], fine to coarse, padding of [B, h, w] bool, and
+    the stride of each level in pixels."""
+
+    maps: tuple[Tensor, ...]
+    padding: tuple[Tensor, ...]
+    strides: tuple[int, ...]
+
+    def __post_init__(self):
+        if not len(self.maps) == len(self.padding) == len(self.strides):
+            raise ValueError(
+                f"maps, padding and strides must be of one length, got "
+                f"{len(self.maps)}, {len(self.padding)} and {len(self.strides)}"
+            )
+        for level, (features, padding) in enumerate(zip(self.maps, self.padding, strict=True)):
+            batch, _, height, width = features.shape
+            _check(padding, f"padding[{level}]", (batch, height, width), boolean=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Tokens of all levels, flattened fine to coarse; one type before and after the encoder.
+
+    tokens [B, S, C]; position [B, S, C]; padding [B, S] bool; shapes: (h, w) of each level as host
+    integers, sum of h * w = S; valid_sizes [B, levels, 2]: (w, h) of the unpadded part in cells.
+    """
+
+    tokens: Tensor
+    position: Tensor
+    padding: Tensor
+    shapes: tuple[tuple[int, int], ...]
+    valid_sizes: Tensor
+
+    def __post_init__(self):
+        batch, tokens, channels = self.tokens.shape
+        _check(self.position, "position", (batch, tokens, channels))
+        _check(self.padding, "padding", (batch, tokens), boolean=True)
+        _check(self.valid_sizes, "valid_sizes", (batch, len(self.shapes), 2))
+
+
+# -------------------------------------------------------------------------------------- queries
+
+
+@dataclass(frozen=True, eq=False)
+class QueryState:
+    """What a query is: content [B, Q, C]; position [B, Q, C] or None (a learned vector; None where
+    it follows from the reference); reference [B, Q, R] or None, R = 2 point or 4 box, in [0, 1] of
+    the unpadded image (a page with masks may use R = h * w mask logits)."""
+
+    content: Tensor
+    position: Tensor | None
+    reference: Tensor | None
+
+    def __post_init__(self):
+        batch, queries, channels = self.content.shape
+        if self.position is not None:
+            _check(self.position, "position", (batch, queries, channels))
+        if self.reference is not None:
+            _check(self.reference, "reference", (batch, queries, None))
+
+    @staticmethod
+    def cat(states: list[QueryState]) -> QueryState:
+        """Join along the query axis. All or none of the states must have each part."""
+
+        def join(name):
+            parts = [getattr(state, name) for state in states]
+            if any(part is None for part in parts):
+                if not all(part is None for part in parts):
+                    raise ValueError(f"either all or none of the query states must have {name}")
+                return None
+            return torch.cat(parts, dim=1)
+
+        return QueryState(join("content"), join("position"), join("reference"))
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A run of query slots that get their ground truth in one way.
+
+    name: unique, also the prefix of its losses (none for "match"); num_groups equal groups that do
+    not see each other; sees: names of other segments whose slots (of all groups) it attends to.
+    assignment [B, size] int64: object that a slot must rebuild, -1 = must say nothing; None = the
+    matcher decides. is_empty [B, size] bool: the slot does not exist: no key, no loss, no match.
+    repeats: how often an object may be matched inside one group (H-DETR, 2207.13080). copies: how
+    many slots an object has in the segment in all, part of the loss normaliser. weight: factor on
+    all its losses.
+    """
+
+    name: str
+    size: int
+    num_groups: int = 1
+    sees: tuple[str, ...] = ()
+    assignment: Tensor | None = None
+    is_empty: Tensor | None = None
+    repeats: int = 1
+    copies: float = 1.0
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if self.num_groups < 1 or self.size % self.num_groups:
+            raise ValueError(
+                f"segment {self.name!r}: num_groups must divide size {self.size}, "
+                f"got {self.num_groups}"
+            )
+        if self.assignment is not None:
+            _check(self.assignment, f"{self.name}.assignment", (None, self.size), integer=True)
+        if self.is_empty is not None:
+            _check(self.is_empty, f"{self.name}.is_empty", (None, self.size), boolean=True)
+
+
+def check_segments(segments: tuple[Segment, ...], num_queries: int) -> None:
+    """Raise ValueError unless the segments fill `num_queries` and name each other correctly."""
+    names = [segment.name for segment in segments]
+    if len(set(names)) != len(names):
+        raise ValueError(f"segment names must be unique, got {names}")
+    total = sum(segment.size for segment in segments)
+    if total != num_queries:
+        raise ValueError(f"segments hold {total} slots, but there are {num_queries} queries")
+    for segment in segments:
+        unknown = set(segment.sees) - set(names)
+        if unknown:
+            raise ValueError(f"segment {segment.name!r} sees {sorted(unknown)}, known are {names}")
+
+
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """The decoder's input: a state whose query axis the segments divide, in their order.
+
+    proposals: predictions of a two-stage encoder, or None. mask [B or 1, 1, Q, Q]: the additive
+    attention mask for exactly these segments, where whoever appended the last one has it already;
+    None: it follows from the segments (`layers.attend.Visibility`).
+    """
+
+    state: QueryState
+    segments: tuple[Segment, ...]
+    proposals: Predictions | None = None
+    mask: Tensor | None = None
+
+    def __post_init__(self):
+        queries = self.state.content.shape[1]
+        check_segments(self.segments, queries)
+        if self.mask is not None:
+            _check(self.mask, "mask", (None, 1, queries, queries))
+
+
+# ------------------------------------------------------------------------------------- outcomes
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One decoder layer's outcome: logits [B, Q, K] and boxes [B, Q, 4] (None before the first
+    prediction); mask_embeddings [B, Q, C] or None; reference: what the next layer attends with,
+    detached between layers; base: what the next box is an offset from (the same, or with gradient:
+    DAB-DETR, DINO)."""
+
+    logits: Tensor | None
+    boxes: Tensor | None
+    reference: Tensor | None
+    base: Tensor | None
+    mask_embeddings: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """All predictions of all queries; L counts every prediction, also one before layer 0.
+
+    logits [L, B, Q, K]; boxes [L, B, Q, 4] or None; references: L entries [B, Q, R], detached, or
+    None, references[0] the initial one (widths may differ between layers, so they are not stacked);
+    proposals: predictions of a two-stage encoder (L = 1) or None; is_class_agnostic: all labels
+    count as 0; mask_embeddings [L, B, Q, C] and pixel_map [B, C, h, w]: masks are their product.
+    """
+
+    logits: Tensor
+    boxes: Tensor | None
+    references: tuple[Tensor | None, ...]
+    segments: tuple[Segment, ...]
+    proposals: Predictions | None = None
+    is_class_agnostic: bool = False
+    mask_embeddings: Tensor | None = None
+    pixel_map: Tensor | None = None
+
+    def __post_init__(self):
+        layers, batch, queries, _ = self.logits.shape
+        check_segments(self.segments, queries)
+        if self.boxes is not None:
+            _check(self.boxes, "boxes", (layers, batch, queries, 4))
+        if len(self.references) != layers:
+            raise ValueError(f"references must have {layers} entries, got {len(self.references)}")
+        if self.mask_embeddings is not None:
+            _check(self.mask_embeddings, "mask_embeddings", (layers, batch, queries, None))
+
+    def segment(self, name: str) -> Segment:
+        """The segment called `name`; ValueError if there is none."""
+        for segment in self.segments:
+            if segment.name == name:
+                return segment
+        names = [segment.name for segment in self.segments]
+        raise ValueError(f"there is no segment {name!r}, only {names}")
+
+    def of(self, name: str) -> Predictions:
+        """The predictions of one segment, as views."""
+        segment = self.segment(name)
+        start = 0
+        for other in self.segments:
+            if other is segment:
+                break
+            start += other.size
+
+        def cut(value, axis):
+            return None if value is None else value.narrow(axis, start, segment.size)
+
+        return Predictions(
+            logits=cut(self.logits, 2),
+            boxes=cut(self.boxes, 2),
+            references=tuple(cut(reference, 1) for reference in self.references),
+            segments=(replace(segment, sees=()),),
+            is_class_agnostic=self.is_class_agnostic,
+            mask_embeddings=cut(self.mask_embeddings, 2),
+            pixel_map=self.pixel_map,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """Who rebuilds what in one segment: object_of [L, B, size] int64, -1 = nothing; is_real
+    [B, size] bool, False = the slot does not exist."""
+
+    object_of: Tensor
+    is_real: Tensor
+
+    def __post_init__(self):
+        layers, batch, size = self.object_of.shape
+        _check(self.object_of, "object_of", (layers, batch, size), integer=True)
+        _check(self.is_real, "is_real", (batch, size), boolean=True)
+
+    def positive_slots(self, limit: int) -> Tensor:
+        """Slots that rebuild an object, first and in order: [L, B, limit] int64.
+
+        Padded by other slots (whose object_of is -1); no synchronisation with the device. `limit`
+        must be at most `size`.
+        """
+        return torch.argsort(self.object_of < 0, dim=-1, stable=True)[..., :limit]
+
+
+Assignments = dict[str, Assignment]
+"""Segment name -> Assignment; segments of proposals stand under "encoder/<name>"."""
+
+
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """What every loss term receives: one segment, all layers, beside its ground truth.
+
+    logits [L, B, q, K]; boxes [L, B, q, 4]; labels [L, B, q] int64, target_boxes [L, B, q, 4] and
+    target_scores [L, B, q] are those of the assigned object (of object 0 where there is none:
+    select with is_positive); is_positive, is_real [L, B, q] bool; assignment of the segment;
+    copies: part of the normaliser; mask_embeddings and pixel_map as in `Predictions`.
+    """
+
+    logits: Tensor
+    boxes: Tensor | None
+    labels: Tensor
+    target_boxes: Tensor
+    target_scores: Tensor
+    is_positive: Tensor
+    is_real: Tensor
+    assignment: Assignment
+    copies: float
+    mask_embeddings: Tensor | None = None
+    pixel_map: Tensor | None = None
