@@ -300,9 +300,10 @@ def check_segments(segments: tuple[Segment, ...], num_queries: int) -> None:
 class Queries:
     """The decoder's input: a state whose query axis the segments divide, in their order.
 
-    proposals: predictions of a two-stage encoder, or None. mask [B or 1, 1, Q, Q]: the additive
-    attention mask for exactly these segments, where whoever appended the last one has it already;
-    None: it follows from the segments (`layers.attend.Visibility`).
+    proposals: predictions of a two-stage encoder, or None. mask [B or 1, 1, n, n]: the additive
+    attention mask between the first n slots, those of segments that see or are seen by others,
+    where whoever prepended the last of them has it ready; None: it follows from the segments
+    (`layers.attend.Visibility`).
     """
 
     state: QueryState
@@ -314,7 +315,7 @@ class Queries:
         queries = self.state.content.shape[1]
         check_segments(self.segments, queries)
         if self.mask is not None:
-            _check(self.mask, "mask", (None, 1, queries, queries))
+            _check(self.mask, "mask", (None, 1, self.mask.shape[-1], self.mask.shape[-1]))
 
 
 # ------------------------------------------------------------------------------------- outcomes

@@ -1,0 +1,1 @@
+"""Training-only segments: an assist is a module (queries, source, targets) -> queries."""

@@ -1,0 +1,95 @@
+"""The configuration keys of this project, beside Detectron2's own."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+
+
+def add_dn_detr_config(cfg: CfgNode) -> None:
+    """Add the keys of dn_detr to a Detectron2 configuration, with the published 50-epoch values."""
+    # ------------------------------------------------------------------------------------- data
+    # Datasets in COCO format, without any Python: a list of [name, json, image_root]. The names can
+    # then be used in DATASETS.TRAIN and DATASETS.TEST.
+    cfg.DATASETS.COCO_FORMAT = []
+    # What is checked before the first iteration: "full" (annotations and images) or "off".
+    cfg.DATASETS.CHECK = "full"
+    # The crop branch of DETR's augmentation, taken with probability 0.5: shorter side to one of
+    # MIN_SIZE_BEFORE, a crop with sides in INPUT.CROP.SIZE, then the usual resize.
+    cfg.INPUT.CROP.TYPE = "absolute_range"
+    cfg.INPUT.CROP.SIZE = (384, 600)
+    cfg.INPUT.CROP.MIN_SIZE_BEFORE = (400, 500, 600)
+
+    # ------------------------------------------------------------------------------------ model
+    node = cfg.MODEL.DN_DETR = CfgNode()
+    # The page: one of dn_detr.methods.METHODS.
+    node.METHOD = "dab_deformable"
+    # Number of classes; 0: that of the first training dataset.
+    node.NUM_CLASSES = 0
+    # Number of matched queries, the most detections that an image can have.
+    node.NUM_QUERIES = 300
+    # Width of tokens and queries.
+    node.CHANNELS = 256
+    node.NUM_HEADS = 8
+    # Feature levels: those of the backbone, then strided convolutions of the last.
+    node.NUM_LEVELS = 4
+    # Sampling points of deformable attention, for each head and level.
+    node.NUM_POINTS = 4
+    node.FEED_FORWARD_DIM = 2048
+    node.ENCODER_LAYERS = 6
+    node.DECODER_LAYERS = 6
+    node.DROPOUT = 0.0
+    # How close to 0 and 1 a coordinate may come before its logit is cut off.
+    node.EPSILON = 1e-3
+    # Scale anchors by the padded canvas before their sines, as the published DAB-Deformable-DETR
+    # and DINO do. Only needed with their weights: results then depend on the batch's padding.
+    node.SCALES_WITH_CANVAS = False
+    # Backbone features that the neck takes, fine to coarse.
+    node.IN_FEATURES = ["res3", "res4", "res5"]
+
+    # -------------------------------------------------------------------------------- denoising
+    node.DENOISING = CfgNode()
+    # Query denoising (2203.01305): noised ground truth as training-only queries.
+    node.DENOISING.ENABLED = True
+    # Groups, each a noised copy of all objects; 0: as many as fit into MAX_OBJECTS.
+    node.DENOISING.NUM_GROUPS = 5
+    # At most this many noised objects an image, over all groups. In more crowded images each group
+    # holds a random subset of the objects.
+    node.DENOISING.MAX_OBJECTS = 500
+    # Centres move by up to BOX_NOISE / 2 of the size, sizes change by up to the share BOX_NOISE.
+    node.DENOISING.BOX_NOISE = 0.4
+    # Probability that a label is replaced by a random one (which may be the same).
+    node.DENOISING.LABEL_NOISE = 0.2
+    # Hide the empty slots of images with fewer objects than the fullest one. The published code
+    # leaves them visible; False reproduces it.
+    node.DENOISING.HIDES_EMPTY = True
+    # The batch's largest object count is rounded up to a multiple of this: 1 as published, 8 for
+    # few distinct shapes.
+    node.PAD_OBJECTS_TO = 1
+
+    # ------------------------------------------------------------------------------------- loss
+    # Weights of the loss; the matching costs are COST_*.
+    node.LOSS = CfgNode()
+    node.LOSS.CLASS_WEIGHT = 1.0
+    node.LOSS.L1_WEIGHT = 5.0
+    node.LOSS.GIOU_WEIGHT = 2.0
+    node.LOSS.COST_CLASS = 2.0
+    node.LOSS.COST_L1 = 5.0
+    node.LOSS.COST_GIOU = 2.0
+    # Focal loss: weight of positives, and exponent.
+    node.LOSS.FOCAL_ALPHA = 0.25
+    node.LOSS.FOCAL_GAMMA = 2.0
+
+    # ---------------------------------------------------------------------------------- training
+    # AdamW and the published schedule: 50 epochs of COCO at 16 images, 0.1x after 40.
+    cfg.SOLVER.OPTIMIZER = "ADAMW"
+    cfg.SOLVER.BASE_LR = 1e-4
+    cfg.SOLVER.WEIGHT_DECAY = 1e-4
+    # Learning-rate factors of the backbone, and of the linear layers that make sampling offsets
+    # and reference points.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
+    cfg.SOLVER.SAMPLING_MULTIPLIER = 0.1
+    # Mixed precision: "bfloat16" or "float16"; switched on by SOLVER.AMP.ENABLED.
+    cfg.SOLVER.AMP.PRECISION = "bfloat16"
+    # Same seed, same run: data, augmentation and noise follow from it and from the iteration, so
+    # that a resumed training continues as if it had never stopped. -1: another one every time.
+    cfg.SEED = 42

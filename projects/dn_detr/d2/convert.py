@@ -1,0 +1,60 @@
+"""Between Detectron2's Instances, in pixels, and the values of the core."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from detectron2.structures import Boxes, Instances
+
+from dn_detr.models.postprocess import Detections
+from dn_detr.structures import Target
+
+
+def noise_key(seed: int, iteration: int, image_id: int | str) -> int:
+    """An integer in [0, 2^63) from which all denoising noise of an image follows.
+
+    It depends on nothing else, so that noise is the same after a resume and in any batch.
+    """
+    words = (seed, iteration, zlib.crc32(str(image_id).encode()))
+    state = 0x9E3779B97F4A7C15
+    for word in words:
+        # The finaliser of SplitMix64 (Steele et al., 2014): every input bit reaches every output bit.
+        state = (state ^ (word & 0xFFFFFFFFFFFFFFFF)) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def to_target(instances: Instances, *, num_classes: int, noise_key: int) -> Target:
+    """Ground truth of one image: gt_boxes in pixels of the (augmented) image, gt_classes.
+
+    ValueError if a class is not in [0, num_classes).
+    """
+    height, width = instances.image_size
+    x0, y0, x1, y1 = instances.gt_boxes.tensor.float().unbind(-1)
+    boxes = torch.stack(
+        (
+            (x0 + x1) * (0.5 / width),
+            (y0 + y1) * (0.5 / height),
+            (x1 - x0) / width,
+            (y1 - y0) / height,
+        ),
+        dim=-1,
+    )
+    labels = instances.gt_classes
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ValueError(
+            f"gt_classes must be in [0, {num_classes}), got {sorted(set(labels.tolist()))}"
+        )
+    return Target(labels=labels, boxes=boxes, noise_key=noise_key)
+
+
+def to_instances(detections: Detections, image_size: tuple[int, int]) -> Instances:
+    """Detections of an image of (height, width) as pred_boxes, scores, pred_classes."""
+    instances = Instances(image_size)
+    instances.pred_boxes = Boxes(detections.boxes_xyxy_px)
+    instances.scores = detections.scores
+    instances.pred_classes = detections.labels
+    return instances

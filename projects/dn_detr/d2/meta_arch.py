@@ -1,0 +1,190 @@
+"""The Detectron2 meta-architecture: list[dict] in, losses or Instances out."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import ImageList
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage, has_event_storage
+from torch import Tensor, nn
+
+from dn_detr.build import Denoising, build_criterion, build_model
+from dn_detr.d2.convert import noise_key, to_instances, to_target
+from dn_detr.losses.assign import Costs, assign
+from dn_detr.losses.criterion import Criterion
+from dn_detr.models.detr import DETR
+from dn_detr.models.numbers import Numbers
+from dn_detr.models.postprocess import postprocess
+from dn_detr.structures import Targets, pad_targets
+
+logger = logging.getLogger(__name__)
+
+
+@META_ARCH_REGISTRY.register()
+class DenoisingDETR(nn.Module):
+    """Any page of `dn_detr.methods` behind a Detectron2 backbone.
+
+    Takes Detectron2's list of dicts: "image" [3, H, W] in 0..255, "instances" in training, and the
+    output size "height", "width". Gives a dict of scalar losses in training, and in evaluation a
+    list of {"instances": pred_boxes in pixels of the output size, scores, pred_classes}.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        in_features: list[str],
+        core: DETR,
+        costs: Costs,
+        criterion: Criterion,
+        num_classes: int,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+        top_k: int,
+        pad_objects_to: int,
+        seed: int,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.in_features = in_features
+        self.core = core
+        self.costs = costs
+        self.criterion = criterion
+        self.num_classes = num_classes
+        self.top_k = top_k
+        self.pad_objects_to = pad_objects_to
+        self.seed = seed
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean)[:, None, None], False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std)[:, None, None], False)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        backbone = build_backbone(cfg)
+        node = cfg.MODEL.DN_DETR
+        shapes = backbone.output_shape()
+        numbers = Numbers(
+            num_classes=node.NUM_CLASSES,
+            num_queries=node.NUM_QUERIES,
+            channels=node.CHANNELS,
+            num_heads=node.NUM_HEADS,
+            num_levels=node.NUM_LEVELS,
+            num_points=node.NUM_POINTS,
+            feed_forward_dim=node.FEED_FORWARD_DIM,
+            encoder_layers=node.ENCODER_LAYERS,
+            decoder_layers=node.DECODER_LAYERS,
+            dropout=node.DROPOUT,
+            epsilon=node.EPSILON,
+            scales_with_canvas=node.SCALES_WITH_CANVAS,
+        )
+        denoising = Denoising(
+            num_groups=node.DENOISING.NUM_GROUPS,
+            max_objects=node.DENOISING.MAX_OBJECTS,
+            box_noise=node.DENOISING.BOX_NOISE,
+            label_noise=node.DENOISING.LABEL_NOISE,
+            hides_empty=node.DENOISING.HIDES_EMPTY,
+        )
+        core = build_model(
+            node.METHOD,
+            numbers,
+            in_channels=[shapes[name].channels for name in node.IN_FEATURES],
+            strides=[shapes[name].stride for name in node.IN_FEATURES],
+            denoising=denoising if node.DENOISING.ENABLED else None,
+        )
+        loss = node.LOSS
+        return {
+            "backbone": backbone,
+            "in_features": list(node.IN_FEATURES),
+            "core": core,
+            "costs": Costs(
+                class_cost=loss.COST_CLASS,
+                l1=loss.COST_L1,
+                giou=loss.COST_GIOU,
+                alpha=loss.FOCAL_ALPHA,
+                gamma=loss.FOCAL_GAMMA,
+            ),
+            "criterion": build_criterion(
+                class_weight=loss.CLASS_WEIGHT,
+                l1_weight=loss.L1_WEIGHT,
+                giou_weight=loss.GIOU_WEIGHT,
+                focal_alpha=loss.FOCAL_ALPHA,
+                focal_gamma=loss.FOCAL_GAMMA,
+            ),
+            "num_classes": node.NUM_CLASSES,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pad_objects_to": node.PAD_OBJECTS_TO,
+            "seed": cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        images, padding = self.preprocess(batched_inputs)
+        features = self.backbone(images.tensor)
+        features = [features[name] for name in self.in_features]
+        if not self.training:
+            predictions = self.core(features, padding)
+            detections = postprocess(predictions, images.image_sizes, self.top_k)
+            return [
+                {"instances": scale_to_output(to_instances(detected, size), wanted)}
+                for detected, size, wanted in zip(
+                    detections, images.image_sizes, batched_inputs, strict=True
+                )
+            ]
+        targets = self.targets(batched_inputs)
+        predictions = self.core(features, padding, targets)
+        assignments = assign(predictions, targets, self.costs)
+        return self.criterion(predictions, targets, assignments, num_objects(targets))
+
+    def preprocess(self, batched_inputs: list[dict]) -> tuple[ImageList, Tensor]:
+        """Normalised images, padded to one canvas, and its padding [B, H, W] (True = padding)."""
+        images = [
+            (sample["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
+            for sample in batched_inputs
+        ]
+        images = ImageList.from_tensors(images, self.backbone.size_divisibility)
+        padding = torch.ones(
+            images.tensor.shape[0], *images.tensor.shape[-2:], dtype=torch.bool, device=self.device
+        )
+        for image, (height, width) in enumerate(images.image_sizes):
+            padding[image, :height, :width] = False
+        return images, padding
+
+    def targets(self, batched_inputs: list[dict]) -> Targets:
+        """Ground truth of a training batch, with noise keys for the current iteration."""
+        iteration = get_event_storage().iter if has_event_storage() else 0
+        targets = [
+            to_target(
+                sample["instances"],
+                num_classes=self.num_classes,
+                noise_key=noise_key(self.seed, iteration, sample.get("image_id", position)),
+            )
+            for position, sample in enumerate(batched_inputs)
+        ]
+        return pad_targets(targets, self.pad_objects_to).to(self.device)
+
+
+def scale_to_output(instances, sample: dict):
+    """Detections in pixels of the size that the dataset asks for."""
+    height = sample.get("height", instances.image_size[0])
+    width = sample.get("width", instances.image_size[1])
+    return detector_postprocess(instances, height, width)
+
+
+def num_objects(targets: Targets) -> float | Tensor:
+    """Objects in a rank's batch, averaged over the ranks, at least 1: the losses' normaliser."""
+    count = float(sum(targets.counts))
+    if comm.get_world_size() > 1:
+        total = torch.tensor([count], device=targets.labels.device)
+        torch.distributed.all_reduce(total)
+        return (total[0] / comm.get_world_size()).clamp(min=1)
+    return max(count, 1.0)

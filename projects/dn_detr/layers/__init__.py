@@ -1,0 +1,1 @@
+"""Small modules and functions that two or more methods share."""

@@ -1,0 +1,46 @@
+"""What a query says before the first layer: learned rows for matched queries, label embeddings for
+denoising ones. The label table exists only if an assist asks for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class QueryContent(nn.Module):
+    """Content vectors of C channels.
+
+    With labels and `has_indicator`, the last channel tells the parts apart: 1 for denoising, 0 for
+    matched queries (2203.01305, sec. 4.3). Learned rows keep all C channels in the checkpoint, the
+    last one being zero and unused, so that a denoised checkpoint loads into the plain model.
+
+    The label table has one row more than there are classes: "unknown", for designs whose matched
+    queries share one content (DN-DETR). A noised label is never "unknown".
+    """
+
+    def __init__(self, *, channels: int, num_classes: int, has_labels: bool, has_indicator: bool):
+        super().__init__()
+        self.channels = channels
+        self.num_classes = num_classes
+        self.has_indicator = has_labels and has_indicator
+        width = channels - 1 if self.has_indicator else channels
+        self.label_table = nn.Embedding(num_classes + 1, width) if has_labels else None
+
+    def new_rows(self, num_queries: int) -> nn.Parameter:
+        """Rows [N, C] for `matched`, standard normal as in `nn.Embedding`."""
+        rows = torch.randn(num_queries, self.channels)
+        if self.has_indicator:
+            rows[:, -1] = 0
+        return nn.Parameter(rows)
+
+    def matched(self, rows: Tensor) -> Tensor:
+        """Content [N, C] of matched queries from their learned rows [N, C]."""
+        return F.pad(rows[:, :-1], (0, 1)) if self.has_indicator else rows
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """Content [B, T, C] of denoising queries from labels [B, T] int64."""
+        if self.label_table is None:
+            raise ValueError("this content was built without a label table")
+        embedded = self.label_table(labels)
+        return F.pad(embedded, (0, 1), value=1.0) if self.has_indicator else embedded

@@ -1,0 +1,1 @@
+"""The pipeline from backbone features to detections: neck, encoder, queries, decoder, heads."""

@@ -1,0 +1,44 @@
+"""The assembly: one forward from features to predictions."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dn_detr.structures import Predictions, Targets
+
+
+class DETR(nn.Module):
+    """A detection transformer without its backbone: (features, padding, targets=None).
+
+    features: list of [B, C_i, h_i, w_i]; padding [B, H, W] bool, True outside the image. With
+    `targets` the assists add their training-only queries; without, this is the inference model,
+    whatever the mode of the module. Ground truth enters nowhere else.
+    """
+
+    def __init__(
+        self,
+        *,
+        neck: nn.Module,
+        flatten: nn.Module,
+        encoder: nn.Module,
+        query_design: nn.Module,
+        decoder: nn.Module,
+    ):
+        super().__init__()
+        self.neck = neck
+        self.flatten = flatten
+        self.encoder = encoder
+        self.query_design = query_design
+        self.decoder = decoder
+        self.assists = nn.ModuleList()
+
+    def forward(
+        self, features: list[Tensor], padding: Tensor, targets: Targets | None = None
+    ) -> Predictions:
+        memory = self.encoder(self.flatten(self.neck(features, padding)))
+        source = self.query_design.bind(memory)
+        queries = source.queries()
+        if targets is not None:
+            for assist in self.assists:
+                queries = assist(queries, source, targets)
+        return self.decoder(queries, memory)

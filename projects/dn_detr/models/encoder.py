@@ -1,0 +1,57 @@
+"""Encoders: memory in, memory out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from dn_detr.layers.attention import DeformableAttention
+from dn_detr.layers.mlp import FeedForward
+from dn_detr.structures import Memory
+
+
+class DeformableEncoderLayer(nn.Module):
+    """Deformable self-attention over all levels, then feed-forward (2010.04159, sec. 4.1)."""
+
+    def __init__(self, *, attention: DeformableAttention, feed_forward: FeedForward, dropout: float):
+        super().__init__()
+        self.attention = attention
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(attention.output_proj.out_features)
+        self.feed_forward = feed_forward
+
+    def forward(self, memory: Memory, reference: Tensor) -> Tensor:
+        """reference [B, S, 2]: each token's own place -> tokens [B, S, C]."""
+        update = self.attention(memory.tokens + memory.position, reference, memory)
+        return self.feed_forward(self.norm(memory.tokens + self.dropout(update)))
+
+
+class DeformableEncoder(nn.Module):
+    """A stack of `DeformableEncoderLayer`."""
+
+    def __init__(self, layers: list[DeformableEncoderLayer]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, memory: Memory) -> Memory:
+        reference = token_centers(memory)
+        for layer in self.layers:
+            memory = replace(memory, tokens=layer(memory, reference))
+        return memory
+
+
+def token_centers(memory: Memory) -> Tensor:
+    """Centre of every token in [0, 1] of the unpadded image, [B, S, 2] (x, y).
+
+    Tokens in the padding lie beyond 1.
+    """
+    centers = []
+    valid_sizes = memory.valid_sizes
+    for level, (height, width) in enumerate(memory.shapes):
+        x = torch.arange(width, device=valid_sizes.device, dtype=valid_sizes.dtype) + 0.5
+        y = torch.arange(height, device=valid_sizes.device, dtype=valid_sizes.dtype) + 0.5
+        cells = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1)
+        centers.append(cells.flatten(0, 1)[None] / valid_sizes[:, None, level])
+    return torch.cat(centers, dim=1)

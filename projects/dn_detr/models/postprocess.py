@@ -1,0 +1,42 @@
+"""From predictions to detections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dn_detr.layers.boxes import cxcywh_to_xyxy
+from dn_detr.structures import Predictions
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """Of one image, best first: boxes_xyxy_px [k, 4] in pixels of the image, scores [k] in [0, 1],
+    labels [k] int64."""
+
+    boxes_xyxy_px: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+def postprocess(
+    predictions: Predictions, image_sizes: list[tuple[int, int]], top_k: int
+) -> list[Detections]:
+    """The `top_k` best (query, class) pairs of the last layer's matched queries, by sigmoid score.
+
+    image_sizes: (height, width) of each unpadded image in pixels. Boxes are clipped to the image.
+    """
+    last = predictions.of("match")
+    scores = last.logits[-1].sigmoid()
+    num_classes = scores.shape[-1]
+    best, index = scores.flatten(1).topk(min(top_k, scores.shape[1] * num_classes), dim=1)
+    query = index // num_classes
+    boxes = cxcywh_to_xyxy(last.boxes[-1]).gather(1, query[..., None].expand(-1, -1, 4))
+    detections = []
+    for image, (height, width) in enumerate(image_sizes):
+        x0, y0, x1, y1 = boxes[image].clamp(0, 1).unbind(-1)
+        pixels = torch.stack((x0 * width, y0 * height, x1 * width, y1 * height), dim=-1)
+        detections.append(Detections(pixels, best[image], index[image] % num_classes))
+    return detections

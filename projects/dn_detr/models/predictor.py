@@ -1,0 +1,98 @@
+"""Heads and box rules: what a decoder layer's content says, and where the next layer looks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dn_detr.layers.boxes import inverse_sigmoid
+from dn_detr.layers.mlp import MLP
+from dn_detr.structures import Step
+
+
+class Heads(nn.Module):
+    """Class and box heads of every layer; `shared`: one pair for all layers.
+
+    A class starts at probability 0.01 (1708.02002, sec. 4.1); a box at its base, except that the
+    first of unshared heads starts with a width and height bias of -2 (code of 2010.04159).
+    """
+
+    def __init__(self, *, channels: int, num_classes: int, num_layers: int, shared: bool):
+        super().__init__()
+        count = 1 if shared else num_layers
+        self.class_heads = nn.ModuleList(class_head(channels, num_classes) for _ in range(count))
+        self.box_heads = nn.ModuleList(box_head(channels) for _ in range(count))
+        if not shared:
+            nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], -2.0)
+
+    def classify(self, layer: int, content: Tensor) -> Tensor:
+        return self.class_heads[min(layer, len(self.class_heads) - 1)](content).float()
+
+    def delta(self, layer: int, content: Tensor) -> Tensor:
+        return self.box_heads[min(layer, len(self.box_heads) - 1)](content).float()
+
+
+def class_head(channels: int, num_classes: int) -> nn.Linear:
+    head = nn.Linear(channels, num_classes)
+    nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
+    return head
+
+
+def box_head(channels: int) -> MLP:
+    head = MLP(in_dim=channels, hidden_dim=channels, out_dim=4, num_layers=3)
+    nn.init.zeros_(head.layers[-1].weight)
+    nn.init.zeros_(head.layers[-1].bias)
+    return head
+
+
+def move(reference: Tensor, delta: Tensor, epsilon: float) -> Tensor:
+    """The box [..., 4] at logit offset `delta` [..., 4] from a reference [..., 2 or 4].
+
+    A point has no size, so width and height are the offset's alone. float32, whatever autocast says.
+    """
+    logits = inverse_sigmoid(reference, epsilon)
+    delta = delta.to(logits.dtype)
+    if reference.shape[-1] == 2:
+        return torch.cat((delta[..., :2] + logits, delta[..., 2:]), dim=-1).sigmoid()
+    return (delta + logits).sigmoid()
+
+
+class Refined(nn.Module):
+    """Boxes move from layer to layer: each is an offset from the last (2010.04159, appendix A.4).
+
+    norm: applied before the heads predict, while the move of the reference uses the un-normed
+    content, so that the next reference differs from the predicted box (code of DAB-DETR and DINO);
+    None: both are one. looks_forward_twice: the next box is an offset from a moved reference with
+    gradient (2203.03605, sec. 3.5). The reference that the next layer attends with never has one.
+    """
+
+    def __init__(
+        self,
+        *,
+        heads: Heads,
+        norm: nn.Module | None,
+        looks_forward_twice: bool,
+        epsilon: float,
+    ):
+        super().__init__()
+        self.heads = heads
+        self.norm = norm
+        self.looks_forward_twice = looks_forward_twice
+        self.epsilon = epsilon
+
+    def start(self, content: Tensor, reference: Tensor) -> Step:
+        """Before the first layer there is a reference, but no prediction yet."""
+        return Step(logits=None, boxes=None, reference=reference, base=reference)
+
+    def forward(self, layer: int, content: Tensor, step: Step) -> Step:
+        normed = content if self.norm is None else self.norm(content)
+        logits = self.heads.classify(layer, normed)
+        boxes = move(step.base, self.heads.delta(layer, normed), self.epsilon)
+        moved = boxes
+        if self.norm is not None:
+            moved = move(step.reference, self.heads.delta(layer, content), self.epsilon)
+        reference = moved.detach()
+        base = moved if self.looks_forward_twice else reference
+        return Step(logits=logits, boxes=boxes, reference=reference, base=base)
