@@ -1,0 +1,79 @@
+"""AdamW with the learning-rate groups of the DETR family."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.solver.build import maybe_add_gradient_clipping
+from torch import nn
+
+SAMPLING_LAYERS = ("sampling_offsets", "reference_points")
+"""Linear layers that place points; they learn slower (2010.04159, appendix A.4)."""
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    base_lr: float,
+    backbone_multiplier: float,
+    sampling_multiplier: float,
+    weight_decay: float,
+    weight_decay_norm: float | None,
+) -> list[dict]:
+    """One group for each (learning rate, weight decay) in use; every trainable parameter once."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    seen = set()
+    for module_name, module in model.named_modules():
+        is_norm = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm))
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or parameter in seen:
+                continue
+            seen.add(parameter)
+            lr, decay = base_lr, weight_decay
+            path = f"{module_name}.{name}".split(".")
+            if "backbone" in path:
+                lr *= backbone_multiplier
+            elif any(layer in path for layer in SAMPLING_LAYERS):
+                lr *= sampling_multiplier
+            if is_norm and weight_decay_norm is not None:
+                decay = weight_decay_norm
+            groups.setdefault((lr, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": lr, "weight_decay": decay}
+        for (lr, decay), parameters in groups.items()
+    ]
+
+
+def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
+    """SOLVER.OPTIMIZER "ADAMW", with Detectron2's gradient clipping.
+
+    CLIP_TYPE "full_model" clips the norm of all gradients together, as the DETR family does;
+    Detectron2's own types clip each parameter alone.
+    """
+    solver = cfg.SOLVER
+    if solver.OPTIMIZER != "ADAMW":
+        raise ValueError(f'SOLVER.OPTIMIZER must be "ADAMW", got {solver.OPTIMIZER!r}')
+    groups = parameter_groups(
+        model,
+        base_lr=solver.BASE_LR,
+        backbone_multiplier=solver.BACKBONE_MULTIPLIER,
+        sampling_multiplier=solver.SAMPLING_MULTIPLIER,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+    )
+    clip = solver.CLIP_GRADIENTS
+    if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
+        return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(groups, lr=solver.BASE_LR)
+    return FullModelClippedAdamW(groups, lr=solver.BASE_LR, max_norm=clip.CLIP_VALUE)
+
+
+class FullModelClippedAdamW(torch.optim.AdamW):
+    """AdamW after clipping the norm of all gradients together to `max_norm`."""
+
+    def __init__(self, groups: list[dict], *, lr: float, max_norm: float):
+        super().__init__(groups, lr=lr)
+        self.max_norm = max_norm
+
+    def step(self, closure=None):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        return super().step(closure)
