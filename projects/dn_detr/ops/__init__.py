@@ -1,0 +1,14 @@
+"""Operators of the project: a public function each, compiled where built, else plain PyTorch."""
+
+from dn_detr.ops.deformable_attention import deformable_attention
+from dn_detr.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_plain
+from dn_detr.ops.noise_objects import NoisedSlots, noise_objects, noise_objects_plain
+
+__all__ = [
+    "NoisedSlots",
+    "deformable_attention",
+    "ms_deform_attn",
+    "ms_deform_attn_plain",
+    "noise_objects",
+    "noise_objects_plain",
+]

@@ -1,0 +1,94 @@
+"""Loads the compiled operators `dn_detr._C`, once, and knows why where there are none."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).resolve().parents[1]
+OPERATORS = ("ms_deform_attn", "ms_deform_attn_backward", "noise_objects")
+REBUILD = "rebuild with `pip install --no-build-isolation -e .`"
+
+
+class ExtensionMismatch(ImportError):
+    """The compiled operators were built for another torch than the one that is running."""
+
+
+def read_record(package: Path = PACKAGE) -> dict | None:
+    """What the last build wrote down (`_build.json`), or None if nothing was ever built."""
+    path = package / "_build.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def find_library(package: Path = PACKAGE) -> Path | None:
+    """Path of the compiled library, or None."""
+    return next((path for path in sorted(package.glob("_C.*")) if path.suffix in (".so", ".pyd")), None)
+
+
+def check_record(record: dict | None, torch_version: str, cuda_version: str | None) -> None:
+    """Raise ExtensionMismatch unless the library was built for this torch.
+
+    Compared are the release (2.11.0) and the CUDA version. It is asked before the library is loaded:
+    a library of another torch fails with an undefined symbol, or worse, with wrong memory.
+    """
+    if record is None:
+        raise ExtensionMismatch(f"dn_detr._C has no build record (_build.json) beside it; {REBUILD}")
+    built = (record["torch"].split("+")[0], record["cuda"])
+    if built != (torch_version.split("+")[0], cuda_version):
+        raise ExtensionMismatch(
+            f"dn_detr._C was built for torch {record['torch']} (CUDA {record['cuda']}), this is "
+            f"torch {torch_version} (CUDA {cuda_version}); {REBUILD}"
+        )
+
+
+def _load() -> dict[str, frozenset[str]]:
+    """Operator name -> device types that have a kernel; empty without a library."""
+    library = find_library()
+    if library is None:
+        return {}
+    check_record(read_record(), torch.__version__, torch.version.cuda)
+    torch.ops.load_library(str(library))
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return {
+        name: frozenset(
+            device for device in ("cpu", "cuda") if has_kernel(f"dn_detr::{name}", device.upper())
+        )
+        for name in OPERATORS
+    }
+
+
+KERNELS = _load()
+_warned: set[str] = set()
+
+
+def why_no_kernel(device: str) -> str:
+    """One sentence for people: why the operators run as plain PyTorch on `device`."""
+    record = read_record() or {}
+    if not KERNELS:
+        return record.get("no_extension") or "dn_detr._C is not built"
+    return record.get("no_cuda") or f"dn_detr._C has no kernels for {device}"
+
+
+def use_kernel(name: str, device: torch.device) -> bool:
+    """Whether operator `name` has a kernel for tensors on `device`.
+
+    Warns, once per process and device type, where there is none on a CPU or a CUDA device. An ONNX
+    graph is made of plain PyTorch: it cannot hold an operator of ours.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return False
+    if device.type in KERNELS.get(name, ()):
+        return True
+    if device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+        reason = why_no_kernel(device.type)
+        if reason not in _warned:
+            _warned.add(reason)
+            warnings.warn(
+                f"{reason}; the operators run as plain PyTorch, several times slower. "
+                "`python -m dn_detr.info` says more.",
+                stacklevel=3,
+            )
+    return False

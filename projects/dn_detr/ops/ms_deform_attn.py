@@ -1,0 +1,146 @@
+"""Multi-scale deformable attention (2010.04159, sec. 4.1): weighted bilinear samples of levels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dn_detr.ops.extension import KERNELS, use_kernel
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """Sum over levels and points of weight times the value sampled at the location -> [B, Q, H * D].
+
+    value [B, S, H, D] float32, float16, bfloat16 or float64: the levels' cells, fine to coarse;
+    spatial_shapes: (h, w) of each level, host integers, sum of h * w = S;
+    sampling_locations [B, Q, H, levels, P, 2]: (x, y), [0, 1] from border to border of a level;
+    attention_weights [B, Q, H, levels, P]. Both float32 whatever the value's type (float64 with
+    float64): half a cell is lost where a location is rounded to bfloat16.
+
+    Semantics of `grid_sample(align_corners=False, padding_mode="zeros")`. Locations outside,
+    infinite or NaN contribute nothing and get no gradient. Accumulates in float32. The result has
+    the value's type, each gradient its input's. Not twice differentiable. The backward on CUDA is
+    deterministic under `torch.use_deterministic_algorithms(True)`, on the CPU always.
+    """
+    if use_kernel("ms_deform_attn", value.device):
+        sides = [side for shape in spatial_shapes for side in shape]
+        return torch.ops.dn_detr.ms_deform_attn(
+            value, sides, sampling_locations, attention_weights
+        )
+    return ms_deform_attn_plain(value, spatial_shapes, sampling_locations, attention_weights)
+
+
+def ms_deform_attn_plain(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """`ms_deform_attn` in plain PyTorch: the specification of the kernels, and what ONNX gets."""
+    _check(value, spatial_shapes, sampling_locations, attention_weights)
+    batch, _, heads, channels = value.shape
+    cells = value.to(sampling_locations.dtype)
+    output = cells.new_zeros(batch * heads, channels, sampling_locations.shape[1])
+    start = 0
+    for level, (height, width) in enumerate(spatial_shapes):
+        if height * width == 0:
+            continue
+        image = cells[:, start : start + height * width].permute(0, 2, 3, 1)
+        image = image.reshape(batch * heads, channels, height, width)
+        start = start + height * width
+        where = sampling_locations[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B*H, Q, P, 2]
+        weight = attention_weights[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B*H, Q, P]
+        x = where[..., 0] * width - 0.5
+        y = where[..., 1] * height - 0.5
+        # A comparison with NaN is false: such a location is outside.
+        is_inside = (x > -1) & (x < width) & (y > -1) & (y < height)
+        # -3 lies outside of every map; `where` stops values and gradients of what it replaces.
+        grid = torch.where(is_inside[..., None], 2 * where - 1, -3.0)
+        weight = torch.where(is_inside, weight, 0.0)
+        sampled = F.grid_sample(
+            image, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+        )  # [B*H, D, Q, P]
+        output = output + (sampled * weight[:, None]).sum(dim=-1)
+    output = output.reshape(batch, heads * channels, output.shape[-1])
+    return output.transpose(1, 2).contiguous().to(value.dtype)
+
+
+def _check(value, spatial_shapes, sampling_locations, attention_weights):
+    if value.ndim != 4:
+        raise ValueError(f"value must be [B, S, H, D], got {list(value.shape)}")
+    batch, tokens, heads, _ = value.shape
+    levels = len(spatial_shapes)
+    if sampling_locations.ndim != 6 or sampling_locations.shape[5] != 2:
+        raise ValueError(
+            "sampling_locations must be [B, Q, H, levels, P, 2], "
+            f"got {list(sampling_locations.shape)}"
+        )
+    if sampling_locations.shape[0] != batch or sampling_locations.shape[2:4] != (heads, levels):
+        raise ValueError(
+            f"sampling_locations must be [{batch}, Q, {heads}, {levels}, P, 2], "
+            f"got {list(sampling_locations.shape)}"
+        )
+    if attention_weights.shape != sampling_locations.shape[:5]:
+        raise ValueError(
+            f"attention_weights must be {list(sampling_locations.shape[:5])}, "
+            f"got {list(attention_weights.shape)}"
+        )
+    cells = sum(height * width for height, width in spatial_shapes)
+    if cells != tokens:
+        raise ValueError(f"spatial_shapes must hold S = {tokens} cells, got {cells}")
+    precise = torch.float64 if value.dtype == torch.float64 else torch.float32
+    for name, tensor in (
+        ("sampling_locations", sampling_locations),
+        ("attention_weights", attention_weights),
+    ):
+        if tensor.dtype != precise:
+            raise ValueError(f"{name} must be {precise} with {value.dtype} values, got {tensor.dtype}")
+
+
+def _fake(value, spatial_shapes, sampling_locations, attention_weights):
+    sides = iter(spatial_shapes)
+    _check(value, list(zip(sides, sides, strict=True)), sampling_locations, attention_weights)
+    batch, _, heads, channels = value.shape
+    return value.new_empty(batch, sampling_locations.shape[1], heads * channels)
+
+
+def _fake_backward(grad_output, value, spatial_shapes, sampling_locations, attention_weights):
+    inputs = (value, sampling_locations, attention_weights)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+
+
+def _setup_context(ctx, inputs, output):
+    value, spatial_shapes, sampling_locations, attention_weights = inputs
+    ctx.save_for_backward(value, sampling_locations, attention_weights)
+    ctx.spatial_shapes = spatial_shapes
+
+
+def _backward(ctx, grad_output):
+    value, sampling_locations, attention_weights = ctx.saved_tensors
+    grad_value, grad_locations, grad_weights = torch.ops.dn_detr.ms_deform_attn_backward(
+        grad_output, value, ctx.spatial_shapes, sampling_locations, attention_weights
+    )
+    return grad_value, None, grad_locations, grad_weights
+
+
+def _no_second_backward(ctx, *grads):
+    raise RuntimeError(
+        "ms_deform_attn is not twice differentiable; use ms_deform_attn_plain for that"
+    )
+
+
+if KERNELS:
+    torch.library.register_fake("dn_detr::ms_deform_attn", _fake)
+    torch.library.register_fake("dn_detr::ms_deform_attn_backward", _fake_backward)
+    torch.library.register_autograd(
+        "dn_detr::ms_deform_attn", _backward, setup_context=_setup_context
+    )
+    torch.library.register_autograd("dn_detr::ms_deform_attn_backward", _no_second_backward)

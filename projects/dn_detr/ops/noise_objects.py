@@ -1,0 +1,225 @@
+"""Noised copies of the ground truth for denoising (2203.01305, sec. 4; contrastive 2203.03605)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dn_detr.ops.extension import KERNELS, use_kernel
+from dn_detr.ops.philox import philox
+
+# Words 0-3 of draw BOX move the four coordinates. Of draw LABEL, word 0 decides whether the label
+# is redrawn, 1 is the new class, the low 4 bits of 2 are the signs, and 3 orders the objects.
+BOX_DRAW, LABEL_DRAW = 0, 1
+# Efficient attention wants rows of the additive mask to start at multiples of 16 elements.
+MASK_PITCH = 16
+
+
+class NoisedSlots(NamedTuple):
+    """T = num_groups * slots_per_group (twice that if contrastive) slots, group after group; a
+    contrastive group is [positives | negatives].
+
+    labels [B, T] int64; boxes [B, T, 4] cxcywh in [0, 1]; assignment [B, T] int64: the object that
+    the slot was made from, -1 in negative and empty slots; is_empty [B, T] bool: the image has no
+    object for the slot (label 0, box 0.5); mask [B, 1, T + N, T + N]: 0 where query (row) may
+    attend to key (column), else -inf.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    assignment: Tensor
+    is_empty: Tensor
+    mask: Tensor
+
+
+def noise_objects(
+    labels: Tensor,
+    boxes: Tensor,
+    is_object: Tensor,
+    noise_keys: Tensor,
+    *,
+    num_groups: int,
+    slots_per_group: int,
+    num_classes: int,
+    box_noise: float,
+    label_noise: float,
+    contrastive: bool,
+    num_matched: int,
+    mask_dtype: torch.dtype,
+    hide_empty: bool = True,
+) -> NoisedSlots:
+    """Noise every object once per group, and the attention mask that keeps the groups apart.
+
+    labels [B, M] int64; boxes [B, M, 4] cxcywh in [0, 1], float32 or float64; is_object [B, M] bool,
+    objects first; noise_keys [B] int64; slots_per_group <= M; num_matched: N queries after the slots.
+
+    Plain: the centre moves by up to box_noise half sizes, the sizes change by up to the factor
+    1 +- box_noise, uniformly; a label becomes a uniform class with probability label_noise.
+    Contrastive: each side moves by box_noise * [0, 1) half sizes in a positive slot, by
+    box_noise * [1, 2) in a negative one, either way. Boxes are clamped to the image.
+    An image with more objects than slots gives each group its own uniform subset of them.
+
+    A slot sees the slots of its group and the matched queries; these see only each other. With
+    hide_empty nobody sees an empty slot but itself; without, its group does (as published).
+
+    The noise of an object is a function of the image's key, the object's index and the group:
+    equal on all devices, whatever the batch, M, or the image's place. No host synchronisation.
+    Not differentiable.
+    """
+    arguments = (
+        labels, boxes, is_object, noise_keys, num_groups, slots_per_group, num_classes,
+        float(box_noise), float(label_noise), contrastive, num_matched, mask_dtype, hide_empty,
+    )  # fmt: skip
+    if use_kernel("noise_objects", labels.device):
+        return NoisedSlots(*torch.ops.dn_detr.noise_objects(*arguments))
+    return noise_objects_plain(*arguments)
+
+
+@torch.no_grad()
+def noise_objects_plain(
+    labels: Tensor,
+    boxes: Tensor,
+    is_object: Tensor,
+    noise_keys: Tensor,
+    num_groups: int,
+    slots_per_group: int,
+    num_classes: int,
+    box_noise: float,
+    label_noise: float,
+    contrastive: bool,
+    num_matched: int,
+    mask_dtype: torch.dtype,
+    hide_empty: bool = True,
+) -> NoisedSlots:
+    """`noise_objects` in plain PyTorch: the specification of the kernels, equal to the last bit."""
+    _check(labels, boxes, is_object, noise_keys, num_groups, slots_per_group)
+    batch = labels.shape[0]
+    kinds = 2 if contrastive else 1  # positives, negatives
+    key = noise_keys.view(batch, 1, 1, 1)
+    group = torch.arange(num_groups, device=labels.device).view(1, num_groups, 1, 1)
+    kind = torch.arange(kinds, device=labels.device).view(1, 1, kinds, 1)
+    stream = group * 2 + kind
+    index = _objects_of_slots(is_object, key, group, slots_per_group)  # [B, G, 1, slots]
+    index = index.expand(batch, num_groups, kinds, slots_per_group)
+
+    words = philox(key, (index, stream, BOX_DRAW, 0))
+    uniform = torch.stack([(word >> 8).to(boxes.dtype) * 2.0**-24 for word in words], dim=-1)
+    flip, new_label, sign, _ = philox(key, (index, stream, LABEL_DRAW, 0))
+
+    flat = index.flatten(1)
+    is_empty = ~is_object.gather(1, flat)
+    old_labels = labels.gather(1, flat)
+    is_flipped = (flip >> 8).double() * 2.0**-24 < label_noise
+    noised_labels = torch.where(is_flipped, (new_label * num_classes) >> 32, 0).flatten(1)
+    noised_labels = torch.where(is_flipped.flatten(1), noised_labels, old_labels)
+    noised_labels = torch.where(is_empty, 0, noised_labels)
+
+    old_boxes = boxes.gather(1, flat[..., None].expand(*flat.shape, 4))
+    uniform = uniform.flatten(1, 3)
+    if contrastive:
+        is_positive = ((kind & 0) + kind == 0).expand(index.shape).flatten(1)
+        bits = torch.stack([(sign >> i) & 1 for i in range(4)], dim=-1).flatten(1, 3)
+        reach = torch.where(is_positive[..., None], uniform, uniform + 1)
+        noised_boxes = _move_sides(old_boxes, torch.where(bits == 1, -reach, reach) * box_noise)
+        assigned = torch.where(is_positive & ~is_empty, flat, -1)
+    else:
+        noised_boxes = _move_box(old_boxes, (uniform * 2 - 1) * box_noise)
+        assigned = torch.where(is_empty, -1, flat)
+    noised_boxes = torch.where(is_empty[..., None], 0.5, noised_boxes)
+    mask = _mask(is_empty, kinds * slots_per_group, num_matched, mask_dtype, hide_empty)
+    return NoisedSlots(noised_labels, noised_boxes, assigned, is_empty, mask)
+
+
+def _objects_of_slots(is_object, key, group, slots):
+    """Index of the object of each slot, [B or 1, G, 1, slots]: in order while all fit, else the
+    `slots` objects with the smallest draws."""
+    batch, most = is_object.shape
+    order = torch.arange(most, device=is_object.device).view(1, 1, 1, most)
+    if slots == most:
+        return order.expand(batch, group.shape[1], 1, most)
+    draw = philox(key, (order, group * 2, LABEL_DRAW, 0))[3]  # [B, G, 1, M]
+    draw = torch.where(is_object[:, None, None], draw, 2**32)
+    fits = (is_object.sum(dim=1) <= slots).view(batch, 1, 1, 1)
+    return torch.where(fits, order, draw).argsort(dim=-1, stable=True)[..., :slots]
+
+
+def _move_box(boxes, scaled):
+    """Plain noise: boxes and scaled [B, T, 4], scaled in [-box_noise, box_noise)."""
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    centre = centre + scaled[..., :2] * (size * 0.5)
+    size = size * (scaled[..., 2:] + 1)
+    return torch.cat((centre, size), dim=-1).clamp(0, 1)
+
+
+def _move_sides(boxes, scaled):
+    """Contrastive noise: scaled [B, T, 4] is how far x1, y1, x2, y2 move, in half sizes."""
+    centre, half = boxes[..., :2], boxes[..., 2:] * 0.5
+    low = (centre - half + scaled[..., :2] * half).clamp(0, 1)
+    high = (centre + half + scaled[..., 2:] * half).clamp(0, 1)
+    return torch.cat(((low + high) * 0.5, (high - low).clamp(min=0)), dim=-1)
+
+
+def _mask(is_empty, group_size, num_matched, dtype, hide_empty):
+    batch, slots = is_empty.shape
+    total = slots + num_matched
+    place = torch.arange(total, device=is_empty.device)
+    is_matched = place >= slots
+    group = torch.where(is_matched, -1, place // max(group_size, 1))
+    visible = (is_matched | (group == group[:, None])).expand(batch, total, total)
+    if hide_empty:
+        hidden = torch.nn.functional.pad(is_empty, (0, num_matched))[:, None]  # [B, 1, T + N]
+        visible = (visible & ~hidden) | (place == place[:, None])
+    pitch = -(-total // MASK_PITCH) * MASK_PITCH
+    mask = torch.full((batch, 1, total, pitch), -torch.inf, dtype=dtype, device=is_empty.device)
+    mask[..., :total].masked_fill_(visible[:, None], 0)
+    return mask[..., :total]
+
+
+def _check(labels, boxes, is_object, noise_keys, num_groups, slots_per_group):
+    if labels.ndim != 2:
+        raise ValueError(f"labels must be [B, M], got {list(labels.shape)}")
+    batch, most = labels.shape
+    for name, tensor, shape in (
+        ("boxes", boxes, (batch, most, 4)),
+        ("is_object", is_object, (batch, most)),
+        ("noise_keys", noise_keys, (batch,)),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+    for name, tensor, dtypes in (
+        ("labels", labels, (torch.int64,)),
+        ("boxes", boxes, (torch.float32, torch.float64)),
+        ("is_object", is_object, (torch.bool,)),
+        ("noise_keys", noise_keys, (torch.int64,)),
+    ):
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if num_groups < 0 or not 0 <= slots_per_group <= most:
+        raise ValueError(
+            f"num_groups must be >= 0 and slots_per_group in [0, {most}], got {num_groups} and "
+            f"{slots_per_group}"
+        )
+
+
+def _fake(
+    labels, boxes, is_object, noise_keys, num_groups, slots_per_group, num_classes, box_noise,
+    label_noise, contrastive, num_matched, mask_dtype, hide_empty,
+):  # fmt: skip
+    _check(labels, boxes, is_object, noise_keys, num_groups, slots_per_group)
+    batch = labels.shape[0]
+    slots = num_groups * slots_per_group * (2 if contrastive else 1)
+    total = slots + num_matched
+    pitch = (total + MASK_PITCH - 1) // MASK_PITCH * MASK_PITCH
+    return (
+        labels.new_empty(batch, slots),
+        boxes.new_empty(batch, slots, 4),
+        labels.new_empty(batch, slots),
+        is_object.new_empty(batch, slots),
+        boxes.new_empty(batch, 1, total, pitch, dtype=mask_dtype)[..., :total],
+    )
+
+
+if KERNELS:
+    torch.library.register_fake("dn_detr::noise_objects", _fake)

@@ -1,0 +1,36 @@
+"""Philox4x32-10, a counter-based random generator (Salmon et al., SC 2011), in int64 arithmetic.
+
+The kernels have the same arithmetic in csrc/philox.h.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, as 32-bit fractions
+MASK = 0xFFFFFFFF
+
+
+def philox(key: Tensor, counter: tuple[Tensor | int, ...]) -> tuple[Tensor, ...]:
+    """Four random words in [0, 2^32), int64, of the broadcast shape of `key` and the counters.
+
+    key: int64, both halves of which are used; counter: four words in [0, 2^32).
+    """
+    zero = key & 0
+    c0, c1, c2, c3 = (zero + word for word in counter)
+    k0, k1 = key & MASK, (key >> 32) & MASK
+    for _ in range(ROUNDS):
+        high0, low0 = _multiply(c0, MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + KEY_STEPS[0]) & MASK, (k1 + KEY_STEPS[1]) & MASK
+    return c0, c1, c2, c3
+
+
+def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """(high, low) 32 bits of the product; in 16-bit halves, so that no int64 overflows."""
+    low = (word & 0xFFFF) * factor
+    middle = (word >> 16) * factor + (low >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
