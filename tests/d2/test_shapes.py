@@ -125,11 +125,14 @@ def test_a_folder_with_other_settings_is_refused(folder, monkeypatch):
         shapes.generate(folder.parent, "train")
 
 
-def test_registered_shapes_are_drawn_on_first_use(tmp_path, monkeypatch):
+def _forget_shapes():
     for name in ("shapes_train", "shapes_val"):
-        if name in DatasetCatalog:
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_registered_shapes_are_drawn_on_first_use(tmp_path, monkeypatch):
+    _forget_shapes()
     monkeypatch.setattr(shapes, "NUM_IMAGES", {"train": 4, "val": 3})
     register_shapes(tmp_path)
     register_shapes(tmp_path)
@@ -141,6 +144,5 @@ def test_registered_shapes_are_drawn_on_first_use(tmp_path, monkeypatch):
         assert len(DatasetCatalog.get("shapes_train")) == 4
         assert (tmp_path / "shapes_train/images/000001.jpg").samefile(record["file_name"])
     finally:
-        for name in ("shapes_train", "shapes_val"):
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
+        _forget_shapes()
+        register_shapes()

@@ -1,0 +1,173 @@
+"""Is this COCO format? Checks of a json file and its images before Detectron2 reads them.
+
+Detectron2 and pycocotools answer a broken file with a traceback, an assertion, or not at all. Every
+function here raises InputError with one sentence that names the file and what is wrong in it.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from dn_detr.d2.errors import InputError
+
+MAX_OPENED_IMAGES = 20_000  # in larger datasets image files are only looked for, not opened
+_EXIF_ORIENTATION = 274
+_EXIF_TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
+
+
+def read_json(json_file: str) -> dict:
+    """The parsed content of an annotation file."""
+    try:
+        with PathManager.open(json_file, "r", encoding="utf-8") as file:
+            content = json.load(file)
+    except FileNotFoundError:
+        raise InputError(
+            f"the annotation file {json_file} does not exist: check the path, which is relative to "
+            "the working directory or, for built-in datasets, to DETECTRON2_DATASETS."
+        ) from None
+    except OSError as error:
+        raise InputError(f"the annotation file {json_file} cannot be read: {error}.") from None
+    except ValueError as error:  # not json, cut off, or not UTF-8
+        raise InputError(f"{json_file} is not a valid json file: {error}.") from None
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{json_file} is not in COCO format: it must hold an object with 'images', "
+            f"'annotations' and 'categories', got a {type(content).__name__}."
+        )
+    return content
+
+
+def _list_of(content: dict, key: str, json_file: str, needs: dict[str, type | tuple]) -> list[dict]:
+    """content[key], a list of objects each of which has the keys `needs` with values of a type."""
+    entries = content.get(key)
+    if not isinstance(entries, list):
+        raise InputError(f"{json_file} is not in COCO format: it has no list {key!r}.")
+    for i, entry in enumerate(entries):
+        for needed, kind in needs.items():
+            if not isinstance(entry, dict) or needed not in entry:
+                raise InputError(f"{json_file}: entry {i} of {key!r} has no {needed!r}.")
+            value = entry[needed]
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise InputError(
+                    f"{json_file}: entry {i} of {key!r} has an impossible {needed!r}: {value!r}."
+                )
+    return entries
+
+
+def _repeated(values: list):
+    """The first value that occurs twice; None if there is none."""
+    seen = set()
+    for value in values:
+        if value in seen:
+            return value
+        seen.add(value)
+    return None
+
+
+def check_categories(json_file: str, content: dict) -> dict[int, str]:
+    """Category id -> class name, in the order of the model's classes (by id)."""
+    categories = _list_of(content, "categories", json_file, {"id": int, "name": str})
+    if not categories:
+        raise InputError(f"{json_file} has no 'categories'.")
+    repeated = _repeated([category["id"] for category in categories])
+    if repeated is not None:
+        raise InputError(f"{json_file}: the category id {repeated} is used twice.")
+    return {entry["id"]: entry["name"] for entry in sorted(categories, key=lambda x: x["id"])}
+
+
+def check_annotations(json_file: str, content: dict) -> None:
+    """Everything that must be right for Detectron2 to load the file.
+
+    A file without the key 'annotations' is accepted, as hidden test sets have none.
+    """
+    categories = check_categories(json_file, content)
+    needs = {"id": (int, str), "file_name": str, "width": (int, float), "height": (int, float)}
+    images = _list_of(content, "images", json_file, needs)
+    if not images:
+        raise InputError(f"{json_file} has no images.")
+    for image in images:
+        if image["width"] < 1 or image["height"] < 1:
+            raise InputError(
+                f"{json_file}: the image {image['file_name']} must be at least 1x1 pixels, got "
+                f"{image['width']}x{image['height']}."
+            )
+    image_ids = [image["id"] for image in images]
+    repeated = _repeated(image_ids)
+    if repeated is not None:
+        raise InputError(f"{json_file}: the image id {repeated} is used twice.")
+    if "annotations" not in content:
+        return
+    needs = {"id": (int, str), "image_id": (int, str), "category_id": int, "bbox": list}
+    annotations = _list_of(content, "annotations", json_file, needs)
+    image_ids = set(image_ids)
+    for annotation in annotations:
+        name = f"{json_file}: annotation {annotation['id']}"
+        if annotation["image_id"] not in image_ids:
+            raise InputError(
+                f"{name} has image_id {annotation['image_id']}, which is not in 'images'."
+            )
+        if annotation["category_id"] not in categories:
+            raise InputError(
+                f"{name} has category_id {annotation['category_id']}, which is not in 'categories'."
+            )
+        box = annotation["bbox"]
+        if len(box) != 4 or not all(type(value) in (int, float) for value in box):
+            raise InputError(f"{name} must have a bbox [x, y, width, height], got {box}.")
+        if annotation.get("ignore", 0):
+            raise InputError(f"{name} has 'ignore', which is not supported: use 'iscrowd'.")
+    repeated = _repeated([annotation["id"] for annotation in annotations])
+    if repeated is not None:
+        raise InputError(f"{json_file}: the annotation id {repeated} is used twice.")
+
+
+def check_image_files(records: list[dict], dataset: str) -> None:
+    """All image files of the dataset exist and, up to MAX_OPENED_IMAGES, can be opened.
+
+    Opened files must have the width and height of their record. Only headers are read; a file that
+    is damaged further inside is found when it is loaded.
+    """
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        missing = [
+            record["file_name"]
+            for record, exists in zip(records, pool.map(_exists, records, chunksize=64))
+            if not exists
+        ]
+        if missing:
+            raise InputError(
+                f"{len(missing)} of the {len(records)} image files of the dataset {dataset!r} do "
+                f"not exist, the first is {missing[0]}: check the image folder."
+            )
+        if len(records) > MAX_OPENED_IMAGES:
+            return
+        faults = [fault for fault in pool.map(_fault, records, chunksize=64) if fault]
+    if faults:
+        raise InputError(
+            f"{len(faults)} of the {len(records)} images of the dataset {dataset!r} cannot be used,"
+            f" the first is {faults[0]}."
+        )
+
+
+def _exists(record: dict) -> bool:
+    return PathManager.isfile(record["file_name"])
+
+
+def _fault(record: dict) -> str | None:
+    """What is wrong with the header of a record's image; None if nothing is."""
+    try:
+        with PathManager.open(record["file_name"], "rb") as file, Image.open(file) as image:
+            width, height = image.size
+            if image.getexif().get(_EXIF_ORIENTATION) in _EXIF_TURNED:
+                width, height = height, width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"{record['file_name']}, which cannot be read ({error})"
+    wanted = (record.get("width", width), record.get("height", height))
+    if wanted != (width, height):
+        return (
+            f"{record['file_name']}, which has {width}x{height} pixels where its annotations say "
+            f"{wanted[0]}x{wanted[1]}"
+        )
+    return None

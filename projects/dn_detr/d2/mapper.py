@@ -1,0 +1,149 @@
+"""From one dataset record to one model input: DETR's augmentation in Detectron2's form."""
+
+import numpy as np
+import torch
+from detectron2.config import configurable
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, polygons_to_bitmask
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from dn_detr.d2.errors import InputError
+
+
+class EitherOr(T.Augmentation):
+    """Apply one list of augmentations or the other, with equal probability."""
+
+    def __init__(self, either, other):
+        self.either = T.AugmentationList(either)
+        self.other = T.AugmentationList(other)
+
+    def __call__(self, aug_input):
+        chosen = self.either if self._rand_range() < 0.5 else self.other
+        return chosen(aug_input)
+
+    def __repr__(self):
+        return f"EitherOr({self.either}, {self.other})"
+
+
+def train_augmentations(*, min_sizes, max_size, sample_style, flip, crop=None):
+    """Flip with probability 0.5 and resize; with `crop`, every second image is cropped in between.
+
+    `crop` = (short sides to resize to before the crop, crop type, crop size); the sizes of DETR
+    (2005.12872, appendix A.4) are (400, 500, 600), "absolute_range", (384, 600). `flip` is
+    "horizontal", "vertical" or "none".
+    """
+    augmentations = []
+    if flip != "none":
+        augmentations.append(
+            T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")
+        )
+    resize = T.ResizeShortestEdge(min_sizes, max_size, sample_style)
+    if crop is None:
+        return [*augmentations, resize]
+    sizes_before, crop_type, crop_size = crop
+    cropped = [
+        T.ResizeShortestEdge(sizes_before, sample_style="choice"),
+        T.RandomCrop(crop_type, crop_size),
+        resize,
+    ]
+    return [*augmentations, EitherOr([resize], cropped)]
+
+
+def read_image(record, image_format):
+    """The image of a record as uint8 [height, width, 3], EXIF orientation applied.
+
+    Fills in the record's width and height where absent. Raises InputError that names file and image
+    id where the file cannot be read or has another size than the annotations say.
+    """
+    name = f"image {record['file_name']} (id {record.get('image_id')})"
+    try:
+        image = detection_utils.read_image(record["file_name"], format=image_format)
+    except FileNotFoundError:
+        raise InputError(f"{name} does not exist: check the image folder of its dataset.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{name} cannot be read ({error}): replace or remove it.") from error
+    try:
+        detection_utils.check_image_size(record, image)
+    except detection_utils.SizeMismatchError:
+        raise InputError(
+            f"{name} has {image.shape[1]}x{image.shape[0]} pixels, but its annotations say "
+            f"{record['width']}x{record['height']}: correct width and height there."
+        ) from None
+    return image
+
+
+def _bitmask(segmentation, height, width):
+    """[height, width] bool from polygons or a run-length code."""
+    if isinstance(segmentation, dict):
+        return coco_mask.decode(segmentation).astype(bool)
+    return polygons_to_bitmask(segmentation, height, width)
+
+
+class DetrMapper:
+    """Reads the image, augments it, and makes `instances` of its annotations.
+
+    The result has "image" (uint8 [3, h, w]), "height", "width" (of the file), "file_name",
+    "image_id", and with `with_instances` also "instances": gt_boxes (xyxy pixels of "image"),
+    gt_classes and, if asked for, gt_masks. Crowd annotations are left out, and boxes that a crop
+    leaves nothing of; an image without objects is a negative, not an error. The record is not
+    changed. Random numbers come from numpy's global generator.
+    """
+
+    @configurable
+    def __init__(self, *, augmentations, image_format, with_instances, with_masks=False):
+        """`augmentations`: Detectron2's, in order; `image_format`: "RGB" or "BGR"."""
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format = image_format
+        self.with_instances = with_instances
+        self.with_masks = with_masks
+
+    @classmethod
+    def from_config(cls, cfg, is_train=True):
+        if is_train:
+            crop = cfg.INPUT.CROP
+            augmentations = train_augmentations(
+                min_sizes=cfg.INPUT.MIN_SIZE_TRAIN,
+                max_size=cfg.INPUT.MAX_SIZE_TRAIN,
+                sample_style=cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
+                flip=cfg.INPUT.RANDOM_FLIP,
+                crop=(crop.MIN_SIZE_BEFORE, crop.TYPE, crop.SIZE) if crop.ENABLED else None,
+            )
+        else:
+            augmentations = [
+                T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")
+            ]
+        return {
+            "augmentations": augmentations,
+            "image_format": cfg.INPUT.FORMAT,
+            "with_instances": is_train,
+            "with_masks": cfg.MODEL.MASK_ON,
+        }
+
+    def __call__(self, record):
+        sample = {key: value for key, value in record.items() if key != "annotations"}
+        aug_input = T.AugInput(read_image(sample, self.image_format))
+        transforms = self.augmentations(aug_input)
+        image = np.ascontiguousarray(aug_input.image.transpose(2, 0, 1))
+        sample["image"] = torch.from_numpy(image)
+        if self.with_instances:
+            objects = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
+            size_before = (sample["height"], sample["width"])
+            sample["instances"] = self._instances(objects, transforms, size_before, image.shape[1:])
+        return sample
+
+    def _instances(self, objects, transforms, size_before, size):
+        height, width = size
+        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
+        boxes = transforms.apply_box(np.array(boxes, np.float64).reshape(-1, 4))
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(boxes.clip(0, [width, height, width, height]))
+        instances.gt_classes = torch.tensor([a["category_id"] for a in objects], dtype=torch.int64)
+        if self.with_masks:
+            masks = np.zeros((len(objects), height, width), bool)
+            for i, annotation in enumerate(objects):
+                mask = _bitmask(annotation["segmentation"], *size_before)
+                masks[i] = transforms.apply_segmentation(mask.astype(np.uint8))
+            instances.gt_masks = BitMasks(torch.from_numpy(masks))
+        return instances[instances.gt_boxes.nonempty(threshold=1e-5)]
