@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-SHOWN = ("total_loss", "sum_match", "sum_denoise", "sum_encoder")
+SHOWN = ("total_loss", "loss_match", "loss_denoise", "loss_encoder")
 """Losses on the console; metrics.json and TensorBoard hold every one."""
 
 

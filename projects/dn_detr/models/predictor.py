@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers.boxes import inverse_sigmoid
+from dn_detr.layers.boxes import at_least_float32, inverse_sigmoid
 from dn_detr.layers.mlp import MLP
 from dn_detr.structures import Step
 
@@ -28,10 +28,10 @@ class Heads(nn.Module):
             nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], -2.0)
 
     def classify(self, layer: int, content: Tensor) -> Tensor:
-        return self.class_heads[min(layer, len(self.class_heads) - 1)](content).float()
+        return at_least_float32(self.class_heads[min(layer, len(self.class_heads) - 1)](content))
 
     def delta(self, layer: int, content: Tensor) -> Tensor:
-        return self.box_heads[min(layer, len(self.box_heads) - 1)](content).float()
+        return at_least_float32(self.box_heads[min(layer, len(self.box_heads) - 1)](content))
 
 
 def class_head(channels: int, num_classes: int) -> nn.Linear:

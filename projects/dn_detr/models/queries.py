@@ -51,7 +51,7 @@ class BoxQuerySource:
         """One "match" segment of the rows of `tables` (default: the design's own)."""
         tables = self.design.tables if tables is None else tables
         content = self.design.content.matched(tables.content)
-        reference = tables.box_logits.float().sigmoid()
+        reference = tables.box_logits.sigmoid()
         state = QueryState(
             content=content.expand(self.batch, -1, -1),
             position=None,

@@ -1,0 +1,26 @@
+# make demo: trains a small detector on synthetic images and draws what it finds.
+# make test: runs the whole test suite.
+# Both set up .venv in a fresh clone and reuse it later. PYTHON=... uses that interpreter as it is.
+
+VENV := .venv
+ifdef PYTHON
+READY :=
+else
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/ready
+endif
+
+.PHONY: demo test clean
+
+demo: $(READY)
+	$(PYTHON) tools/run_demo.py
+
+test: $(READY)
+	$(PYTHON) -m pytest
+
+$(VENV)/ready: setup.py pyproject.toml dev/setup_venv.sh $(wildcard csrc/* csrc/*/*)
+	bash dev/setup_venv.sh $(VENV)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build output projects/*.egg-info projects/dn_detr/_C.* projects/dn_detr/_build.json

@@ -1,0 +1,35 @@
+"""Backbones beside Detectron2's own."""
+
+from __future__ import annotations
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
+
+
+@BACKBONE_REGISTRY.register()
+def build_thin_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
+    """ResNet-18 (1512.03385) of any width, for training from scratch on a CPU.
+
+    Reads MODEL.RESNETS: STEM_OUT_CHANNELS, RES2_OUT_CHANNELS (doubled at each stage), NORM,
+    OUT_FEATURES; and MODEL.BACKBONE.FREEZE_AT.
+    """
+    node = cfg.MODEL.RESNETS
+    width = node.STEM_OUT_CHANNELS
+    stem = BasicStem(in_channels=input_shape.channels, out_channels=width, norm=node.NORM)
+    stages, inside = [], width
+    for index in range(4):
+        outside = node.RES2_OUT_CHANNELS * 2**index
+        stages.append(
+            ResNet.make_stage(
+                BasicBlock,
+                num_blocks=2,
+                stride_per_block=[1 if index == 0 else 2, 1],
+                in_channels=inside,
+                out_channels=outside,
+                norm=node.NORM,
+            )
+        )
+        inside = outside
+    model = ResNet(stem, stages, out_features=node.OUT_FEATURES)
+    return model.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)

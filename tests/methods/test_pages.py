@@ -1,0 +1,80 @@
+"""What every page promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_features, tiny_model, tiny_padding, tiny_targets
+
+from dn_detr.build import Denoising, build_criterion
+from dn_detr.losses.assign import Costs, assign
+from dn_detr.methods import METHODS
+
+SIZES = [(96, 128), (64, 96)]
+pytestmark = pytest.mark.parametrize("method", METHODS)
+
+
+def losses_of(model, targets):
+    predictions = model(tiny_features(2), tiny_padding(SIZES), targets)
+    assignments = assign(predictions, targets, Costs())
+    return build_criterion()(predictions, targets, assignments, max(1, sum(targets.counts)))
+
+
+def test_predictions_have_a_layer_axis_and_boxes_inside_the_image(method):
+    predictions = tiny_model(method)(tiny_features(2), tiny_padding(SIZES))
+    assert predictions.logits.shape == (3, 2, 7, 5)
+    assert predictions.boxes.shape == (3, 2, 7, 4)
+    assert predictions.logits.isfinite().all()
+    assert (predictions.boxes > 0).all() and (predictions.boxes < 1).all()
+
+
+@pytest.mark.parametrize("denoising", [None, Denoising(num_groups=2)])
+@pytest.mark.parametrize("counts", [(2, 3), (0, 1), (0, 0)])
+def test_every_parameter_gets_a_finite_gradient(method, denoising, counts):
+    """Also without any object: a parameter without gradient would stop distributed training."""
+    model = tiny_model(method, denoising=denoising)
+    sum(losses_of(model, tiny_targets(*counts)).values()).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not without
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("denoising", [None, Denoising(num_groups=2)])
+def test_loss_names_do_not_depend_on_the_objects(method, denoising):
+    model = tiny_model(method, denoising=denoising)
+    names = [list(losses_of(model, tiny_targets(*counts))) for counts in [(2, 3), (0, 0)]]
+    assert names[0] == names[1]
+
+
+def test_values_in_the_padding_change_nothing(method):
+    model = tiny_model(method, num_levels=3)  # a strided convolution would read across the border
+    for level in model.neck.levels:
+        level[1] = torch.nn.Identity()  # group norm averages over the padding too
+    features, padding = tiny_features(2), tiny_padding(SIZES)
+    changed = [feature.clone() for feature in features]
+    for stride, feature in zip((8, 16, 32), changed, strict=True):
+        feature[1, :, 64 // stride :] = 100.0
+        feature[1, :, :, 96 // stride :] = -100.0
+    before, after = model(features, padding), model(changed, padding)
+    torch.testing.assert_close(before.logits, after.logits, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(before.boxes, after.boxes, rtol=1e-10, atol=1e-10)
+
+
+def test_permuted_queries_give_permuted_predictions(method):
+    model = tiny_model(method)
+    features, padding = tiny_features(2), tiny_padding(SIZES)
+    before = model(features, padding)
+    order = torch.randperm(7)
+    for table in model.query_design.tables.parameters():
+        table.data = table.data[order]
+    after = model(features, padding)
+    torch.testing.assert_close(before.logits[:, :, order], after.logits)
+    torch.testing.assert_close(before.boxes[:, :, order], after.boxes)
+
+
+def test_a_denoised_checkpoint_loads_into_the_plain_model(method):
+    denoised = tiny_model(method, denoising=Denoising())
+    plain = tiny_model(method, seed=5)
+    missing, unexpected = plain.load_state_dict(denoised.state_dict(), strict=False)
+    assert not missing
+    assert all("label_table" in name for name in unexpected)

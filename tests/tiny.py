@@ -1,0 +1,69 @@
+"""Small models and batches that the tests share, in float64 where exactness is asked."""
+
+from __future__ import annotations
+
+import torch
+
+from dn_detr.build import Denoising, build_model
+from dn_detr.models.numbers import Numbers
+from dn_detr.structures import Target, Targets, pad_targets
+
+STRIDES = [8, 16, 32]
+WIDTHS = [12, 16, 20]
+
+
+def tiny_model(method: str, *, denoising: Denoising | None = None, seed: int = 0, **numbers):
+    """A model of `method` with random weights everywhere, also where training starts from zero."""
+    torch.manual_seed(seed)
+    sizes = {
+        "num_classes": 5,
+        "num_queries": 7,
+        "channels": 32,
+        "num_heads": 4,
+        "num_points": 2,
+        "feed_forward_dim": 24,
+        "encoder_layers": 1,
+        "decoder_layers": 3,
+    }
+    model = build_model(
+        method,
+        Numbers(**{**sizes, **numbers}),
+        in_channels=WIDTHS,
+        strides=STRIDES,
+        denoising=denoising,
+    ).double()
+    for parameter in model.parameters():
+        # Zero-initialised heads and offsets would hide leaks and dead paths.
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def tiny_features(batch: int, height: int = 96, width: int = 128, seed: int = 1) -> list:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(
+            batch, c, height // s, width // s, dtype=torch.float64, generator=generator
+        )
+        for c, s in zip(WIDTHS, STRIDES, strict=True)
+    ]
+
+
+def tiny_padding(sizes: list[tuple[int, int]], height: int = 96, width: int = 128):
+    padding = torch.ones(len(sizes), height, width, dtype=torch.bool)
+    for image, (h, w) in enumerate(sizes):
+        padding[image, :h, :w] = False
+    return padding
+
+
+def tiny_target(count: int, *, key: int = 0, num_classes: int = 5) -> Target:
+    """`count` objects that follow from `key`."""
+    generator = torch.Generator().manual_seed(1000 + key)
+    centers = torch.rand(count, 2, dtype=torch.float64, generator=generator) * 0.6 + 0.2
+    sizes = torch.rand(count, 2, dtype=torch.float64, generator=generator) * 0.3 + 0.05
+    labels = torch.randint(num_classes, (count,), generator=generator)
+    return Target(labels, torch.cat((centers, sizes), dim=1), noise_key=key)
+
+
+def tiny_targets(*counts: int) -> Targets:
+    """A batch of images with `counts` objects."""
+    return pad_targets([tiny_target(count, key=key) for key, count in enumerate(counts)])
