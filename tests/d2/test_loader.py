@@ -1,5 +1,8 @@
+import gc
 import itertools
+import multiprocessing
 import random
+import time
 from collections import Counter
 
 import numpy as np
@@ -106,3 +109,12 @@ def test_input_errors_come_out_of_workers_as_one_sentence(num_workers):
         batches(make_loader(mapper=failing_mapper, num_workers=num_workers), 1)
     assert str(caught.value).startswith("image ") and str(caught.value).endswith("replace it.")
     assert "\n" not in str(caught.value)
+
+
+def test_workers_end_at_once_after_an_input_error():
+    start = time.perf_counter()
+    with pytest.raises(InputError):
+        batches(make_loader(mapper=failing_mapper, num_workers=2), 1)
+    gc.collect()
+    assert multiprocessing.active_children() == []
+    assert time.perf_counter() - start < 4

@@ -149,7 +149,22 @@ class TrainLoader:
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # the default one belongs to the model
         )
-        return iter(loader)
+        return _without_lingering_workers(iter(loader))
+
+
+def _without_lingering_workers(iterator):
+    """Yield from a DataLoader's iterator; after an InputError its workers end at once.
+
+    As part of that error's traceback the iterator would live on, and leaving the program would
+    take another five seconds for every worker.
+    """
+    try:
+        yield from iterator
+    except InputError as error:
+        sentence = str(error)
+        error.__traceback__ = None
+    del iterator
+    raise InputError(sentence)
 
 
 def training_set(names, *, check: str, filters_empty: bool, with_masks: bool = False):
