@@ -1,0 +1,1 @@
+"""Matching and losses: readers of `Predictions` that know no model."""

@@ -1,0 +1,129 @@
+"""The loss: every term on every layer of every segment, under keys that never depend on the data.
+
+    loss_class                 last layer of the matched queries
+    loss_class_0               their first prediction, and so on up to the last but one
+    loss_denoise_class_3       another segment's
+    loss_encoder_class         the proposals'
+
+With a prefix, "loss_<prefix>_" takes the place of "loss_". The same keys come from every process,
+also where no image has an object, as gathering metrics over processes demands.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from dn_detr.layers.boxes import at_least_float32
+from dn_detr.losses.segments import split_segments
+from dn_detr.losses.terms import Term
+from dn_detr.structures import Assignment, Assignments, Matched, Predictions, Targets
+
+
+class Criterion:
+    """Weighted losses of the assigned predictions.
+
+    terms: name (lower-case letters, part of the key) -> (term, weight); prefix: of all keys, tells
+    apart several criteria over the same predictions; segments: names of the segments served
+    ("encoder/<name>" for proposals), None = all.
+    """
+
+    def __init__(
+        self,
+        terms: Mapping[str, tuple[Term, float]],
+        *,
+        prefix: str = "",
+        segments: Collection[str] | None = None,
+    ):
+        for name in terms:
+            if not re.fullmatch("[a-z]+", name):
+                raise ValueError(f"names of terms must be lower-case letters, got {name!r}")
+        self.terms = dict(terms)
+        self.prefix = prefix
+        self.segments = segments
+
+    def __call__(
+        self,
+        predictions: Predictions,
+        targets: Targets,
+        assignments: Assignments,
+        num_objects: float | Tensor,
+    ) -> dict[str, Tensor]:
+        """Scalar losses, times the weights of term and segment, in float32 whatever autocast says.
+
+        num_objects: of the batch, averaged over the processes and at least 1. Terms without any
+        object are 0 and still part of the graph.
+        """
+        losses = {}
+        with torch.autocast(predictions.logits.device.type, enabled=False):
+            for name, part in split_segments(predictions, self.segments).items():
+                if name not in assignments:
+                    raise ValueError(
+                        f"segment {name!r} has no assignment, only {sorted(assignments)} have"
+                    )
+                matched = look_up(part, targets, assignments[name])
+                for term_name, (term, weight) in self.terms.items():
+                    values = term(matched, num_objects) * (weight * part.segments[0].weight)
+                    key = "_".join(filter(None, ("loss", self.prefix, _label(name), term_name)))
+                    last = values.shape[0] - 1
+                    for layer, value in enumerate(values.unbind()):
+                        losses[key if layer == last else f"{key}_{layer}"] = value
+        return losses
+
+
+def _label(segment: str) -> str:
+    """A segment's part of the keys: "" for "match", "encoder" for "encoder/match", else its name."""
+    place, _, name = segment.rpartition("/")
+    return "_".join(filter(None, (place, "" if name == "match" else name)))
+
+
+def look_up(part: Predictions, targets: Targets, assignment: Assignment) -> Matched:
+    """The predictions of one segment beside the ground truth that its slots are assigned.
+
+    Slots that do not exist get logits 0 and boxes .5 without gradient, whatever stood there.
+    """
+    object_of = assignment.object_of
+    layers, batch, _ = object_of.shape
+    is_real = assignment.is_real.expand(layers, -1, -1)
+    index = object_of.clamp(min=0)
+    logits = torch.where(is_real[..., None], at_least_float32(part.logits), 0)
+    boxes = part.boxes
+    if boxes is not None:
+        boxes = torch.where(is_real[..., None], at_least_float32(boxes), 0.5)
+
+    def pick(values: Tensor) -> Tensor:  # [B, M] -> [L, B, q]
+        return values.expand(layers, -1, -1).gather(2, index)
+
+    target_boxes = torch.stack([pick(side) for side in targets.boxes.unbind(-1)], dim=-1)
+    scores = torch.ones_like(targets.boxes[..., 0]) if targets.scores is None else targets.scores
+    return Matched(
+        logits=logits,
+        boxes=boxes,
+        labels=torch.zeros_like(index) if part.is_class_agnostic else pick(targets.labels),
+        target_boxes=target_boxes.to(logits.dtype),
+        target_scores=pick(scores).to(logits.dtype),
+        is_positive=(object_of >= 0) & is_real,
+        is_real=is_real,
+        assignment=assignment,
+        copies=part.segments[0].copies,
+        mask_embeddings=part.mask_embeddings,
+        pixel_map=part.pixel_map,
+    )
+
+
+def summarize(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Total of each segment over layers and terms, for the console: loss_match, loss_denoise, ...
+
+    losses: what one or more criteria gave. ValueError on any other key.
+    """
+    totals: dict[str, Tensor] = {}
+    for key, value in losses.items():
+        parsed = re.fullmatch(r"loss_(?:(.+)_)?[a-z]+(?:_\d+)?", key)
+        if parsed is None:
+            raise ValueError(f"keys must be those of a Criterion, got {key!r}")
+        name = f"loss_{parsed[1] or 'match'}"
+        totals[name] = totals[name] + value if name in totals else value
+    return totals
