@@ -1,0 +1,34 @@
+// The list of what exists: every operator's schema, and the stub that makes the library importable.
+// Kernels register themselves at the foot of their own files; fake kernels and gradients are Python.
+
+#include <Python.h>
+
+#include <torch/library.h>
+
+extern "C" {
+#if defined(_WIN32)
+__declspec(dllexport)
+#else
+__attribute__((visibility("default")))
+#endif
+PyObject* PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
+                               nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}
+}
+
+// Sizes are SymInt, though always host integers: with int every image size would compile anew.
+TORCH_LIBRARY(dn_detr, m) {
+  m.def(
+      "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
+      "Tensor attention_weights) -> Tensor");
+  m.def(
+      "ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
+      "Tensor sampling_locations, Tensor attention_weights) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "noise_objects(Tensor labels, Tensor boxes, Tensor is_object, Tensor noise_keys, "
+      "SymInt num_groups, SymInt slots_per_group, SymInt num_classes, float box_noise, "
+      "float label_noise, bool contrastive, SymInt num_matched, ScalarType mask_dtype, "
+      "bool hide_empty) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}

@@ -1,0 +1,201 @@
+// The arithmetic of denoising noise, equal to the last bit on the CPU, on CUDA and in the plain twin
+// (projects/dn_detr/ops/noise_objects.py says what it means). No product is fused into a sum: a
+// fused one is rounded once instead of twice.
+#pragma once
+
+#include <cstdint>
+
+#include "philox.h"
+
+#if defined(__clang__) && !defined(__CUDACC__)
+#pragma clang fp contract(off)
+#elif defined(__GNUC__) && !defined(__CUDACC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+namespace dn_detr {
+
+// Words 0-3 of BOX_DRAW move the four coordinates. Of LABEL_DRAW, word 0 decides whether the label is
+// redrawn, 1 is the new class, the low 4 bits of 2 are the signs, and 3 orders the objects.
+constexpr uint32_t BOX_DRAW = 0, LABEL_DRAW = 1;
+// Efficient attention wants rows of the additive mask to start at multiples of 16 elements.
+constexpr int64_t MASK_PITCH = 16;
+
+struct NoiseOptions {
+  int64_t batch, most_objects; // B, M
+  int64_t groups, slots, kinds; // kinds of slots in a group: positives (, negatives)
+  int64_t num_classes;
+  int64_t matched; // N
+  double box_noise, label_noise;
+  bool hide_empty;
+
+  DN_DETR_ANYWHERE int64_t group_size() const { return kinds * slots; }
+  DN_DETR_ANYWHERE int64_t total_slots() const { return groups * kinds * slots; } // T
+  DN_DETR_ANYWHERE int64_t side() const { return total_slots() + matched; } // of the mask
+  DN_DETR_ANYWHERE int64_t pitch() const {
+    return (side() + MASK_PITCH - 1) / MASK_PITCH * MASK_PITCH;
+  }
+};
+
+DN_DETR_ANYWHERE Words draw(int64_t key, int64_t object, int64_t stream, uint32_t id) {
+  return philox(
+      static_cast<uint64_t>(key),
+      {{static_cast<uint32_t>(object), static_cast<uint32_t>(stream), id, 0}});
+}
+
+template <typename T>
+DN_DETR_ANYWHERE T add(T a, T b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 4) {
+    return __fadd_rn(a, b);
+  } else {
+    return __dadd_rn(a, b);
+  }
+#else
+  return a + b;
+#endif
+}
+
+template <typename T>
+DN_DETR_ANYWHERE T multiply(T a, T b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 4) {
+    return __fmul_rn(a, b);
+  } else {
+    return __dmul_rn(a, b);
+  }
+#else
+  return a * b;
+#endif
+}
+
+// In [0, 1], NaN stays NaN.
+template <typename T>
+DN_DETR_ANYWHERE T clamp01(T x) {
+  return x < T(0) ? T(0) : (x > T(1) ? T(1) : x);
+}
+
+// In [0, 1), a multiple of 2^-24.
+template <typename T>
+DN_DETR_ANYWHERE T uniform(uint32_t word) {
+  return multiply(static_cast<T>(word >> 8), T(1) / T(1 << 24));
+}
+
+template <typename T>
+DN_DETR_ANYWHERE void move_box(const T* box, const Words& words, T noise, T* out) {
+  for (int i = 0; i < 4; ++i) {
+    const T scaled = multiply(add(multiply(uniform<T>(words.word[i]), T(2)), T(-1)), noise);
+    out[i] = i < 2 ? clamp01(add(box[i], multiply(scaled, multiply(box[i + 2], T(0.5)))))
+                   : clamp01(multiply(box[i], add(scaled, T(1))));
+  }
+}
+
+template <typename T>
+DN_DETR_ANYWHERE void move_sides(
+    const T* box,
+    const Words& words,
+    uint32_t signs,
+    bool is_negative,
+    T noise,
+    T* out) {
+  T sides[4]; // x1, y1, x2, y2
+  for (int i = 0; i < 4; ++i) {
+    const T half = multiply(box[2 + i % 2], T(0.5));
+    T reach = uniform<T>(words.word[i]);
+    reach = is_negative ? add(reach, T(1)) : reach;
+    reach = (signs >> i & 1) ? -reach : reach;
+    const T side = add(box[i % 2], i < 2 ? -half : half);
+    sides[i] = clamp01(add(side, multiply(multiply(reach, noise), half)));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const T size = add(sides[i + 2], -sides[i]);
+    out[i] = multiply(add(sides[i], sides[i + 2]), T(0.5));
+    out[i + 2] = size < T(0) ? T(0) : size;
+  }
+}
+
+// One image's part of the inputs and outputs.
+template <typename T>
+struct NoiseImage {
+  const int64_t* labels; // [M]
+  const T* boxes; // [M, 4]
+  int64_t key;
+  int64_t num_objects;
+  int64_t* out_labels; // [T]
+  T* out_boxes; // [T, 4]
+  int64_t* assignment; // [T]
+  bool* is_empty; // [T]
+};
+
+// Slot of object `m` in a group, -1 if it gets none: m itself while all objects fit, else the place
+// of its draw among the draws of all objects.
+DN_DETR_ANYWHERE int64_t slot_of_object(
+    const NoiseOptions& o,
+    int64_t key,
+    int64_t num_objects,
+    int64_t group,
+    int64_t m) {
+  if (num_objects <= o.slots) {
+    return m;
+  }
+  const uint32_t own = draw(key, m, 2 * group, LABEL_DRAW).word[3];
+  int64_t rank = 0;
+  for (int64_t other = 0; other < num_objects; ++other) {
+    const uint32_t word = draw(key, other, 2 * group, LABEL_DRAW).word[3];
+    rank += word < own || (word == own && other < m) ? 1 : 0;
+  }
+  return rank < o.slots ? rank : -1;
+}
+
+// Writes the slots (of all kinds) that belong to place `m` in [0, M) of a group: those of object m,
+// or where there is no such object, empty slots number m.
+template <typename T>
+DN_DETR_ANYWHERE void noise_place(
+    const NoiseOptions& o,
+    const NoiseImage<T>& image,
+    int64_t group,
+    int64_t m) {
+  const bool is_object = m < image.num_objects;
+  const int64_t slot =
+      is_object ? slot_of_object(o, image.key, image.num_objects, group, m) : m;
+  if (slot < 0 || slot >= o.slots) {
+    return;
+  }
+  for (int64_t kind = 0; kind < o.kinds; ++kind) {
+    const int64_t t = (group * o.kinds + kind) * o.slots + slot;
+    image.is_empty[t] = !is_object;
+    image.assignment[t] = is_object && kind == 0 ? m : -1;
+    T* box = image.out_boxes + 4 * t;
+    if (!is_object) {
+      image.out_labels[t] = 0;
+      box[0] = box[1] = box[2] = box[3] = T(0.5);
+      continue;
+    }
+    const Words moves = draw(image.key, m, 2 * group + kind, BOX_DRAW);
+    const Words other = draw(image.key, m, 2 * group + kind, LABEL_DRAW);
+    const bool is_flipped = uniform<double>(other.word[0]) < o.label_noise;
+    const auto random_class =
+        static_cast<int64_t>(static_cast<uint64_t>(other.word[1]) * o.num_classes >> 32);
+    image.out_labels[t] = is_flipped ? random_class : image.labels[m];
+    const T noise = static_cast<T>(o.box_noise);
+    if (o.kinds == 1) {
+      move_box(image.boxes + 4 * m, moves, noise, box);
+    } else {
+      move_sides(image.boxes + 4 * m, moves, other.word[2], kind == 1, noise, box);
+    }
+  }
+}
+
+// Whether query i may attend to key j.
+DN_DETR_ANYWHERE bool is_visible(const NoiseOptions& o, int64_t num_objects, int64_t i, int64_t j) {
+  const int64_t slots = o.total_slots();
+  if (j >= slots || i == j) {
+    return true;
+  }
+  if (i >= slots || i / o.group_size() != j / o.group_size()) {
+    return false;
+  }
+  return !o.hide_empty || j % o.slots < num_objects;
+}
+
+} // namespace dn_detr

@@ -1,0 +1,245 @@
+"""Builds the package dn_detr and its operators `dn_detr._C`, against the torch that is installed.
+
+Environment variables:
+  DN_DETR_NO_EXTENSION=1  build no operators: everything runs as plain PyTorch
+  FORCE_CUDA=1            fail where the CUDA operators cannot be built; FORCE_CUDA=0: do not try
+  CUDA_HOME               toolkit to build with; else the nvcc on the PATH, else NVIDIA's wheels
+  TORCH_CUDA_ARCH_LIST    "9.0", "8.0;9.0+PTX"; else the GPUs that are present, else a short list
+  MAX_JOBS                how many files are compiled at a time
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+SKIP_EXTENSION = os.environ.get("DN_DETR_NO_EXTENSION") == "1"
+FORCE_CUDA = os.environ.get("FORCE_CUDA")
+ARCHITECTURES = "8.0;8.6;9.0+PTX"  # A100, RTX 30 and A10, H100; newer GPUs compile the PTX
+
+# The only place where this pin stands.
+DETECTRON2 = (
+    "detectron2 @ git+https://github.com/facebookresearch/detectron2.git"
+    "@02b5c4e295e990042a714712c21dc79b731e8833"
+)
+NO_TORCH = (
+    "dn_detr is built against the torch that you have, and there is none: install torch first "
+    "(https://pytorch.org), then run `pip install --no-build-isolation -e .`"
+)
+
+
+def import_torch():
+    """torch, or None. An isolated build hides what is installed: look there, behind its own."""
+    try:
+        import torch
+    except ImportError:
+        installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+        sys.path.extend(sorted(installed - set(sys.path)))
+        try:
+            import torch
+        except ImportError:
+            return None
+    return torch
+
+
+# ----------------------------------------------------------------------------------------- CUDA
+
+
+def toolkit_of(nvcc):
+    """Root of the toolkit of an nvcc, which may be a link or a script that calls another one."""
+    output = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", output.stderr, re.MULTILINE)
+    return Path(top.group(1).strip() if top else Path(nvcc).resolve().parents[1]).resolve()
+
+
+def nvcc_version(root):
+    """Release of the nvcc in a toolkit, "13.0", or None."""
+    try:
+        output = subprocess.run([root / "bin" / "nvcc", "--version"], capture_output=True, text=True)
+    except OSError:
+        return None
+    release = re.search(r"release (\d+\.\d+)", output.stdout)
+    return release and release.group(1)
+
+
+def find_toolkit(torch):
+    """(root, version, None) of a toolkit of torch's CUDA major version, or (None, None, why not)."""
+    if FORCE_CUDA == "0":
+        return None, None, "built without CUDA because FORCE_CUDA=0"
+    if torch.version.cuda is None:
+        return None, None, f"built without CUDA because torch {torch.__version__} has no CUDA"
+    major = torch.version.cuda.split(".")[0]
+    on_path = shutil.which("nvcc")
+    wheels = Path(torch.__file__).parents[1] / "nvidia"
+    places = [
+        (name, Path(os.environ[name])) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)
+    ]
+    if on_path:
+        places.append(("nvcc on the PATH", toolkit_of(on_path)))
+    places += [("wheels", wheels / f"cu{major}"), ("wheels", wheels / "cuda_nvcc")]
+    places.append(("default", Path("/usr/local/cuda")))
+    searched = []
+    for name, root in places:
+        version = nvcc_version(root)
+        if version and version.split(".")[0] == major:
+            return root, version, None
+        searched.append(f"{root} ({name}: {f'nvcc {version}' if version else 'no nvcc'})")
+    return None, None, (
+        f"built without CUDA because no nvcc of CUDA {major}, which torch {torch.__version__} "
+        f"needs, was found in " + ", ".join(searched)
+    )
+
+
+def wheel_folders(torch, kind):
+    """Folders "include" or "lib" of NVIDIA's wheels: what a small toolkit lacks, torch has."""
+    return [str(path) for path in sorted((Path(torch.__file__).parents[1] / "nvidia").glob(f"*/{kind}"))]
+
+
+def find_runtime(torch, root):
+    """Path of libcudart: the toolkit's, else that of torch's wheels (which has no plain name)."""
+    folders = [root / "lib64", root / "lib", *map(Path, wheel_folders(torch, "lib"))]
+    found = (path for folder in folders for path in sorted(folder.glob("libcudart.so*")))
+    return next(found, None)
+
+
+def architectures(torch):
+    """TORCH_CUDA_ARCH_LIST, or that of the GPUs that are present, or the default."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return os.environ["TORCH_CUDA_ARCH_LIST"]
+    present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(present)) or ARCHITECTURES
+
+
+# ------------------------------------------------------------------------------------ extension
+
+
+def sources(folder, pattern):
+    """Relative to setup.py: absolute paths break installs."""
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / folder).glob(pattern))
+
+
+def extension(torch, root):
+    """The extension, with CUDA if there is the root of a toolkit."""
+    from torch.utils import cpp_extension
+
+    cxx = ["-O3", "-g0"] if os.name != "nt" else ["/O2"]
+    if sys.platform == "linux":
+        # Only compiled with OpenMP, not linked: its functions come from the library that torch
+        # has loaded, a second one would have threads of its own.
+        cxx += ["-fopenmp", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+    options = {
+        "sources": sources(".", "*.cpp") + sources("cpu", "*.cpp"),
+        "include_dirs": cpp_extension.include_paths(),
+        "library_dirs": cpp_extension.library_paths(),
+        "libraries": ["c10", "torch", "torch_cpu"],
+        "extra_compile_args": {"cxx": cxx},
+        "extra_link_args": [],
+        "language": "c++",
+        "py_limited_api": True,
+    }
+    if root is not None:
+        runtime = find_runtime(torch, root)
+        options["sources"] += sources("cuda", "*.cu")
+        options["include_dirs"] += [str(root / "include"), *wheel_folders(torch, "include")]
+        options["libraries"] += ["c10_cuda", "torch_cuda"]
+        options["extra_compile_args"]["nvcc"] = ["-O3", "-lineinfo"]
+        options["extra_link_args"] += [str(runtime)] if runtime else ["-lcudart"]
+    return Extension("dn_detr._C", **options)
+
+
+def build_command(torch, record):
+    """torch's build_ext, which in addition writes the record of the build beside the library."""
+    from torch.utils import cpp_extension
+
+    if record["toolkit"]:
+        cpp_extension.CUDA_HOME = record["toolkit"]  # torch would take a script's parent for it
+
+    class Build(cpp_extension.BuildExtension):
+        def run(self):
+            super().run()
+            record["compiler"] = " ".join(map(str, self._check_abi()))
+            folder = Path(self.get_ext_fullpath("dn_detr._C")).parent
+            (folder / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
+
+    return Build
+
+
+class MissingTorch(build_ext):
+    def run(self):
+        sys.exit(NO_TORCH)
+
+
+class BuildWithoutExtension(build_py):
+    """Removes what an earlier build left in the checkout, so that it is not loaded."""
+
+    def run(self):
+        super().run()
+        for path in (ROOT / "projects" / "dn_detr").glob("_C.*"):
+            path.unlink()
+
+
+def extension_arguments():
+    """What setup() is told about the extension."""
+    if SKIP_EXTENSION:
+        return {"cmdclass": {"build_py": BuildWithoutExtension}}
+    torch = import_torch()
+    if torch is None:
+        missing = Extension("dn_detr._C", sources=[], py_limited_api=True)
+        return {"ext_modules": [missing], "cmdclass": {"build_ext": MissingTorch}}
+    root, version, reason = find_toolkit(torch)
+    if root is None and FORCE_CUDA == "1":
+        sys.exit(f"FORCE_CUDA=1, but dn_detr would be {reason}")
+    if root is not None:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(torch)
+    record = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "toolkit": root and str(root),
+        "nvcc": version,
+        "architectures": root and os.environ["TORCH_CUDA_ARCH_LIST"],
+        "no_cuda": reason,
+    }
+    return {
+        "ext_modules": [extension(torch, root)],
+        "cmdclass": {"build_ext": build_command(torch, record)},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+def version():
+    text = (ROOT / "projects" / "dn_detr" / "__init__.py").read_text()
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
+readme = ROOT / "README.md"
+setup(
+    name="dn_detr",
+    version=version(),
+    description="Denoising training for DETR-like detectors, as a Detectron2 project",
+    long_description=readme.read_text() if readme.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    package_dir={"": "projects"},
+    packages=find_packages("projects"),
+    python_requires=">=3.10,<3.14",
+    install_requires=[
+        "torch>=2.8",
+        "fvcore",
+        "pycocotools",
+        "scipy",
+        "numpy",
+        "Pillow",
+        "matplotlib",
+    ],
+    extras_require={"detectron2": [DETECTRON2], "test": ["pytest", "pytest-xdist"]},
+    **extension_arguments(),
+)
