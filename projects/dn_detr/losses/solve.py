@@ -22,7 +22,7 @@ def solve(
     where forbidden, which must hold for all objects of the image or, with candidates, leave each
     object as many slots as the image has objects to place. candidates [L, T, G, q]: which slots
     these are; None: all, q = num_slots. repeats: how often each object is placed (2207.13080).
-    If there are more objects than slots, the most expensive ones get none.
+    If there are more objects than slots, those get none whose absence costs least in all.
     """
     layers, _, groups, _ = cost.shape
     object_of = np.full((layers, len(counts), groups, num_slots), -1, dtype=np.int64)

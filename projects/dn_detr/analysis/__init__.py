@@ -1,0 +1,1 @@
+"""Instruments that explain training; they never take part in it."""
