@@ -32,6 +32,7 @@ from dn_detr.d2 import add_dn_detr_config
 from dn_detr.d2.checkpoint import Checkpointer
 from dn_detr.d2.datasets import prepare
 from dn_detr.d2.errors import InputError, sentence_in
+from dn_detr.d2.report import check_datasets
 from dn_detr.d2.trainer import Trainer
 
 
@@ -56,6 +57,7 @@ def setup(args) -> CfgNode:
 def main(args) -> dict | None:
     """Train, or only evaluate; returns the metrics where there are any."""
     cfg = setup(args)
+    check_datasets(cfg, eval_only=args.eval_only)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)

@@ -10,11 +10,12 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dn_detr.d2.errors import InputError
 
 MAX_OPENED_IMAGES = 20_000  # in larger datasets image files are only looked for, not opened
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's, on images
 _EXIF_ORIENTATION = 274
 _EXIF_TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
 
@@ -39,6 +40,13 @@ def read_json(json_file: str) -> dict:
             f"'annotations' and 'categories', got a {type(content).__name__}."
         )
     return content
+
+
+def reason(error: Exception) -> str:
+    """Why an image cannot be read, for the middle of a sentence."""
+    if isinstance(error, UnidentifiedImageError):  # says which Python object it was
+        return "no known image format"
+    return str(error).rstrip(".")
 
 
 def _list_of(content: dict, key: str, json_file: str, needs: dict[str, type | tuple]) -> list[dict]:
@@ -96,12 +104,14 @@ def check_annotations(json_file: str, content: dict) -> None:
                 f"{image['width']}x{image['height']}."
             )
     image_ids = [image["id"] for image in images]
+    if len({type(image_id) for image_id in image_ids}) > 1:
+        raise InputError(f"{json_file}: image ids must be all numbers or all texts, got both.")
     repeated = _repeated(image_ids)
     if repeated is not None:
         raise InputError(f"{json_file}: the image id {repeated} is used twice.")
     if "annotations" not in content:
         return
-    needs = {"id": (int, str), "image_id": (int, str), "category_id": int, "bbox": list}
+    needs = {"id": int, "image_id": (int, str), "category_id": int, "bbox": list}
     annotations = _list_of(content, "annotations", json_file, needs)
     image_ids = set(image_ids)
     for annotation in annotations:
@@ -162,8 +172,8 @@ def _fault(record: dict) -> str | None:
             width, height = image.size
             if image.getexif().get(_EXIF_ORIENTATION) in _EXIF_TURNED:
                 width, height = height, width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"{record['file_name']}, which cannot be read ({error})"
+    except UNREADABLE as error:
+        return f"{record['file_name']}, which cannot be read ({reason(error)})"
     wanted = (record.get("width", width), record.get("height", height))
     if wanted != (width, height):
         return (

@@ -108,7 +108,9 @@ def class_names(name: str) -> list[str]:
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None:
         if metadata.get("json_file") is not None:
-            return list(check_categories(metadata.json_file, read_json(metadata.json_file)).values())
+            return list(
+                check_categories(metadata.json_file, read_json(metadata.json_file)).values()
+            )
         DatasetCatalog.get(name)  # datasets of the user's own may set their metadata on loading
     if metadata.get("thing_classes") is None:
         raise InputError(
@@ -123,7 +125,7 @@ def num_classes_of(name: str) -> int:
 
 
 def resolve_num_classes(configured: int, names: list[str]) -> int:
-    """The number of classes of a run on the datasets `names`: `configured`, or theirs where it is 0.
+    """The number of classes of a run: `configured`, or that of the datasets `names` where it is 0.
 
     InputError unless all datasets have the same classes, as many as configured.
     """

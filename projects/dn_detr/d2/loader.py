@@ -1,9 +1,9 @@
-"""Data loaders; that of training continues after a resume with exactly the samples it would have had.
+"""Data loaders. After a resume, that of training goes on with exactly the samples that were next.
 
 The sample at position p of the training stream depends on (seed, p) alone: which image follows from
 a permutation of each epoch, drawn from (seed, epoch), and every random number of its augmentation
-from (seed, p). Iteration i of rank r takes positions i * batch + r * per_rank and following, however
-many workers there are.
+from (seed, p). Iteration i of rank r takes positions i * batch + r * per_rank and following,
+however many workers there are.
 """
 
 from __future__ import annotations

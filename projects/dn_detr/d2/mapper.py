@@ -6,9 +6,9 @@ from detectron2.config import configurable
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, polygons_to_bitmask
-from PIL import Image
 from pycocotools import mask as coco_mask
 
+from dn_detr.d2.coco_check import UNREADABLE, reason
 from dn_detr.d2.errors import InputError
 
 
@@ -62,8 +62,9 @@ def read_image(record, image_format):
         image = detection_utils.read_image(record["file_name"], format=image_format)
     except FileNotFoundError:
         raise InputError(f"{name} does not exist: check the image folder of its dataset.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name} cannot be read ({error}): replace or remove it.") from error
+    except UNREADABLE as error:
+        why = reason(error)
+        raise InputError(f"{name} cannot be read ({why}): replace or remove it.") from error
     try:
         detection_utils.check_image_size(record, image)
     except detection_utils.SizeMismatchError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -13,6 +14,8 @@ from detectron2.structures import BoxMode
 from dn_detr.d2.coco_check import check_annotations, check_image_files, read_json
 from dn_detr.d2.datasets import class_names
 from dn_detr.d2.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 ROUNDING = 0.1  # pixels by which a box may leave its image without being mentioned
 _NUM_EXAMPLES = 3
@@ -52,6 +55,21 @@ class LoadedDataset:
     clipped: Finding
 
 
+def describe(no_size: Finding, outside: Finding, clipped: Finding) -> list[str]:
+    """One line for every kind of fault that boxes had; none if all were right."""
+    kinds = (
+        ("dropped    boxes with zero, negative or not finite size", no_size),
+        ("dropped    boxes outside of their image", outside),
+        ("clipped    boxes at the border of their image", clipped),
+    )
+    return [
+        f"{text}: {finding.count} ({', '.join(finding.examples)}"
+        f"{', ...' if finding.count > len(finding.examples) else ''})"
+        for text, finding in kinds
+        if finding.count
+    ]
+
+
 def load(name: str, *, check: str = "full", with_masks: bool = False) -> LoadedDataset:
     """Load a registered dataset; a second call gives the same object.
 
@@ -67,17 +85,24 @@ def load(name: str, *, check: str = "full", with_masks: bool = False) -> LoadedD
 
 @lru_cache(maxsize=None)
 def _load(name, load_records, names, is_checked, with_masks) -> LoadedDataset:
-    """`load_records` is the catalog's function, so that a dataset registered anew is loaded anew."""
+    """`load_records` is the catalog's function, so that a name given anew is loaded anew."""
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("json_file")
     if is_checked and json_file is not None and not metadata.get("is_drawn_on_first_use", False):
         check_annotations(json_file, read_json(json_file))
-    records = load_records()
+    try:
+        records = load_records()
+    except FileNotFoundError as error:
+        raise InputError(f"the dataset {name!r} cannot be loaded: {error}.") from error
     if not records:
         raise InputError(f"the dataset {name!r} has no images.")
     if is_checked:
         check_image_files(records, name)
-    return clean(records, name=name, class_names=list(names), with_masks=with_masks)
+    loaded = clean(records, name=name, class_names=list(names), with_masks=with_masks)
+    if not is_checked:  # otherwise the report says it
+        for line in describe(loaded.no_size, loaded.outside, loaded.clipped):
+            logger.warning(f"dataset {name}: {line}")
+    return loaded
 
 
 def clean(records, *, name: str, class_names: list[str], with_masks: bool = False) -> LoadedDataset:

@@ -94,7 +94,8 @@ def generate(root, split, num_images=None, seed=None):
 
 def _check_settings(folder, **wanted):
     """Raise InputError unless the dataset in `folder` was made with the settings that are set."""
-    wanted = {"version": VERSION} | {key: value for key, value in wanted.items() if value is not None}
+    wanted = {key: value for key, value in wanted.items() if value is not None}
+    wanted["version"] = VERSION
     try:
         found = json.loads((folder / "annotations.json").read_text())["info"]
     except (OSError, ValueError, KeyError):

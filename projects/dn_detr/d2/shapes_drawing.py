@@ -115,7 +115,7 @@ def stripes(rng, height, width):
 
 
 def clouds(rng, height, width, contrast):
-    """Smooth colour [height, width, 3]: a few random colours, spread `contrast` about their mean."""
+    """Smooth colour [height, width, 3]: a few random colours, `contrast` about their mean."""
     cells = rng.integers(2, 8, 2)
     grid = random_colour(rng) + rng.uniform(-contrast, contrast, (*cells, 3))
     small = Image.fromarray(grid.clip(0, 255).astype(np.uint8))
