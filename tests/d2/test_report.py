@@ -263,6 +263,9 @@ def test_datasets_of_the_user_s_own_are_cleaned_too():
     (annotation,) = loaded.records[0]["annotations"]
     assert annotation["bbox"] == [2, 3, 10, 8] and "segmentation" not in annotation
     assert loaded.clipped.count == 1 and box["bbox"] == [2, 3, 15, 8]
+    nameless = [{"file_name": "a.png"}, {"file_name": "b.png"}]
+    cleaned = records.clean(nameless, name="own", class_names=["x"]).records
+    assert [record["image_id"] for record in cleaned] == [0, 1]
     with pytest.raises(InputError, match="has the class 3 in a.png, but only 1 class names"):
         bad = {**record, "annotations": [{**box, "category_id": 3}]}
         records.clean([bad], name="own", class_names=["x"])

@@ -108,14 +108,14 @@ def _load(name, load_records, names, is_checked, with_masks) -> LoadedDataset:
 def clean(records, *, name: str, class_names: list[str], with_masks: bool = False) -> LoadedDataset:
     """Drop boxes without size, cut the others at the border of their image, count everything.
 
-    Makes new records. Raises InputError where a class is not in [0, K), or where a segmentation is
+    Makes new records; their number is the image id of those without. Raises InputError where a class is not in [0, K), or where a segmentation is
     missing `with_masks`.
     """
     unused = {"keypoints"} if with_masks else {"keypoints", "segmentation"}
     no_size, outside, clipped = Finding(), Finding(), Finding()
     cleaned, num_objects, num_crowd = [], [], 0
     class_counts = np.zeros(len(class_names), np.int64)
-    for record in records:
+    for i, record in enumerate(records):
         kept, count = [], 0
         for annotation in record.get("annotations", ()):
             annotation = {key: annotation[key] for key in annotation if key not in unused}
@@ -144,7 +144,7 @@ def clean(records, *, name: str, class_names: list[str], with_masks: bool = Fals
             kept.append(annotation)
             count += 1
             class_counts[label] += 1
-        cleaned.append({**record, "annotations": kept})
+        cleaned.append({"image_id": i, **record, "annotations": kept})
         num_objects.append(count)
     return LoadedDataset(
         name=name,
