@@ -108,8 +108,8 @@ def _load(name, load_records, names, is_checked, with_masks) -> LoadedDataset:
 def clean(records, *, name: str, class_names: list[str], with_masks: bool = False) -> LoadedDataset:
     """Drop boxes without size, cut the others at the border of their image, count everything.
 
-    Makes new records; their number is the image id of those without. Raises InputError where a class is not in [0, K), or where a segmentation is
-    missing `with_masks`.
+    Makes new records; their number is the image id of those without. Raises InputError where a
+    class is not in [0, K), or where a segmentation is missing `with_masks`.
     """
     unused = {"keypoints"} if with_masks else {"keypoints", "segmentation"}
     no_size, outside, clipped = Finding(), Finding(), Finding()
