@@ -151,8 +151,9 @@ def test_totals_of_each_segment():
 
 
 @pytest.mark.parametrize("garbage", [1e30, float("nan"), float("inf")])
+@pytest.mark.parametrize("channels", [slice(None), slice(1)])
 @pytest.mark.parametrize("counts", [(3, 0, 5), (0, 0, 0)])
-def test_garbage_in_empty_slots_changes_no_loss_and_no_gradient(garbage, counts):
+def test_garbage_in_empty_slots_changes_no_loss_and_no_gradient(garbage, channels, counts):
     predictions, targets = everything(*counts)
     assignments = assign(predictions, targets, Costs())
     terms = {**TERMS, "mal": (MatchabilityAware(), 1.0), "softmax": (Softmax(), 1.0)}
@@ -163,9 +164,9 @@ def test_garbage_in_empty_slots_changes_no_loss_and_no_gradient(garbage, counts)
             empty = part.segment("denoise").is_empty
             width = empty.shape[1]
             for values in (part.logits, part.boxes):
-                values.data[:, :, :width][:, empty] = garbage
+                values.data[:, :, :width, channels][:, empty] = garbage
             for values in (part.proposals.logits, part.proposals.boxes):
-                values.data[:, part.proposals.segments[0].is_empty] = garbage
+                values.data[..., channels][:, part.proposals.segments[0].is_empty] = garbage
         losses = Criterion(terms)(part, targets, assignments, 4.0)
         sum(losses.values()).backward()
         gradients.append((part.logits.grad, part.boxes.grad, part.proposals.boxes.grad))
@@ -173,6 +174,18 @@ def test_garbage_in_empty_slots_changes_no_loss_and_no_gradient(garbage, counts)
     for plain, scribbled in zip(*gradients, strict=True):
         assert scribbled.isfinite().all()
         assert torch.equal(plain, scribbled)
+
+
+def test_an_object_named_in_an_empty_slot_counts_for_nothing():
+    predictions, targets = everything(3, 0, 5)
+    assignments = assign(predictions, targets, Costs())
+    expected = Criterion(TERMS)(predictions, targets, assignments, 8.0)
+    denoise = assignments["denoise"]
+    named = torch.where(denoise.is_real, denoise.object_of, 1)
+    assignments["denoise"] = replace(denoise, object_of=named)
+    found = Criterion(TERMS)(predictions, targets, assignments, 8.0)
+    for key in expected:
+        assert torch.equal(found[key], expected[key])
 
 
 def test_an_empty_batch_gives_zero_box_losses_that_are_part_of_the_graph():
