@@ -37,7 +37,7 @@ def changed_matches(previous: Tensor | Assignment, current: Tensor | Assignment)
 
 def matching_instability(previous: Tensor | Assignment, current: Tensor | Assignment) -> Tensor:
     """IS: the mean of `changed_matches` over the images. A scalar in queries per image."""
-    return changed_matches(previous, current).double().mean()
+    return changed_matches(previous, current).float().mean()
 
 
 def anchor_target_distances(references: Tensor, targets: Targets, assignment: Assignment) -> Tensor:

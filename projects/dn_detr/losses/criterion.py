@@ -75,7 +75,7 @@ class Criterion:
 
 
 def _label(segment: str) -> str:
-    """A segment's part of the keys: "" for "match", "encoder" for "encoder/match", else its name."""
+    """A segment's part of the keys: none for "match", "encoder" for "encoder/match", or its name."""
     place, _, name = segment.rpartition("/")
     return "_".join(filter(None, (place, "" if name == "match" else name)))
 
@@ -86,7 +86,7 @@ def look_up(part: Predictions, targets: Targets, assignment: Assignment) -> Matc
     Slots that do not exist get logits 0 and boxes .5 without gradient, whatever stood there.
     """
     object_of = assignment.object_of
-    layers, batch, _ = object_of.shape
+    layers = object_of.shape[0]
     is_real = assignment.is_real.expand(layers, -1, -1)
     index = object_of.clamp(min=0)
     logits = torch.where(is_real[..., None], at_least_float32(part.logits), 0)

@@ -16,7 +16,7 @@ def solve(
     repeats: int = 1,
     candidates: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Solve every layer, image and group: object of each slot, [L, B, G, num_slots] int64, -1 = none.
+    """The object of each slot for every layer, image and group: [L, B, G, num_slots], -1 = none.
 
     cost [L, T, G, q]: object t (image after image, counts[b] of them) at each of q slots; infinite
     where forbidden, which must hold for all objects of the image or, with candidates, leave each
