@@ -75,7 +75,7 @@ class Criterion:
 
 
 def _label(segment: str) -> str:
-    """A segment's part of the keys: none for "match", "encoder" for "encoder/match", or its name."""
+    """Part of the keys: none for "match", "encoder" for "encoder/match", else the name."""
     place, _, name = segment.rpartition("/")
     return "_".join(filter(None, (place, "" if name == "match" else name)))
 
