@@ -31,7 +31,7 @@ from detectron2.utils.logger import setup_logger
 from dn_detr.d2 import add_dn_detr_config
 from dn_detr.d2.checkpoint import Checkpointer
 from dn_detr.d2.datasets import prepare
-from dn_detr.d2.errors import InputError, sentence_in
+from dn_detr.errors import InputError, sentence_in
 from dn_detr.d2.report import check_datasets
 from dn_detr.d2.trainer import Trainer
 

@@ -12,7 +12,7 @@ from dn_detr.d2.datasets import (
     register_coco_format,
     resolve_num_classes,
 )
-from dn_detr.d2.errors import InputError
+from dn_detr.errors import InputError
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from dn_detr.d2 import add_dn_detr_config
-from dn_detr.d2.errors import InputError
+from dn_detr.errors import InputError
 from dn_detr.d2.mapper import DetrMapper, train_augmentations
 
 DETR_SIZES = {

@@ -8,7 +8,7 @@ from urllib.error import URLError
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-from dn_detr.d2.errors import InputError
+from dn_detr.errors import InputError
 
 CLASS_DEPENDENT = ("class_heads", "label_table")
 """Parameters whose size is the number of classes: start anew together when it changes."""

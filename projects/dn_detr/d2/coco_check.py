@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
-from dn_detr.d2.errors import InputError
+from dn_detr.errors import InputError
 
 MAX_OPENED_IMAGES = 20_000  # in larger datasets image files are only looked for, not opened
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's, on images

@@ -13,6 +13,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.DATASETS.COCO_FORMAT = []
     # What is checked before the first iteration: "full" (annotations and images) or "off".
     cfg.DATASETS.CHECK = "full"
+    # Images are not grouped by aspect ratio, as in the published code: a sample depends on its
+    # position in the stream alone.
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
     # The crop branch of DETR's augmentation, taken with probability 0.5: shorter side to one of
     # MIN_SIZE_BEFORE, a crop with sides in INPUT.CROP.SIZE, then the usual resize.
     cfg.INPUT.CROP.TYPE = "absolute_range"

@@ -20,7 +20,7 @@ from detectron2.utils import comm
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from dn_detr.d2 import records
-from dn_detr.d2.errors import InputError
+from dn_detr.errors import InputError
 from dn_detr.d2.mapper import DetrMapper
 
 logger = logging.getLogger(__name__)

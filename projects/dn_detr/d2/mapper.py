@@ -9,7 +9,7 @@ from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, polygons_
 from pycocotools import mask as coco_mask
 
 from dn_detr.d2.coco_check import UNREADABLE, reason
-from dn_detr.d2.errors import InputError
+from dn_detr.errors import InputError
 
 
 class EitherOr(T.Augmentation):

@@ -13,7 +13,7 @@ from detectron2.structures import BoxMode
 
 from dn_detr.d2.coco_check import check_annotations, check_image_files, read_json
 from dn_detr.d2.datasets import class_names
-from dn_detr.d2.errors import InputError
+from dn_detr.errors import InputError
 
 logger = logging.getLogger(__name__)
 

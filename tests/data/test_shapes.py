@@ -9,7 +9,7 @@ from pycocotools import mask as coco_mask
 
 from dn_detr.d2 import shapes, shapes_drawing
 from dn_detr.d2.datasets import register_shapes
-from dn_detr.d2.errors import InputError
+from dn_detr.errors import InputError
 
 
 @pytest.fixture(scope="module")

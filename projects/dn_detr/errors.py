@@ -1,6 +1,6 @@
 """The one exception for input that is at fault: data, file names and config values of the user."""
 
-_MARK = "dn_detr.d2.errors.InputError: "
+_MARK = "dn_detr.errors.InputError: "
 
 
 def sentence_in(text):

@@ -1,7 +1,7 @@
 """The synthetic dataset `shapes_train` / `shapes_val`: COCO format, drawn on first use.
 
 It lets everything be tried without a download: six classes of outlines, 0 to 12 objects a picture,
-see `shapes_drawing`. A picture depends on (seed, split, number) only, so a longer dataset begins
+see `drawing`. A picture depends on (seed, split, number) only, so a longer dataset begins
 with the pictures of a shorter one. Each split is one folder under DETECTRON2_DATASETS:
 
     shapes_train/annotations.json
@@ -9,7 +9,7 @@ with the pictures of a shorter one. Each split is one folder under DETECTRON2_DA
 
 Boxes are tight to the full outline clipped to the picture, also where another object covers it.
 
-    python -m dn_detr.d2.shapes --root datasets --num-train 2000 --num-val 200
+    python -m dn_detr.data.shapes --root datasets --num-train 2000 --num-val 200
 """
 
 import argparse
@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dn_detr.d2.errors import InputError
-from dn_detr.d2.shapes_drawing import CLASSES, draw_picture, polygon_area, polygon_box
+from dn_detr.errors import InputError
+from dn_detr.data.drawing import CLASSES, draw_picture, polygon_area, polygon_box
 
 VERSION = 1  # of the drawing: raise it when the same seed would give other pictures
 NUM_IMAGES = {"train": 2000, "val": 200}

@@ -1,6 +1,6 @@
 import traceback
 
-from dn_detr.d2.errors import InputError, sentence_in
+from dn_detr.errors import InputError, sentence_in
 
 
 def _traceback_of_a_chained_error():

@@ -1,0 +1,1 @@
+"""The synthetic dataset. Needs numpy and Pillow only."""
