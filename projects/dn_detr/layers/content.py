@@ -27,6 +27,16 @@ class QueryContent(nn.Module):
         width = channels - 1 if self.has_indicator else channels
         self.label_table = nn.Embedding(num_classes + 1, width) if has_labels else None
 
+    def without_indicator(self) -> QueryContent:
+        """The same without the indicator, for designs whose matched content is not a learned row of
+        their own (its last channel would be lost)."""
+        return QueryContent(
+            channels=self.channels,
+            num_classes=self.num_classes,
+            has_labels=self.label_table is not None,
+            has_indicator=False,
+        )
+
     def new_rows(self, num_queries: int) -> nn.Parameter:
         """Rows [N, C] for `matched`, standard normal as in `nn.Embedding`."""
         rows = torch.randn(num_queries, self.channels)

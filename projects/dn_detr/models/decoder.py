@@ -62,20 +62,23 @@ class DeformableCrossAttention(nn.Module):
 
 
 class BoxPosition(nn.Module):
-    """Query position from the reference box: MLP(sine(box)), from the second layer on scaled by an
-    MLP of the content (2201.12329, sec. 4.2 and 4.3). One vector for self- and cross-attention.
+    """Query position from the reference box: MLP(sine(box)) (2201.12329, sec. 4.2). One vector for
+    self- and cross-attention.
 
+    scales_with_content: from the second layer on it is scaled by an MLP of the content (sec. 4.3).
     scales_with_canvas: the box is first scaled by the share of the finest map that is not padding,
     as the published code of DAB-Deformable-DETR and DINO does; positions then depend on how much
     padding the other images of the batch cause. Needed only where their weights are loaded.
     """
 
-    def __init__(self, *, channels: int, scales_with_canvas: bool):
+    def __init__(self, *, channels: int, scales_with_content: bool, scales_with_canvas: bool):
         super().__init__()
         self.channels = channels
         self.scales_with_canvas = scales_with_canvas
         self.of_box = MLP(in_dim=2 * channels, hidden_dim=channels, out_dim=channels, num_layers=2)
-        self.scale = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=2)
+        self.scale = None
+        if scales_with_content:
+            self.scale = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=2)
 
     def forward(
         self, layer: int, content: Tensor, reference: Tensor, learned: None, memory: Memory
@@ -87,9 +90,18 @@ class BoxPosition(nn.Module):
             reference = reference * ratio.repeat(1, 2)[:, None]
         encoded = sine_of_reference(reference, self.channels // 2)
         position = self.of_box(encoded.to(content.dtype))
-        if layer > 0:
+        if layer > 0 and self.scale is not None:
             position = position * self.scale(content)
         return position, position
+
+
+class LearnedPosition(nn.Module):
+    """Query position is the learned vector, in every layer, for self- and cross-attention."""
+
+    def forward(
+        self, layer: int, content: Tensor, reference: Tensor, learned: Tensor, memory: Memory
+    ) -> tuple[Tensor, Tensor]:
+        return learned, learned
 
 
 class Decoder(nn.Module):

@@ -15,17 +15,24 @@ from dn_detr.structures import Step
 class Heads(nn.Module):
     """Class and box heads of every layer; `shared`: one pair for all layers.
 
-    A class starts at probability 0.01 (1708.02002, sec. 4.1); a box at its base, except that the
-    first of unshared heads starts with a width and height bias of -2 (code of 2010.04159).
+    A class starts at probability 0.01 (1708.02002, sec. 4.1), a box at its base; size_bias: where
+    the first head's width and height start, as logits (-2 in the code of 2010.04159).
     """
 
-    def __init__(self, *, channels: int, num_classes: int, num_layers: int, shared: bool):
+    def __init__(
+        self,
+        *,
+        channels: int,
+        num_classes: int,
+        num_layers: int,
+        shared: bool,
+        size_bias: float = 0.0,
+    ):
         super().__init__()
         count = 1 if shared else num_layers
         self.class_heads = nn.ModuleList(class_head(channels, num_classes) for _ in range(count))
         self.box_heads = nn.ModuleList(box_head(channels) for _ in range(count))
-        if not shared:
-            nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], -2.0)
+        nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], size_bias)
 
     def classify(self, layer: int, content: Tensor) -> Tensor:
         return at_least_float32(self.class_heads[min(layer, len(self.class_heads) - 1)](content))
@@ -96,3 +103,30 @@ class Refined(nn.Module):
         reference = moved.detach()
         base = moved if self.looks_forward_twice else reference
         return Step(logits=logits, boxes=boxes, reference=reference, base=base)
+
+
+class OffsetFromPoint(nn.Module):
+    """Every layer's box is an offset from the first reference, which never moves (2010.04159,
+    sec. 4.1; 2108.06152, sec. 3.3). Gradient reaches it from all layers.
+
+    norm: applied before the heads, or None.
+    """
+
+    def __init__(self, *, heads: Heads, norm: nn.Module | None, epsilon: float):
+        super().__init__()
+        self.heads = heads
+        self.norm = norm
+        self.epsilon = epsilon
+
+    def start(self, content: Tensor, reference: Tensor) -> Step:
+        """Before the first layer there is a reference, but no prediction yet."""
+        return Step(logits=None, boxes=None, reference=reference, base=reference)
+
+    def forward(self, layer: int, content: Tensor, step: Step) -> Step:
+        content = content if self.norm is None else self.norm(content)
+        return Step(
+            logits=self.heads.classify(layer, content),
+            boxes=move(step.base, self.heads.delta(layer, content), self.epsilon),
+            reference=step.reference,
+            base=step.base,
+        )
