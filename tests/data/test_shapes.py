@@ -4,11 +4,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools import mask as coco_mask
 
-from dn_detr.d2 import shapes, shapes_drawing
-from dn_detr.d2.datasets import register_shapes
+from dn_detr.data import drawing, shapes
 from dn_detr.errors import InputError
 
 
@@ -56,7 +54,7 @@ def test_objects_are_varied_and_lie_inside_their_picture(content):
     assert {annotation["category_id"] for annotation in content["annotations"]} == set(range(1, 7))
     assert max(per_image.values()) <= 12
     assert 0 < sum(image not in per_image for image in sizes) < 20
-    assert len(set(sizes.values())) == len(shapes_drawing.PICTURE_SIZES)
+    assert len(set(sizes.values())) == len(drawing.PICTURE_SIZES)
     longer = [max(annotation["bbox"][2:]) for annotation in content["annotations"]]
     assert min(longer) < 14 and max(longer) > 60
     for annotation in content["annotations"]:
@@ -77,17 +75,17 @@ def test_coverage_is_the_share_of_points_inside_the_polygon():
             for (x0, y0), (x1, y1) in zip(polygon, np.roll(polygon, -1, axis=0)):
                 inside &= (x1 - x0) * (y - y0) - (y1 - y0) * (x - x0) > 0
             expected[row, column] = inside.mean()
-    got = shapes_drawing.coverage(polygon, 12, 11)
+    got = drawing.coverage(polygon, 12, 11)
     assert np.abs(got - expected).max() < 0.4  # the border may grow by half a subpixel
     assert got.sum() == pytest.approx(expected.sum(), rel=0.1)
 
 
 def test_clipping_a_polygon_keeps_what_is_inside():
     square = np.array([[-5.0, 2.0], [5.0, 2.0], [5.0, 12.0], [-5.0, 12.0]])
-    clipped = shapes_drawing.clip(square, height=10, width=20)
-    assert shapes_drawing.polygon_box(clipped) == (0, 2, 5, 10)
-    assert shapes_drawing.polygon_area(clipped) == 40
-    assert len(shapes_drawing.clip(square - 100, height=10, width=20)) == 0
+    clipped = drawing.clip(square, height=10, width=20)
+    assert drawing.polygon_box(clipped) == (0, 2, 5, 10)
+    assert drawing.polygon_area(clipped) == 40
+    assert len(drawing.clip(square - 100, height=10, width=20)) == 0
 
 
 def test_processes_that_start_at_once_get_one_complete_dataset(tmp_path):
@@ -123,26 +121,3 @@ def test_a_folder_with_other_settings_is_refused(folder, monkeypatch):
     monkeypatch.setattr(shapes, "VERSION", shapes.VERSION + 1)
     with pytest.raises(InputError, match="delete that folder"):
         shapes.generate(folder.parent, "train")
-
-
-def _forget_shapes():
-    for name in ("shapes_train", "shapes_val"):
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-
-
-def test_registered_shapes_are_drawn_on_first_use(tmp_path, monkeypatch):
-    _forget_shapes()
-    monkeypatch.setattr(shapes, "NUM_IMAGES", {"train": 4, "val": 3})
-    register_shapes(tmp_path)
-    register_shapes(tmp_path)
-    try:
-        assert MetadataCatalog.get("shapes_val").thing_classes == list(shapes_drawing.CLASSES)
-        assert list(tmp_path.iterdir()) == []
-        assert len(DatasetCatalog.get("shapes_val")) == 3
-        record = DatasetCatalog.get("shapes_train")[0]
-        assert len(DatasetCatalog.get("shapes_train")) == 4
-        assert (tmp_path / "shapes_train/images/000001.jpg").samefile(record["file_name"])
-    finally:
-        _forget_shapes()
-        register_shapes()

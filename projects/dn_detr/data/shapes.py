@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dn_detr.errors import InputError
 from dn_detr.data.drawing import CLASSES, draw_picture, polygon_area, polygon_box
+from dn_detr.errors import InputError
 
 VERSION = 1  # of the drawing: raise it when the same seed would give other pictures
 NUM_IMAGES = {"train": 2000, "val": 200}
