@@ -138,5 +138,7 @@ def test_the_ready_mask_is_the_one_that_follows_from_the_segments(method, assist
     from dn_detr.layers.attend import additive, allowed_pairs
 
     _, probe = forward(method, assist, tiny_targets(1, 3))
+    if probe.queries.mask is None:
+        pytest.skip("queries that may be empty have no ready mask")
     allowed = allowed_pairs(probe.segments, torch.device("cpu"))
     assert torch.equal(probe.queries.mask, additive(allowed, torch.float64))

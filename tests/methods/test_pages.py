@@ -11,6 +11,7 @@ from dn_detr.losses.assign import Costs, assign
 from dn_detr.methods import METHODS
 
 SIZES = [(96, 128), (64, 96)]
+TRAINING_ONLY = ("assists.", "label_table.", "box_embedding.")
 pytestmark = pytest.mark.parametrize("method", METHODS)
 
 
@@ -62,6 +63,8 @@ def test_values_in_the_padding_change_nothing(method):
 
 def test_permuted_queries_give_permuted_predictions(method):
     model = tiny_model(method)
+    if hasattr(model.query_design.tables, "head"):
+        pytest.skip("queries are ranked proposals: their order has a meaning")
     features, padding = tiny_features(2), tiny_padding(SIZES)
     before = model(features, padding)
     order = torch.randperm(7)
@@ -77,4 +80,4 @@ def test_a_denoised_checkpoint_loads_into_the_plain_model(method):
     plain = tiny_model(method, seed=5)
     missing, unexpected = plain.load_state_dict(denoised.state_dict(), strict=False)
     assert not missing
-    assert all("label_table" in name for name in unexpected)
+    assert all(any(part in name for part in TRAINING_ONLY) for name in unexpected)

@@ -13,7 +13,7 @@ from dn_detr.errors import InputError
 CLASS_DEPENDENT = ("class_heads", "label_table")
 """Parameters whose size is the number of classes: start anew together when it changes."""
 
-TRAINING_ONLY = ("assists", "label_table")
+TRAINING_ONLY = ("assists", "label_table", "box_embedding")
 """Parameters that only an assist uses: a checkpoint may have them or not."""
 
 

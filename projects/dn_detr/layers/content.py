@@ -27,13 +27,17 @@ class QueryContent(nn.Module):
         width = channels - 1 if self.has_indicator else channels
         self.label_table = nn.Embedding(num_classes + 1, width) if has_labels else None
 
+    @property
+    def has_labels(self) -> bool:
+        return self.label_table is not None
+
     def without_indicator(self) -> QueryContent:
         """The same without the indicator, for designs whose matched content is not a learned row of
         their own (its last channel would be lost)."""
         return QueryContent(
             channels=self.channels,
             num_classes=self.num_classes,
-            has_labels=self.label_table is not None,
+            has_labels=self.has_labels,
             has_indicator=False,
         )
 
@@ -54,3 +58,31 @@ class QueryContent(nn.Module):
             raise ValueError("this content was built without a label table")
         embedded = self.label_table(labels)
         return F.pad(embedded, (0, 1), value=1.0) if self.has_indicator else embedded
+
+
+class SharedContent(nn.Module):
+    """Content of matched queries without rows of their own: zero, or with `is_learned` one vector
+    that all share, like the label "unknown" of DN-DETR (2203.01305, sec. 4.3).
+
+    num_patterns P: each query is asked P times, each time with another learned pattern added, so
+    that one place can answer for several objects (2109.07107, sec. 3.2); 0: once, without pattern.
+    """
+
+    def __init__(self, *, content: QueryContent, is_learned: bool, num_patterns: int):
+        super().__init__()
+        self.channels = content.channels
+        self.row = content.new_rows(1) if is_learned else None
+        self.patterns = (
+            nn.Parameter(torch.randn(num_patterns, content.channels)) if num_patterns else None
+        )
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [N, R] of the queries -> content [P * N, C] and their rows [P * N, R], pattern after
+        pattern."""
+        content = rows.new_zeros(rows.shape[0], self.channels)
+        if self.row is not None:
+            content = content + self.row
+        if self.patterns is None:
+            return content, rows
+        content = content + self.patterns[:, None]
+        return content.flatten(0, 1), rows.repeat(self.patterns.shape[0], 1)

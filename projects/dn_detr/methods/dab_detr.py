@@ -1,0 +1,129 @@
+"""DAB-DETR: queries are dynamic anchor boxes; with denoising it is DN-DETR itself.
+
+Shilong Liu et al., "DAB-DETR: Dynamic Anchor Boxes are Better Queries for DETR", 2201.12329.
+Feng Li et al., "DN-DETR: Accelerate DETR Training by Introducing Query DeNoising", 2203.01305.
+
+What differs from DETR:
+ - a query is a learned box (the reference, moved by every layer) without content of its own: it
+   starts from zero, in DN-DETR from one vector that all share (`shares_content`), which the paper
+   calls the label "unknown"; optionally several patterns ask each box (`num_patterns`);
+ - in self-attention its position is an MLP of the sines of the box; in cross-attention the sines of
+   its centre, from the second layer on scaled by the content, are compared with those of the
+   tokens, apart from the content (2108.06152), in proportion to a width and a height that the
+   content asks for;
+ - PReLU in the feed-forward blocks, sines of temperature 20 for the image;
+ - one head for all layers; it predicts from normed content and moves the reference by un-normed
+   content, and the predicted box is an offset from a reference with gradient (looking forward
+   twice, before 2203.03605 named it). All three as in the authors' code.
+
+The encoder scales the position of the tokens by an MLP of the tokens: in the code, not in the paper.
+
+Deviation from the authors' code: the vector that all queries share is a row of its own, not the last
+row of the label table, so that a denoised checkpoint loads into a plain model that shares content
+(and into one for other classes); empty denoising slots are hidden (see `assists.denoising`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from dn_detr.layers.content import QueryContent, SharedContent
+from dn_detr.layers.dense import ConditionalPosition
+from dn_detr.layers.init import xavier_
+from dn_detr.layers.mlp import MLP
+from dn_detr.layers.position import sine_of_reference
+from dn_detr.models.decoder import Decoder
+from dn_detr.models.dense import (
+    conditional_decoder_layers,
+    dense_encoder_layers,
+    single_scale_flatten,
+    single_scale_neck,
+)
+from dn_detr.models.detr import DETR
+from dn_detr.models.encoder import DenseEncoder
+from dn_detr.models.numbers import Numbers
+from dn_detr.models.predictor import Heads, Refined
+from dn_detr.models.queries import SharedBoxQueries
+from dn_detr.structures import Memory
+
+SMALLEST_SIDE = 1e-4
+"""Widths and heights below count as this much, lest modulation overflow half precision."""
+
+
+class ScaledDenseEncoder(DenseEncoder):
+    """A dense encoder that scales the tokens' position by an MLP of the tokens in every layer."""
+
+    def __init__(self, layers: list[nn.Module], *, channels: int):
+        super().__init__(layers)
+        self.scale = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=2)
+        xavier_(self.scale)
+
+    def forward(self, memory: Memory) -> Memory:
+        for layer in self.layers:
+            position = memory.position * self.scale(memory.tokens)
+            memory = replace(memory, tokens=layer(replace(memory, position=position)))
+        return memory
+
+
+class ModulatedBoxPosition(nn.Module):
+    """Query positions from the reference box (2201.12329, sec. 4.2 to 4.4)."""
+
+    def __init__(self, *, channels: int):
+        super().__init__()
+        self.channels = channels
+        self.of_box = MLP(in_dim=2 * channels, hidden_dim=channels, out_dim=channels, num_layers=2)
+        self.scale = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=2)
+        self.size = MLP(in_dim=channels, hidden_dim=channels, out_dim=2, num_layers=2)
+        xavier_(self)
+
+    def forward(
+        self, layer: int, content: Tensor, reference: Tensor, learned: None, memory: Memory
+    ) -> tuple[Tensor, ConditionalPosition]:
+        encoded = sine_of_reference(reference, self.channels // 2)  # y, x, w, h
+        for_self = self.of_box(encoded.to(content.dtype))
+        width, height = reference[..., 2:].clamp(min=SMALLEST_SIDE).split(1, dim=-1)
+        wanted_width, wanted_height = self.size(content).sigmoid().split(1, dim=-1)
+        y, x = encoded[..., : self.channels].chunk(2, dim=-1)
+        modulated = torch.cat((y * (wanted_height / height), x * (wanted_width / width)), dim=-1)
+        spatial = modulated.to(content.dtype)
+        if layer > 0:
+            spatial = spatial * self.scale(content)
+        return for_self, ConditionalPosition(spatial=spatial, learned=for_self)
+
+
+def dab_detr(
+    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+) -> DETR:
+    """Neck, encoder, queries and decoder of DAB-DETR and DN-DETR."""
+    n = numbers
+    return DETR(
+        neck=single_scale_neck(n, in_channels, strides),
+        flatten=single_scale_flatten(n, temperature=20.0),
+        encoder=ScaledDenseEncoder(dense_encoder_layers(n, nn.PReLU), channels=n.channels),
+        query_design=SharedBoxQueries(
+            content=content,
+            shared=SharedContent(
+                content=content, is_learned=n.shares_content, num_patterns=n.num_patterns
+            ),
+            num_queries=n.num_queries,
+            epsilon=n.epsilon,
+        ),
+        decoder=Decoder(
+            layers=conditional_decoder_layers(n, nn.PReLU),
+            position=ModulatedBoxPosition(channels=n.channels),
+            predictor=Refined(
+                heads=Heads(
+                    channels=n.channels,
+                    num_classes=n.num_logits,
+                    num_layers=n.decoder_layers,
+                    shared=True,
+                ),
+                norm=nn.LayerNorm(n.channels),
+                looks_forward_twice=True,
+                epsilon=n.epsilon,
+            ),
+        ),
+    )

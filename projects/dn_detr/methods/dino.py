@@ -1,0 +1,70 @@
+"""DINO: DETR with improved denoising anchor boxes.
+
+Hao Zhang et al., "DINO: DETR with Improved DeNoising Anchor Boxes for End-to-End Object Detection",
+2203.03605.
+
+What differs from DAB-Deformable-DETR:
+ - mixed query selection (sec. 3.4): the boxes of queries are the best proposals of the encoder,
+   their content is learned; proposals have heads of their own and are trained with their classes,
+   but only the chosen ones;
+ - look forward twice (sec. 3.5): the next box is an offset from a moved reference with gradient;
+ - all layers share their heads, a norm stands before them, and the reference moves by what the
+   heads say without that norm; positions are not scaled by the content;
+ - contrastive denoising (sec. 3.3, `assists.denoising`): of every object a positive copy and a
+   negative one; no indicator beside the label.
+
+Deviations from the authors' code: tokens of padding are never chosen (theirs can be, as empty
+images have nothing better); positions do not depend on the canvas unless `scales_with_canvas`;
+empty denoising slots are no negatives; of images with more objects than the budget, a random subset
+is noised. Learned content starts from a standard normal instead of Xavier's uniform distribution.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dn_detr.layers.content import QueryContent
+from dn_detr.layers.position import SinePosition
+from dn_detr.models.decoder import BoxPosition
+from dn_detr.models.deformable import deformable_detector
+from dn_detr.models.detr import DETR
+from dn_detr.models.numbers import Numbers
+from dn_detr.models.predictor import Heads, Refined
+from dn_detr.models.proposals import ProposalQueries
+
+
+def dino(
+    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+) -> DETR:
+    """Neck, encoder, queries and decoder of DINO."""
+    n = numbers
+    return deformable_detector(
+        n,
+        in_channels,
+        strides,
+        image_position=SinePosition(channels=n.channels, temperature=20.0, cell_offset=0.0),
+        query_design=ProposalQueries(
+            content=content.without_indicator(),
+            num_queries=n.num_queries,
+            transform=None,
+            has_rows=True,
+            is_class_agnostic=False,
+            epsilon=n.epsilon,
+        ),
+        position=BoxPosition(
+            channels=n.channels,
+            scales_with_content=False,
+            scales_with_canvas=n.scales_with_canvas,
+        ),
+        predictor=Refined(
+            heads=Heads(
+                channels=n.channels,
+                num_classes=n.num_classes,
+                num_layers=n.decoder_layers,
+                shared=True,
+            ),
+            norm=nn.LayerNorm(n.channels),
+            looks_forward_twice=True,
+            epsilon=n.epsilon,
+        ),
+    )

@@ -1,0 +1,60 @@
+"""H-Deformable-DETR: one-to-one matching helped by one-to-many matching in training.
+
+Ding Jia et al., "DETRs with Hybrid Matching", 2207.13080.
+
+What differs from two-stage Deformable DETR:
+ - hybrid matching (sec. 3.2, `assists.hybrid`): in training, the next best proposals become further
+   queries, and each object is matched to several of them; the two parts do not see each other;
+ - its "tricks" (sec. 4.2): content is learned instead of coming from the box (mixed query
+   selection); the next box is an offset from a moved reference with gradient (look forward twice);
+   wider feed-forward blocks and no dropout (in the configuration).
+
+Denoising (not in the paper): as in two-stage Deformable DETR.
+
+Deviations from the authors' code: those of two-stage Deformable DETR; detections are the best of
+all 300 queries (theirs of the same).
+"""
+
+from __future__ import annotations
+
+from dn_detr.layers.content import QueryContent
+from dn_detr.layers.position import SinePosition
+from dn_detr.models.decoder import LearnedPosition
+from dn_detr.models.deformable import deformable_detector
+from dn_detr.models.detr import DETR
+from dn_detr.models.numbers import Numbers
+from dn_detr.models.predictor import Heads, Refined
+from dn_detr.models.proposals import BoxTransform, ProposalQueries
+
+
+def h_deformable(
+    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+) -> DETR:
+    """Neck, encoder, queries and decoder of H-Deformable-DETR."""
+    n = numbers
+    return deformable_detector(
+        n,
+        in_channels,
+        strides,
+        image_position=SinePosition(channels=n.channels, temperature=10000.0, cell_offset=-0.5),
+        query_design=ProposalQueries(
+            content=content.without_indicator(),
+            num_queries=n.num_queries,
+            transform=BoxTransform(n.channels),
+            has_rows=True,
+            is_class_agnostic=True,
+            epsilon=n.epsilon,
+        ),
+        position=LearnedPosition(),
+        predictor=Refined(
+            heads=Heads(
+                channels=n.channels,
+                num_classes=n.num_classes,
+                num_layers=n.decoder_layers,
+                shared=False,
+            ),
+            norm=None,
+            looks_forward_twice=True,
+            epsilon=n.epsilon,
+        ),
+    )
