@@ -38,6 +38,15 @@ def tiny_model(method: str, *, denoising: Denoising | None = None, seed: int = 0
     return model
 
 
+def without_group_norm(model):
+    """`model` with the neck's group norms removed, since they average over the padding too."""
+    for parent in list(model.neck.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, torch.nn.GroupNorm):
+                setattr(parent, name, torch.nn.Identity())
+    return model
+
+
 def tiny_features(batch: int, height: int = 96, width: int = 128, seed: int = 1) -> list:
     generator = torch.Generator().manual_seed(seed)
     return [

@@ -14,14 +14,22 @@ from torch.nn import functional as F
 from dn_detr.structures import Segment
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, visibility: Visibility) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    visibility: Visibility,
+    *,
+    dropout: float = 0.0,
+) -> Tensor:
     """Multi-head attention of queries [B, Q, C] to queries; v may be of another width. No gradient
-    and no value passes between slots that do not see each other."""
+    and no value passes between slots that do not see each other. dropout: of attention weights."""
     pieces = []
     for start, size, num_groups, mask in visibility.parts:
         part = [x.narrow(1, start, size) for x in (q, k, v)]
         folded = [fold(x, num_groups, num_heads) for x in part]
-        out = F.scaled_dot_product_attention(*folded, attn_mask=mask)
+        out = F.scaled_dot_product_attention(*folded, attn_mask=mask, dropout_p=dropout)
         pieces.append(unfold(out, num_groups))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dn_detr.ops.deformable_attention import deformable_attention
 from dn_detr.layers.attend import Visibility, attend
+from dn_detr.layers.init import xavier_fused_
 from dn_detr.structures import Memory
 
 
@@ -24,14 +25,14 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(channels, channels) for _ in range(4))
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(channels)
-        for linear in (self.q, self.k, self.v, self.out):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        xavier_fused_([self.q, self.k, self.v])
+        xavier_fused_([self.out])
 
     def forward(self, content: Tensor, position: Tensor, visibility: Visibility) -> Tensor:
         with_position = content + position
         q, k, v = self.q(with_position), self.k(with_position), self.v(content)
-        update = self.out(attend(q, k, v, self.num_heads, visibility))
+        dropout = self.dropout.p if self.training else 0.0
+        update = self.out(attend(q, k, v, self.num_heads, visibility, dropout=dropout))
         return self.norm(content + self.dropout(update))
 
 

@@ -4,6 +4,7 @@ To add a method, write its page and name it here; nothing else needs to know of 
 """
 
 from dn_detr.methods.dab_deformable import dab_deformable
+from dn_detr.methods.dab_detr import dab_detr
 from dn_detr.methods.deformable_detr import (
     deformable_detr,
     deformable_detr_refine,
@@ -14,6 +15,7 @@ from dn_detr.methods.h_deformable import h_deformable
 
 METHODS = {
     "dab_deformable": dab_deformable,
+    "dab_detr": dab_detr,
     "deformable_detr": deformable_detr,
     "deformable_detr_refine": deformable_detr_refine,
     "deformable_detr_two_stage": deformable_detr_two_stage,

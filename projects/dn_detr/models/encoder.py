@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dn_detr.layers.attention import DeformableAttention
+from dn_detr.layers.dense import DenseAttention
 from dn_detr.layers.mlp import FeedForward
 from dn_detr.structures import Memory
 
@@ -39,6 +40,36 @@ class DeformableEncoder(nn.Module):
         reference = token_centers(memory)
         for layer in self.layers:
             memory = replace(memory, tokens=layer(memory, reference))
+        return memory
+
+
+class DenseEncoderLayer(nn.Module):
+    """Self-attention of all tokens, then feed-forward (2005.12872, appendix A.3)."""
+
+    def __init__(self, *, attention: DenseAttention, feed_forward: FeedForward, dropout: float):
+        super().__init__()
+        self.attention = attention
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(attention.out.out_features)
+        self.feed_forward = feed_forward
+
+    def forward(self, memory: Memory) -> Tensor:
+        """-> tokens [B, S, C]."""
+        placed = memory.tokens + memory.position
+        update = self.attention(placed, placed, memory.tokens, memory.padding)
+        return self.feed_forward(self.norm(memory.tokens + self.dropout(update)))
+
+
+class DenseEncoder(nn.Module):
+    """A stack of `DenseEncoderLayer`."""
+
+    def __init__(self, layers: list[DenseEncoderLayer]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, memory: Memory) -> Memory:
+        for layer in self.layers:
+            memory = replace(memory, tokens=layer(memory))
         return memory
 
 

@@ -58,23 +58,43 @@ class MultiScaleNeck(nn.Module):
         return FeatureMaps(tuple(maps), tuple(paddings), tuple(self.strides))
 
 
+class SingleScaleNeck(nn.Module):
+    """One map, from the coarsest feature of the backbone by `projection` (2005.12872, sec. 3.2)."""
+
+    def __init__(self, *, projection: nn.Module, stride: int):
+        super().__init__()
+        self.projection = projection
+        self.stride = stride
+
+    def forward(self, features: list[Tensor], padding: Tensor) -> FeatureMaps:
+        projected = self.projection(features[-1])
+        padding = resize_padding(padding, *projected.shape[-2:])
+        return FeatureMaps((projected,), (padding,), (self.stride,))
+
+
 def norm(channels: int) -> nn.GroupNorm:
     """32 groups where they divide the channels (all published sizes), else groups of 8."""
     return nn.GroupNorm(32 if channels % 32 == 0 else channels // 8, channels)
 
 
 class Flatten(nn.Module):
-    """Feature maps to memory tokens; the position is the cell's sine plus its level's embedding."""
+    """Feature maps to memory tokens; the position is the cell's sine plus, where there are several
+    levels, the embedding of its level."""
 
     def __init__(self, *, position: nn.Module, channels: int, num_levels: int):
         super().__init__()
         self.position = position
-        self.level_embedding = nn.Parameter(torch.randn(num_levels, channels))
+        self.level_embedding = (
+            nn.Parameter(torch.randn(num_levels, channels)) if num_levels > 1 else None
+        )
 
     def forward(self, maps: FeatureMaps) -> Memory:
         tokens, positions, paddings, shapes, valid = [], [], [], [], []
         for level, (features, padding) in enumerate(zip(maps.maps, maps.padding, strict=True)):
-            position = self.position(padding) + self.level_embedding[level]
+            position = self.position(padding)
+            position = position.to(torch.promote_types(position.dtype, features.dtype))
+            if self.level_embedding is not None:
+                position = position + self.level_embedding[level]
             tokens.append(features.flatten(2).transpose(1, 2))
             positions.append(position.flatten(1, 2))
             paddings.append(padding.flatten(1))
@@ -86,5 +106,5 @@ class Flatten(nn.Module):
             position=torch.cat(positions, dim=1),
             padding=torch.cat(paddings, dim=1),
             shapes=tuple(shapes),
-            valid_sizes=torch.stack(valid, dim=1).to(self.level_embedding.dtype),
+            valid_sizes=torch.stack(valid, dim=1).to(positions[0].dtype),
         )

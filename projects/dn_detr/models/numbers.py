@@ -11,6 +11,9 @@ class Numbers:
 
     epsilon: how close to 0 and 1 a coordinate may come before its logit is cut off.
     scales_with_canvas: see `models.decoder.BoxPosition`.
+    num_patterns, shares_content: see `layers.content.SharedContent`, `num_patterns` and
+    `is_learned`.
+    has_no_object: the logits have a last column for "no object", as a softmax over classes needs.
     """
 
     num_classes: int
@@ -25,6 +28,9 @@ class Numbers:
     dropout: float = 0.0
     epsilon: float = 1e-3
     scales_with_canvas: bool = False
+    num_patterns: int = 0
+    shares_content: bool = False
+    has_no_object: bool = False
 
     def __post_init__(self):
         for name in ("num_classes", "num_queries", "channels", "num_heads", "num_levels"):
@@ -40,3 +46,8 @@ class Numbers:
                 f"channels must be a multiple of 8 and of num_heads {self.num_heads}, "
                 f"got {self.channels}"
             )
+
+    @property
+    def num_logits(self) -> int:
+        """Columns of the logits."""
+        return self.num_classes + self.has_no_object

@@ -130,3 +130,25 @@ class OffsetFromPoint(nn.Module):
             reference=step.reference,
             base=step.base,
         )
+
+
+class Absolute(nn.Module):
+    """Boxes without any reference, as the heads say them (2005.12872). norm: before the heads."""
+
+    def __init__(self, *, heads: Heads, norm: nn.Module):
+        super().__init__()
+        self.heads = heads
+        self.norm = norm
+
+    def start(self, content: Tensor, reference: None) -> Step:
+        """Before the first layer there is no prediction, and never a reference."""
+        return Step(logits=None, boxes=None, reference=None, base=None)
+
+    def forward(self, layer: int, content: Tensor, step: Step) -> Step:
+        content = self.norm(content)
+        return Step(
+            logits=self.heads.classify(layer, content),
+            boxes=self.heads.delta(layer, content).sigmoid(),
+            reference=None,
+            base=None,
+        )

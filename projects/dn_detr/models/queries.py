@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers.boxes import at_least_float32
 from dn_detr.layers.content import QueryContent, SharedContent
 from dn_detr.structures import Memory, Queries, QueryState, Segment
 
@@ -104,7 +103,7 @@ class SharedBoxQueries(nn.Module):
         self.epsilon = epsilon
         self.tables = self.new_tables(num_queries)
 
-    def new_tables(self, num_queries: int) -> AnchorTables:
+    def new_tables(self, num_queries: int, own_head: bool = True) -> AnchorTables:
         """Rows for further queries, owned by whoever asks: boxes as logits."""
         return AnchorTables(torch.randn(num_queries, 4))
 
@@ -128,7 +127,7 @@ class SharedBoxSource:
         self.design = design
         self.batch = memory.tokens.shape[0]
 
-    def queries(self, tables: AnchorTables | None = None) -> Queries:
+    def queries(self, tables: AnchorTables | None = None, first_rank: int = 0) -> Queries:
         """One "match" segment of the rows of `tables` (default: the design's own), once for every
         pattern."""
         tables = self.design.tables if tables is None else tables
@@ -146,69 +145,4 @@ class SharedBoxSource:
             content=self.design.content.labels(labels),
             position=None,
             reference=self.design.reference_of(boxes),
-        )
-
-
-class SlotTables(nn.Module):
-    """Learned position vectors [N, C] of N queries."""
-
-    def __init__(self, *, num_queries: int, channels: int):
-        super().__init__()
-        self.position = nn.Parameter(torch.randn(num_queries, channels))
-
-
-class SlotQueries(nn.Module):
-    """A learned position vector for each query; the content starts from zero (2005.12872).
-
-    point: (content, position) -> logits [..., 2] of the point that is the query's reference; None:
-    there is no reference. A box that an assist brings gets a linear embedding as its position
-    (2203.01305, on vanilla DETR) and its centre, clamped to [epsilon, 1 - epsilon], as the point.
-    """
-
-    def __init__(
-        self, *, content: QueryContent, num_queries: int, point: nn.Module | None, epsilon: float
-    ):
-        super().__init__()
-        self.content = content
-        self.point = point
-        self.epsilon = epsilon
-        self.tables = self.new_tables(num_queries)
-        has_labels = content.label_table is not None
-        self.box_embedding = nn.Linear(4, content.channels) if has_labels else None
-
-    def new_tables(self, num_queries: int) -> SlotTables:
-        """Rows for further queries, owned by whoever asks."""
-        return SlotTables(num_queries=num_queries, channels=self.content.channels)
-
-    def bind(self, memory: Memory) -> SlotSource:
-        """A source of queries for this memory; it lives for one forward."""
-        return SlotSource(self, memory)
-
-
-class SlotSource:
-    """The queries of one forward of `SlotQueries`."""
-
-    def __init__(self, design: SlotQueries, memory: Memory):
-        self.design = design
-        self.batch = memory.tokens.shape[0]
-
-    def queries(self, tables: SlotTables | None = None) -> Queries:
-        """One "match" segment of the rows of `tables` (default: the design's own)."""
-        tables = self.design.tables if tables is None else tables
-        position = tables.position.expand(self.batch, -1, -1)
-        content = torch.zeros_like(position)
-        reference = None
-        if self.design.point is not None:
-            reference = at_least_float32(self.design.point(content, position)).sigmoid()
-        state = QueryState(content=content, position=position, reference=reference)
-        return Queries(state, (Segment("match", position.shape[1]),))
-
-    def from_boxes(self, labels: Tensor, boxes: Tensor) -> QueryState:
-        """Queries of labels [B, T] at boxes [B, T, 4]."""
-        epsilon = self.design.epsilon
-        has_point = self.design.point is not None
-        return QueryState(
-            content=self.design.content.labels(labels),
-            position=self.design.box_embedding(boxes),
-            reference=boxes[..., :2].clamp(epsilon, 1 - epsilon) if has_point else None,
         )
