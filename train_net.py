@@ -14,12 +14,9 @@ import os
 import sys
 
 try:
-    import detectron2  # noqa: F401
-except ImportError:
-    sys.exit(
-        "train_net.py: Detectron2 is not installed; install it at the tested commit with "
-        'pip install --no-build-isolation -e ".[detectron2]"'
-    )
+    import dn_detr.d2
+except ImportError as error:  # Detectron2 is missing, or the operators were built for another torch
+    sys.exit(f"train_net.py: {error}")
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -27,24 +24,35 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from yaml import YAMLError
 
-from dn_detr.d2 import add_dn_detr_config
 from dn_detr.d2.checkpoint import Checkpointer
 from dn_detr.d2.datasets import prepare
-from dn_detr.errors import InputError, sentence_in
 from dn_detr.d2.report import check_datasets
 from dn_detr.d2.trainer import Trainer
+from dn_detr.errors import InputError, sentence_in
+
+
+def read_config(config_file: str, opts: list[str]) -> CfgNode:
+    """The configuration in a file, with pairs of key and value on top of it."""
+    if not config_file:
+        raise InputError("--config-file is missing: name one of configs/, or one of your own.")
+    cfg = get_cfg()
+    dn_detr.d2.add_dn_detr_config(cfg)
+    try:
+        cfg.merge_from_file(config_file)
+        cfg.merge_from_list(opts)
+    except (KeyError, ValueError, AssertionError, OSError, YAMLError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise InputError(
+            f"the configuration {config_file} cannot be used: {' '.join(str(reason).split())}."
+        ) from error
+    return cfg
 
 
 def setup(args) -> CfgNode:
     """The frozen configuration of this run; datasets are registered, logging is set up."""
-    cfg = get_cfg()
-    add_dn_detr_config(cfg)
-    try:
-        cfg.merge_from_file(args.config_file)
-        cfg.merge_from_list(args.opts)
-    except (KeyError, ValueError, AssertionError, OSError) as error:
-        raise InputError(f"the configuration cannot be read: {error}") from error
+    cfg = read_config(args.config_file, args.opts)
     if args.num_gpus == 0 or not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     prepare(cfg, eval_only=args.eval_only)
@@ -73,28 +81,32 @@ def main(args) -> dict | None:
 def main_under_torchrun(args) -> dict | None:
     """`main` in one of the processes that torchrun has started."""
     use_gpu = args.num_gpus > 0 and torch.cuda.is_available()
+    num_processes = int(os.environ["LOCAL_WORLD_SIZE"])
     if use_gpu:
+        check_num_gpus(num_processes)
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if use_gpu else "gloo")
-    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    comm.create_local_process_group(num_processes)
     try:
         return main(args)
     finally:
         torch.distributed.destroy_process_group()
 
 
+def check_num_gpus(wanted: int) -> None:
+    available = torch.cuda.device_count()
+    if wanted > available:
+        raise InputError(f"{wanted} GPUs were asked for, but this machine has {available}.")
+
+
 def run(args) -> dict | None:
     """Start the processes that the arguments ask for."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return main_under_torchrun(args)
-    available = torch.cuda.device_count()
-    if args.num_gpus > max(1, available):
-        raise InputError(
-            f"--num-gpus {args.num_gpus} was asked for, but this machine has {available}"
-        )
-    if args.num_gpus == 1 and available == 0:
+    if args.num_gpus == 1 and not torch.cuda.is_available():
         print("train_net.py: no GPU was found, so this runs on the CPU", file=sys.stderr)
         args.num_gpus = 0
+    check_num_gpus(args.num_gpus)
     return launch(
         main,
         args.num_gpus,
@@ -105,9 +117,10 @@ def run(args) -> dict | None:
     )
 
 
-if __name__ == "__main__":
+def invoke_main(arguments: list[str] | None = None) -> None:
+    """Run with these arguments of the command line; the user's mistakes end it in one sentence."""
     try:
-        run(default_argument_parser().parse_args())
+        run(default_argument_parser().parse_args(arguments))
     except InputError as error:
         sys.exit(f"train_net.py: {error}")
     except torch.multiprocessing.ProcessRaisedException as error:
@@ -116,3 +129,7 @@ if __name__ == "__main__":
         if sentence is None:
             raise
         sys.exit(f"train_net.py: {sentence}")
+
+
+if __name__ == "__main__":
+    invoke_main()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-from urllib.error import URLError
 
 from detectron2.checkpoint import DetectionCheckpointer
 
@@ -13,7 +12,7 @@ from dn_detr.errors import InputError
 CLASS_DEPENDENT = ("class_heads", "label_table")
 """Parameters whose size is the number of classes: start anew together when it changes."""
 
-TRAINING_ONLY = ("assists", "label_table", "box_embedding")
+TRAINING_ONLY = ("assists", "label_table")
 """Parameters that only an assist uses: a checkpoint may have them or not."""
 
 
@@ -22,61 +21,78 @@ def has_part(key: str, parts: tuple[str, ...]) -> bool:
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Loads a backbone, a detector of the same architecture, or one with other classes.
+    """Loads a detector of the same architecture; to begin a training, also a backbone alone or a
+    detector with other classes.
 
-    A detector's checkpoint that lacks parameters of this model, or has others, is an InputError:
-    filling the gaps with random numbers would only show as a low AP. The class heads and the label
-    table may differ in the number of classes; they then start anew, both.
+    A checkpoint that lacks parameters of this model, or has others, is an InputError: filling the
+    gaps with random numbers would only show as a low AP. With other classes the class heads and
+    the label table start anew, both. Parameters that only training needs may come or be missing.
     """
 
-    def load(self, path: str, *args, **kwargs) -> dict:
+    def __init__(self, model, save_dir: str = "", *, is_for_training: bool = False, **checkpointables):
+        super().__init__(model, save_dir, **checkpointables)
+        self.is_for_training = is_for_training
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
+        """checkpointables: what else than the model is restored, None = all: that is a resume."""
         self.path = path
+        self.may_start_anew = self.is_for_training and checkpointables is not None
         if path and "://" not in path and not os.path.isfile(path):
-            raise InputError(f"there is no checkpoint {path!r} (MODEL.WEIGHTS)")
+            raise InputError(f"there is no checkpoint {path!r}: correct MODEL.WEIGHTS.")
         try:
-            return super().load(path, *args, **kwargs)
-        except (pickle.UnpicklingError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path!r} cannot be loaded safely as a checkpoint: {reason}") from error
-        except URLError as error:
+            return super().load(path, checkpointables)
+        except OSError as error:
             raise InputError(
-                f"{path!r} cannot be downloaded ({error.reason}): give a local file as MODEL.WEIGHTS, "
-                'or "" to start from random weights'
+                f"the checkpoint {path!r} cannot be fetched ({error}): give a local file as "
+                "MODEL.WEIGHTS, or '' to start from random weights."
             ) from error
 
-    def _load_model(self, checkpoint: dict):
+    def _load_file(self, filename: str) -> dict:
+        """{"model": name -> array, ...}, whatever the file is."""
+        try:
+            checkpoint = super()._load_file(filename)
+        except (pickle.UnpicklingError, EOFError, RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{filename!r} cannot be loaded as a checkpoint: {reason}") from error
         state = checkpoint["model"]
+        if not isinstance(state, dict) or not all(hasattr(value, "shape") for value in state.values()):
+            raise InputError(f"{filename!r} is not a checkpoint: it must hold arrays by name.")
+        return checkpoint
+
+    def _load_model(self, checkpoint: dict):
+        state, known = checkpoint["model"], self.model.state_dict()
         is_detector = any("core." in key for key in state)
-        known = self.model.state_dict()
-        changed = {
+        changed = [
             key
             for key in state
             if key in known
             and has_part(key, CLASS_DEPENDENT)
             and tuple(state[key].shape) != tuple(known[key].shape)
-        }
-        if changed:
+        ]
+        if changed and self.may_start_anew:
             for key in [key for key in state if has_part(key, CLASS_DEPENDENT)]:
                 del state[key]
-        total = len(known)
         incompatible = super()._load_model(checkpoint)
-        missing = list(incompatible.missing_keys)
         shapes = [f"{k} {old} instead of {new}" for k, old, new in incompatible.incorrect_shapes]
-        if not is_detector:
-            if len(missing) + len(shapes) >= total:
-                raise InputError(f"{self.path!r} holds none of the parameters of this model")
+        missing = incompatible.missing_keys
+        num_loaded = len(known) - len(missing) - len(shapes)
+        summary = f"Loaded {num_loaded} of {len(known)} parameters from {self.path}"
+        if not is_detector and self.may_start_anew:
+            if num_loaded < 1:
+                raise InputError(f"{self.path!r} holds none of the parameters of this model.")
+            self.logger.info(summary)
             return incompatible
-        fresh = [key for key in missing if changed and has_part(key, CLASS_DEPENDENT)]
-        lacking = [k for k in missing if k not in fresh and not has_part(k, TRAINING_ONLY)]
+        anew = CLASS_DEPENDENT if changed and self.may_start_anew else ()
+        lacking = [k for k in missing if not has_part(k, (*anew, *TRAINING_ONLY))]
         surplus = [k for k in incompatible.unexpected_keys if not has_part(k, TRAINING_ONLY)]
-        for kind, keys in (("lacks", lacking), ("has also", surplus), ("differs in", shapes)):
+        for kind, keys in (("differs in", shapes), ("lacks", lacking), ("has also", surplus)):
             if keys:
                 raise InputError(
-                    f"{self.path!r} is a checkpoint of another architecture: it {kind} "
-                    f"{len(keys)} of {total} parameters, the first being {keys[0]}"
+                    f"{self.path!r} is a checkpoint of another model: it {kind} {len(keys)} of "
+                    f"{len(known)} parameters, the first being {keys[0]}."
                 )
-        self.logger.info(
-            f"Loaded {total - len(missing)} of {total} parameters from {self.path}"
-            + (f"; other classes, so these start anew: {', '.join(fresh)}" if fresh else "")
-        )
+        if missing:
+            because = "other classes" if anew else "not in the checkpoint"
+            summary += f"; {because}, so these start anew: {', '.join(missing)}"
+        self.logger.info(summary)
         return incompatible

@@ -96,3 +96,6 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Same seed, same run: data, augmentation and noise follow from it and from the iteration, so
     # that a resumed training continues as if it had never stopped. -1: another one every time.
     cfg.SEED = 42
+    # Iterations between two lines in the log, metrics.json and TensorBoard, which hold the medians
+    # of the losses over these iterations; with 1, metrics.json holds every loss of every iteration.
+    cfg.LOG_PERIOD = 20

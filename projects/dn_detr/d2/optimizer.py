@@ -6,6 +6,8 @@ import torch
 from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
+from dn_detr.errors import InputError
+
 SAMPLING_LAYERS = ("sampling_offsets", "reference_points")
 """Linear layers that place points; they learn slower (2010.04159, appendix A.4)."""
 
@@ -51,7 +53,7 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
     """
     solver = cfg.SOLVER
     if solver.OPTIMIZER != "ADAMW":
-        raise ValueError(f'SOLVER.OPTIMIZER must be "ADAMW", got {solver.OPTIMIZER!r}')
+        raise InputError(f"SOLVER.OPTIMIZER must be 'ADAMW', got {solver.OPTIMIZER!r}.")
     groups = parameter_groups(
         model,
         base_lr=solver.BASE_LR,

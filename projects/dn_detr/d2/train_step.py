@@ -11,6 +11,7 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
+from dn_detr.errors import InputError
 from dn_detr.losses.criterion import summarize
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,8 +28,8 @@ class TrainStep(SimpleTrainer):
     def __init__(self, model, data_loader, optimizer, *, precision: str | None, seed: int):
         super().__init__(model, data_loader, optimizer)
         if precision is not None and precision not in PRECISIONS:
-            raise ValueError(
-                f"SOLVER.AMP.PRECISION must be one of {list(PRECISIONS)}, got {precision!r}"
+            raise InputError(
+                f"SOLVER.AMP.PRECISION must be one of {list(PRECISIONS)}, got {precision!r}."
             )
         self.precision = PRECISIONS.get(precision)
         self.seed = seed
@@ -46,10 +47,14 @@ class TrainStep(SimpleTrainer):
         with torch.autocast(
             self.device.type, dtype=self.precision, enabled=self.precision is not None
         ):
-            losses = self.model(data)
+            try:
+                losses = self.model(data)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error}, {self.whereabouts(data)}") from error
         total = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad()
         self.grad_scaler.scale(total).backward()
+        self.after_backward()
         self.report(losses, data, data_time)
         self.grad_scaler.unscale_(self.optimizer)
         self.grad_scaler.step(self.optimizer)
@@ -58,22 +63,25 @@ class TrainStep(SimpleTrainer):
     def report(self, losses: dict, data: list[dict], data_time: float) -> None:
         """Put the losses, averaged over the ranks, into the event storage.
 
-        FloatingPointError if one is not finite, before the optimizer has used its gradients.
+        FloatingPointError on every rank if one is not finite, before the optimizer has used its
+        gradients.
         """
         names = list(losses)
-        values = torch.stack([losses[name].detach().float() for name in names])
-        values = torch.cat((values, values.new_tensor([data_time])))
+        own = torch.stack([losses[name].detach().float() for name in names])
+        own = torch.cat((own, own.new_tensor([data_time])))
+        mean = own.clone()
         if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(values)
-            values /= comm.get_world_size()
-        *values, data_time = values.tolist()
-        losses = dict(zip(names, values, strict=True))
-        broken = {name: value for name, value in losses.items() if not math.isfinite(value)}
-        if broken:
-            images = [sample.get("image_id", sample.get("file_name")) for sample in data]
+            torch.distributed.all_reduce(mean)
+            mean /= comm.get_world_size()
+        own, (*mean, data_time) = torch.stack((own, mean)).tolist()
+        losses = dict(zip(names, mean, strict=True))
+        if not all(map(math.isfinite, mean)):
+            where = self.whereabouts(data)
+            if all(map(math.isfinite, own)):
+                where = f"in iteration {self.iter}, but not from rank {comm.get_rank()}"
+            broken = [name for name, value in losses.items() if not math.isfinite(value)]
             raise FloatingPointError(
-                f"loss is not finite in iteration {self.iter}, on images {images} of rank "
-                f"{comm.get_rank()}: {broken}; all losses: {losses}"
+                f"not finite: {', '.join(broken)}, {where}; all losses: {losses}"
             )
         storage = get_event_storage()
         storage.put_scalar("data_time", data_time)
@@ -81,9 +89,20 @@ class TrainStep(SimpleTrainer):
         storage.put_scalars(**losses)
         storage.put_scalars(**summarize(losses))
 
+    def whereabouts(self, data: list[dict]) -> str:
+        """Iteration and images of this rank's batch, for messages."""
+        images = [sample.get("image_id", sample.get("file_name")) for sample in data]
+        return f"in iteration {self.iter}, from the images {images} of rank {comm.get_rank()}"
+
     def state_dict(self) -> dict:
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        try:
+            super().load_state_dict(state_dict)
+        except ValueError as error:
+            raise InputError(
+                f"the optimizer of this checkpoint does not fit this configuration: {error}."
+            ) from error
+        if state_dict["grad_scaler"]:  # empty if it was saved in another precision
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

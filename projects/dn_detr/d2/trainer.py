@@ -2,40 +2,106 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import weakref
 
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import COCOEvaluator
-from detectron2.utils.events import JSONWriter, TensorboardXWriter
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from fvcore.nn.precise_bn import get_bn_modules
+from torch import nn
 
 from dn_detr.d2.checkpoint import Checkpointer
 from dn_detr.d2.loader import build_test_loader, build_train_loader
 from dn_detr.d2.optimizer import build_optimizer
 from dn_detr.d2.train_step import TrainStep
-from dn_detr.d2.writers import ProgressWriter
+from dn_detr.d2.writers import ProgressBar, ProgressLines
+from dn_detr.errors import InputError
 
 
 class Trainer(DefaultTrainer):
     """Trains any configuration of dn_detr; resuming continues exactly where the run stopped."""
 
-    def build_hooks(self) -> list:
-        # Called last in Detectron2's constructor, before the hooks take hold of the checkpointer.
-        # Its own steps need CUDA for mixed precision and wait for the device at each loss.
-        cfg, step = self.cfg, self._trainer
+    def __init__(self, cfg):
+        # Not DefaultTrainer's constructor: its steps need CUDA for mixed precision and wait for
+        # the device at every loss, and its several processes need a GPU each.
+        TrainerBase.__init__(self)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        loader = self.build_train_loader(cfg)
+        model = across_processes(model)
         self._trainer = TrainStep(
-            step.model,
-            step.data_loader,
-            step.optimizer,
+            model,
+            loader,
+            optimizer,
             precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else None,
-            seed=cfg.SEED,
+            seed=loader.seed,
         )
-        self.checkpointer = Checkpointer(step.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        return super().build_hooks()
+        self.checkpointer = Checkpointer(
+            model, cfg.OUTPUT_DIR, is_for_training=True, trainer=weakref.proxy(self)
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's hooks in its order, so that evaluation sees what was saved."""
+        cfg, is_main = self.cfg, comm.is_main_process()
+
+        def evaluate():
+            self._last_eval_results = self.test(cfg, self.model)
+            return self._last_eval_results
+
+        return [
+            ProgressBar() if is_main and sys.stdout.isatty() else None,
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            self.build_precise_bn(),
+            hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+            if is_main
+            else None,
+            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate),
+            hooks.PeriodicWriter(self.build_writers(), cfg.LOG_PERIOD) if is_main else None,
+        ]
+
+    def build_precise_bn(self) -> HookBase | None:
+        """Detectron2's TEST.PRECISE_BN, where it is asked for and the model has what it needs."""
+        test = self.cfg.TEST
+        if not test.PRECISE_BN.ENABLED or not get_bn_modules(self.model):
+            return None
+        loader = self.build_train_loader(self.cfg)
+        return hooks.PreciseBN(test.EVAL_PERIOD, self.model, loader, test.PRECISE_BN.NUM_ITER)
+
+    def build_writers(self) -> list[EventWriter]:
+        output, period = self.cfg.OUTPUT_DIR, self.cfg.LOG_PERIOD
+        return [
+            ProgressLines(self.max_iter, period),
+            JSONWriter(os.path.join(output, "metrics.json"), period),
+            TensorboardXWriter(output, period),
+        ]
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
         self._trainer.data_loader.set_start_iteration(self.start_iter)
+
+    def train(self):
+        logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_input_error)
+        return super().train()
+
+    @classmethod
+    def build_model(cls, cfg) -> nn.Module:
+        try:
+            return super().build_model(cfg)
+        except (ValueError, KeyError) as error:
+            raise InputError(
+                f"the model cannot be built from this configuration: {error.args[0]}."
+            ) from error
 
     @classmethod
     def build_optimizer(cls, cfg, model):
@@ -53,10 +119,17 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg, dataset_name: str) -> COCOEvaluator:
         return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
 
-    def build_writers(self) -> list:
-        output = self.cfg.OUTPUT_DIR
-        return [
-            ProgressWriter(self.max_iter),
-            JSONWriter(os.path.join(output, "metrics.json")),
-            TensorboardXWriter(output),
-        ]
+
+def across_processes(model: nn.Module) -> nn.Module:
+    """The model as DistributedDataParallel where there are several processes, else as it is.
+
+    Every parameter gets a gradient from every batch, empty ones too, so none is looked for.
+    """
+    device = next(model.parameters()).device
+    device_ids = [device] if device.type == "cuda" else None
+    return create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+
+
+def _is_no_input_error(record: logging.LogRecord) -> bool:
+    """Detectron2's loop logs every error with its traceback; train_net.py says these itself."""
+    return not (record.exc_info and isinstance(record.exc_info[1], InputError))

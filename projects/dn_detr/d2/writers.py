@@ -7,7 +7,8 @@ import logging
 import sys
 
 import torch
-from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.engine import HookBase
+from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
@@ -15,42 +16,37 @@ logger = logging.getLogger(__name__)
 SHOWN = ("total_loss", "loss_match", "loss_denoise", "loss_encoder")
 """Losses on the console; metrics.json and TensorBoard hold every one."""
 
+LOGGERS = ("detectron2", "fvcore", "dn_detr")
+"""Those that Detectron2's set-up lets write to the terminal."""
 
-class ProgressWriter(EventWriter):
-    """One line every time it is asked to write; on a terminal, a progress bar in its place.
 
-    Losses are medians over the last 20 iterations.
-    """
+def summary(storage: EventStorage, window: int) -> list[str]:
+    """Median losses of the last `window` iterations, learning rate and GPU memory, as texts."""
+    histories = storage.histories()
+    parts = [
+        f"{name}: {histories[name].median(storage.count_samples(name, window)):.4g}"
+        for name in SHOWN
+        if name in histories
+    ]
+    if "lr" in histories:
+        parts.append(f"lr: {histories['lr'].latest():.3g}")
+    if torch.cuda.is_available():
+        parts.append(f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
+    return parts
 
-    WINDOW = 20
 
-    def __init__(self, max_iter: int):
+class ProgressLines(EventWriter):
+    """One line every time it is asked to write; losses are medians over `window` iterations."""
+
+    def __init__(self, max_iter: int, window: int):
         self.max_iter = max_iter
-        self.bar = None
-        if sys.stdout.isatty():
-            self.bar = tqdm(total=max_iter, file=sys.stdout, dynamic_ncols=True, unit="it")
-            for handler in logging.getLogger("dn_detr").handlers:
-                if getattr(handler, "stream", None) is sys.stdout:
-                    handler.addFilter(lambda record: record.name != __name__)
+        self.window = window
 
     def write(self):
         storage = get_event_storage()
-        if storage.iter >= self.max_iter:
+        if storage.iter >= self.max_iter:  # asked once more after the last iteration
             return
-        histories = storage.histories()
-        losses = {
-            name: histories[name].median(storage.count_samples(name, self.WINDOW))
-            for name in SHOWN
-            if name in histories
-        }
-        parts = [f"{name}: {value:.4g}" for name, value in losses.items()]
-        if "lr" in histories:
-            parts.append(f"lr: {histories['lr'].latest():.3g}")
-        if torch.cuda.is_available():
-            parts.append(f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
-        if self.bar is not None:
-            self.bar.n = storage.iter + 1
-            self.bar.set_postfix_str("  ".join(parts))
+        parts, histories = summary(storage, self.window), storage.histories()
         if "time" in histories:
             seconds = histories["time"].median(100)
             remaining = int(seconds * (self.max_iter - storage.iter - 1))
@@ -60,6 +56,55 @@ class ProgressWriter(EventWriter):
             storage.put_scalar("eta_seconds", remaining, smoothing_hint=False)
         logger.info(f"iter {storage.iter + 1}/{self.max_iter}  " + "  ".join(parts))
 
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
+
+class ProgressBar(HookBase):
+    """A bar at the foot of the terminal; the log goes on above it, without its progress lines."""
+
+    WINDOW = 20
+
+    def before_train(self):
+        self.stream = sys.stdout
+        self.bar = tqdm(
+            total=self.trainer.max_iter,
+            initial=self.trainer.start_iter,
+            file=self.stream,
+            dynamic_ncols=True,
+            unit="it",
+        )
+        self.handlers = [
+            handler
+            for name in LOGGERS
+            for handler in logging.getLogger(name).handlers
+            if getattr(handler, "stream", None) is self.stream
+        ]
+        for handler in self.handlers:
+            handler.setStream(_AboveBar(self.stream))
+            handler.addFilter(_is_no_progress_line)
+
+    def after_step(self):
+        parts = summary(self.trainer.storage, self.WINDOW)
+        self.bar.set_postfix_str("  ".join(parts), refresh=False)
+        self.bar.update()
+
+    def after_train(self):
+        self.bar.close()
+        for handler in self.handlers:
+            handler.setStream(self.stream)
+            handler.removeFilter(_is_no_progress_line)
+
+
+class _AboveBar:
+    """A stream that writes above the bars of tqdm."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        tqdm.write(text, file=self.stream, end="")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def _is_no_progress_line(record: logging.LogRecord) -> bool:
+    return record.name != __name__
