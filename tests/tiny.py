@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import torch
 
-from dn_detr.build import Denoising, build_model
+from dn_detr.build import Denoising, HybridMatching, build_model
 from dn_detr.models.numbers import Numbers
 from dn_detr.structures import Target, Targets, pad_targets
+
+ASSISTS = {
+    "denoising": {"denoising": Denoising(num_groups=3)},
+    "budget": {"denoising": Denoising(num_groups=0, max_objects=9)},
+    "contrastive": {"denoising": Denoising(num_groups=3, is_contrastive=True)},
+    "groups": {"num_groups": 3},
+    "hybrid": {"hybrid": HybridMatching(num_queries=5, repeats=2)},
+    "denoising and groups": {"denoising": Denoising(num_groups=2), "num_groups": 3},
+    "denoising and hybrid": {
+        "denoising": Denoising(num_groups=2),
+        "hybrid": HybridMatching(num_queries=5, repeats=2),
+    },
+}
+"""What `tiny_model` is given for each training assist and combination of assists."""
 
 STRIDES = [8, 16, 32]
 WIDTHS = [12, 16, 20]
 
 
-def tiny_model(method: str, *, denoising: Denoising | None = None, seed: int = 0, **numbers):
+def tiny_model(
+    method: str,
+    *,
+    denoising: Denoising | None = None,
+    num_groups: int = 1,
+    hybrid: HybridMatching | None = None,
+    seed: int = 0,
+    **numbers,
+):
     """A model of `method` with random weights everywhere, also where training starts from zero."""
     torch.manual_seed(seed)
     sizes = {
@@ -31,6 +53,8 @@ def tiny_model(method: str, *, denoising: Denoising | None = None, seed: int = 0
         in_channels=WIDTHS,
         strides=STRIDES,
         denoising=denoising,
+        num_groups=num_groups,
+        hybrid=hybrid,
     ).double()
     for parameter in model.parameters():
         # Zero-initialised heads and offsets would hide leaks and dead paths.

@@ -6,9 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dn_detr.assists.denoising import Denoise, FixedGroups, ObjectBudget
+from dn_detr.assists.groups import Groups
+from dn_detr.assists.hybrid import Hybrid
 from dn_detr.layers.content import QueryContent
 from dn_detr.losses.criterion import Criterion
-from dn_detr.losses.terms import Focal, GIoU, L1
+from dn_detr.losses.terms import Focal, GIoU, L1, Softmax
 from dn_detr.methods import METHODS
 from dn_detr.models.detr import DETR
 from dn_detr.models.numbers import Numbers
@@ -18,14 +20,26 @@ from dn_detr.models.numbers import Numbers
 class Denoising:
     """How ground truth is noised (2203.01305, sec. 4.2 and 5.1).
 
-    num_groups: fixed number of groups; 0: as many as fit into `max_objects`.
+    num_groups: fixed number of groups; 0: as many as fit into `max_objects`. is_contrastive: with
+    a negative copy of each object (2203.03605, sec. 3.3).
     """
 
     num_groups: int = 5
     max_objects: int = 500
     box_noise: float = 0.4
     label_noise: float = 0.2
+    is_contrastive: bool = False
     hides_empty: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridMatching:
+    """The one-to-many branch of H-DETR (2207.13080, sec. 4.1): further queries, how often each object
+    is matched among them, and the weight of their losses."""
+
+    num_queries: int = 1500
+    repeats: int = 6
+    weight: float = 1.0
 
 
 def build_model(
@@ -34,14 +48,24 @@ def build_model(
     *,
     in_channels: list[int],
     strides: list[int],
-    denoising: Denoising | None,
+    denoising: Denoising | None = None,
+    num_groups: int = 1,
+    hybrid: HybridMatching | None = None,
 ) -> DETR:
     """The core of a detector: (features, padding, targets=None) -> Predictions.
 
-    in_channels, strides: of the backbone's features, fine to coarse.
+    in_channels, strides: of the backbone's features, fine to coarse. num_groups: of Group DETR, 1 =
+    none. Assists combine, except groups with hybrid matching.
     """
     if method not in METHODS:
         raise ValueError(f"there is no method {method!r}, only {sorted(METHODS)}")
+    if num_groups < 1:
+        raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+    if num_groups > 1 and hybrid is not None:
+        raise ValueError(
+            "groups and hybrid matching exclude each other: both match every object several times, "
+            f"among further queries of their own; got {num_groups} groups and {hybrid}"
+        )
     content = QueryContent(
         channels=numbers.channels,
         num_classes=numbers.num_classes,
@@ -61,7 +85,25 @@ def build_model(
                 groups=groups,
                 box_noise=denoising.box_noise,
                 label_noise=denoising.label_noise,
+                is_contrastive=denoising.is_contrastive,
                 hides_empty=denoising.hides_empty,
+            )
+        )
+    if num_groups > 1:
+        model.assists.append(
+            Groups(
+                query_design=model.query_design,
+                num_queries=numbers.num_queries,
+                num_groups=num_groups,
+            )
+        )
+    if hybrid is not None:
+        model.assists.append(
+            Hybrid(
+                query_design=model.query_design,
+                num_queries=hybrid.num_queries,
+                repeats=hybrid.repeats,
+                weight=hybrid.weight,
             )
         )
     return model
@@ -74,11 +116,21 @@ def build_criterion(
     giou_weight: float = 2.0,
     focal_alpha: float = 0.25,
     focal_gamma: float = 2.0,
+    kind: str = "focal",
+    no_object_weight: float = 0.1,
 ) -> Criterion:
-    """Focal, L1 and GIoU losses with the weights of DAB-DETR and its descendants."""
+    """Class, L1 and GIoU losses with the weights of DAB-DETR and its descendants.
+
+    kind: of the class loss, "focal" or "softmax" (of logits with a last column for "no object",
+    whose slots weigh `no_object_weight`).
+    """
+    if kind not in ("focal", "softmax"):
+        raise ValueError(f'kind of class loss must be "focal" or "softmax", got {kind!r}')
+    focal = Focal(alpha=focal_alpha, gamma=focal_gamma)
+    softmax = Softmax(unmatched_weight=no_object_weight)
     return Criterion(
         {
-            "class": (Focal(alpha=focal_alpha, gamma=focal_gamma), class_weight),
+            "class": (focal if kind == "focal" else softmax, class_weight),
             "box": (L1(), l1_weight),
             "giou": (GIoU(), giou_weight),
         }

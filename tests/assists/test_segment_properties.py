@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import (
+    ASSISTS,
     tiny_features,
     tiny_model,
     tiny_padding,
@@ -15,14 +16,10 @@ from tiny import (
     without_group_norm,
 )
 
-from dn_detr.build import Denoising
+from dn_detr.layers.attend import additive, allowed_pairs
 from dn_detr.methods import METHODS
 from dn_detr.structures import Queries, pad_targets
 
-ASSISTS = {
-    "denoising": Denoising(num_groups=3),
-    "budget": Denoising(num_groups=0, max_objects=9),
-}
 SIZES = [(96, 128), (64, 96)]
 
 pytestmark = [
@@ -49,38 +46,64 @@ class ContentProbe(torch.nn.Module):
 
 
 def forward(method, assist, targets, *, edit=None, sizes=SIZES):
-    model = tiny_model(method, denoising=ASSISTS[assist])
+    model = tiny_model(method, **ASSISTS[assist])
     probe = ContentProbe(edit)
     model.assists.append(probe)
     predictions = model(tiny_features(len(sizes)), tiny_padding(sizes), targets)
     return predictions, probe
 
 
-def test_no_gradient_flows_from_matched_predictions_to_denoising_slots(method, assist):
+def slots_of(predictions):
+    """Name of each segment -> its slots."""
+    ranges, start = {}, 0
+    for segment in predictions.segments:
+        ranges[segment.name] = slice(start, start + segment.size)
+        start += segment.size
+    return ranges
+
+
+def existing(segments):
+    """[B, Q] bool: the slots that are not empty."""
+    batch = len(SIZES)
+    return torch.cat(
+        [
+            torch.ones(batch, s.size, dtype=torch.bool) if s.is_empty is None else ~s.is_empty
+            for s in segments
+        ],
+        dim=1,
+    )
+
+
+def test_no_gradient_flows_from_matched_predictions_to_other_slots(method, assist):
     predictions, probe = forward(method, assist, tiny_targets(2, 3))
     matched = predictions.of("match")
     total = matched.logits.sum() + matched.boxes.sum()
     (gradient,) = torch.autograd.grad(total, probe.content)
-    size = predictions.segment("denoise").size
-    assert torch.equal(gradient[:, :size], torch.zeros_like(gradient[:, :size]))
-    assert gradient[:, size:].abs().max() > 0
+    slots = slots_of(predictions)
+    for name, where in slots.items():
+        assert (name == "match") == (gradient[:, where].abs().max() > 0).item()
 
 
-def test_denoising_groups_do_not_see_each_other(method, assist):
+def test_a_group_sees_only_itself_and_what_its_segment_says(method, assist):
     predictions, probe = forward(method, assist, tiny_targets(2, 3))
-    segment = predictions.segment("denoise")
-    per_group = segment.size // segment.num_groups
-    first = predictions.of("denoise").logits[:, :, :per_group].sum()
-    (gradient,) = torch.autograd.grad(first, probe.content)
-    others = gradient[:, per_group : segment.size]
-    assert segment.num_groups > 1
-    assert torch.equal(others, torch.zeros_like(others))
-    assert gradient[:, :per_group].abs().max() > 0
+    slots = slots_of(predictions)
+    for segment in predictions.segments:
+        part = predictions.of(segment.name)
+        per_group = segment.size // segment.num_groups
+        total = part.logits[:, :, :per_group].sum() + part.boxes[:, :, :per_group].sum()
+        (gradient,) = torch.autograd.grad(total, probe.content, retain_graph=True)
+        start = slots[segment.name].start
+        assert gradient[:, start : start + per_group].abs().max() > 0
+        gradient[:, start : start + per_group] = 0
+        for name in segment.sees:
+            assert gradient[:, slots[name]].abs().max() > 0
+            gradient[:, slots[name]] = 0
+        assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 def test_matched_predictions_are_those_of_the_plain_model(method, assist):
     targets = tiny_targets(2, 3)
-    model = tiny_model(method, denoising=ASSISTS[assist])
+    model = tiny_model(method, **ASSISTS[assist])
     features, padding = tiny_features(2), tiny_padding(SIZES)
     with_assist = model(features, padding, targets).of("match")
     without = model(features, padding)
@@ -90,20 +113,18 @@ def test_matched_predictions_are_those_of_the_plain_model(method, assist):
 
 def test_scribbling_on_empty_slots_changes_nothing(method, assist):
     def scribble(queries):
-        is_empty = queries.segments[0].is_empty
-        assert is_empty.any()
-        noise = torch.randn_like(queries.state.content[:, : is_empty.shape[1]]) * 100
-        content = queries.state.content.clone()
-        content[:, : is_empty.shape[1]][is_empty] = noise[is_empty]
+        exists = existing(queries.segments)
+        noise = torch.randn_like(queries.state.content) * 100
+        content = torch.where(exists[..., None], queries.state.content, noise)
         return replace(queries.state, content=content)
 
     targets = tiny_targets(1, 3)
     plain, probe = forward(method, assist, targets)
     scribbled, _ = forward(method, assist, targets, edit=scribble)
-    is_empty = probe.segments[0].is_empty
-    exists = torch.cat(
-        (~is_empty, torch.ones(2, plain.segment("match").size, dtype=torch.bool)), dim=1
-    )
+    exists = existing(probe.segments)
+    if "denoise" not in slots_of(plain):
+        pytest.skip("only denoising leaves slots empty here")
+    assert not exists.all()
     for name in ("logits", "boxes"):
         before, after = getattr(plain, name), getattr(scribbled, name)
         torch.testing.assert_close(before[:, exists], after[:, exists], rtol=1e-12, atol=1e-12)
@@ -113,8 +134,7 @@ def test_an_image_alone_gives_the_result_it_has_in_a_batch(method, assist):
     """From the feature maps on, that is without what reads across borders, and with equal groups."""
     if assist == "budget":
         pytest.skip("the number of groups follows from the fullest image of the batch")
-    model = tiny_model(method, denoising=ASSISTS[assist], num_levels=3)
-    without_group_norm(model)
+    model = without_group_norm(tiny_model(method, **ASSISTS[assist], num_levels=3))
     small = tiny_target(2, key=7)
     targets = pad_targets([tiny_target(3, key=6), small])
     features = [feature.clone() for feature in tiny_features(2)]
@@ -127,24 +147,19 @@ def test_an_image_alone_gives_the_result_it_has_in_a_batch(method, assist):
         tiny_padding(SIZES[1:], 64, 96),
         pad_targets([small]),
     )
-    for name in ("logits", "boxes"):
-        torch.testing.assert_close(
-            getattr(together.of("match"), name)[:, 1:],
-            getattr(alone.of("match"), name),
-            rtol=1e-9,
-            atol=1e-9,
-        )
-        groups = together.segment("denoise").num_groups
-        batched = getattr(together.of("denoise"), name)[:, 1:].unflatten(2, (groups, -1))
-        single = getattr(alone.of("denoise"), name).unflatten(2, (groups, -1))
-        torch.testing.assert_close(batched[:, :, :, :2], single, rtol=1e-9, atol=1e-9)
+    for segment in together.segments:
+        for name in ("logits", "boxes"):
+            batched = getattr(together.of(segment.name), name)[:, 1:]
+            single = getattr(alone.of(segment.name), name)
+            if segment.name == "denoise":  # the fuller image has 3 slots where this one fills 2
+                batched = batched.unflatten(2, (-1, 3))[:, :, :, :2].flatten(2, 3)
+            torch.testing.assert_close(batched, single, rtol=1e-9, atol=1e-9)
 
 
 def test_the_ready_mask_is_the_one_that_follows_from_the_segments(method, assist):
-    from dn_detr.layers.attend import additive, allowed_pairs
-
     _, probe = forward(method, assist, tiny_targets(1, 3))
     if probe.queries.mask is None:
-        pytest.skip("queries that may be empty have no ready mask")
-    allowed = allowed_pairs(probe.segments, torch.device("cpu"))
+        pytest.skip("queries that may be empty, or without denoising, have no ready mask")
+    seen = [s for s in probe.segments if s.name in ("denoise", "match")]
+    allowed = allowed_pairs(tuple(seen), torch.device("cpu"))
     assert torch.equal(probe.queries.mask, additive(allowed, torch.float64))
