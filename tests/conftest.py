@@ -1,9 +1,48 @@
-"""Shared by all rooms: real data, where a checkout has some beside it."""
+"""Shared by all rooms: what is left out where Detectron2 or real data are missing, and says so."""
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+
+HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
+NEEDS_DETECTRON2 = ["d2"]
+"""Folders and files beside this one."""
+
+collect_ignore = [] if HAS_DETECTRON2 else NEEDS_DETECTRON2
+
+
+def what_is_missing() -> list[str]:
+    """A sentence for each thing without which a part of the product goes untested."""
+    missing = []
+    if not HAS_DETECTRON2:
+        missing.append(
+            f"Detectron2 is not installed: tests/{', tests/'.join(NEEDS_DETECTRON2)} are left out"
+        )
+    try:
+        from dn_detr.ops.extension import KERNELS, why_no_kernel
+    except ImportError as error:  # built for another torch
+        missing.append(str(error))
+    else:
+        if "cpu" not in KERNELS.get("ms_deform_attn", ()):
+            missing.append(f"{why_no_kernel('cpu')}: compiled operators are not tested")
+    return missing
+
+
+def pytest_sessionstart(session):
+    missing = what_is_missing()
+    if missing and os.environ.get("DN_DETR_REQUIRE_ALL") == "1":
+        pytest.exit(f"DN_DETR_REQUIRE_ALL is set, but: {'; '.join(missing)}", returncode=1)
+
+
+def pytest_report_header(config):
+    return what_is_missing()
+
+
+def pytest_terminal_summary(terminalreporter):
+    for sentence in what_is_missing():
+        terminalreporter.write_line(f"NOT TESTED: {sentence}", yellow=True)
 
 
 @pytest.fixture(scope="session")
