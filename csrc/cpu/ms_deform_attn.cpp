@@ -1,34 +1,29 @@
 // Deformable attention on the CPU: vectorised over channels, threaded over queries (forward) or over
 // disjoint parts of grad_value (backward), deterministic.
 
-#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../ms_deform_attn.h"
 
-#if defined(__GNUC__) && !defined(__clang__)
-#define IVDEP _Pragma("GCC ivdep")
-#else
-#define IVDEP
-#endif
-
 namespace dn_detr {
 namespace {
 
-template <typename T>
+template <typename T, typename S>
 struct Inputs {
-  const T* value;
+  const S* value;
   const T* locations;
   const T* weights;
 };
@@ -82,63 +77,77 @@ namespace avx512 {
 #endif
 #endif
 
-template <typename T>
+template <typename T, typename S>
 struct Kernels {
-  decltype(&portable::forward<T>) forward = portable::forward<T>;
-  decltype(&portable::backward<T>) backward = portable::backward<T>;
+  decltype(&portable::forward<T, S>) forward = portable::forward<T, S>;
+  decltype(&portable::backward<T, S>) backward = portable::backward<T, S>;
 };
 
 // ATEN_CPU_CAPABILITY chooses, as it does for PyTorch's own kernels.
-template <typename T>
-Kernels<T> kernels() {
+template <typename T, typename S>
+Kernels<T, S> kernels() {
 #ifdef HAS_X86_KERNELS
   static const std::string capability = at::get_cpu_capability();
   if (capability.rfind("AVX512", 0) == 0) {
-    return {avx512::forward<T>, avx512::backward<T>};
+    return {avx512::forward<T, S>, avx512::backward<T, S>};
   }
   if (capability == "AVX2") {
-    return {avx2::forward<T>, avx2::backward<T>};
+    return {avx2::forward<T, S>, avx2::backward<T, S>};
   }
 #endif
   return {};
 }
 
-template <typename T>
-void run_forward(
-    const Sizes& sizes,
-    const at::Tensor& value,
-    const at::Tensor& locations,
-    const at::Tensor& weights,
-    const at::Tensor& output) {
-  const auto forward = kernels<T>().forward;
-  const Inputs<T> in{value.const_data_ptr<T>(), locations.const_data_ptr<T>(),
-                     weights.const_data_ptr<T>()};
+// The inputs as the kernels want them: contiguous, float16 (which few CPUs widen) as float32.
+struct Prepared {
+  Prepared(
+      const at::Tensor& value_,
+      at::IntArrayRef spatial_shapes,
+      const at::Tensor& locations_,
+      const at::Tensor& weights_)
+      : sizes(check_ms_deform_attn(value_, spatial_shapes, locations_, weights_)),
+        value((value_.scalar_type() == at::kHalf ? value_.to(at::kFloat) : value_).contiguous()),
+        locations(locations_.contiguous()),
+        weights(weights_.contiguous()) {}
+
+  template <typename T, typename S>
+  Inputs<T, S> inputs() const {
+    return {value.const_data_ptr<S>(), locations.const_data_ptr<T>(), weights.const_data_ptr<T>()};
+  }
+
+  Sizes sizes;
+  at::Tensor value, locations, weights;
+};
+
+template <typename T, typename S>
+void run_forward(const Prepared& p, const at::Tensor& output) {
+  const auto forward = kernels<T, S>().forward;
+  const auto in = p.inputs<T, S>();
   T* out = output.mutable_data_ptr<T>();
   // A row is a few microseconds of work.
-  at::parallel_for(0, sizes.batch * sizes.queries, 16, [&](int64_t begin, int64_t end) {
-    forward(sizes, in, out, begin, end);
+  at::parallel_for(0, p.sizes.batch * p.sizes.queries, 16, [&](int64_t begin, int64_t end) {
+    forward(p.sizes, in, out, begin, end);
   });
 }
 
-template <typename T>
+template <typename T, typename S>
 void run_backward(
-    const Sizes& sizes,
+    const Prepared& p,
     const at::Tensor& grad_output,
-    const at::Tensor& value,
-    const at::Tensor& locations,
-    const at::Tensor& weights,
     const at::Tensor& grad_value,
     const at::Tensor& grad_locations,
     const at::Tensor& grad_weights) {
-  const auto backward = kernels<T>().backward;
-  const Inputs<T> in{value.const_data_ptr<T>(), locations.const_data_ptr<T>(),
-                     weights.const_data_ptr<T>()};
+  const auto backward = kernels<T, S>().backward;
+  const auto in = p.inputs<T, S>();
+  const T* grad = grad_output.const_data_ptr<T>();
   const Gradients<T> out{grad_value.mutable_data_ptr<T>(), grad_locations.mutable_data_ptr<T>(),
                          grad_weights.mutable_data_ptr<T>()};
-  const T* grad = grad_output.const_data_ptr<T>();
-  const auto tasks = sizes.batch * static_cast<int64_t>(sizes.levels.size()) * sizes.heads;
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    backward(sizes, in, grad, out, begin, end);
+  // Levels of one head are done together (they share what is read) if that keeps all threads busy.
+  const int64_t owners = p.sizes.batch * p.sizes.heads;
+  const auto levels = static_cast<int64_t>(p.sizes.levels.size());
+  const int64_t parts = owners % at::get_num_threads() == 0 ? 1 : std::max<int64_t>(1, levels);
+  at::parallel_for(0, owners * parts, 1, [&](int64_t begin, int64_t end) {
+    backward(p.sizes, in, grad, out, parts, begin, end);
   });
 }
 
@@ -147,16 +156,18 @@ at::Tensor ms_deform_attn(
     at::IntArrayRef spatial_shapes,
     const at::Tensor& locations,
     const at::Tensor& weights) {
-  const Sizes sizes = check_ms_deform_attn(value, spatial_shapes, locations, weights);
-  const auto dtype = compute_type(value);
-  auto output =
-      at::empty({sizes.batch, sizes.queries, sizes.heads * sizes.channels}, value.options().dtype(dtype));
-  const auto precise = value.to(dtype).contiguous();
-  const auto where = locations.contiguous(), attention = weights.contiguous();
-  if (dtype == at::kDouble) {
-    run_forward<double>(sizes, precise, where, attention, output);
-  } else {
-    run_forward<float>(sizes, precise, where, attention, output);
+  const Prepared p(value, spatial_shapes, locations, weights);
+  const auto& z = p.sizes;
+  auto output = at::empty({z.batch, z.queries, z.heads * z.channels}, locations.options());
+  switch (p.value.scalar_type()) {
+    case at::kDouble:
+      run_forward<double, double>(p, output);
+      break;
+    case at::kBFloat16:
+      run_forward<float, at::BFloat16>(p, output);
+      break;
+    default:
+      run_forward<float, float>(p, output);
   }
   return output.to(value.scalar_type());
 }
@@ -167,16 +178,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward(
     at::IntArrayRef spatial_shapes,
     const at::Tensor& locations,
     const at::Tensor& weights) {
-  const Sizes sizes = check_ms_deform_attn(value, spatial_shapes, locations, weights);
-  check_grad_output(grad_output, value, sizes);
-  const auto dtype = compute_type(value);
-  auto grad_value = at::zeros(value.sizes(), value.options().dtype(dtype));
+  const Prepared p(value, spatial_shapes, locations, weights);
+  check_grad_output(grad_output, value, p.sizes);
+  const auto grad = grad_output.to(locations.scalar_type()).contiguous();
+  auto grad_value = at::zeros(value.sizes(), locations.options());
   auto grad_locations = at::empty(locations.sizes(), locations.options());
   auto grad_weights = at::empty(weights.sizes(), weights.options());
-  const auto precise = value.to(dtype).contiguous(), grad = grad_output.to(dtype).contiguous();
-  const auto where = locations.contiguous(), attention = weights.contiguous();
-  const auto run = dtype == at::kDouble ? run_backward<double> : run_backward<float>;
-  run(sizes, grad, precise, where, attention, grad_value, grad_locations, grad_weights);
+  switch (p.value.scalar_type()) {
+    case at::kDouble:
+      run_backward<double, double>(p, grad, grad_value, grad_locations, grad_weights);
+      break;
+    case at::kBFloat16:
+      run_backward<float, at::BFloat16>(p, grad, grad_value, grad_locations, grad_weights);
+      break;
+    default:
+      run_backward<float, float>(p, grad, grad_value, grad_locations, grad_weights);
+  }
   return {grad_value.to(value.scalar_type()), grad_locations, grad_weights};
 }
 

@@ -1,28 +1,62 @@
 // The loops of deformable attention on the CPU. No include guard: ms_deform_attn.cpp includes this
 // once per instruction set, in a namespace of its own and with VECTOR_BYTES set. The vectors are
 // those of GCC and Clang, which become AVX-512, AVX2, SSE2 or NEON; without them, single numbers.
+// T is the type that is computed with, S the one in which values are stored.
+
+template <typename T, size_t BYTES>
+struct Vector;
 
 #ifdef VECTOR_BYTES
+template <typename T, size_t BYTES>
+struct Vector {
+  typedef T type __attribute__((vector_size(BYTES)));
+};
 template <typename T>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef float type __attribute__((vector_size(VECTOR_BYTES)));
+struct Simd {
+  using vector = typename Vector<T, VECTOR_BYTES>::type;
+  using integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  using integers = typename Vector<integer, VECTOR_BYTES>::type;
 };
-template <>
-struct VectorOf<double> {
-  typedef double type __attribute__((vector_size(VECTOR_BYTES)));
-};
+// All bits where a < b, else none.
+#define LESS(a, b) ((a) < (b))
+// x where the bits of mask are set, else 0.
+#define WHERE(mask, x) ((decltype(x))((decltype(mask))(x) & (mask)))
+#define CONVERT(x, ...) __builtin_convertvector(x, __VA_ARGS__)
 #else
 template <typename T>
-struct VectorOf {
-  using type = T;
+struct Simd {
+  using vector = T;
+  using integer = int32_t;
+  using integers = integer;
 };
+#define LESS(a, b) (-static_cast<int32_t>((a) < (b)))
+#define WHERE(mask, x) ((mask) ? (x) : 0)
+#define CONVERT(x, type) static_cast<type>(x)
 #endif
+
+template <typename T>
+constexpr int64_t lanes_of() {
+  return sizeof(typename Simd<T>::vector) / sizeof(T);
+}
 
 template <typename V, typename T>
 inline void load(V& vector, const T* from) {
   std::memcpy(&vector, from, sizeof(V));
+}
+
+#ifdef VECTOR_BYTES
+// bfloat16 is the upper half of a float32.
+template <typename V>
+inline void load(V& vector, const c10::BFloat16* from) {
+  typename Vector<uint16_t, sizeof(V) / 2>::type upper;
+  std::memcpy(&upper, from, sizeof(upper));
+  const auto bits = CONVERT(upper, typename Vector<uint32_t, sizeof(V)>::type) << 16;
+  std::memcpy(&vector, &bits, sizeof(V));
+}
+#endif
+
+inline void load(float& number, const c10::BFloat16* from) {
+  number = *from;
 }
 
 template <typename V, typename T>
@@ -30,88 +64,120 @@ inline void store(T* to, const V& vector) {
   std::memcpy(to, &vector, sizeof(V));
 }
 
-// Where each of n samples lies: computed for all of them at once, which vectorises over samples.
+// Sum of the lanes, pairwise.
+template <typename T, typename V>
+inline T sum_lanes(const V& vector) {
+  if constexpr (sizeof(V) == sizeof(T)) {
+    return vector;
+  } else if constexpr (sizeof(V) == 2 * sizeof(T)) {
+    T pair[2];
+    store(pair, vector);
+    return pair[0] + pair[1];
+  } else {
+    typename Vector<T, sizeof(V) / 2>::type low, high;
+    std::memcpy(&low, &vector, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&vector) + sizeof(low), sizeof(high));
+    return sum_lanes<T>(low + high);
+  }
+}
+
+// Where n samples lie: computed for several at once.
 template <typename T>
 struct Samples {
-  explicit Samples(int64_t n)
-      : width(n), height(n), columns(n), start(n), x(n), y(n), offset(n), corners(n) {
-    for (auto& w : weight) {
-      w.resize(n);
+  using Integer = typename Simd<T>::integer;
+
+  explicit Samples(int64_t n) {
+    n += lanes_of<T>() - 1; // the last vector may be partly beyond
+    for (auto* numbers : {&width, &height, &x, &y, weight, weight + 1, weight + 2, weight + 3}) {
+      numbers->resize(n);
+    }
+    for (auto* integers : {&columns, &rows, &start, &offset, &corners}) {
+      integers->resize(n);
     }
   }
 
-  void set_level(int64_t begin, int64_t end, const Level& level) {
-    for (int64_t i = begin; i < end; ++i) {
-      width[i] = static_cast<T>(level.width);
-      height[i] = static_cast<T>(level.height);
-      columns[i] = level.width;
-      start[i] = level.start;
-    }
+  void set_level(int64_t i, const Level& level) {
+    width[i] = static_cast<T>(level.width);
+    height[i] = static_cast<T>(level.height);
+    columns[i] = level.width;
+    rows[i] = level.height;
+    start[i] = level.start;
   }
 
-  // locations: n pairs (x, y); stride: elements from one token to the next.
-  void locate(int64_t n, const T* locations, const T* attention, int32_t stride) {
-    const T *width_ = width.data(), *height_ = height.data();
-    const int32_t *columns_ = columns.data(), *start_ = start.data();
-    T *x_ = x.data(), *y_ = y.data();
-    T *w0 = weight[0].data(), *w1 = weight[1].data(), *w2 = weight[2].data(),
-      *w3 = weight[3].data();
-    int32_t *offset_ = offset.data(), *corners_ = corners.data();
-    IVDEP
-    for (int64_t i = 0; i < n; ++i) {
-      T px = locations[2 * i] * width_[i] - T(0.5);
-      T py = locations[2 * i + 1] * height_[i] - T(0.5);
+  // Sample i of what `locate` then works on: a location and its attention weight.
+  void put(int64_t i, const T* location, T attention) {
+    x[i] = location[0];
+    y[i] = location[1];
+    weight[0][i] = attention;
+  }
+
+  // For the n samples that were put; stride: elements from one token to the next.
+  void locate(int64_t n, int32_t stride) {
+    using V = typename Simd<T>::vector;
+    using I = typename Simd<T>::integers;
+    for (int64_t i = 0; i < n; i += lanes_of<T>()) {
+      V px, py, w, h, attention;
+      I columns_, rows_, start_;
+      load(px, &x[i]);
+      load(py, &y[i]);
+      load(w, &width[i]);
+      load(h, &height[i]);
+      load(attention, &weight[0][i]);
+      load(columns_, &columns[i]);
+      load(rows_, &rows[i]);
+      load(start_, &start[i]);
+      px = px * w - T(0.5);
+      py = py * h - T(0.5);
       // False for NaN. Only what lies inside is converted to an integer, so none overflows.
-      const bool is_inside =
-          (px > T(-1)) & (px < width_[i]) & (py > T(-1)) & (py < height_[i]);
-      px = is_inside ? px : T(0);
-      py = is_inside ? py : T(0);
-      int32_t left = static_cast<int32_t>(px), top = static_cast<int32_t>(py);
-      left -= px < static_cast<T>(left) ? 1 : 0; // floor
-      top -= py < static_cast<T>(top) ? 1 : 0;
-      px -= static_cast<T>(left);
-      py -= static_cast<T>(top);
-      const int32_t rows = static_cast<int32_t>(height_[i]);
-      const int32_t has_left = left >= 0 ? 5 : 0, has_right = left + 1 < columns_[i] ? 10 : 0;
-      const int32_t has_top = top >= 0 ? 3 : 0, has_bottom = top + 1 < rows ? 12 : 0;
-      const int32_t corners = (has_left | has_right) & (has_top | has_bottom);
-      corners_[i] = is_inside ? corners : 0;
-      offset_[i] = (start_[i] + top * columns_[i] + left) * stride;
-      x_[i] = px;
-      y_[i] = py;
-      const T lower = attention[i] * py, upper = attention[i] - lower;
-      w1[i] = upper * px;
-      w0[i] = upper - w1[i];
-      w3[i] = lower * px;
-      w2[i] = lower - w3[i];
+      const I is_inside = LESS(V{} - 1, px) & LESS(px, w) & LESS(V{} - 1, py) & LESS(py, h);
+      px = WHERE(is_inside, px);
+      py = WHERE(is_inside, py);
+      I left = CONVERT(px, I), top = CONVERT(py, I);
+      left += LESS(px, CONVERT(left, V)); // floor: the mask is -1
+      top += LESS(py, CONVERT(top, V));
+      px -= CONVERT(left, V);
+      py -= CONVERT(top, V);
+      const I in_columns = (LESS(I{} - 1, left) & 5) | (LESS(left + 1, columns_) & 10);
+      const I in_rows = (LESS(I{} - 1, top) & 3) | (LESS(top + 1, rows_) & 12);
+      const V lower = attention * py, upper = attention - lower;
+      const V upper_right = upper * px, lower_right = lower * px;
+      store(&corners[i], in_columns & in_rows & is_inside);
+      store(&offset[i], (start_ + top * columns_ + left) * stride);
+      store(&x[i], px);
+      store(&y[i], py);
+      store(&weight[0][i], upper - upper_right);
+      store(&weight[1][i], upper_right);
+      store(&weight[2][i], lower - lower_right);
+      store(&weight[3][i], lower_right);
     }
   }
 
   std::vector<T> width, height; // of the sample's level
-  std::vector<int32_t> columns, start; // width again, first token
-  std::vector<T> x, y; // from the upper left corner of the four
-  std::vector<int32_t> offset; // of that corner, in elements
+  std::vector<Integer> columns, rows, start; // width and height again; first token
+  std::vector<T> x, y; // from the upper left of the four corners
+  std::vector<Integer> offset; // of that corner, in elements
   // Bits of the corners inside: 1 upper left, 2 upper right, 4 lower left, 8 lower right. The
   // others are not read: they could hold NaN, which a weight of zero would not remove.
-  std::vector<int32_t> corners;
+  std::vector<Integer> corners;
   std::vector<T> weight[4]; // bilinear times attention
 };
 
-// output[N vectors of channels] = weighted sum of the samples.
-template <typename T, typename V, int N>
+// output[N vectors of channels] = weighted sum of samples [begin, end).
+template <typename T, typename V, int N, typename S>
 inline void sum_samples(
     const Samples<T>& s,
-    int64_t n,
-    const T* value,
+    int64_t begin,
+    int64_t end,
+    const S* value,
     int32_t stride,
     T* output) {
   constexpr int lanes = sizeof(V) / sizeof(T);
   V sum[N] = {};
-  for (int64_t i = 0; i < n; ++i) {
-    const T* row = value + s.offset[i];
+  for (int64_t i = begin; i < end; ++i) {
+    const S* row = value + s.offset[i];
     const int64_t down = static_cast<int64_t>(s.columns[i]) * stride;
-    const T* const rows[4] = {row, row + stride, row + down, row + down + stride};
-    const int32_t corners = s.corners[i];
+    const S* const rows[4] = {row, row + stride, row + down, row + down + stride};
+    const auto corners = s.corners[i];
     if (corners == 15) {
       const T w0 = s.weight[0][i], w1 = s.weight[1][i], w2 = s.weight[2][i],
               w3 = s.weight[3][i];
@@ -141,12 +207,12 @@ inline void sum_samples(
 }
 
 // Adds to grad_value, and to dots[4 i + corner] the product of grad_output with that corner's value.
-template <typename T, typename V, int N>
+template <typename T, typename V, int N, typename S>
 inline void scatter_samples(
     const Samples<T>& s,
     int64_t begin,
     int64_t end,
-    const T* value,
+    const S* value,
     int32_t stride,
     const T* grad_output,
     T* grad_value,
@@ -160,10 +226,10 @@ inline void scatter_samples(
     const int64_t down = static_cast<int64_t>(s.columns[i]) * stride;
     const int64_t at[4] = {s.offset[i], s.offset[i] + stride, s.offset[i] + down,
                            s.offset[i] + down + stride};
-    const int32_t corners = s.corners[i];
+    const auto corners = s.corners[i];
     for (int corner = 0; corner < 4; ++corner) {
       if (corners >> corner & 1) {
-        const T* row = value + at[corner];
+        const S* row = value + at[corner];
         T* grad_row = grad_value + at[corner];
         const T weight = s.weight[corner][i];
         V dot = {};
@@ -175,13 +241,7 @@ inline void scatter_samples(
           g += grad[v] * weight;
           store(grad_row + v * lanes, g);
         }
-        T parts[lanes];
-        store(parts, dot);
-        T sum = 0;
-        for (int lane = 0; lane < lanes; ++lane) {
-          sum += parts[lane];
-        }
-        dots[4 * i + corner] += sum;
+        dots[4 * i + corner] += sum_lanes<T>(dot);
       }
     }
   }
@@ -191,8 +251,8 @@ inline void scatter_samples(
 // 8, 4, 2 and 1 vectors and single numbers.
 template <typename T, typename F>
 inline void for_channels(int64_t channels, F& f) {
-  using V = typename VectorOf<T>::type;
-  constexpr int lanes = sizeof(V) / sizeof(T);
+  using V = typename Simd<T>::vector;
+  constexpr int lanes = lanes_of<T>();
   int64_t c = 0;
   for (; channels - c >= 8 * lanes; c += 8 * lanes) {
     f.template run<V, 8>(c);
@@ -214,25 +274,25 @@ inline void for_channels(int64_t channels, F& f) {
   }
 }
 
-template <typename T>
+template <typename T, typename S>
 struct SumSamples {
   const Samples<T>& samples;
-  int64_t n;
-  const T* value;
+  int64_t begin, end;
+  const S* value;
   int32_t stride;
   T* output;
 
   template <typename V, int N>
   inline void run(int64_t channel) {
-    sum_samples<T, V, N>(samples, n, value + channel, stride, output + channel);
+    sum_samples<T, V, N>(samples, begin, end, value + channel, stride, output + channel);
   }
 };
 
-template <typename T>
+template <typename T, typename S>
 struct ScatterSamples {
   const Samples<T>& samples;
   int64_t begin, end;
-  const T* value;
+  const S* value;
   int32_t stride;
   const T* grad_output;
   T* grad_value;
@@ -247,78 +307,92 @@ struct ScatterSamples {
 };
 
 // Rows [begin, end) of the B * Q rows of the output.
-template <typename T>
-void forward(const Sizes& z, const Inputs<T>& in, T* output, int64_t begin, int64_t end) {
-  const int64_t n = z.samples();
+template <typename T, typename S>
+void forward(const Sizes& z, const Inputs<T, S>& in, T* output, int64_t begin, int64_t end) {
+  const int64_t n = z.samples(), total = z.heads * n;
   const auto stride = static_cast<int32_t>(z.heads * z.channels);
-  Samples<T> samples(n);
-  for (size_t level = 0; level < z.levels.size(); ++level) {
-    samples.set_level(level * z.points, (level + 1) * z.points, z.levels[level]);
+  Samples<T> samples(total);
+  for (int64_t i = 0; i < total; ++i) {
+    samples.set_level(i, z.levels[i % n / z.points]);
   }
   for (int64_t row = begin; row < end; ++row) {
-    const T* image = in.value + row / z.queries * z.tokens * stride;
+    const S* image = in.value + row / z.queries * z.tokens * stride;
+    const T* locations = in.locations + row * total * 2;
+    const T* weights = in.weights + row * total;
+    for (int64_t i = 0; i < total; ++i) {
+      samples.put(i, locations + 2 * i, weights[i]);
+    }
+    samples.locate(total, stride);
     for (int64_t head = 0; head < z.heads; ++head) {
-      const int64_t first = (row * z.heads + head) * n;
-      samples.locate(n, in.locations + 2 * first, in.weights + first, stride);
-      SumSamples<T> sum{samples, n, image + head * z.channels, stride,
-                        output + row * stride + head * z.channels};
+      const int64_t channel = head * z.channels;
+      SumSamples<T, S> sum{samples, head * n, head * n + n, image + channel, stride,
+                        output + row * stride + channel};
       for_channels<T>(z.channels, sum);
     }
   }
 }
 
-// Tasks [begin, end) of B * levels * H. A task owns its level and head of grad_value and scans all
-// queries in order: no atomics, and the same result for any number of threads.
-template <typename T>
+// Tasks [begin, end) of B * H * parts, where a part is levels / parts levels. A task owns its head and
+// levels of grad_value and scans all queries in order: no atomics, and the same result for any
+// number of parts and threads.
+template <typename T, typename S>
 void backward(
     const Sizes& z,
-    const Inputs<T>& in,
+    const Inputs<T, S>& in,
     const T* grad_output,
     const Gradients<T>& out,
+    int64_t parts,
     int64_t begin,
     int64_t end) {
-  constexpr int64_t block = 32; // queries located at once
-  const auto levels = static_cast<int64_t>(z.levels.size());
-  const int64_t points = z.points;
+  const int64_t part_samples = z.samples() / parts;
+  const int64_t block = std::max<int64_t>(1, 128 / std::max<int64_t>(1, part_samples)); // queries
   const auto stride = static_cast<int32_t>(z.heads * z.channels);
-  Samples<T> s(block * points);
-  std::vector<T> locations(block * points * 2), weights(block * points), dots(block * points * 4);
+  Samples<T> s(block * part_samples);
+  std::vector<T> dots(4 * block * part_samples);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t head = task % z.heads, l = task / z.heads % levels;
-    const int64_t image = task / z.heads / levels;
-    const T width = static_cast<T>(z.levels[l].width);
-    const T height = static_cast<T>(z.levels[l].height);
+    const int64_t part = task % parts, head = task / parts % z.heads;
+    const int64_t image = task / parts / z.heads;
     const int64_t head_offset = image * z.tokens * stride + head * z.channels;
-    s.set_level(0, block * points, z.levels[l]);
+    for (int64_t i = 0; i < block * part_samples; ++i) {
+      s.set_level(i, z.levels[(part * part_samples + i % part_samples) / z.points]);
+    }
     for (int64_t first = 0; first < z.queries; first += block) {
-      const int64_t count = std::min(block, z.queries - first), n = count * points;
-      // Samples of query q start at ((image * Q + q) * H + head) * levels * P + l * P.
-      const int64_t from =
-          (((image * z.queries + first) * z.heads + head) * levels + l) * points;
-      const int64_t step = z.heads * levels * points;
-      for (int64_t q = 0; q < count; ++q) {
-        std::copy_n(in.locations + 2 * (from + q * step), 2 * points, &locations[2 * q * points]);
-        std::copy_n(in.weights + from + q * step, points, &weights[q * points]);
+      const int64_t count = std::min(block, z.queries - first), n = count * part_samples;
+      // Where the samples of query q of the block start among all samples.
+      const auto start = [&](int64_t q) {
+        return ((image * z.queries + first + q) * z.heads + head) * z.samples() +
+            part * part_samples;
+      };
+      for (int64_t q = 0, i = 0; q < count; ++q) {
+        for (int64_t k = 0, at = start(q); k < part_samples; ++k, ++at, ++i) {
+          s.put(i, in.locations + 2 * at, in.weights[at]);
+        }
       }
-      s.locate(n, locations.data(), weights.data(), stride);
+      s.locate(n, stride);
       std::fill_n(dots.data(), 4 * n, T(0));
       for (int64_t q = 0; q < count; ++q) {
-        ScatterSamples<T> scatter{
-            s, q * points, (q + 1) * points, in.value + head_offset, stride,
-            grad_output + (image * z.queries + first + q) * stride + head * z.channels,
-            out.value + head_offset, dots.data()};
+        const T* grad = grad_output + (image * z.queries + first + q) * stride + head * z.channels;
+        ScatterSamples<T, S> scatter{
+            s, q * part_samples, (q + 1) * part_samples, in.value + head_offset, stride,
+            grad, out.value + head_offset, dots.data()};
         for_channels<T>(z.channels, scatter);
       }
-      for (int64_t i = 0; i < n; ++i) {
-        const T x = s.x[i], y = s.y[i], *d = &dots[4 * i];
-        const bool is_inside = s.corners[i] != 0;
-        const T upper = d[0] + x * (d[1] - d[0]), lower = d[2] + x * (d[3] - d[2]);
-        const T along_x = (d[1] - d[0]) * (1 - y) + (d[3] - d[2]) * y;
-        const int64_t to = from + i / points * step + i % points;
-        out.weights[to] = is_inside ? upper + y * (lower - upper) : 0;
-        out.locations[2 * to] = is_inside ? weights[i] * along_x * width : 0;
-        out.locations[2 * to + 1] = is_inside ? weights[i] * (lower - upper) * height : 0;
+      for (int64_t q = 0, i = 0; q < count; ++q) {
+        for (int64_t k = 0, at = start(q); k < part_samples; ++k, ++at, ++i) {
+          const bool is_inside = s.corners[i] != 0;
+          const T x = s.x[i], y = s.y[i], *d = &dots[4 * i];
+          const T upper = d[0] + x * (d[1] - d[0]), lower = d[2] + x * (d[3] - d[2]);
+          const T along_x = (d[1] - d[0]) * (1 - y) + (d[3] - d[2]) * y;
+          const T along_y = lower - upper, attention = in.weights[at];
+          out.weights[at] = is_inside ? upper + y * along_y : 0;
+          out.locations[2 * at] = is_inside ? attention * along_x * s.width[i] : 0;
+          out.locations[2 * at + 1] = is_inside ? attention * along_y * s.height[i] : 0;
+        }
       }
     }
   }
 }
+
+#undef LESS
+#undef WHERE
+#undef CONVERT
