@@ -11,7 +11,7 @@ keys (`hides_empty`), so that an image's result does not depend on its batch par
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -65,7 +65,8 @@ class Denoise(nn.Module):
     """Prepends a "denoise" segment of noised ground truth to the queries.
 
     box_noise: 0.4 in DN-DETR, 1.0 in DINO; label_noise: probability that a label is redrawn. The
-    noise depends on `targets.noise_keys` alone. hides_empty: see the head of this file.
+    noise depends on `targets.noise_keys` alone. hides_empty: see the head of this file; without it,
+    empty slots are seen with a content of zero, as in the published code.
     """
 
     def __init__(
@@ -112,6 +113,9 @@ class Denoise(nn.Module):
         )
         noised = NoisedObjects(labels, boxes, assignment, is_empty, num_groups)
         state = source.from_boxes(noised.labels, noised.boxes)
+        if not self.hides_empty:
+            content = state.content.masked_fill(noised.is_empty[..., None], 0)
+            state = replace(state, content=content)
         segment = Segment(
             name="denoise",
             size=noised.labels.shape[1],

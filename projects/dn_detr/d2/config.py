@@ -46,7 +46,14 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Scale anchors by the padded canvas before their sines, as the published DAB-Deformable-DETR
     # and DINO do. Only needed with their weights: results then depend on the batch's padding.
     node.SCALES_WITH_CANVAS = False
-    # Backbone features that the neck takes, fine to coarse.
+    # DAB-DETR and Anchor DETR: learned patterns, with each of which every query is asked once, so
+    # that there are NUM_QUERIES x NUM_PATTERNS matched queries; 0: no patterns.
+    node.NUM_PATTERNS = 0
+    # DAB-DETR: matched queries start from one learned vector that all share, as DN-DETR's label
+    # "unknown", instead of zero.
+    node.SHARES_CONTENT = False
+    # Backbone features that the neck takes, fine to coarse; methods with a single scale take the
+    # coarsest.
     node.IN_FEATURES = ["res3", "res4", "res5"]
 
     # -------------------------------------------------------------------------------- denoising
@@ -62,6 +69,10 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.DENOISING.BOX_NOISE = 0.4
     # Probability that a label is replaced by a random one (which may be the same).
     node.DENOISING.LABEL_NOISE = 0.2
+    # Contrastive (DINO, 2203.03605): of every object also a negative copy, farther away, that must
+    # say nothing. The sides of the box then move, by up to BOX_NOISE half sizes (negatives: up to
+    # twice that).
+    node.DENOISING.CONTRASTIVE = False
     # Hide the empty slots of images with fewer objects than the fullest one. The published code
     # leaves them visible; False reproduces it.
     node.DENOISING.HIDES_EMPTY = True
@@ -69,9 +80,25 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # few distinct shapes.
     node.PAD_OBJECTS_TO = 1
 
+    # -------------------------------------------------------------------------- further queries
+    # Group DETR (2207.13085): groups of NUM_QUERIES queries in training, each matched on its own;
+    # 1: none.
+    node.NUM_GROUPS = 1
+    # H-DETR (2207.13080): further queries in training among which each object is matched REPEATS
+    # times. Excludes groups.
+    node.HYBRID = CfgNode()
+    node.HYBRID.ENABLED = False
+    node.HYBRID.NUM_QUERIES = 1500
+    node.HYBRID.REPEATS = 6
+    node.HYBRID.WEIGHT = 1.0
+
     # ------------------------------------------------------------------------------------- loss
     # Weights of the loss; the matching costs are COST_*.
     node.LOSS = CfgNode()
+    # Class loss and matching cost: "focal", or "softmax" with a further logit for "no object", whose
+    # slots weigh NO_OBJECT_WEIGHT (DETR).
+    node.LOSS.KIND = "focal"
+    node.LOSS.NO_OBJECT_WEIGHT = 0.1
     node.LOSS.CLASS_WEIGHT = 1.0
     node.LOSS.L1_WEIGHT = 5.0
     node.LOSS.GIOU_WEIGHT = 2.0

@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from dn_detr.build import Denoising, build_criterion, build_model
+from dn_detr.build import Denoising, HybridMatching, build_criterion, build_model
 from dn_detr.d2.convert import noise_key, to_instances, to_target
 from dn_detr.losses.assign import Costs, assign
 from dn_detr.losses.criterion import Criterion
@@ -47,6 +47,7 @@ class DenoisingDETR(nn.Module):
         pixel_mean: list[float],
         pixel_std: list[float],
         top_k: int,
+        has_no_object: bool,
         pad_objects_to: int,
         seed: int,
     ):
@@ -58,6 +59,7 @@ class DenoisingDETR(nn.Module):
         self.criterion = criterion
         self.num_classes = num_classes
         self.top_k = top_k
+        self.has_no_object = has_no_object
         self.pad_objects_to = pad_objects_to
         self.seed = seed
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean)[:, None, None], False)
@@ -81,13 +83,22 @@ class DenoisingDETR(nn.Module):
             dropout=node.DROPOUT,
             epsilon=node.EPSILON,
             scales_with_canvas=node.SCALES_WITH_CANVAS,
+            num_patterns=node.NUM_PATTERNS,
+            shares_content=node.SHARES_CONTENT,
+            has_no_object=node.LOSS.KIND == "softmax",
         )
         denoising = Denoising(
             num_groups=node.DENOISING.NUM_GROUPS,
             max_objects=node.DENOISING.MAX_OBJECTS,
             box_noise=node.DENOISING.BOX_NOISE,
             label_noise=node.DENOISING.LABEL_NOISE,
+            is_contrastive=node.DENOISING.CONTRASTIVE,
             hides_empty=node.DENOISING.HIDES_EMPTY,
+        )
+        hybrid = HybridMatching(
+            num_queries=node.HYBRID.NUM_QUERIES,
+            repeats=node.HYBRID.REPEATS,
+            weight=node.HYBRID.WEIGHT,
         )
         core = build_model(
             node.METHOD,
@@ -95,6 +106,8 @@ class DenoisingDETR(nn.Module):
             in_channels=[shapes[name].channels for name in node.IN_FEATURES],
             strides=[shapes[name].stride for name in node.IN_FEATURES],
             denoising=denoising if node.DENOISING.ENABLED else None,
+            num_groups=node.NUM_GROUPS,
+            hybrid=hybrid if node.HYBRID.ENABLED else None,
         )
         loss = node.LOSS
         return {
@@ -105,6 +118,7 @@ class DenoisingDETR(nn.Module):
                 class_cost=loss.COST_CLASS,
                 l1=loss.COST_L1,
                 giou=loss.COST_GIOU,
+                kind=loss.KIND,
                 alpha=loss.FOCAL_ALPHA,
                 gamma=loss.FOCAL_GAMMA,
             ),
@@ -114,11 +128,14 @@ class DenoisingDETR(nn.Module):
                 giou_weight=loss.GIOU_WEIGHT,
                 focal_alpha=loss.FOCAL_ALPHA,
                 focal_gamma=loss.FOCAL_GAMMA,
+                kind=loss.KIND,
+                no_object_weight=loss.NO_OBJECT_WEIGHT,
             ),
             "num_classes": node.NUM_CLASSES,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "has_no_object": loss.KIND == "softmax",
             "pad_objects_to": node.PAD_OBJECTS_TO,
             "seed": cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         }
@@ -133,7 +150,12 @@ class DenoisingDETR(nn.Module):
         features = [features[name] for name in self.in_features]
         if not self.training:
             predictions = self.core(features, padding)
-            detections = postprocess(predictions, images.image_sizes, self.top_k)
+            detections = postprocess(
+                predictions,
+                images.image_sizes,
+                self.top_k,
+                has_no_object=self.has_no_object,
+            )
             return [
                 {"instances": scale_to_output(to_instances(detected, size), wanted)}
                 for detected, size, wanted in zip(

@@ -22,16 +22,27 @@ class Detections:
 
 
 def postprocess(
-    predictions: Predictions, image_sizes: list[tuple[int, int]], top_k: int
+    predictions: Predictions,
+    image_sizes: list[tuple[int, int]],
+    top_k: int,
+    *,
+    has_no_object: bool = False,
 ) -> list[Detections]:
     """The `top_k` best (query, class) pairs of the last layer's matched queries, by sigmoid score.
 
     image_sizes: (height, width) of each unpadded image in pixels. Boxes are clipped to the image.
+    has_no_object: the last logit says "no object", scores are a softmax over all of them, and each
+    query speaks for its best class alone (2005.12872).
     """
     last = predictions.of("match")
-    scores = last.logits[-1].sigmoid()
+    if has_no_object:
+        scores = last.logits[-1].softmax(-1)[..., :-1]
+        scores = torch.where(scores == scores.amax(-1, keepdim=True), scores, 0)
+    else:
+        scores = last.logits[-1].sigmoid()
     num_classes = scores.shape[-1]
-    best, index = scores.flatten(1).topk(min(top_k, scores.shape[1] * num_classes), dim=1)
+    most = scores.shape[1] if has_no_object else scores.shape[1] * num_classes
+    best, index = scores.flatten(1).topk(min(top_k, most), dim=1)
     query = index // num_classes
     boxes = cxcywh_to_xyxy(last.boxes[-1]).gather(1, query[..., None].expand(-1, -1, 4))
     detections = []

@@ -1,0 +1,94 @@
+"""Reading checkpoints of unknown origin without running anything that stands in them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SAFETENSORS_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
+
+
+class StandIn:
+    """Takes the place of every class that a checkpoint names beside tensors: does nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
+
+    def append(self, value):
+        pass
+
+    def extend(self, values):
+        pass
+
+
+def read_parameters(path: str | Path) -> dict[str, Tensor]:
+    """Names and tensors of a model in a .pth, .pt, .bin or .safetensors file.
+
+    Looks into "model" and "state_dict" where the file has them, and takes a "module." of
+    distributed training off the names. ValueError where there are no parameters.
+    """
+    if Path(path).suffix == ".safetensors":
+        return read_safetensors(path)
+    content = read_pickle(path)
+    for name in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a dictionary of parameters, got {type(content)}")
+    state = {
+        name.removeprefix("module."): value
+        for name, value in content.items()
+        if isinstance(value, Tensor)
+    }
+    if not state:
+        raise ValueError(f"{path} holds no parameters, only {sorted(map(str, content))[:8]}")
+    return state
+
+
+def read_pickle(path: str | Path) -> object:
+    """What `torch.save` wrote, tensors and plain containers only. The other classes that the file
+    names, like the command line of its training, are replaced by `StandIn`."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        allowed = [(type("StandIn", (StandIn,), {}), name) for name in names]
+    except ValueError:  # written before torch 1.6: the names cannot be listed
+        allowed = [argparse.Namespace]
+    with torch.serialization.safe_globals(allowed):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file: an eight-byte size, a JSON header, then raw data."""
+    data = Path(path).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in SAFETENSORS_TYPES:
+            raise ValueError(f"{path}: {name} has type {entry['dtype']}, which is not supported")
+        begin, end = entry["data_offsets"]
+        raw = bytearray(data[start + begin : start + end])
+        dtype = SAFETENSORS_TYPES[entry["dtype"]]
+        flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        tensors[name] = flat.reshape(entry["shape"])
+    return tensors

@@ -1,0 +1,133 @@
+"""What it takes to run the authors' code on a CPU with today's libraries, and to compare with it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import nn
+
+from dn_detr.structures import Target, pad_targets
+
+THEIR_PACKAGES = ("models", "util", "datasets", "main", "engine")
+NOT_INSTALLED = ("timm", "panopticapi", "termcolor", "addict", "yapf", "MultiScaleDeformableAttention")
+
+
+class Absent(types.ModuleType):
+    """Stands for a library that is imported, but not needed for what is compared."""
+
+    __path__: list[str] = []
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return mock.MagicMock()
+
+
+def open_checkout(path: Path, monkeypatch):
+    """A function that imports a module of the checkout at `path`; it ends with the test.
+
+    Calls that ask for CUDA stay on the CPU.
+    """
+    monkeypatch.syspath_prepend(str(path))
+    for name in list(sys.modules):
+        if name.split(".")[0] in THEIR_PACKAGES:
+            monkeypatch.delitem(sys.modules, name)
+    for name in NOT_INSTALLED:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            monkeypatch.setitem(sys.modules, name, Absent(name))
+            for below in ("models.layers", "utils", "models", "util"):
+                monkeypatch.setitem(sys.modules, f"{name}.{below}", Absent(f"{name}.{below}"))
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    original = torch.Tensor.to
+
+    def to(self, *args, **kwargs):
+        args = tuple("cpu" if arg == "cuda" else arg for arg in args)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+
+    def load(name: str):
+        module = importlib.import_module(name)
+        # Their modules must not survive the test, nor meet those of another checkout.
+        for loaded in [n for n in sys.modules if n.split(".")[0] in THEIR_PACKAGES]:
+            monkeypatch.setitem(sys.modules, loaded, sys.modules[loaded])
+        return module
+
+    return load
+
+
+class GivenFeatures(nn.Module):
+    """In place of their backbone: features that are already there, and their position encoding."""
+
+    def __init__(self, load_nested, features, padding, position):
+        super().__init__()
+        self.nested, self.features, self.padding = load_nested, features, padding
+        self.position = position
+        self.num_channels = features[-1].shape[1]
+        self.strides = [32]
+
+    def forward(self, samples):
+        nested = []
+        for feature in self.features:
+            size = feature.shape[-2:]
+            padding = nn.functional.interpolate(self.padding[None].float(), size=size)[0].bool()
+            nested.append(self.nested(feature, padding))
+        if self.position is None:
+            return nested
+        return nested, [self.position(one) for one in nested]
+
+
+def randomize(model: nn.Module, scale: float = 0.05) -> None:
+    """Random values everywhere, also where training starts from zero."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=generator) * scale
+
+
+def objects(*counts: int, num_classes: int = 91):
+    """Targets in their form and in ours."""
+    theirs, ours = [], []
+    for key, count in enumerate(counts):
+        generator = torch.Generator().manual_seed(key)
+        boxes = torch.rand(count, 4, generator=generator) * 0.4 + torch.tensor([0.3, 0.3, 0.05, 0.05])
+        labels = torch.randint(num_classes, (count,), generator=generator)
+        theirs.append({"labels": labels, "boxes": boxes})
+        ours.append(Target(labels, boxes, noise_key=key))
+    return theirs, pad_targets(ours)
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    assert ours.shape == theirs.shape
+    ours, theirs = ours.detach(), theirs.detach()
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+
+
+LOSS_NAMES = {"loss_class": "loss_ce", "loss_box": "loss_bbox", "loss_giou": "loss_giou"}
+
+
+def loss_differences(ours: dict, theirs: dict, prefix: str = "") -> dict[str, float]:
+    """Relative difference of every loss of ours from the unweighted one of theirs.
+
+    prefix: of the denoising losses of theirs, for ours with "denoise" in the name.
+    """
+    found = {}
+    for name, value in ours.items():
+        layer = name.rpartition("_")[2]
+        stem = name.removesuffix(f"_{layer}") if layer.isdigit() else name
+        their_prefix = prefix if "denoise" in stem else ""
+        their_name = their_prefix + LOSS_NAMES[stem.replace("denoise_", "")]
+        if layer.isdigit():
+            their_name += f"_{layer}"
+        found[name] = difference(value.reshape(1), theirs[their_name].reshape(1))
+    return found
+
+
+def layers_of(output: dict, name: str) -> torch.Tensor:
+    """[L, B, Q, ...]: all layers of their output, the last being the main one."""
+    return torch.stack([*(aux[name] for aux in output["aux_outputs"]), output[name]])

@@ -1,0 +1,106 @@
+"""DAB-DETR and DN-DETR against IDEA-Research/DAB-DETR and IDEA-Research/DN-DETR."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import pytest
+import torch
+from compare import compare, compare_losses
+from peers import GivenFeatures, layers_of, objects, randomize
+
+from dn_detr.build import Denoising, build_model
+from dn_detr.models.numbers import Numbers
+
+ARGS = Namespace(
+    hidden_dim=256,
+    dropout=0.0,
+    nheads=8,
+    num_queries=11,
+    dim_feedforward=64,
+    enc_layers=2,
+    dec_layers=3,
+    pre_norm=False,
+    transformer_activation="prelu",
+    num_patterns=0,
+    position_embedding="sine",
+    pe_temperatureH=20,
+    pe_temperatureW=20,
+)
+NUMBERS = {
+    "num_classes": 91,
+    "num_queries": 11,
+    "feed_forward_dim": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+}
+
+
+def their_model(load, package, features, padding, num_patterns, **extra):
+    nested = load("util.misc").NestedTensor
+    args = Namespace(**{**vars(ARGS), "num_patterns": num_patterns})
+    position = load(f"models.{package}.position_encoding").build_position_encoding(args)
+    model = load(f"models.{package}.DABDETR").DABDETR(
+        GivenFeatures(nested, features, padding, position),
+        load(f"models.{package}.transformer").build_transformer(args),
+        num_classes=91,
+        num_queries=11,
+        aux_loss=True,
+        **extra,
+    )
+    randomize(model)
+    return model, nested
+
+
+def their_losses(load, package, *arguments):
+    matcher = load(f"models.{package}.matcher").HungarianMatcher(2, 5, 2, 0.25)
+    criterion = load(f"models.{package}.DABDETR").SetCriterion(
+        91, matcher, {}, 0.25, ["labels", "boxes", "cardinality"]
+    )
+    return criterion(*arguments)
+
+
+@pytest.mark.parametrize("num_patterns", [0, 3])
+def test_dab_detr_equals_the_authors(authors, inputs, num_patterns):
+    features, padding = inputs
+    load = authors("DAB-DETR")
+    theirs, nested = their_model(
+        load, "DAB_DETR", features[-1:], padding, num_patterns, num_dec_layers=3
+    )
+    output = theirs(nested(padding[:, None].float(), padding))
+    ours = build_model(
+        "dab_detr",
+        Numbers(**NUMBERS, num_patterns=num_patterns),
+        in_channels=[24],
+        strides=[32],
+    )
+    their_targets, targets = objects(3, 5)
+    predictions = compare("dab_detr", ours, theirs, output, features, padding)
+    compare_losses(predictions, targets, their_losses(load, "DAB_DETR", output, their_targets))
+
+
+@pytest.mark.parametrize("num_patterns", [0, 3])
+@pytest.mark.parametrize("counts", [(4, 4), (2, 5), (0, 3)])
+def test_dn_detr_equals_the_authors(authors, inputs, num_patterns, counts):
+    """Without noise, and with empty slots visible as in their code."""
+    features, padding = inputs
+    load = authors("DN-DETR")
+    theirs, nested = their_model(load, "DN_DAB_DETR", features[-1:], padding, num_patterns)
+    their_targets, targets = objects(*counts)
+    noise = (their_targets, 3, 0.0, 0.0, num_patterns)
+    output, denoised = theirs.train()(nested(padding[:, None].float(), padding), noise)
+    ours = build_model(
+        "dab_detr",
+        Numbers(**NUMBERS, num_patterns=num_patterns, shares_content=True),
+        in_channels=[24],
+        strides=[32],
+        denoising=Denoising(num_groups=3, box_noise=0, label_noise=0, hides_empty=False),
+    )
+    predictions = compare("dab_detr", ours, theirs, output, features, padding, targets)
+    their_boxes = denoised["output_known_lbs_bboxes"][1]
+    is_real = ~predictions.segment("denoise").is_empty
+    boxes = predictions.of("denoise").boxes
+    torch.testing.assert_close(boxes[:, is_real], their_boxes[:, is_real], rtol=1e-4, atol=1e-5)
+    losses = their_losses(load, "DN_DAB_DETR", output, their_targets, denoised)
+    compare_losses(predictions, targets, losses, "tgt_")
+    assert layers_of(output, "pred_boxes").shape[2] == 11 * max(1, num_patterns)

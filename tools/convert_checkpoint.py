@@ -1,0 +1,53 @@
+"""Convert a checkpoint of the authors, of detrex or of Hugging Face.
+
+    python tools/convert_checkpoint.py --method dab_detr checkpoint.pth dn_detr_r50.pth
+
+Nothing that stands in the file is executed. Every parameter must find its place: leftovers on
+either side are an error that lists them. The result is for MODEL.WEIGHTS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from dn_detr.conversion.convert import convert, keep_coco_classes
+from dn_detr.conversion.read import read_parameters
+from dn_detr.conversion.tables import TABLES
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="the file to read (.pth, .pt, .bin, .safetensors)")
+    parser.add_argument("destination", help="the file to write (.pth)")
+    parser.add_argument("--method", required=True, choices=sorted(TABLES), help="its page")
+    parser.add_argument(
+        "--classes",
+        choices=("keep", "coco80"),
+        default="keep",
+        help="coco80: take the 80 categories out of COCO's raw numbers 0 to 90",
+    )
+    args = parser.parse_args()
+    try:
+        state = read_parameters(args.source)
+        ours, table = convert(state, args.method)
+        if args.classes == "coco80":
+            ours = keep_coco_classes(ours)
+    except (OSError, ValueError) as error:
+        print(f"{args.source}: {error}", file=sys.stderr)
+        return 1
+    ours = {name: tensor.contiguous().clone() for name, tensor in ours.items()}
+    torch.save({"model": ours}, args.destination)
+    print(
+        f"{args.source}: {len(state)} tensors by the names of {table.source} "
+        f"-> {args.destination}: {len(ours)} tensors"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
