@@ -1,0 +1,53 @@
+"""Every page in one graph: no synchronisation, no Python that depends on values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import ASSISTS, tiny_features, tiny_model, tiny_padding, tiny_targets
+
+from dn_detr.methods import METHODS
+
+SIZES = [(96, 128), (64, 96)]
+
+
+class Outcome(torch.nn.Module):
+    """The last layer's tensors of a model, which `torch.export` can return."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, features, padding):
+        predictions = self.model(features, padding)
+        return predictions.logits, predictions.boxes
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("assist", [None, "denoising and groups"])
+def test_a_page_compiles_as_one_graph(method, assist):
+    torch._dynamo.reset()
+    model = tiny_model(method, **ASSISTS.get(assist, {}), decoder_layers=2)
+    inputs = tiny_features(2), tiny_padding(SIZES), None if assist is None else tiny_targets(1, 3)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(*inputs)
+    plain = model(*inputs)
+    torch.testing.assert_close(compiled.logits, plain.logits, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(compiled.boxes, plain.boxes, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_page_exports_with_any_batch_and_size(method):
+    model = Outcome(tiny_model(method, decoder_layers=2, num_levels=3)).eval()
+    batch = torch.export.Dim("batch", min=1, max=8)
+    height, width = (torch.export.Dim(name, min=2, max=40) for name in ("height", "width"))
+    sizes = [
+        {0: batch, 2: height * (32 // stride), 3: width * (32 // stride)} for stride in (8, 16, 32)
+    ]
+    exported = torch.export.export(
+        model,
+        (tiny_features(2), tiny_padding(SIZES)),
+        dynamic_shapes=(sizes, {0: batch, 1: height * 32, 2: width * 32}),
+    )
+    others = tiny_features(3, 160, 64), tiny_padding([(160, 64), (96, 64), (160, 32)], 160, 64)
+    for got, wanted in zip(exported.module()(*others), model(*others), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
