@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 try:
     import dn_detr.d2
@@ -33,20 +34,23 @@ from dn_detr.d2.trainer import Trainer
 from dn_detr.errors import InputError, sentence_in
 
 
+def merge(name: str, into_config: Callable, source) -> None:
+    """Merge one source of configuration; what is wrong in it becomes one sentence."""
+    try:
+        into_config(source)
+    except (KeyError, ValueError, AssertionError, OSError, YAMLError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise InputError(f"{name} cannot be used: {' '.join(str(reason).split())}.") from error
+
+
 def read_config(config_file: str, opts: list[str]) -> CfgNode:
     """The configuration in a file, with pairs of key and value on top of it."""
     if not config_file:
         raise InputError("--config-file is missing: name one of configs/, or one of your own.")
     cfg = get_cfg()
     dn_detr.d2.add_dn_detr_config(cfg)
-    try:
-        cfg.merge_from_file(config_file)
-        cfg.merge_from_list(opts)
-    except (KeyError, ValueError, AssertionError, OSError, YAMLError) as error:
-        reason = error.args[0] if isinstance(error, KeyError) else error
-        raise InputError(
-            f"the configuration {config_file} cannot be used: {' '.join(str(reason).split())}."
-        ) from error
+    merge(f"the configuration {config_file}", cfg.merge_from_file, config_file)
+    merge("the KEY VALUE pairs of the command line", cfg.merge_from_list, opts)
     return cfg
 
 

@@ -1,0 +1,97 @@
+"""Tiny trainings through train_net.py, in the process of the tests."""
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import logger as detectron2_logger
+
+from dn_detr.d2.writers import LOGGERS
+from dn_detr.data.shapes import generate
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ROOT / "configs" / "quick" / "dn_deformable.yaml"
+
+TINY = """
+    MODEL.RESNETS.STEM_OUT_CHANNELS 8  MODEL.RESNETS.RES2_OUT_CHANNELS 8
+    MODEL.DN_DETR.CHANNELS 16  MODEL.DN_DETR.NUM_HEADS 2  MODEL.DN_DETR.NUM_QUERIES 12
+    MODEL.DN_DETR.FEED_FORWARD_DIM 16  MODEL.DN_DETR.ENCODER_LAYERS 1
+    MODEL.DN_DETR.DECODER_LAYERS 2  MODEL.DN_DETR.DENOISING.NUM_GROUPS 2
+    INPUT.MIN_SIZE_TRAIN (64,)  INPUT.MAX_SIZE_TRAIN 96  INPUT.MIN_SIZE_TEST 64
+    INPUT.MAX_SIZE_TEST 96  TEST.DETECTIONS_PER_IMAGE 10  SOLVER.IMS_PER_BATCH 2
+    SOLVER.MAX_ITER 3  SOLVER.STEPS (2,)  SOLVER.WARMUP_ITERS 1  TEST.EVAL_PERIOD 0  LOG_PERIOD 1
+""".split()
+"""What makes the quick configuration train at tens of iterations a second."""
+
+
+@pytest.fixture(scope="session")
+def train_net():
+    """train_net.py as a module."""
+    spec = importlib.util.spec_from_file_location("train_net", ROOT / "train_net.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """Options of the configuration: ten drawn pictures to train on, four to evaluate on."""
+    root = tmp_path_factory.mktemp("tiny_data")
+    entries = []
+    for split, num_images in (("train", 10), ("val", 4)):
+        folder = generate(root, split, num_images=num_images, seed=1)
+        entries.append([f"tiny_{split}", str(folder / "annotations.json"), str(folder / "images")])
+    yield [
+        *("DATASETS.COCO_FORMAT", str(entries)),
+        *("DATASETS.TRAIN", "('tiny_train',)"),
+        *("DATASETS.TEST", "('tiny_val',)"),
+    ]
+    for name in ("tiny_train", "tiny_val"):
+        DatasetCatalog.pop(name, None)
+        MetadataCatalog.pop(name, None)
+
+
+@pytest.fixture
+def arguments(tmp_path, tiny_data):
+    """The command line of a tiny training into tmp_path / "run", with further options."""
+
+    def command_line(*opts, flags=(), config_file=QUICK, output="run") -> list[str]:
+        return [
+            *("--config-file", str(config_file), "--num-gpus", "0", *flags),
+            *("OUTPUT_DIR", str(tmp_path / output), *TINY, *tiny_data, *map(str, opts)),
+        ]
+
+    return command_line
+
+
+@pytest.fixture
+def run(train_net, arguments):
+    """Run train_net.py with options; see `arguments`. What it has set up for logging is undone."""
+
+    def run(*opts, **more) -> None:
+        try:
+            train_net.invoke_main(arguments(*opts, **more))
+        finally:
+            for name in LOGGERS:
+                logging.getLogger(name).handlers.clear()
+                logging.getLogger(name).propagate = True
+            detectron2_logger.setup_logger.cache_clear()
+            detectron2_logger._cached_log_stream.cache_clear()
+
+    return run
+
+
+@pytest.fixture
+def tiny_config(train_net, arguments):
+    """The configuration of a tiny training, datasets registered, not frozen."""
+
+    def config(*opts, **more):
+        args = train_net.default_argument_parser().parse_args(arguments(*opts, **more))
+        cfg = train_net.read_config(args.config_file, args.opts)
+        cfg.MODEL.DEVICE = "cpu"
+        train_net.prepare(cfg)
+        return cfg
+
+    return config

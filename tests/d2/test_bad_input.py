@@ -1,0 +1,201 @@
+"""Whatever is wrong with the user's input is said in one sentence, and the exit status is not 0."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from coco_files import forget, make_content, write
+from PIL import Image
+
+import dn_detr
+
+
+@pytest.fixture
+def answer(run):
+    """What a run with these options says before it ends, without "train_net.py: "."""
+
+    def answer(*opts, **more) -> str:
+        with pytest.raises(SystemExit) as caught:
+            run(*opts, **more)
+        said = caught.value.code  # Python prints it to stderr and exits with status 1
+        assert isinstance(said, str) and "\n" not in said and said.startswith("train_net.py: ")
+        return said.removeprefix("train_net.py: ")
+
+    yield answer
+    forget("broken")
+
+
+def options_for(json_file, image_root) -> list[str]:
+    return [
+        *("DATASETS.COCO_FORMAT", str([["broken", str(json_file), str(image_root)]])),
+        *("DATASETS.TRAIN", "('broken',)", "DATASETS.TEST", "()"),
+    ]
+
+
+# -------------------------------------------------------------------------------------- datasets
+
+
+def no_annotation_file(folder):
+    (folder / "a.json").unlink()
+
+
+def cut_off_annotation_file(folder):
+    text = (folder / "a.json").read_text()
+    (folder / "a.json").write_text(text[: len(text) // 2])
+
+
+def no_image_file(folder):
+    (folder / "images" / "12.png").unlink()
+
+
+def no_image_inside(folder):
+    (folder / "images" / "12.png").write_text("no picture")
+
+
+def damaged_image(folder):
+    """Its header is sound, so that only training finds it."""
+    Image.effect_noise((60, 40), 50).convert("RGB").save(folder / "images" / "12.png")
+    content = (folder / "images" / "12.png").read_bytes()
+    (folder / "images" / "12.png").write_bytes(content[: len(content) // 2])
+
+
+def unknown_category(folder):
+    content = make_content()
+    content["annotations"][0]["category_id"] = 99
+    write(folder, content)
+
+
+def no_images(folder):
+    write(folder, {**make_content(), "images": [], "annotations": []})
+
+
+def no_boxes(folder):
+    write(folder, {**make_content(), "annotations": []})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (no_annotation_file, ("a.json", "does not exist")),
+        (cut_off_annotation_file, ("a.json", "not a valid json file")),
+        (no_image_file, ("12.png", "1 of the 4 image files", "do not exist")),
+        (no_image_inside, ("12.png", "cannot be read")),
+        (damaged_image, ("12.png", "cannot be read")),
+        (unknown_category, ("annotation 1", "category_id 99")),
+        (no_images, ("a.json", "no images")),
+        (no_boxes, ("broken", "no boxes")),
+    ],
+)
+def test_a_faulty_dataset(answer, tmp_path, spoil, words):
+    paths = write(tmp_path, make_content())
+    spoil(tmp_path)
+    said = answer(*options_for(*paths), "SOLVER.IMS_PER_BATCH", 4)
+    assert all(word in said for word in words), said
+    log = tmp_path / "run" / "log.txt"
+    assert not log.exists() or "Traceback" not in log.read_text()
+
+
+def test_a_damaged_image_in_a_worker_process(answer, tmp_path):
+    paths = write(tmp_path, make_content())
+    damaged_image(tmp_path)
+    said = answer(*options_for(*paths), *("SOLVER.IMS_PER_BATCH", 4, "DATALOADER.NUM_WORKERS", 1))
+    assert "12.png" in said and "cannot be read" in said
+
+
+def test_boxes_without_size_are_no_error_but_dropped_and_reported(run, tmp_path):
+    paths = write(tmp_path, make_content())
+    run(*options_for(*paths), *("SOLVER.MAX_ITER", 1))
+    forget("broken")
+    report = (tmp_path / "run" / "log.txt").read_text()
+    assert "dropped    boxes with zero, negative or not finite size: 2 (" in report
+    assert "12.png [8, 9, 0, 12]" in report
+
+
+# --------------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        (["MODEL.DN_DETR.NUM_CLASSES", 3], ("NUM_CLASSES is 3", "6 classes")),
+        (["MODEL.DN_DETR.NUM_QUERYS", 3], ("command line", "Non-existent key: MODEL.DN_DETR.NUM_QUERYS.")),
+        (["SOLVER.MAX_ITER", "many"], ("SOLVER.MAX_ITER", "many")),
+        (["SOLVER.MAX_ITER"], ("odd length",)),
+        (["MODEL.DN_DETR.METHOD", "yolo"], ("no method 'yolo'", "dab_deformable")),
+        (["MODEL.DN_DETR.NUM_HEADS", 3], ("num_heads 3",)),
+        (["MODEL.META_ARCHITECTURE", "Detector"], ("Detector", "META_ARCH")),
+        (["SOLVER.OPTIMIZER", "SGD"], ("'ADAMW'", "'SGD'")),
+        (["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "half"], ("bfloat16", "'half'")),
+        (["DATASETS.TRAIN", "('tiny_trian',)"], ("tiny_trian", "did you mean 'tiny_train'")),
+        (["MODEL.WEIGHTS", "nowhere.pth"], ("no checkpoint 'nowhere.pth'",)),
+    ],
+)
+def test_a_faulty_configuration(answer, opts, words):
+    said = answer(*opts)
+    assert all(word in said for word in words), said
+
+
+def test_a_missing_or_faulty_configuration_file(answer, tmp_path):
+    assert "configs/nothing.yaml" in answer(config_file="configs/nothing.yaml")
+    assert "--config-file is missing" in answer(config_file="")
+    (tmp_path / "a.yaml").write_text("MODEL: [1,\n")
+    assert "a.yaml cannot be used" in answer(config_file=tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("MODEL: {WIDTH: 3}\n")
+    said = answer(config_file=tmp_path / "b.yaml")
+    assert "b.yaml cannot be used: Non-existent config key: MODEL.WIDTH." in said
+
+
+def test_more_gpus_than_there_are(answer):
+    available = torch.cuda.device_count()
+    said = answer(flags=["--num-gpus", str(available + 2)])
+    assert said == f"{available + 2} GPUs were asked for, but this machine has {available}."
+
+
+# ----------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_of_another_architecture(answer, run, tmp_path):
+    run("MODEL.DN_DETR.DECODER_LAYERS", 1)
+    said = answer("MODEL.WEIGHTS", tmp_path / "run" / "model_final.pth")
+    assert "checkpoint of another model" in said and "lacks" in said and "layers.1" in said
+
+
+# ------------------------------------------------------------------------- in a process of its own
+
+
+def start(*arguments, package: Path = Path(dn_detr.__file__).parent):
+    """train_net.py as a user starts it, with the package at another place."""
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    return subprocess.run(
+        [sys.executable, root / "train_net.py", *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_sentence_goes_to_stderr_and_the_exit_status_is_one(arguments):
+    done = start(*arguments("MODEL.DN_DETR.NUM_CLASSES", 3))
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if "NUM_CLASSES" in line]
+    assert line.startswith("train_net.py: ")
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_operators_that_were_built_for_another_torch(tmp_path, arguments):
+    source, package = Path(dn_detr.__file__).parent, tmp_path / "dn_detr"
+    shutil.copytree(source, package, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    (package / "_C.abi3.so").touch()
+    record = {"torch": "1.13.1", "cuda": None}
+    (package / "_build.json").write_text(json.dumps(record))
+    done = start(*arguments(), package=package)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "built for torch 1.13.1" in line and torch.__version__ in line and "rebuild" in line
