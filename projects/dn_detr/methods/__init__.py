@@ -3,6 +3,8 @@
 To add a method, write its page and name it here; nothing else needs to know of it.
 """
 
+from dn_detr.methods.anchor_detr import anchor_detr
+from dn_detr.methods.conditional_detr import conditional_detr
 from dn_detr.methods.dab_deformable import dab_deformable
 from dn_detr.methods.dab_detr import dab_detr
 from dn_detr.methods.deformable_detr import (
@@ -10,10 +12,17 @@ from dn_detr.methods.deformable_detr import (
     deformable_detr_refine,
     deformable_detr_two_stage,
 )
+from dn_detr.methods.detr import detr
 from dn_detr.methods.dino import dino
 from dn_detr.methods.h_deformable import h_deformable
+from dn_detr.methods.smca import smca, smca_multiscale
 
 METHODS = {
+    "detr": detr,
+    "conditional_detr": conditional_detr,
+    "anchor_detr": anchor_detr,
+    "smca": smca,
+    "smca_multiscale": smca_multiscale,
     "dab_deformable": dab_deformable,
     "dab_detr": dab_detr,
     "deformable_detr": deformable_detr,

@@ -39,13 +39,14 @@ from dn_detr.models.decoder import Decoder
 from dn_detr.models.dense import (
     conditional_decoder_layers,
     dense_encoder_layers,
+    shared_heads,
     single_scale_flatten,
     single_scale_neck,
 )
 from dn_detr.models.detr import DETR
 from dn_detr.models.encoder import DenseEncoder
 from dn_detr.models.numbers import Numbers
-from dn_detr.models.predictor import Heads, Refined
+from dn_detr.models.predictor import Refined
 from dn_detr.models.queries import SharedBoxQueries
 from dn_detr.structures import Memory
 
@@ -115,12 +116,7 @@ def dab_detr(
             layers=conditional_decoder_layers(n, nn.PReLU),
             position=ModulatedBoxPosition(channels=n.channels),
             predictor=Refined(
-                heads=Heads(
-                    channels=n.channels,
-                    num_classes=n.num_logits,
-                    num_layers=n.decoder_layers,
-                    shared=True,
-                ),
+                heads=shared_heads(n),
                 norm=nn.LayerNorm(n.channels),
                 looks_forward_twice=True,
                 epsilon=n.epsilon,

@@ -22,6 +22,8 @@ nor enter the loss of the proposals (theirs can, as negatives).
 
 from __future__ import annotations
 
+from torch import Tensor, nn
+
 from dn_detr.layers.content import QueryContent
 from dn_detr.layers.position import SinePosition
 from dn_detr.models.decoder import LearnedPosition
@@ -43,7 +45,7 @@ def deformable_detr(
         in_channels,
         strides,
         image_position=image_position(n),
-        query_design=SlotQueries(content=content, num_queries=n.num_queries, epsilon=n.epsilon),
+        query_design=slots(n, content),
         position=LearnedPosition(),
         predictor=OffsetFromPoint(
             heads=heads(n, shared=True, size_bias=-2.0), norm=None, epsilon=n.epsilon
@@ -61,7 +63,7 @@ def deformable_detr_refine(
         in_channels,
         strides,
         image_position=image_position(n),
-        query_design=SlotQueries(content=content, num_queries=n.num_queries, epsilon=n.epsilon),
+        query_design=slots(n, content),
         position=LearnedPosition(),
         predictor=refined(n, size_bias=-2.0),
     )
@@ -87,6 +89,29 @@ def deformable_detr_two_stage(
         ),
         position=LearnedPosition(),
         predictor=refined(n, size_bias=0.0),
+    )
+
+
+class LinearPoint(nn.Module):
+    """The reference point of a slot: a linear layer of its position, as logits (sec. 4.1)."""
+
+    def __init__(self, *, channels: int):
+        super().__init__()
+        self.reference_points = nn.Linear(channels, 2)
+        nn.init.xavier_uniform_(self.reference_points.weight)
+        nn.init.zeros_(self.reference_points.bias)
+
+    def forward(self, content: Tensor, position: Tensor) -> Tensor:
+        return self.reference_points(position)
+
+
+def slots(n: Numbers, content: QueryContent) -> SlotQueries:
+    return SlotQueries(
+        content=content,
+        num_queries=n.num_queries,
+        has_rows=True,
+        point=LinearPoint(channels=n.channels),
+        epsilon=n.epsilon,
     )
 
 

@@ -1,0 +1,205 @@
+"""Anchor DETR: queries are anchor points, each asked with several patterns.
+
+Yingming Wang et al., "Anchor DETR: Query Design for Transformer-Based Object Detection", 2109.07107.
+
+What differs from DETR:
+ - a query is a learned point, used as it is (never moved, no sigmoid), together with one of a few
+   learned patterns, its content (`num_patterns`, 3); boxes are offsets from the point;
+ - positions are MLPs of sines: of the point in self-attention, of x and y alone elsewhere, by one MLP
+   for queries, columns and rows;
+ - encoder and cross-attention choose a column and a row (`layers.row_column`) instead of a cell;
+ - a norm of the projected feature, none before the heads.
+
+Denoising (2203.01305, on Anchor DETR, whose code was not released): only the centre of a noised box is
+used, which is noise of the centre alone; the label is the content, in place of a pattern.
+
+Deviation from the authors' code: the means over rows and columns leave out padded cells, so that an
+image's result does not depend on its batch partners.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dn_detr.layers.attention import SelfAttention
+from dn_detr.layers.content import QueryContent, SharedContent
+from dn_detr.layers.mlp import MLP
+from dn_detr.layers.position import sine, sine_of_reference
+from dn_detr.layers.row_column import RowColumnAttention
+from dn_detr.models.decoder import Decoder, DecoderLayer
+from dn_detr.models.dense import feed_forward, shared_heads, single_scale_flatten
+from dn_detr.models.detr import DETR
+from dn_detr.models.neck import SingleScaleNeck, norm
+from dn_detr.models.numbers import Numbers
+from dn_detr.models.predictor import OffsetFromPoint
+from dn_detr.models.queries import AnchorTables, SharedBoxQueries
+from dn_detr.structures import Memory
+
+TEMPERATURE = 10000.0
+
+
+class AxisPosition(nn.Module):
+    """MLP of the sines of one coordinate: [...] in [0, 1] -> [..., C] (sec. 3.2)."""
+
+    def __init__(self, *, channels: int):
+        super().__init__()
+        self.channels = channels
+        self.mlp = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=2)
+
+    def forward(self, coordinate: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.mlp(sine(coordinate, self.channels, TEMPERATURE).to(dtype))
+
+    def of_map(self, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Of the columns [B, w, C] and the rows [B, h, C] of the map, by their centres."""
+        height, width = memory.shapes[0]
+        valid = memory.valid_sizes[:, 0]
+        x = torch.arange(width, device=valid.device, dtype=valid.dtype) + 0.5
+        y = torch.arange(height, device=valid.device, dtype=valid.dtype) + 0.5
+        dtype = memory.tokens.dtype
+        return self(x / valid[:, :1], dtype), self(y / valid[:, 1:], dtype)
+
+
+class PointPlace(NamedTuple):
+    """For cross-attention: positions of the queries' x and y, [B, Q, C] each, and of the map's
+    columns [B, w, C] and rows [B, h, C]."""
+
+    query: tuple[Tensor, Tensor]
+    axes: tuple[Tensor, Tensor]
+
+
+class PointPosition(nn.Module):
+    """Positions from the anchor point. axis: shared with the encoder, which owns it as well."""
+
+    def __init__(self, *, channels: int, axis: AxisPosition):
+        super().__init__()
+        self.channels = channels
+        self.axis = axis
+        self.of_point = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=2)
+
+    def forward(
+        self, layer: int, content: Tensor, reference: Tensor, learned: None, memory: Memory
+    ) -> tuple[Tensor, PointPlace]:
+        encoded = sine_of_reference(reference, self.channels // 2, TEMPERATURE)
+        x, y = (self.axis(axis, content.dtype) for axis in reference.unbind(-1))
+        for_self = self.of_point(encoded.to(content.dtype))
+        return for_self, PointPlace(query=(x, y), axes=self.axis.of_map(memory))
+
+
+class RowColumnCrossAttention(nn.Module):
+    """Row-column attention of the stock decoder layer."""
+
+    def __init__(self, attention: RowColumnAttention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(
+        self, content: Tensor, position: PointPlace, reference: Tensor, memory: Memory
+    ) -> Tensor:
+        tokens, padding = as_map(memory)
+        return self.attention(content, position.query, tokens, position.axes, padding)
+
+
+class RowColumnEncoder(nn.Module):
+    """Row-column self-attention of the cells, then feed-forward, layer after layer."""
+
+    def __init__(self, n: Numbers, *, axis: AxisPosition):
+        super().__init__()
+        self.axis = axis
+        self.layers = nn.ModuleList(RowColumnEncoderLayer(n) for _ in range(n.encoder_layers))
+
+    def forward(self, memory: Memory) -> Memory:
+        axes = self.axis.of_map(memory)
+        for layer in self.layers:
+            memory = replace(memory, tokens=layer(memory, axes))
+        return memory
+
+
+class RowColumnEncoderLayer(nn.Module):
+    def __init__(self, n: Numbers):
+        super().__init__()
+        self.attention = row_column_attention(n)
+        self.dropout = nn.Dropout(n.dropout)
+        self.norm = nn.LayerNorm(n.channels)
+        self.feed_forward = feed_forward(n)
+
+    def forward(self, memory: Memory, axes: tuple[Tensor, Tensor]) -> Tensor:
+        """axes: positions of columns [B, w, C] and rows [B, h, C] -> tokens [B, h * w, C]."""
+        tokens, padding = as_map(memory)
+        columns, rows = axes
+        x = columns[:, None].expand_as(tokens).flatten(1, 2)
+        y = rows[:, :, None].expand_as(tokens).flatten(1, 2)
+        update = self.attention(memory.tokens, (x, y), tokens, axes, padding)
+        return self.feed_forward(self.norm(memory.tokens + self.dropout(update)))
+
+
+def as_map(memory: Memory) -> tuple[Tensor, Tensor]:
+    """Tokens [B, h, w, C] and padding [B, h, w] of a memory with one level."""
+    return memory.tokens.unflatten(1, memory.shapes[0]), memory.padding.unflatten(
+        1, memory.shapes[0]
+    )
+
+
+class PointQueries(SharedBoxQueries):
+    """A learned point for each query, in [0, 1] at the start; of a box, its centre."""
+
+    def new_tables(self, num_queries: int, own_head: bool = True) -> AnchorTables:
+        return AnchorTables(torch.rand(num_queries, 2))
+
+    def references(self, anchors: Tensor) -> Tensor:
+        return anchors
+
+    def reference_of(self, boxes: Tensor) -> Tensor:
+        return boxes[..., :2].clamp(self.epsilon, 1 - self.epsilon)
+
+
+def row_column_attention(n: Numbers) -> RowColumnAttention:
+    return RowColumnAttention(channels=n.channels, num_heads=n.num_heads, dropout=n.dropout)
+
+
+def decoder_layer(n: Numbers) -> DecoderLayer:
+    return DecoderLayer(
+        self_attention=SelfAttention(
+            channels=n.channels, num_heads=n.num_heads, dropout=n.dropout
+        ),
+        cross_attention=RowColumnCrossAttention(row_column_attention(n)),
+        feed_forward=feed_forward(n),
+        channels=n.channels,
+        dropout=n.dropout,
+    )
+
+
+def anchor_detr(
+    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+) -> DETR:
+    """Neck, encoder, queries and decoder of Anchor DETR."""
+    n = numbers
+    projection = nn.Conv2d(in_channels[-1], n.channels, kernel_size=1)
+    nn.init.xavier_uniform_(projection.weight)
+    nn.init.zeros_(projection.bias)
+    axis = AxisPosition(channels=n.channels)
+    return DETR(
+        neck=SingleScaleNeck(
+            projection=nn.Sequential(projection, norm(n.channels)), stride=strides[-1]
+        ),
+        flatten=single_scale_flatten(n, TEMPERATURE),
+        encoder=RowColumnEncoder(n, axis=axis),
+        query_design=PointQueries(
+            content=content,
+            shared=SharedContent(
+                content=content, is_learned=False, num_patterns=n.num_patterns
+            ),
+            num_queries=n.num_queries,
+            epsilon=n.epsilon,
+        ),
+        decoder=Decoder(
+            layers=[decoder_layer(n) for _ in range(n.decoder_layers)],
+            position=PointPosition(channels=n.channels, axis=axis),
+            predictor=OffsetFromPoint(
+                heads=shared_heads(n, size_bias=-2.0), norm=None, epsilon=n.epsilon
+            ),
+        ),
+    )

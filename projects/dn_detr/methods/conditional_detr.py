@@ -1,0 +1,98 @@
+"""Conditional DETR: decoder layers look at a place that their own content chooses.
+
+Depu Meng et al., "Conditional DETR for Fast Training Convergence", 2108.06152.
+
+What differs from DETR:
+ - content and place stay apart in decoder attention: added in self-attention after projections of
+   their own, concatenated in every head of cross-attention;
+ - a query is a learned slot, from which its reference point follows; the point never moves, and all
+   boxes are offsets from it;
+ - cross-attention compares the sines of the point, scaled by an MLP of the content (from the second
+   layer on), with those of the tokens;
+ - focal loss with as many queries as boxes may be (300).
+
+Denoising (not in the paper): the noised centre is the point, a linear embedding of the noised box
+takes the place of the learned slot, the label is the content.
+
+As in the authors' code, one head and one norm before it serve all layers.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dn_detr.layers.content import QueryContent
+from dn_detr.layers.dense import ConditionalPosition
+from dn_detr.layers.init import xavier_
+from dn_detr.layers.mlp import MLP
+from dn_detr.layers.position import sine_of_reference
+from dn_detr.models.decoder import Decoder
+from dn_detr.models.dense import (
+    conditional_decoder_layers,
+    dense_encoder_layers,
+    shared_heads,
+    single_scale_flatten,
+    single_scale_neck,
+)
+from dn_detr.models.detr import DETR
+from dn_detr.models.encoder import DenseEncoder
+from dn_detr.models.numbers import Numbers
+from dn_detr.models.predictor import OffsetFromPoint
+from dn_detr.models.slots import SlotQueries
+from dn_detr.structures import Memory
+
+
+class SlotPoint(nn.Module):
+    """The reference point of a slot, as logits: an MLP of its position alone (sec. 3.3)."""
+
+    def __init__(self, *, channels: int):
+        super().__init__()
+        self.of_slot = MLP(in_dim=channels, hidden_dim=channels, out_dim=2, num_layers=2)
+        xavier_(self)
+
+    def forward(self, content: Tensor, position: Tensor) -> Tensor:
+        return self.of_slot(position)
+
+
+class ConditionalPointPosition(nn.Module):
+    """The spatial query: sines of the point times an MLP of the content (sec. 3.3)."""
+
+    def __init__(self, *, channels: int):
+        super().__init__()
+        self.channels = channels
+        self.scale = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=2)
+        xavier_(self)
+
+    def forward(
+        self, layer: int, content: Tensor, reference: Tensor, learned: Tensor, memory: Memory
+    ) -> tuple[Tensor, ConditionalPosition]:
+        spatial = sine_of_reference(reference, self.channels // 2).to(content.dtype)
+        if layer > 0:
+            spatial = spatial * self.scale(content)
+        return learned, ConditionalPosition(spatial=spatial, learned=learned)
+
+
+def conditional_detr(
+    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+) -> DETR:
+    """Neck, encoder, queries and decoder of Conditional DETR."""
+    n = numbers
+    return DETR(
+        neck=single_scale_neck(n, in_channels, strides),
+        flatten=single_scale_flatten(n, temperature=10000.0),
+        encoder=DenseEncoder(dense_encoder_layers(n)),
+        query_design=SlotQueries(
+            content=content,
+            num_queries=n.num_queries,
+            has_rows=False,
+            point=SlotPoint(channels=n.channels),
+            epsilon=n.epsilon,
+        ),
+        decoder=Decoder(
+            layers=conditional_decoder_layers(n),
+            position=ConditionalPointPosition(channels=n.channels),
+            predictor=OffsetFromPoint(
+                heads=shared_heads(n), norm=nn.LayerNorm(n.channels), epsilon=n.epsilon
+            ),
+        ),
+    )

@@ -1,0 +1,67 @@
+"""DETR: detection as set prediction by a transformer.
+
+Nicolas Carion et al., "End-to-End Object Detection with Transformers", 2005.12872.
+
+What it is:
+ - a transformer between the last feature map and a fixed set of learned queries;
+ - a query is a learned vector, added as a position; its content starts from zero, and there is no
+   reference: the heads say boxes outright;
+ - a softmax over the classes and "no object" (LOSS.KIND "softmax"); focal loss also works;
+ - predictions of all layers are matched and trained, by one head and one norm.
+
+Denoising (2203.01305, on vanilla DETR, whose code was not released): a linear embedding of the
+noised box is the position, the label is the content.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dn_detr.layers.content import QueryContent
+from dn_detr.models.decoder import Decoder, LearnedPosition
+from dn_detr.models.dense import (
+    dense_decoder_layers,
+    dense_encoder_layers,
+    shared_heads,
+    single_scale_flatten,
+    single_scale_neck,
+)
+from dn_detr.models.detr import DETR
+from dn_detr.models.encoder import DenseEncoder
+from dn_detr.models.numbers import Numbers
+from dn_detr.models.predictor import Absolute, Heads
+from dn_detr.models.slots import SlotQueries
+
+
+def detr(
+    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+) -> DETR:
+    """Neck, encoder, queries and decoder of DETR."""
+    n = numbers
+    return DETR(
+        neck=single_scale_neck(n, in_channels, strides),
+        flatten=single_scale_flatten(n, temperature=10000.0),
+        encoder=DenseEncoder(dense_encoder_layers(n)),
+        query_design=SlotQueries(
+            content=content,
+            num_queries=n.num_queries,
+            has_rows=False,
+            point=None,
+            epsilon=n.epsilon,
+        ),
+        decoder=Decoder(
+            layers=dense_decoder_layers(n),
+            position=LearnedPosition(),
+            predictor=Absolute(heads=heads(n), norm=nn.LayerNorm(n.channels)),
+        ),
+    )
+
+
+def heads(n: Numbers) -> Heads:
+    """Boxes start anywhere, since there is no base for them to start at; and so do the classes of a
+    softmax, which needs no prior against a flood of negatives."""
+    made = shared_heads(n)
+    made.box_heads[0].layers[-1].reset_parameters()
+    if n.has_no_object:
+        made.class_heads[0].reset_parameters()
+    return made
