@@ -64,7 +64,8 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
     )
     clip = solver.CLIP_GRADIENTS
     if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
-        return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(groups, lr=solver.BASE_LR)
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+        return optimizer(groups, lr=solver.BASE_LR, fused=True)
     return FullModelClippedAdamW(groups, lr=solver.BASE_LR, max_norm=clip.CLIP_VALUE)
 
 
@@ -72,7 +73,7 @@ class FullModelClippedAdamW(torch.optim.AdamW):
     """AdamW after clipping the norm of all gradients together to `max_norm`."""
 
     def __init__(self, groups: list[dict], *, lr: float, max_norm: float):
-        super().__init__(groups, lr=lr)
+        super().__init__(groups, lr=lr, fused=True)
         self.max_norm = max_norm
 
     def step(self, closure=None):
