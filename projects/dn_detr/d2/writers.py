@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import shutil
 import sys
 
 import torch
@@ -68,7 +69,7 @@ class ProgressBar(HookBase):
             total=self.trainer.max_iter,
             initial=self.trainer.start_iter,
             file=self.stream,
-            dynamic_ncols=True,
+            ncols=shutil.get_terminal_size().columns,
             unit="it",
         )
         self.handlers = [
