@@ -65,11 +65,13 @@ class ProgressBar(HookBase):
 
     def before_train(self):
         self.stream = sys.stdout
+        columns, rows = shutil.get_terminal_size()  # some size also where the terminal says 0
         self.bar = tqdm(
             total=self.trainer.max_iter,
             initial=self.trainer.start_iter,
             file=self.stream,
-            ncols=shutil.get_terminal_size().columns,
+            ncols=columns,
+            nrows=rows,
             unit="it",
         )
         self.handlers = [
