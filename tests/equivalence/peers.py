@@ -9,12 +9,21 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torchvision
 from torch import nn
 
 from dn_detr.structures import Target, pad_targets
 
 THEIR_PACKAGES = ("models", "util", "datasets", "main", "engine")
-NOT_INSTALLED = ("timm", "panopticapi", "termcolor", "addict", "yapf", "MultiScaleDeformableAttention")
+NOT_INSTALLED = (
+    "timm",
+    "panopticapi",
+    "termcolor",
+    "addict",
+    "yapf",
+    "mmcv",
+    "MultiScaleDeformableAttention",
+)
 
 
 class Absent(types.ModuleType):
@@ -40,8 +49,13 @@ def open_checkout(path: Path, monkeypatch):
     for name in NOT_INSTALLED:
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             monkeypatch.setitem(sys.modules, name, Absent(name))
-            for below in ("models.layers", "utils", "models", "util"):
+            for below in ("models.layers", "utils", "models", "util", "parallel", "runner"):
                 monkeypatch.setitem(sys.modules, f"{name}.{below}", Absent(f"{name}.{below}"))
+    monkeypatch.setattr(torchvision, "__version__", "0.9.0")  # some read "0.26" as 0.2
+    monkeypatch.setattr(nn.modules.linear, "_LinearWithBias", nn.Linear, raising=False)
+    # Some read the first three characters of the version as a number: 0.26 would be older than 0.5.
+    monkeypatch.setattr(torchvision, "__version__", "0.9.0")
+    monkeypatch.setitem(sys.modules, "torch._overrides", torch.overrides)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     original = torch.Tensor.to
 

@@ -1,0 +1,139 @@
+"""DETR, Conditional DETR, SMCA and Anchor DETR against their authors' code."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import torch
+from compare import compare, compare_losses
+from peers import GivenFeatures, objects, randomize
+
+from dn_detr.build import build_model
+from dn_detr.losses.assign import Costs
+from dn_detr.models.numbers import Numbers
+
+ARGS = Namespace(
+    hidden_dim=256,
+    dropout=0.0,
+    nheads=8,
+    num_queries=11,
+    dim_feedforward=64,
+    enc_layers=2,
+    dec_layers=3,
+    pre_norm=False,
+    position_embedding="sine",
+    smooth=8,
+    dynamic_scale="type3",
+    num_feature_levels=1,
+    num_query_position=11,
+    num_query_pattern=3,
+    spatial_prior="learned",
+    attention_type="RCDA",
+)
+
+
+def our_model(method, **numbers):
+    sizes = {
+        "num_classes": 91,
+        "num_queries": 11,
+        "feed_forward_dim": 64,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "epsilon": 1e-5,
+    }
+    return build_model(
+        method, Numbers(**{**sizes, **numbers}), in_channels=[24], strides=[32], denoising=None
+    )
+
+
+def backbone_of(load, features, padding):
+    nested = load("util.misc").NestedTensor
+    position = load("models.position_encoding").build_position_encoding(ARGS)
+    return GivenFeatures(nested, features[-1:], padding, position), nested(
+        padding[:, None].float(), padding
+    )
+
+
+def test_conditional_detr_equals_the_authors(authors, inputs):
+    features, padding = inputs
+    load = authors("ConditionalDETR")
+    backbone, samples = backbone_of(load, features, padding)
+    module = load("models.conditional_detr")
+    transformer = load("models.transformer").build_transformer(ARGS)
+    theirs = module.ConditionalDETR(backbone, transformer, 91, 11, aux_loss=True)
+    randomize(theirs)
+    output = theirs(samples)
+    predictions = compare(
+        "conditional_detr", our_model("conditional_detr"), theirs, output, features, padding
+    )
+    their_targets, targets = objects(3, 5)
+    matcher = load("models.matcher").HungarianMatcher(2, 5, 2)
+    criterion = module.SetCriterion(91, matcher, {}, 0.25, ["labels", "boxes"])
+    compare_losses(predictions, targets, criterion(output, their_targets))
+
+
+def test_detr_equals_the_authors(authors, inputs):
+    features, padding = inputs
+    load = authors("detr")
+    backbone, samples = backbone_of(load, features, padding)
+    module = load("models.detr")
+    transformer = load("models.transformer").build_transformer(ARGS)
+    theirs = module.DETR(backbone, transformer, 91, 11, aux_loss=True)
+    randomize(theirs)
+    output = theirs(samples)
+    ours = our_model("detr", has_no_object=True)
+    predictions = compare("detr", ours, theirs, output, features, padding)
+    their_targets, targets = objects(3, 5)
+    matcher = load("models.matcher").HungarianMatcher(1, 5, 2)
+    criterion = module.SetCriterion(91, matcher, {}, 0.1, ["labels", "boxes"])
+    compare_losses(
+        predictions,
+        targets,
+        criterion(output, their_targets),
+        costs=Costs(class_cost=1, kind="softmax"),
+        kind="softmax",
+    )
+
+
+def test_smca_equals_the_authors(authors, inputs):
+    """With images whose sides are multiples of the stride: theirs counts pixels over 32, ours cells."""
+    features, padding = inputs
+    load = authors("SMCA-DETR")
+    backbone, samples = backbone_of(load, features, padding)
+    module = load("models.detr")
+    transformer = load("models.transformer").build_transformer(ARGS)
+    theirs = module.DETR(backbone, transformer, 91, 11, aux_loss=True)
+    randomize(theirs)
+    their_targets, targets = objects(3, 5)
+    sizes = [{"size": torch.tensor(size)} for size in ((160, 192), (96, 128))]
+    output = theirs([samples, sizes])
+    # Their heads have a column more than there are classes, which no object ever has.
+    ours = our_model("smca", num_classes=92)
+    predictions = compare("smca", ours, theirs, output, features, padding)
+    matcher = load("models.matcher").HungarianMatcher(2, 5, 2)
+    criterion = module.SetCriterion(91, matcher, {}, 0.1, ["labels", "boxes"])
+    compare_losses(predictions, targets, criterion(output, their_targets))
+
+
+def test_anchor_detr_equals_the_authors(authors, inputs):
+    """With images that fill the canvas: theirs counts padded cells in the means over rows and
+    columns."""
+    features, padding = inputs
+    padding = torch.zeros_like(padding)
+    load = authors("AnchorDETR")
+    nested = load("util.misc").NestedTensor
+    module = load("models.anchor_detr")
+    backbone = GivenFeatures(nested, features[-1:], padding, None)
+    backbone.num_channels = [24]
+    transformer = load("models.transformer").build_transformer(ARGS)
+    theirs = module.AnchorDETR(backbone, transformer, 1, aux_loss=True)
+    randomize(theirs)
+    output = theirs(nested(padding[:, None].float(), padding))
+    ours = our_model("anchor_detr", num_patterns=3)
+    predictions = compare(
+        "anchor_detr", ours, theirs, output, features, padding, backbone="backbone.body"
+    )
+    their_targets, targets = objects(3, 5)
+    matcher = load("models.matcher").HungarianMatcher(2, 5, 2)
+    criterion = module.SetCriterion(91, matcher, {}, ["labels", "boxes"], focal_alpha=0.25)
+    compare_losses(predictions, targets, criterion(output, their_targets))
