@@ -159,7 +159,7 @@ def test_an_image_alone_gives_the_result_it_has_in_a_batch(method, assist):
 def test_the_ready_mask_is_the_one_that_follows_from_the_segments(method, assist):
     _, probe = forward(method, assist, tiny_targets(1, 3))
     if probe.queries.mask is None:
-        pytest.skip("queries that may be empty, or without denoising, have no ready mask")
+        pytest.skip("without denoising there is no ready mask")
     seen = [s for s in probe.segments if s.name in ("denoise", "match")]
     allowed = allowed_pairs(tuple(seen), torch.device("cpu"))
     assert torch.equal(probe.queries.mask, additive(allowed, torch.float64))

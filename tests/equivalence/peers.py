@@ -22,6 +22,7 @@ NOT_INSTALLED = (
     "addict",
     "yapf",
     "mmcv",
+    "mmdet",
     "MultiScaleDeformableAttention",
 )
 
@@ -49,12 +50,10 @@ def open_checkout(path: Path, monkeypatch):
     for name in NOT_INSTALLED:
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             monkeypatch.setitem(sys.modules, name, Absent(name))
-            for below in ("models.layers", "utils", "models", "util", "parallel", "runner"):
+            for below in ("models.layers", "utils", "models", "util", "fileio", "parallel", "runner"):
                 monkeypatch.setitem(sys.modules, f"{name}.{below}", Absent(f"{name}.{below}"))
     monkeypatch.setattr(torchvision, "__version__", "0.9.0")  # some read "0.26" as 0.2
     monkeypatch.setattr(nn.modules.linear, "_LinearWithBias", nn.Linear, raising=False)
-    # Some read the first three characters of the version as a number: 0.26 would be older than 0.5.
-    monkeypatch.setattr(torchvision, "__version__", "0.9.0")
     monkeypatch.setitem(sys.modules, "torch._overrides", torch.overrides)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     original = torch.Tensor.to

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dn_detr.layers.attend import attention_dtype
 from dn_detr.ops import noise_objects
@@ -129,5 +131,14 @@ class Denoise(nn.Module):
             state=QueryState.cat([state, queries.state]),
             segments=(segment, *queries.segments),
             proposals=queries.proposals,
-            mask=mask if match.is_empty is None else None,
+            mask=mask if match.is_empty is None else hide_last(mask, match.is_empty),
         )
+
+
+def hide_last(mask: Tensor, is_empty: Tensor) -> Tensor:
+    """The additive mask [B, 1, n, n] in which nobody but themselves sees the empty ones among the
+    last slots, is_empty [B, N]. In place, because the rows of the mask are aligned."""
+    size = mask.shape[-1]
+    hidden = F.pad(is_empty, (size - is_empty.shape[1], 0))[:, None, None]
+    itself = torch.eye(size, dtype=torch.bool, device=mask.device)
+    return mask.masked_fill_(hidden & ~itself, -torch.inf)

@@ -1,0 +1,91 @@
+"""What comparisons with the authors' code of the Deformable DETR family share."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from dataclasses import replace
+
+import torch
+from compare import LARGEST
+from peers import GivenFeatures, difference
+
+from dn_detr.build import build_criterion, build_model
+from dn_detr.losses.assign import Costs, assign
+from dn_detr.models.numbers import Numbers
+
+NUMBERS = {"num_classes": 91, "num_queries": 11, "feed_forward_dim": 64, "encoder_layers": 2}
+ARGS = Namespace(
+    hidden_dim=256,
+    dropout=0.0,
+    nheads=8,
+    num_queries=11,
+    dim_feedforward=64,
+    enc_layers=2,
+    dec_layers=6,
+    num_feature_levels=4,
+    dec_n_points=4,
+    enc_n_points=4,
+    two_stage=False,
+    position_embedding="sine",
+    pe_temperatureH=20,
+    pe_temperatureW=20,
+)
+
+
+class GivenPyramid(GivenFeatures):
+    """In place of their backbone: three features that are already there."""
+
+    def __init__(self, nested, features, padding, position):
+        super().__init__(nested, features, padding, position)
+        self.num_channels = [feature.shape[1] for feature in features]
+        self.strides = [8, 16, 32]
+
+    def __getitem__(self, index):
+        return self.position
+
+
+def use_fallback(load, ops, monkeypatch):
+    """Let their attention operator run their own code in plain PyTorch, in package `ops`."""
+    function = load(f"{ops}.functions.ms_deform_attn_func")
+
+    def apply(value, shapes, starts, locations, weights, step):
+        return function.ms_deform_attn_core_pytorch(value, shapes, locations, weights)
+
+    monkeypatch.setattr(function.MSDeformAttnFunction, "apply", apply)
+
+
+def our_model(method, numbers=None, **assists):
+    return build_model(
+        method,
+        Numbers(**{**NUMBERS, **(numbers or {})}),
+        in_channels=[8, 16, 24],
+        strides=[8, 16, 32],
+        **assists,
+    )
+
+
+def losses_of(predictions, targets, *, counts_empty=()):
+    """Our unweighted losses. counts_empty: names of segments whose empty slots must say nothing, as
+    in their code, instead of having no loss."""
+    assignments = assign(predictions, targets, Costs())
+    for name in counts_empty:
+        is_real = torch.ones_like(assignments[name].is_real)
+        assignments[name] = replace(assignments[name], is_real=is_real)
+    terms = build_criterion(class_weight=1.0, l1_weight=1.0, giou_weight=1.0)
+    return terms(predictions, targets, assignments, max(1, sum(targets.counts)))
+
+
+def compare_all_losses(ours, theirs, patterns):
+    """Compare every loss. patterns: our segment -> their key, with {} for loss_ce and the like."""
+    found = {}
+    for name, value in ours.items():
+        segment, term, layer = re.fullmatch(
+            r"loss_(?:(.+)_)?(class|box|giou)(?:_(\d+))?", name
+        ).groups()
+        term = {"class": "loss_ce", "box": "loss_bbox", "giou": "loss_giou"}[term]
+        key = patterns[segment or "match"].format(term) + (f"_{layer}" if layer else "")
+        found[name] = difference(value.reshape(1), theirs[key].reshape(1))
+    print(f"largest relative difference of {len(found)} losses: {max(found.values()):.1e}")
+    assert max(found.values()) < LARGEST, found
+    return found

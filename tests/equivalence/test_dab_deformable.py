@@ -1,0 +1,69 @@
+"""DAB-Deformable-DETR and DN-Deformable-DETR against IDEA-Research/DAB-DETR and DN-DETR."""
+
+from __future__ import annotations
+
+import pytest
+from compare import compare
+from multiscale import (
+    ARGS,
+    GivenPyramid,
+    compare_all_losses,
+    losses_of,
+    our_model,
+    use_fallback,
+)
+from peers import objects, randomize
+
+from dn_detr.build import Denoising
+
+
+def their_model(load, package, features, padding, monkeypatch):
+    use_fallback(load, f"models.{package}.ops", monkeypatch)
+    nested = load("util.misc").NestedTensor
+    position = load(f"models.{package}.position_encoding").build_position_encoding(ARGS)
+    detr = load(f"models.{package}.dab_deformable_detr")
+    model = detr.DABDeformableDETR(
+        GivenPyramid(nested, features, padding, position),
+        load(f"models.{package}.deformable_transformer").build_deforamble_transformer(ARGS),
+        num_classes=91,
+        num_queries=11,
+        num_feature_levels=4,
+        use_dab=True,
+    )
+    randomize(model)
+    matcher = load(f"models.{package}.matcher").HungarianMatcher(2, 5, 2)
+    criterion = detr.SetCriterion(91, matcher, {}, ["labels", "boxes", "cardinality"])
+    return model, criterion, nested(padding[:, None].float(), padding)
+
+
+def test_dab_deformable_equals_the_authors(authors, inputs, monkeypatch):
+    features, padding = inputs
+    theirs, criterion, samples = their_model(
+        authors("DAB-DETR"), "dab_deformable_detr", features, padding, monkeypatch
+    )
+    output = theirs(samples)
+    ours = our_model("dab_deformable", {"scales_with_canvas": True})
+    predictions = compare("dab_deformable", ours, theirs, output, features, padding)
+    their_targets, targets = objects(3, 5)
+    losses = criterion(output, their_targets)
+    compare_all_losses(losses_of(predictions, targets), losses, {"match": "{}"})
+
+
+@pytest.mark.parametrize("counts", [(4, 4), (2, 5), (0, 3)])
+def test_dn_deformable_equals_the_authors(authors, inputs, monkeypatch, counts):
+    """Without noise, and with empty slots visible as in their code."""
+    features, padding = inputs
+    theirs, criterion, samples = their_model(
+        authors("DN-DETR"), "dn_dab_deformable_detr", features, padding, monkeypatch
+    )
+    their_targets, targets = objects(*counts)
+    output, denoised = theirs.train()(samples, (their_targets, 3, 0.0, 0.0, 0))
+    ours = our_model(
+        "dab_deformable",
+        {"scales_with_canvas": True},
+        denoising=Denoising(num_groups=3, box_noise=0, label_noise=0, hides_empty=False),
+    )
+    predictions = compare("dab_deformable", ours, theirs, output, features, padding, targets)
+    losses = criterion(output, their_targets, denoised)
+    patterns = {"match": "{}", "denoise": "tgt_{}"}
+    compare_all_losses(losses_of(predictions, targets), losses, patterns)
