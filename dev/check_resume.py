@@ -1,0 +1,99 @@
+#!/usr/bin/env python
+"""Does a training that was killed and resumed equal one that was not, bit for bit?
+
+    python dev/check_resume.py /tmp/resume --iterations 30 --checkpoint 10 -- \\
+        --config-file configs/quick/dn_deformable.yaml --num-gpus 0 SOLVER.IMS_PER_BATCH 2
+
+Trains twice for --iterations. The second run is killed (SIGKILL) some iterations after its
+checkpoint and resumed. Everything after "--" goes to train_net.py. Compared are every loss of every
+iteration after the checkpoint, and the final weights. Exact on the CPU; on a GPU only with
+deterministic operators.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+TRAIN_NET = Path(__file__).resolve().parents[1] / "train_net.py"
+
+
+def losses(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    """(iteration, its losses) in the order written, without a line that is not finished yet."""
+    path = folder / "metrics.json"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [
+        (line["iteration"], {key: value for key, value in line.items() if "loss" in key})
+        for line in map(json.loads, lines)
+        if "total_loss" in line
+    ]
+
+
+def train(folder: Path, options: list[str], settings: list[str], *, flags=(), kill_after=None):
+    """Run train_net.py to its end, or kill it once the iteration `kill_after` is written."""
+    command = [sys.executable, str(TRAIN_NET), *flags, *options, *settings]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "printed.txt", "a") as printed:
+        process = subprocess.Popen(
+            [*command, "OUTPUT_DIR", str(folder)], stdout=printed, stderr=subprocess.STDOUT
+        )
+        while kill_after is not None and process.poll() is None:
+            if any(iteration >= kill_after for iteration, _ in losses(folder)):
+                process.kill()
+            time.sleep(0.01)
+        code = process.wait()
+    if code != (0 if kill_after is None else -signal.SIGKILL):
+        sys.exit(f"train_net.py ended with status {code}, see {folder / 'printed.txt'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path, help="an empty or absent folder")
+    parser.add_argument("--iterations", type=int, default=30)
+    parser.add_argument("--checkpoint", type=int, default=10, help="saved after so many iterations")
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, options = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
+    if args.output.exists() and any(args.output.iterdir()):
+        sys.exit(f"{args.output} is not empty")
+    settings = [
+        *("SOLVER.MAX_ITER", str(args.iterations), "LOG_PERIOD", "1"),
+        *("SOLVER.CHECKPOINT_PERIOD", str(args.checkpoint)),
+    ]
+    whole, killed = args.output / "whole", args.output / "killed"
+    train(whole, options, settings)
+    train(killed, options, settings, kill_after=args.checkpoint + 1)
+    if (killed / "model_final.pth").exists():
+        sys.exit("the run ended before it could be killed: ask for more iterations")
+    train(killed, options, settings, flags=["--resume"])
+
+    expected, pieces = dict(losses(whole)), losses(killed)
+    starts = [i for (before, _), (i, _) in zip(pieces, pieces[1:]) if i <= before]
+    if len(starts) != 1 or starts[0] == 0:
+        sys.exit(f"the second run should have gone on at its checkpoint, but it began at {starts}")
+    resumed = dict(pieces)  # of iterations that ran twice, the later ones
+    for iteration in range(starts[0], args.iterations):
+        for name, value in expected[iteration].items():
+            if resumed[iteration][name] != value:
+                sys.exit(
+                    f"iteration {iteration}: {name} is {resumed[iteration][name]} after the resume "
+                    f"and {value} without"
+                )
+    weights = [torch.load(folder / "model_final.pth")["model"] for folder in (whole, killed)]
+    for name, value in weights[0].items():
+        if not torch.equal(value, weights[1][name]):
+            sys.exit(f"{name} differs in the final weights")
+    print(
+        f"equal bit for bit: {len(expected[0])} losses in each of the iterations {starts[0]} to "
+        f"{args.iterations - 1}, and {len(weights[0])} final weights"
+    )
+
+
+if __name__ == "__main__":
+    main()
