@@ -9,7 +9,7 @@ except ImportError as error:
         'pip install --no-build-isolation -e ".[detectron2]"'
     ) from error
 
-from dn_detr.d2 import backbones, meta_arch  # noqa: F401  (they register themselves)
+from dn_detr.d2 import backbones, meta_arch, named_backbones  # noqa: F401  (registering)
 from dn_detr.d2.config import add_dn_detr_config
 from dn_detr.d2.datasets import register_shapes
 

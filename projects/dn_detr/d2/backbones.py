@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
+from detectron2.modeling.backbone.resnet import (
+    BasicBlock,
+    BasicStem,
+    ResNet,
+    build_resnet_backbone,
+)
 
 
 @BACKBONE_REGISTRY.register()
 def build_thin_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
-    """ResNet-18 (1512.03385) of any width, for training from scratch on a CPU.
+    """ResNet-10 (1512.03385, one basic block a stage) of any width, to train from scratch on a CPU.
 
     Reads MODEL.RESNETS: STEM_OUT_CHANNELS, RES2_OUT_CHANNELS (doubled at each stage), NORM,
     OUT_FEATURES; and MODEL.BACKBONE.FREEZE_AT.
@@ -23,8 +28,8 @@ def build_thin_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
         stages.append(
             ResNet.make_stage(
                 BasicBlock,
-                num_blocks=2,
-                stride_per_block=[1 if index == 0 else 2, 1],
+                num_blocks=1,
+                stride_per_block=[1 if index == 0 else 2],
                 in_channels=inside,
                 out_channels=outside,
                 norm=node.NORM,
@@ -33,3 +38,18 @@ def build_thin_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
         inside = outside
     model = ResNet(stem, stages, out_features=node.OUT_FEATURES)
     return model.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
+
+
+@BACKBONE_REGISTRY.register()
+def build_dc5_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
+    """Detectron2's ResNet with a dilated last stage, as torchvision and DETR dilate it: the first
+    block of the stage keeps a dilation of 1. Needs MODEL.RESNETS.RES5_DILATION 2."""
+    if cfg.MODEL.RESNETS.RES5_DILATION != 2:
+        raise ValueError(
+            "build_dc5_resnet_backbone needs MODEL.RESNETS.RES5_DILATION 2, "
+            f"got {cfg.MODEL.RESNETS.RES5_DILATION}"
+        )
+    model = build_resnet_backbone(cfg, input_shape)
+    first = model.res5[0].conv2
+    first.dilation = first.padding = (1, 1)
+    return model

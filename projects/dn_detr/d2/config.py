@@ -56,6 +56,11 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # coarsest.
     node.IN_FEATURES = ["res3", "res4", "res5"]
 
+    # With MODEL.BACKBONE.NAME build_named_backbone: "torchvision/swin_t", "timm/convnext_tiny", ...
+    # and whether that library's ImageNet weights are downloaded (then set MODEL.WEIGHTS to "").
+    node.BACKBONE = ""
+    node.BACKBONE_PRETRAINED = True
+
     # -------------------------------------------------------------------------------- denoising
     node.DENOISING = CfgNode()
     # Query denoising (2203.01305): noised ground truth as training-only queries.

@@ -1,0 +1,132 @@
+"""Any backbone of torchvision or timm, by its name there."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import Tensor, nn
+
+STAGES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
+"""Names of the features by their stride, those of Detectron2's ResNet."""
+
+PROBE = (128, 192)
+"""Height and width of the image that tells the features' strides: of two unequal numbers of cells."""
+
+
+class NamedBackbone(Backbone):
+    """Images [B, 3, H, W] -> {"res2": [B, C, H / 4, W / 4], ..., "res5": ...}, as many as there are.
+
+    stages: images -> list of maps, channels first or last, one for each of its `parts`. Parameters of
+    the parts up to the feature "res<freeze_at>" learn nothing; 0 freezes none.
+    """
+
+    def __init__(self, stages: nn.Module, freeze_at: int):
+        super().__init__()
+        self.stages = stages
+        self.place: dict[str, int] = {}
+        self.is_channels_last: dict[str, bool] = {}
+        self._out_feature_channels, self._out_feature_strides = {}, {}
+        with torch.no_grad():
+            outputs = stages.eval()(torch.zeros(1, 3, *PROBE))
+        stages.train()
+        for index, output in enumerate(outputs):
+            for stride, name in STAGES.items():
+                cells = tuple(size // stride for size in PROBE)
+                is_last = tuple(output.shape[1:3]) == cells
+                if is_last or tuple(output.shape[2:]) == cells:
+                    self.place[name] = index
+                    self.is_channels_last[name] = is_last
+                    self._out_feature_channels[name] = output.shape[-1 if is_last else 1]
+                    self._out_feature_strides[name] = stride
+        self._out_features = list(self.place)
+        if not self.place:
+            raise ValueError("the backbone has no features of stride 4, 8, 16 or 32")
+        if freeze_at:
+            name = f"res{freeze_at}"
+            if name not in self.place or not stages.parts:
+                raise ValueError(
+                    f"MODEL.BACKBONE.FREEZE_AT must be 0 or the number of a feature of the "
+                    f"backbone {self._out_features}, and 0 for timm, got {freeze_at}"
+                )
+            stages.parts[: self.place[name] + 1].requires_grad_(False)
+
+    @property
+    def size_divisibility(self) -> int:
+        """Images are padded to a multiple of this."""
+        return 32
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        outputs = self.stages(images)
+        features = {}
+        for name, index in self.place.items():
+            feature = outputs[index]
+            if self.is_channels_last[name]:
+                feature = feature.permute(0, 3, 1, 2).contiguous()
+            features[name] = feature
+        return features
+
+
+class TorchvisionStages(nn.Module):
+    """The trunk of a torchvision classifier: what stands before its pooling."""
+
+    def __init__(self, name: str, is_pretrained: bool):
+        super().__init__()
+        models = importlib.import_module("torchvision.models")
+        if name not in models.list_models(models):
+            raise ValueError(f"torchvision has no model {name!r}")
+        classifier = models.get_model(name, weights="DEFAULT" if is_pretrained else None)
+        trunk = getattr(classifier, "features", None)
+        if trunk is None:
+            children = list(classifier.named_children())
+            names = [child for child, _ in children]
+            if "avgpool" not in names:
+                raise ValueError(f"torchvision's {name} is no backbone of stages before a pooling")
+            trunk = [module for _, module in children[: names.index("avgpool")]]
+        self.parts = nn.ModuleList(trunk)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        outputs = []
+        for part in self.parts:
+            images = part(images)
+            outputs.append(images)
+        return outputs
+
+
+class TimmStages(nn.Module):
+    """timm's own feature extractor of a model."""
+
+    def __init__(self, name: str, is_pretrained: bool):
+        super().__init__()
+        try:
+            timm = importlib.import_module("timm")
+        except ImportError as error:
+            raise ValueError(f"the backbone timm/{name} needs timm: pip install timm") from error
+        self.parts = nn.ModuleList()
+        self.model = timm.create_model(name, pretrained=is_pretrained, features_only=True)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return self.model(images)
+
+
+LIBRARIES = {"torchvision": TorchvisionStages, "timm": TimmStages}
+
+
+@BACKBONE_REGISTRY.register()
+def build_named_backbone(cfg, input_shape: ShapeSpec) -> NamedBackbone:
+    """The backbone MODEL.DN_DETR.BACKBONE, "<library>/<name>". Reads also MODEL.BACKBONE.FREEZE_AT,
+    and MODEL.RESNETS.NORM: with "FrozenBN" its batch norms are frozen, as for Detectron2's ResNet.
+    """
+    node = cfg.MODEL.DN_DETR
+    library, _, name = node.BACKBONE.partition("/")
+    if library not in LIBRARIES or not name:
+        raise ValueError(
+            f'MODEL.DN_DETR.BACKBONE must be "<library>/<name>" with a library of '
+            f"{sorted(LIBRARIES)}, got {node.BACKBONE!r}"
+        )
+    stages = LIBRARIES[library](name, node.BACKBONE_PRETRAINED)
+    if cfg.MODEL.RESNETS.NORM == "FrozenBN":
+        stages = FrozenBatchNorm2d.convert_frozen_batchnorm(stages)
+    return NamedBackbone(stages, cfg.MODEL.BACKBONE.FREEZE_AT)

@@ -1,0 +1,98 @@
+"""Backbones beside Detectron2's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from torch import nn
+
+from dn_detr.conversion.table import Table, resnet
+from dn_detr.d2 import add_dn_detr_config
+
+RGB = ShapeSpec(channels=3)
+
+
+def config(**keys):
+    cfg = get_cfg()
+    add_dn_detr_config(cfg)
+    cfg.MODEL.DN_DETR.BACKBONE_PRETRAINED = False
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    for key, value in keys.items():
+        cfg.merge_from_list([key.replace("__", "."), value])
+    return cfg
+
+
+def build(name, cfg):
+    return BACKBONE_REGISTRY.get(name)(cfg, RGB)
+
+
+@pytest.mark.parametrize("dilated", [False, True])
+def test_resnet_equals_that_of_torchvision_with_its_weights(dilated):
+    """Which is the backbone of the published detectors: also dilated, in the first block too."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet50(
+        weights=None, replace_stride_with_dilation=[False, False, dilated]
+    )
+    theirs.eval().double()
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    cfg = config(
+        MODEL__RESNETS__STRIDE_IN_1X1=False,
+        MODEL__RESNETS__OUT_FEATURES=["res3", "res5"],
+        MODEL__RESNETS__RES5_DILATION=2 if dilated else 1,
+    )
+    ours = build("build_dc5_resnet_backbone" if dilated else "build_resnet_backbone", cfg)
+    state = {f"b.{n}": t for n, t in theirs.state_dict().items() if not n.startswith("fc.")}
+    carried, unknown, unused = Table("torchvision", resnet("b")).apply(state)
+    assert not unknown and not unused
+    ours.double().load_state_dict({n.removeprefix("backbone."): t for n, t in carried.items()})
+    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
+    expected = theirs.layer2(theirs.layer1(x))
+    found = ours.eval()(images)
+    torch.testing.assert_close(found["res3"], expected)
+    expected = theirs.layer4(theirs.layer3(expected))
+    torch.testing.assert_close(found["res5"], expected)
+    assert ours.output_shape()["res5"].stride == (16 if dilated else 32)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_t", "convnext_tiny", "efficientnet_b0"])
+def test_a_torchvision_backbone_gives_the_features_that_it_promises(name):
+    backbone = build("build_named_backbone", config(MODEL__DN_DETR__BACKBONE=f"torchvision/{name}"))
+    features = backbone(torch.randn(1, 3, 64, 96))
+    assert list(features) == ["res2", "res3", "res4", "res5"]
+    for feature, shape in zip(features.values(), backbone.output_shape().values(), strict=True):
+        cells = 64 // shape.stride, 96 // shape.stride
+        assert feature.shape == (1, shape.channels, *cells)
+
+
+def test_freezing_reaches_up_to_the_named_feature():
+    cfg = config(MODEL__DN_DETR__BACKBONE="torchvision/resnet18", MODEL__BACKBONE__FREEZE_AT=2)
+    backbone = build("build_named_backbone", cfg)
+    parts = backbone.stages.parts  # stem of four modules, then four stages
+    assert [all(not p.requires_grad for p in part.parameters()) for part in parts[4:]] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
+
+
+def test_a_timm_backbone_gives_the_features_that_it_promises():
+    pytest.importorskip("timm")
+    backbone = build("build_named_backbone", config(MODEL__DN_DETR__BACKBONE="timm/resnet10t"))
+    features = backbone(torch.randn(1, 3, 64, 96))
+    assert features["res5"].shape == (1, backbone.output_shape()["res5"].channels, 2, 3)
+
+
+@pytest.mark.parametrize("name", ["", "swin_t", "torchvision/nothing", "other/swin_t"])
+def test_an_unknown_backbone_is_refused_by_name(name):
+    with pytest.raises(ValueError, match="got|no model"):
+        build("build_named_backbone", config(MODEL__DN_DETR__BACKBONE=name))
