@@ -19,10 +19,10 @@ from __future__ import annotations
 
 from dn_detr.layers.content import QueryContent
 from dn_detr.layers.position import SinePosition
-from dn_detr.models.decoder import BoxPosition
 from dn_detr.models.deformable import deformable_detector
 from dn_detr.models.detr import DETR
 from dn_detr.models.numbers import Numbers
+from dn_detr.models.positions import BoxPosition
 from dn_detr.models.predictor import Heads, Refined
 from dn_detr.models.queries import BoxQueries
 

@@ -27,14 +27,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dn_detr.layers.content import QueryContent, SharedContent
-from dn_detr.layers.dense import ConditionalPosition
 from dn_detr.layers.init import xavier_
 from dn_detr.layers.mlp import MLP
-from dn_detr.layers.position import sine_of_reference
 from dn_detr.models.decoder import Decoder
 from dn_detr.models.dense import (
     conditional_decoder_layers,
@@ -46,12 +43,10 @@ from dn_detr.models.dense import (
 from dn_detr.models.detr import DETR
 from dn_detr.models.encoder import DenseEncoder
 from dn_detr.models.numbers import Numbers
+from dn_detr.models.positions import ModulatedBoxPosition
 from dn_detr.models.predictor import Refined
 from dn_detr.models.queries import SharedBoxQueries
 from dn_detr.structures import Memory
-
-SMALLEST_SIDE = 1e-4
-"""Widths and heights below count as this much, lest modulation overflow half precision."""
 
 
 class ScaledDenseEncoder(DenseEncoder):
@@ -67,32 +62,6 @@ class ScaledDenseEncoder(DenseEncoder):
             position = memory.position * self.scale(memory.tokens)
             memory = replace(memory, tokens=layer(replace(memory, position=position)))
         return memory
-
-
-class ModulatedBoxPosition(nn.Module):
-    """Query positions from the reference box (2201.12329, sec. 4.2 to 4.4)."""
-
-    def __init__(self, *, channels: int):
-        super().__init__()
-        self.channels = channels
-        self.of_box = MLP(in_dim=2 * channels, hidden_dim=channels, out_dim=channels, num_layers=2)
-        self.scale = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=2)
-        self.size = MLP(in_dim=channels, hidden_dim=channels, out_dim=2, num_layers=2)
-        xavier_(self)
-
-    def forward(
-        self, layer: int, content: Tensor, reference: Tensor, learned: None, memory: Memory
-    ) -> tuple[Tensor, ConditionalPosition]:
-        encoded = sine_of_reference(reference, self.channels // 2)  # y, x, w, h
-        for_self = self.of_box(encoded.to(content.dtype))
-        width, height = reference[..., 2:].clamp(min=SMALLEST_SIDE).split(1, dim=-1)
-        wanted_width, wanted_height = self.size(content).sigmoid().split(1, dim=-1)
-        y, x = encoded[..., : self.channels].chunk(2, dim=-1)
-        modulated = torch.cat((y * (wanted_height / height), x * (wanted_width / width)), dim=-1)
-        spatial = modulated.to(content.dtype)
-        if layer > 0:
-            spatial = spatial * self.scale(content)
-        return for_self, ConditionalPosition(spatial=spatial, learned=for_self)
 
 
 def dab_detr(

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from dn_detr.layers.content import QueryContent
 from dn_detr.layers.position import SinePosition
-from dn_detr.models.decoder import LearnedPosition
 from dn_detr.models.deformable import deformable_detector
 from dn_detr.models.detr import DETR
 from dn_detr.models.numbers import Numbers
+from dn_detr.models.positions import LearnedPosition
 from dn_detr.models.predictor import Heads, OffsetFromPoint, Refined
 from dn_detr.models.proposals import BoxTransform, ProposalQueries
 from dn_detr.models.slots import SlotQueries

@@ -18,7 +18,7 @@ from __future__ import annotations
 from torch import nn
 
 from dn_detr.layers.content import QueryContent
-from dn_detr.models.decoder import Decoder, LearnedPosition
+from dn_detr.models.decoder import Decoder
 from dn_detr.models.dense import (
     dense_decoder_layers,
     dense_encoder_layers,
@@ -29,6 +29,7 @@ from dn_detr.models.dense import (
 from dn_detr.models.detr import DETR
 from dn_detr.models.encoder import DenseEncoder
 from dn_detr.models.numbers import Numbers
+from dn_detr.models.positions import LearnedPosition
 from dn_detr.models.predictor import Absolute, Heads
 from dn_detr.models.slots import SlotQueries
 

@@ -25,10 +25,10 @@ from torch import nn
 
 from dn_detr.layers.content import QueryContent
 from dn_detr.layers.position import SinePosition
-from dn_detr.models.decoder import BoxPosition
 from dn_detr.models.deformable import deformable_detector
 from dn_detr.models.detr import DETR
 from dn_detr.models.numbers import Numbers
+from dn_detr.models.positions import BoxPosition
 from dn_detr.models.predictor import Heads, Refined
 from dn_detr.models.proposals import ProposalQueries
 

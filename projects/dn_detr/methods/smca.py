@@ -36,7 +36,7 @@ from dn_detr.layers.dense import attend_densely
 from dn_detr.layers.init import xavier_, xavier_fused_
 from dn_detr.layers.mlp import MLP
 from dn_detr.layers.position import SinePosition
-from dn_detr.models.decoder import Decoder, LearnedPosition
+from dn_detr.models.decoder import Decoder
 from dn_detr.models.deformable import multi_scale_neck
 from dn_detr.models.dense import (
     dense_encoder_layers,
@@ -49,6 +49,7 @@ from dn_detr.models.detr import DETR
 from dn_detr.models.encoder import DenseEncoder
 from dn_detr.models.neck import Flatten
 from dn_detr.models.numbers import Numbers
+from dn_detr.models.positions import LearnedPosition
 from dn_detr.models.predictor import OffsetFromPoint
 from dn_detr.models.slots import SlotQueries
 from dn_detr.structures import Memory
