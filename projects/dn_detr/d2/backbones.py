@@ -17,19 +17,21 @@ def build_thin_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
     """ResNet-10 (1512.03385, one basic block a stage) of any width, to train from scratch on a CPU.
 
     Reads MODEL.RESNETS: STEM_OUT_CHANNELS, RES2_OUT_CHANNELS (doubled at each stage), NORM,
-    OUT_FEATURES; and MODEL.BACKBONE.FREEZE_AT.
+    OUT_FEATURES, RES5_DILATION (2: the last stage keeps the resolution, undilated); and
+    MODEL.BACKBONE.FREEZE_AT.
     """
     node = cfg.MODEL.RESNETS
     width = node.STEM_OUT_CHANNELS
     stem = BasicStem(in_channels=input_shape.channels, out_channels=width, norm=node.NORM)
     stages, inside = [], width
     for index in range(4):
+        keeps_size = index == 0 or (index == 3 and node.RES5_DILATION == 2)
         outside = node.RES2_OUT_CHANNELS * 2**index
         stages.append(
             ResNet.make_stage(
                 BasicBlock,
                 num_blocks=1,
-                stride_per_block=[1 if index == 0 else 2],
+                stride_per_block=[1 if keeps_size else 2],
                 in_channels=inside,
                 out_channels=outside,
                 norm=node.NORM,
