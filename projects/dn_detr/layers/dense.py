@@ -98,9 +98,13 @@ class SplitSelfAttention(nn.Module):
         xavier_(self)
         nn.init.zeros_(self.out.bias)
 
+    def query(self, content: Tensor, position: Tensor) -> Tensor:
+        """What a query [B, Q, C] asks the others."""
+        return self.content_q(content) + self.position_q(position)
+
     def forward(self, content: Tensor, position: Tensor, visibility: Visibility) -> Tensor:
         attended = attend(
-            self.content_q(content) + self.position_q(position),
+            self.query(content, position),
             self.content_k(content) + self.position_k(position),
             self.v(content),
             self.num_heads,
@@ -144,20 +148,25 @@ class ConditionalCrossAttention(nn.Module):
         reference: Tensor | None,
         memory: Memory,
     ) -> Tensor:
-        q, k = self.content_q(content), self.content_k(memory.tokens)
-        place = self.position_k(memory.position)
-        if self.learned_q is not None:
-            q = q + self.learned_q(position.learned)
-            k = k + place
         attended = attend_densely(
-            self.join(q, self.spatial_q(position.spatial)),
-            self.join(k, place),
-            self.v(memory.tokens),
+            *self.project(content, position, memory),
             self.num_heads,
             memory.padding,
             dropout=self.dropout if self.training else 0.0,
         )
         return self.out(attended)
+
+    def project(
+        self, content: Tensor, position: ConditionalPosition, memory: Memory
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, Q, 2 C], k [B, S, 2 C] and v [B, S, C]."""
+        q, k = self.content_q(content), self.content_k(memory.tokens)
+        place = self.position_k(memory.position)
+        if self.learned_q is not None:
+            q = q + self.learned_q(position.learned)
+            k = k + place
+        q = self.join(q, self.spatial_q(position.spatial))
+        return q, self.join(k, place), self.v(memory.tokens)
 
     def join(self, content: Tensor, place: Tensor) -> Tensor:
         """Concatenate [B, n, C] and [B, n, C] head by head: [B, n, 2 C]."""

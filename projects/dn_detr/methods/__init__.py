@@ -6,6 +6,7 @@ To add a method, write its page and name it here; nothing else needs to know of 
 from dn_detr.methods.anchor_detr import anchor_detr
 from dn_detr.methods.conditional_detr import conditional_detr
 from dn_detr.methods.dab_deformable import dab_deformable
+from dn_detr.methods.dab_deformable_encoder_only import dab_deformable_encoder_only
 from dn_detr.methods.dab_detr import dab_detr
 from dn_detr.methods.deformable_detr import (
     deformable_detr,
@@ -24,6 +25,7 @@ METHODS = {
     "smca": smca,
     "smca_multiscale": smca_multiscale,
     "dab_deformable": dab_deformable,
+    "dab_deformable_encoder_only": dab_deformable_encoder_only,
     "dab_detr": dab_detr,
     "deformable_detr": deformable_detr,
     "deformable_detr_refine": deformable_detr_refine,

@@ -1,0 +1,145 @@
+"""DAB-Deformable-DETR with a deformable encoder alone: the multi-scale model of the DN-DETR paper.
+
+Feng Li et al., "DN-DETR: Accelerate DETR Training by Introducing Query DeNoising", 2203.01305,
+table 4 (there "DN-Deformable-DETR").
+
+What differs from DAB-DETR:
+ - several feature levels, deformable attention in the encoder (2010.04159);
+ - the decoder attends densely to each level on its own, with the same projections, and mixes the
+   levels by a softmax that it reads from the query of its self-attention;
+ - ReLU in the feed-forward blocks; the encoder does not scale the positions of tokens.
+The published models ask every query with 3 patterns, and all share one content vector.
+
+Deviations from the authors' code: those of DAB-DETR. The levels are mixed before the common output
+projection instead of after it, which is the same, as the weights add up to 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dn_detr.layers.attend import Visibility
+from dn_detr.layers.content import QueryContent, SharedContent
+from dn_detr.layers.dense import (
+    ConditionalCrossAttention,
+    ConditionalPosition,
+    SplitSelfAttention,
+    attend_densely,
+)
+from dn_detr.layers.mlp import FeedForward
+from dn_detr.layers.position import SinePosition
+from dn_detr.models.decoder import Decoder
+from dn_detr.models.deformable import deformable_encoder, feed_forward, multi_scale_neck
+from dn_detr.models.dense import shared_heads
+from dn_detr.models.detr import DETR
+from dn_detr.models.neck import Flatten
+from dn_detr.models.numbers import Numbers
+from dn_detr.models.positions import ModulatedBoxPosition
+from dn_detr.models.predictor import Refined
+from dn_detr.models.queries import SharedBoxQueries
+from dn_detr.structures import Memory
+
+
+class LevelMixingLayer(nn.Module):
+    """A decoder layer whose cross-attention mixes what it finds in each level."""
+
+    def __init__(
+        self,
+        *,
+        self_attention: SplitSelfAttention,
+        cross_attention: ConditionalCrossAttention,
+        feed_forward: FeedForward,
+        channels: int,
+        num_levels: int,
+        dropout: float,
+    ):
+        super().__init__()
+        self.self_attention = self_attention
+        self.level_weights = nn.Linear(channels, num_levels)
+        self.cross_attention = cross_attention
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(channels)
+        self.feed_forward = feed_forward
+        nn.init.xavier_uniform_(self.level_weights.weight)
+
+    def forward(
+        self,
+        content: Tensor,
+        position: tuple[Tensor, ConditionalPosition],
+        reference: Tensor,
+        memory: Memory,
+        visibility: Visibility,
+    ) -> Tensor:
+        for_self, for_cross = position
+        weights = self.level_weights(self.self_attention.query(content, for_self)).softmax(-1)
+        content = self.self_attention(content, for_self, visibility)
+        update = self.attend_to_levels(content, for_cross, memory, weights)
+        return self.feed_forward(self.norm(content + self.dropout(update)))
+
+    def attend_to_levels(
+        self, content: Tensor, position: ConditionalPosition, memory: Memory, weights: Tensor
+    ) -> Tensor:
+        """weights [B, Q, levels] of the levels -> update [B, Q, C]."""
+        attention = self.cross_attention
+        q, k, v = attention.project(content, position, memory)
+        sizes = [height * width for height, width in memory.shapes]
+        levels = zip(k.split(sizes, 1), v.split(sizes, 1), memory.padding.split(sizes, 1), strict=True)
+        found = [
+            attend_densely(
+                q,
+                keys,
+                values,
+                attention.num_heads,
+                padding,
+                dropout=attention.dropout if self.training else 0.0,
+            )
+            for keys, values, padding in levels
+        ]
+        return attention.out((torch.stack(found, dim=-1) * weights[:, :, None]).sum(-1))
+
+
+def dab_deformable_encoder_only(
+    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+) -> DETR:
+    """Neck, encoder, queries and decoder of the encoder-only DAB-Deformable-DETR."""
+    n = numbers
+    return DETR(
+        neck=multi_scale_neck(n, in_channels, strides),
+        flatten=Flatten(
+            position=SinePosition(channels=n.channels, temperature=20.0, cell_offset=0.0),
+            channels=n.channels,
+            num_levels=n.num_levels,
+        ),
+        encoder=deformable_encoder(n),
+        query_design=SharedBoxQueries(
+            content=content,
+            shared=SharedContent(
+                content=content, is_learned=n.shares_content, num_patterns=n.num_patterns
+            ),
+            num_queries=n.num_queries,
+            epsilon=n.epsilon,
+        ),
+        decoder=Decoder(
+            layers=[decoder_layer(n, is_first=index == 0) for index in range(n.decoder_layers)],
+            position=ModulatedBoxPosition(channels=n.channels),
+            predictor=Refined(
+                heads=shared_heads(n),
+                norm=nn.LayerNorm(n.channels),
+                looks_forward_twice=True,
+                epsilon=n.epsilon,
+            ),
+        ),
+    )
+
+
+def decoder_layer(n: Numbers, *, is_first: bool) -> LevelMixingLayer:
+    size = {"channels": n.channels, "num_heads": n.num_heads, "dropout": n.dropout}
+    return LevelMixingLayer(
+        self_attention=SplitSelfAttention(**size),
+        cross_attention=ConditionalCrossAttention(**size, is_first=is_first),
+        feed_forward=feed_forward(n),
+        channels=n.channels,
+        num_levels=n.num_levels,
+        dropout=n.dropout,
+    )
