@@ -9,7 +9,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 
 from dn_detr.errors import InputError
 
-CLASS_DEPENDENT = ("class_heads", "label_table")
+CLASS_DEPENDENT = ("class_head", "class_heads", "label_table")
 """Parameters whose size is the number of classes: start anew together when it changes."""
 
 TRAINING_ONLY = ("assists", "label_table")

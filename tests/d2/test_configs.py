@@ -1,0 +1,106 @@
+"""Every shipped configuration builds a model that trains and detects."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from samples import sample
+
+from dn_detr.d2 import add_dn_detr_config
+from dn_detr.d2.checkpoint import CLASS_DEPENDENT, has_part
+from dn_detr.d2.optimizer import build_optimizer
+from dn_detr.d2.trainer import Trainer
+from dn_detr.methods import METHODS
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+NAMES = sorted(
+    str(path.relative_to(CONFIGS))
+    for path in CONFIGS.rglob("*.yaml")
+    if path.stem[0].islower()  # Base-DETR and the like are no configurations of their own
+)
+
+SMALL = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 8,
+    "MODEL.DN_DETR.NUM_CLASSES": 3,
+    "MODEL.DN_DETR.CHANNELS": 16,
+    "MODEL.DN_DETR.NUM_HEADS": 2,
+    "MODEL.DN_DETR.NUM_QUERIES": 9,
+    "MODEL.DN_DETR.FEED_FORWARD_DIM": 16,
+    "MODEL.DN_DETR.ENCODER_LAYERS": 1,
+    "MODEL.DN_DETR.DECODER_LAYERS": 2,
+    "MODEL.DN_DETR.HYBRID.NUM_QUERIES": 12,
+    "TEST.DETECTIONS_PER_IMAGE": 5,
+}
+
+
+def read(name: str, **changes):
+    """The configuration with small numbers: no downloads, milliseconds a step."""
+    cfg = get_cfg()
+    add_dn_detr_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / name))
+    opts = {**SMALL, **changes}
+    cfg.merge_from_list([part for pair in opts.items() for part in pair])
+    return cfg
+
+
+def test_every_method_has_a_configuration():
+    assert {read(name).MODEL.DN_DETR.METHOD for name in NAMES} == set(METHODS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_configuration_trains_and_detects(name):
+    cfg = read(name)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    Trainer.build_lr_scheduler(cfg, optimizer)
+    if cfg.SOLVER.WARMUP_ITERS == 0:
+        assert max(group["lr"] for group in optimizer.param_groups) == cfg.SOLVER.BASE_LR
+
+    keys = []
+    for counts in ((3, 1), (0, 2), (0, 0)):
+        losses = model([sample(image, count) for image, count in enumerate(counts)])
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        keys.append(list(losses))
+        assert all(loss.isfinite() for loss in losses.values())
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                # One without a gradient stops training in several processes.
+                assert parameter.grad is not None, parameter_name
+                assert parameter.grad.isfinite().all(), parameter_name
+    assert keys[0] == keys[1] == keys[2]
+    assert any("denoise" in key for key in keys[0]) == cfg.MODEL.DN_DETR.DENOISING.ENABLED
+    optimizer.step()
+
+    model.eval()
+    with torch.no_grad():
+        (found,) = model([sample(1, 0)])
+    assert len(found["instances"]) == 5
+    assert found["instances"].pred_boxes.tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_checkpointer_knows_all_parameters_that_depend_on_the_classes(name):
+    shapes = [
+        {key: value.shape for key, value in build_model(read(name, **changes)).state_dict().items()}
+        for changes in ({}, {"MODEL.DN_DETR.NUM_CLASSES": 4})
+    ]
+    changed = {key for key in shapes[0] if shapes[0][key] != shapes[1][key]}
+    assert changed == {key for key in shapes[0] if has_part(key, CLASS_DEPENDENT)}
+
+
+def test_a_dumped_configuration_is_read_back_unchanged(tmp_path):
+    cfg = read("dn_deformable.yaml")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    again = get_cfg()
+    add_dn_detr_config(again)
+    again.merge_from_file(str(tmp_path / "config.yaml"))
+    assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
