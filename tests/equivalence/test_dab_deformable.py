@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import pytest
 from compare import compare
 from multiscale import (
@@ -34,6 +36,54 @@ def their_model(load, package, features, padding, monkeypatch):
     matcher = load(f"models.{package}.matcher").HungarianMatcher(2, 5, 2)
     criterion = detr.SetCriterion(91, matcher, {}, ["labels", "boxes", "cardinality"])
     return model, criterion, nested(padding[:, None].float(), padding)
+
+
+def their_encoder_only(load, features, padding, monkeypatch, num_patterns):
+    package = "models.dn_dab_deformable_detr_deformable_encoder_only"
+    use_fallback(load, f"{package}.ops", monkeypatch)
+    nested = load("util.misc").NestedTensor
+    args = {**vars(ARGS), "num_patterns": num_patterns}
+    args = Namespace(**args, pre_norm=False, transformer_activation="relu")
+    detr = load(f"{package}.dabdeformabledetrv0")
+    position = load(f"{package}.position_encoding").build_position_encoding(args)
+    model = detr.DABDeformableDETRv0(
+        GivenPyramid(nested, features, padding, position),
+        load(f"{package}.transformer").build_transformer(args),
+        num_classes=91,
+        num_queries=11,
+        aux_loss=True,
+        num_feature_levels=4,
+    )
+    randomize(model)
+    matcher = load(f"{package}.matcher").HungarianMatcher(2, 5, 2, 0.25)
+    losses = ["labels", "boxes", "cardinality"]
+    criterion = detr.SetCriterion(91, matcher, {}, 0.25, losses)
+    return model, criterion, nested(padding[:, None].float(), padding)
+
+
+@pytest.mark.parametrize("num_patterns", [0, 3])
+@pytest.mark.parametrize("counts", [(4, 4), (2, 5), (0, 3)])
+def test_dn_deformable_encoder_only_equals_the_authors(
+    authors, inputs, monkeypatch, num_patterns, counts
+):
+    """Without noise, and with empty slots visible as in their code."""
+    features, padding = inputs
+    theirs, criterion, samples = their_encoder_only(
+        authors("DN-DETR"), features, padding, monkeypatch, num_patterns
+    )
+    their_targets, targets = objects(*counts)
+    output, denoised = theirs.train()(samples, (their_targets, 3, 0.0, 0.0, num_patterns))
+    ours = our_model(
+        "dab_deformable_encoder_only",
+        {"num_patterns": num_patterns, "shares_content": True},
+        denoising=Denoising(num_groups=3, box_noise=0, label_noise=0, hides_empty=False),
+    )
+    predictions = compare(
+        "dab_deformable_encoder_only", ours, theirs, output, features, padding, targets
+    )
+    losses = criterion(output, their_targets, denoised)
+    patterns = {"match": "{}", "denoise": "tgt_{}"}
+    compare_all_losses(losses_of(predictions, targets), losses, patterns)
 
 
 def test_dab_deformable_equals_the_authors(authors, inputs, monkeypatch):

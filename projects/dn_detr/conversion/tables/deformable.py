@@ -7,7 +7,7 @@ from dn_detr.conversion.tables.dense import FEED_FORWARD
 
 SAMPLING = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 
-BODY: dict[str, Rule] = {
+ENCODER: dict[str, Rule] = {
     **resnet("backbone.0.body"),
     "input_proj.{}.{}": "neck.levels.{}.{}",
     "transformer.level_embed": "flatten.level_embedding",
@@ -21,6 +21,11 @@ BODY: dict[str, Rule] = {
             "norm2": "feed_forward.norm",
         },
     ),
+}
+"""Backbone, neck and encoder layers."""
+
+BODY: dict[str, Rule] = {
+    **ENCODER,
     **attention(
         "transformer.decoder.layers.{}.self_attn", "decoder.layers.{}.self_attention"
     ),
