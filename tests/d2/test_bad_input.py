@@ -123,7 +123,7 @@ def test_boxes_without_size_are_no_error_but_dropped_and_reported(run, tmp_path)
     ("opts", "words"),
     [
         (["MODEL.DN_DETR.NUM_CLASSES", 3], ("NUM_CLASSES is 3", "6 classes")),
-        (["MODEL.DN_DETR.NUM_QUERYS", 3], ("command line", "Non-existent key: MODEL.DN_DETR.NUM_QUERYS.")),
+        (["MODEL.DN_DETR.NUM_QUERYS", 3], ("command line", "Non-existent key", "NUM_QUERYS.")),
         (["SOLVER.MAX_ITER", "many"], ("SOLVER.MAX_ITER", "many")),
         (["SOLVER.MAX_ITER"], ("odd length",)),
         (["MODEL.DN_DETR.METHOD", "yolo"], ("no method 'yolo'", "dab_deformable")),

@@ -74,7 +74,7 @@ def test_a_shared_parameter_is_learned_once():
 
 @pytest.mark.parametrize("scale", [1.0, 0.01])
 def test_full_model_clipping_scales_all_gradients_by_one_factor(cfg, scale):
-    """AdamW forgets the scale of a single step, so two steps are compared with a written-out one."""
+    """Over two steps, as AdamW forgets the scale of a single one."""
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.5

@@ -20,6 +20,11 @@ def has_part(key: str, parts: tuple[str, ...]) -> bool:
     return any(part in key.split(".") for part in parts)
 
 
+def is_counter(key: str) -> bool:
+    """Whether it is a counter of batch norm: no weight, and filled in by PyTorch where missing."""
+    return key.endswith("num_batches_tracked")
+
+
 class Checkpointer(DetectionCheckpointer):
     """Loads a detector of the same architecture; to begin a training, also a backbone alone or a
     detector with other classes.
@@ -29,7 +34,9 @@ class Checkpointer(DetectionCheckpointer):
     the label table start anew, both. Parameters that only training needs may come or be missing.
     """
 
-    def __init__(self, model, save_dir: str = "", *, is_for_training: bool = False, **checkpointables):
+    def __init__(
+        self, model, save_dir: str = "", *, is_for_training: bool = False, **checkpointables
+    ):
         super().__init__(model, save_dir, **checkpointables)
         self.is_for_training = is_for_training
 
@@ -51,48 +58,45 @@ class Checkpointer(DetectionCheckpointer):
         """{"model": name -> array, ...}, whatever the file is."""
         try:
             checkpoint = super()._load_file(filename)
-        except (pickle.UnpicklingError, EOFError, RuntimeError, TypeError) as error:
+        except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{filename!r} cannot be loaded as a checkpoint: {reason}") from error
         state = checkpoint["model"]
-        if not isinstance(state, dict) or not all(hasattr(value, "shape") for value in state.values()):
+        if not isinstance(state, dict) or not all(hasattr(v, "shape") for v in state.values()):
             raise InputError(f"{filename!r} is not a checkpoint: it must hold arrays by name.")
         return checkpoint
 
     def _load_model(self, checkpoint: dict):
         state, known = checkpoint["model"], self.model.state_dict()
         is_detector = any("core." in key for key in state)
-        changed = [
-            key
-            for key in state
-            if key in known
-            and has_part(key, CLASS_DEPENDENT)
-            and tuple(state[key].shape) != tuple(known[key].shape)
-        ]
-        if changed and self.may_start_anew:
-            for key in [key for key in state if has_part(key, CLASS_DEPENDENT)]:
-                del state[key]
+        has_other_classes = any(
+            tuple(state[key].shape) != tuple(known[key].shape)
+            for key in known.keys() & state.keys()
+            if has_part(key, CLASS_DEPENDENT)
+        )
+        start_anew = CLASS_DEPENDENT if has_other_classes and self.may_start_anew else ()
+        for key in [key for key in state if has_part(key, start_anew)]:
+            del state[key]
         incompatible = super()._load_model(checkpoint)
         shapes = [f"{k} {old} instead of {new}" for k, old, new in incompatible.incorrect_shapes]
-        missing = incompatible.missing_keys
-        num_loaded = len(known) - len(missing) - len(shapes)
-        summary = f"Loaded {num_loaded} of {len(known)} parameters from {self.path}"
+        missing = [key for key in incompatible.missing_keys if not is_counter(key)]
+        total = sum(not is_counter(key) for key in known)
+        summary = f"Loaded {total - len(missing) - len(shapes)} of {total} parameters"
         if not is_detector and self.may_start_anew:
-            if num_loaded < 1:
+            if len(missing) + len(shapes) == total:
                 raise InputError(f"{self.path!r} holds none of the parameters of this model.")
-            self.logger.info(summary)
+            self.logger.info(f"{summary}, a backbone alone")
             return incompatible
-        anew = CLASS_DEPENDENT if changed and self.may_start_anew else ()
-        lacking = [k for k in missing if not has_part(k, (*anew, *TRAINING_ONLY))]
+        lacking = [k for k in missing if not has_part(k, (*start_anew, *TRAINING_ONLY))]
         surplus = [k for k in incompatible.unexpected_keys if not has_part(k, TRAINING_ONLY)]
         for kind, keys in (("differs in", shapes), ("lacks", lacking), ("has also", surplus)):
             if keys:
                 raise InputError(
                     f"{self.path!r} is a checkpoint of another model: it {kind} {len(keys)} of "
-                    f"{len(known)} parameters, the first being {keys[0]}."
+                    f"{total} parameters, the first being {keys[0]}."
                 )
         if missing:
-            because = "other classes" if anew else "not in the checkpoint"
+            because = "other classes" if start_anew else "not in the checkpoint"
             summary += f"; {because}, so these start anew: {', '.join(missing)}"
         self.logger.info(summary)
         return incompatible

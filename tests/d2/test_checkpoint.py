@@ -1,0 +1,172 @@
+"""Which weights a model takes, and what it says of those that it refuses."""
+
+import argparse
+import pickle
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from samples import sample
+
+from dn_detr.d2.checkpoint import Checkpointer
+from dn_detr.errors import InputError
+
+
+@pytest.fixture
+def model_of(tiny_config):
+    """A new tiny model with random weights, also where training starts from zero."""
+
+    def model_of(*opts, classes=6, seed=0):
+        cfg = tiny_config(*opts)
+        cfg.MODEL.DN_DETR.NUM_CLASSES = classes
+        torch.manual_seed(seed)
+        model = build_model(cfg).eval()
+        for name, parameter in model.named_parameters():
+            if not name.endswith("tables.content"):  # whose last channel must stay zero
+                parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        return model
+
+    return model_of
+
+
+PLAIN = ("MODEL.DN_DETR.DENOISING.ENABLED", False)
+
+
+def save(model, folder, name="weights") -> str:
+    Checkpointer(model, str(folder)).save(name)
+    return str(folder / f"{name}.pth")
+
+
+def load(model, path, *, is_for_training=False):
+    Checkpointer(model, is_for_training=is_for_training).load(path, checkpointables=[])
+
+
+def differing(model, path) -> set[str]:
+    """Names of the parameters that are not those of the file."""
+    saved = torch.load(path)["model"]
+    return {
+        name
+        for name, value in model.state_dict().items()
+        if name not in saved or not torch.equal(saved[name], value)
+    }
+
+
+def test_a_denoised_checkpoint_gives_the_plain_model_the_same_detections(model_of, tmp_path):
+    trained, plain = model_of(seed=1), model_of(*PLAIN, seed=2)
+    load(plain, save(trained, tmp_path))
+    with torch.no_grad():
+        (expected,), (found,) = (model([sample(0, 0)]) for model in (trained, plain))
+    torch.testing.assert_close(
+        found["instances"].pred_boxes.tensor, expected["instances"].pred_boxes.tensor
+    )
+    assert torch.equal(found["instances"].scores, expected["instances"].scores)
+
+
+def test_denoising_can_start_from_a_plain_checkpoint_and_says_what_is_new(
+    model_of, tmp_path, caplog
+):
+    denoised, path = model_of(seed=2), save(model_of(*PLAIN, seed=1), tmp_path)
+    with caplog.at_level("INFO"):
+        load(denoised, path, is_for_training=True)
+    assert differing(denoised, path) == {"core.query_design.content.label_table.weight"}
+    (line,) = [text for text in caplog.messages if text.startswith("Loaded")]
+    assert "not in the checkpoint" in line and line.endswith("label_table.weight")
+
+
+def test_with_other_classes_heads_and_label_table_start_anew_together(model_of, tmp_path, caplog):
+    path, model = save(model_of(classes=6, seed=1), tmp_path), model_of(classes=4, seed=2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with caplog.at_level("INFO"):
+        load(model, path, is_for_training=True)
+    anew = differing(model, path)
+    assert {name.split(".")[-2] for name in anew} == {"0", "1", "label_table"}
+    assert all("class_heads" in name or "label_table" in name for name in anew)
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in anew)
+    (line,) = [text for text in caplog.messages if text.startswith("Loaded")]
+    assert "other classes" in line and all(name in line for name in anew)
+
+
+def test_other_classes_are_refused_in_evaluation_and_on_resuming(model_of, tmp_path):
+    path = save(model_of(classes=6), tmp_path)
+    with pytest.raises(InputError, match=r"another model: it differs in .* instead of \(5, 15\)"):
+        load(model_of(classes=4), path)
+    with pytest.raises(InputError, match="another model"):
+        Checkpointer(model_of(classes=4), str(tmp_path), is_for_training=True).resume_or_load("")
+
+
+def test_a_backbone_alone_starts_a_training_but_is_no_detector(model_of, tmp_path):
+    source, model = model_of(seed=1), model_of(seed=2)
+    path = tmp_path / "backbone.pth"
+    saved = {k: v for k, v in source.state_dict().items() if k.startswith("backbone.")}
+    torch.save(saved, path)
+    with pytest.raises(InputError, match="lacks"):
+        load(model_of(seed=2), str(path))
+    load(model, str(path), is_for_training=True)
+    for name, value in model.state_dict().items():
+        assert name.startswith("backbone.") == (name in saved)
+        assert name not in saved or torch.equal(value, saved[name])
+
+
+def test_a_classifier_of_detectron2s_model_zoo_fits_the_backbone(model_of, tmp_path):
+    source, model = model_of(seed=1), model_of(seed=2)
+    weights = {
+        name.removeprefix("backbone."): value.numpy()
+        for name, value in source.state_dict().items()
+        if name.startswith("backbone.")
+    }
+    weights["fc1000.bias"] = torch.zeros(10).numpy()
+    path = tmp_path / "R-18.pkl"
+    content = {"model": weights, "__author__": "torchvision", "matching_heuristics": True}
+    path.write_bytes(pickle.dumps(content))
+    load(model, str(path), is_for_training=True)
+    for name, value in source.backbone.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[name], value), name
+
+
+def test_parameters_that_only_training_needs_may_be_surplus(model_of, tmp_path):
+    path = save(model_of("MODEL.DN_DETR.NUM_GROUPS", 3, seed=1), tmp_path)
+    assert any("assists." in name for name in torch.load(path)["model"])
+    load(model_of(*PLAIN, seed=2), path)
+
+
+def test_a_deeper_detector_is_another_architecture(model_of, tmp_path):
+    path = save(model_of("MODEL.DN_DETR.DECODER_LAYERS", 3), tmp_path)
+    with pytest.raises(InputError, match="another model: it has also .*layers.2"):
+        load(model_of(), path, is_for_training=True)
+
+
+def test_a_foreign_checkpoint_is_refused(model_of, tmp_path):
+    torch.save({"transformer.weight": torch.zeros(3)}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match="holds none of the parameters"):
+        load(model_of(), str(tmp_path / "a.pth"), is_for_training=True)
+
+
+def cut_off(path):
+    torch.save({"backbone.stem.conv1.weight": torch.zeros(100, 100)}, path)
+    path.write_bytes(path.read_bytes()[:20_000])
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "words"),
+    [
+        ("a.pth", cut_off, "cannot be loaded as a checkpoint"),
+        ("a.pth", lambda path: path.write_text("no weights"), "cannot be loaded as a checkpoint"),
+        ("a.pkl", lambda path: path.write_bytes(b"\x80"), "cannot be loaded as a checkpoint"),
+        ("a.pth", lambda path: torch.save([1, 2], path), "must hold arrays by name"),
+        ("a.pth", lambda path: torch.save({"model": 3}, path), "must hold arrays by name"),
+        (
+            "a.pth",  # as the authors of DETR and its descendants save theirs
+            lambda path: torch.save({"model": {}, "args": argparse.Namespace(lr=1)}, path),
+            "cannot be loaded as a checkpoint: Weights only load failed",
+        ),
+        ("a.pth", lambda path: None, "there is no checkpoint"),
+    ],
+)
+def test_files_that_are_no_checkpoints_are_refused_in_one_sentence(
+    model_of, tmp_path, name, make, words
+):
+    make(tmp_path / name)
+    with pytest.raises(InputError) as caught:
+        load(model_of(), str(tmp_path / name), is_for_training=True)
+    assert words in str(caught.value) and str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
