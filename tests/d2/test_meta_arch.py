@@ -1,0 +1,205 @@
+"""The detector as Detectron2 sees it, and one training step of it."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.engine import DefaultPredictor
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from samples import sample
+
+from dn_detr.d2.checkpoint import Checkpointer
+from dn_detr.d2.loader import build_test_loader
+from dn_detr.d2.optimizer import build_optimizer
+from dn_detr.d2.train_step import TrainStep
+from dn_detr.errors import InputError
+
+
+@pytest.fixture
+def model_of(tiny_config):
+    def model_of(*opts):
+        torch.manual_seed(0)
+        return build_model(tiny_config(*opts))
+
+    return model_of
+
+
+RESNET = (
+    *("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.WIDTH_PER_GROUP", 8),
+    *("MODEL.RESNETS.NORM", "FrozenBN"),
+)
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def test_losses_have_the_same_keys_with_and_without_objects(model_of):
+    model = model_of()
+    batches = [[sample(0, 3), sample(1, 1)], [sample(0, 3), sample(2, 0)], [sample(2, 0)]]
+    losses = [model(batch) for batch in batches]
+    assert list(losses[0]) == list(losses[1]) == list(losses[2])
+    assert all(loss.isfinite() for part in losses for loss in part.values())
+    assert losses[2]["loss_denoise_class"] == 0 and losses[2]["loss_box"] == 0
+    assert losses[2]["loss_class"] > 0  # queries must say nothing
+
+
+def test_noise_of_an_image_does_not_depend_on_its_batch(model_of):
+    model = model_of().eval()
+    batches = [[sample(7, 2), sample(8, 5)], [sample(9, 1), sample(7, 2)], [sample(7, 2)]]
+    with EventStorage(start_iter=3):
+        keys = [model.targets(batch).noise_keys for batch in batches]
+    assert keys[0][0] == keys[1][1] == keys[2][0]
+    assert len({int(key) for part in keys for key in part}) == 3
+    with EventStorage(start_iter=4):
+        assert model.targets(batches[0]).noise_keys[0] != keys[0][0]
+
+
+def test_the_normaliser_counts_the_objects_of_the_batch(model_of):
+    """Twice the same image: sums over slots double, and so does what they are divided by."""
+    model = model_of("MODEL.DN_DETR.DENOISING.ENABLED", False)
+    model.backbone.eval()  # batch norm would tell the batches apart
+    one, two = model([sample(0, 3)]), model([sample(0, 3), sample(0, 3)])
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], msg=name)
+
+
+def test_frozen_stages_and_norms_do_not_move(model_of, tiny_config):
+    opts = (*RESNET, "MODEL.BACKBONE.FREEZE_AT", 2, "SOLVER.BASE_LR", 0.1)
+    model = model_of(*opts)
+    before = copy.deepcopy(model.backbone.state_dict())
+    norms = [module for module in model.backbone.modules() if isinstance(module, FrozenBatchNorm2d)]
+    assert norms and not any(True for norm in norms for _ in norm.parameters())
+    optimizer = build_optimizer(tiny_config(*opts), model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(model([sample(0, 3)]).values()).backward()
+        optimizer.step()
+    for name, value in model.backbone.state_dict().items():
+        is_frozen = name.startswith(("stem", "res2")) or "norm" in name
+        assert torch.equal(value, before[name]) == is_frozen, name
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_gives_finite_losses_and_gradients(model_of, precision):
+    model = model_of()
+    with torch.autocast("cpu", dtype=getattr(torch, precision)):
+        losses = model([sample(0, 3), sample(1, 0)])
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+# ------------------------------------------------------------------------------- a training step
+
+
+def step_of(model, cfg, batches, precision=None) -> TrainStep:
+    return TrainStep(model, batches, build_optimizer(cfg, model), precision=precision, seed=0)
+
+
+def test_a_loss_that_is_not_finite_names_iteration_images_and_losses(model_of, tiny_config):
+    step = step_of(model_of(), tiny_config(), [[sample(11, 2), sample(12, 1)]])
+    weights = copy.deepcopy(step.model.state_dict())
+    step.model.criterion.terms["giou"] = (lambda *_: torch.tensor([1.0, torch.nan]), 2.0)
+    step.iter = 5
+    with EventStorage(start_iter=5), pytest.raises(FloatingPointError) as caught:
+        step.run_step()
+    message = str(caught.value)
+    assert "not finite: loss_denoise_giou, loss_giou, in iteration 5" in message
+    assert "from the images [11, 12]" in message and "'loss_box': " in message
+    for name, parameter in step.model.named_parameters():  # nothing was learned from it
+        assert torch.equal(parameter, weights[name]), name
+
+
+def test_predictions_that_are_not_finite_name_iteration_and_images(model_of, tiny_config):
+    step = step_of(model_of(), tiny_config(), [[sample(11, 2), sample(12, 1)]])
+    step.model.core.decoder.predictor.heads.class_heads[0].bias.data.fill_(torch.nan)
+    with EventStorage(), pytest.raises(FloatingPointError) as caught:
+        step.run_step()
+    assert "logits" in str(caught.value) and "in iteration 0" in str(caught.value)
+    assert "images [11, 12] of rank 0" in str(caught.value)
+
+
+def test_float16_scales_its_gradients_and_skips_steps_that_overflow(model_of, tiny_config):
+    step = step_of(model_of(), tiny_config(), [[sample(1, 2)]] * 2, "float16")
+    weights = copy.deepcopy(step.model.state_dict())
+    step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    with EventStorage():
+        step.run_step()
+    for name, parameter in step.model.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+    assert step.grad_scaler.get_scale() == 2.0**119
+    step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    with EventStorage():
+        step.run_step()
+    assert any(not torch.equal(p, weights[name]) for name, p in step.model.named_parameters())
+
+
+def test_an_unknown_precision_is_refused(model_of, tiny_config):
+    with pytest.raises(InputError, match="'bfloat16', 'float16'.*got 'half'"):
+        step_of(model_of(), tiny_config(), [], "half")
+
+
+def test_dropout_depends_on_seed_and_iteration_only(model_of, tiny_config):
+    """So that it is the same after a resume, whatever was drawn before."""
+    cfg = tiny_config("MODEL.DN_DETR.DROPOUT", 0.3)
+    totals = []
+    for iteration, drawn in ((3, 0), (3, 5), (4, 0)):
+        step = step_of(model_of("MODEL.DN_DETR.DROPOUT", 0.3), cfg, [[sample(1, 2)]])
+        step.iter = iteration
+        torch.rand(drawn)
+        with EventStorage() as storage:  # the noise keys' iteration is the same for all
+            step.run_step()
+        totals.append(storage.latest()["total_loss"][0])
+    assert totals[0] == totals[1] != totals[2]
+
+
+# -------------------------------------------------------------------------------- what users call
+
+
+def test_detectron2s_predictor_gives_boxes_in_pixels_of_the_given_image(tiny_config, tmp_path):
+    cfg = tiny_config()
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    Checkpointer(model, str(tmp_path)).save("weights")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    image = torch.randint(256, (90, 200, 3), generator=torch.Generator().manual_seed(0))
+    found = DefaultPredictor(cfg)(image.to(torch.uint8).numpy())["instances"]
+    assert found.image_size == (90, 200) and len(found) == 10
+    boxes = found.pred_boxes.tensor
+    assert (boxes >= 0).all() and (boxes[:, 2] <= 200).all() and (boxes[:, 3] <= 90).all()
+    assert (found.scores.diff() <= 0).all()
+    assert found.scores.min() >= 0 and found.scores.max() <= 1
+    assert found.pred_classes.min() >= 0 and found.pred_classes.max() < 6
+
+
+class Oracle(torch.nn.Module):
+    """Answers with the ground truth of the dataset, in Detectron2's form."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.records = {record["image_id"]: record for record in DatasetCatalog.get(name)}
+
+    def forward(self, batch):
+        return [{"instances": self.answer(sample)} for sample in batch]
+
+    def answer(self, sample):
+        objects = self.records[sample["image_id"]]["annotations"]
+        found = Instances((sample["height"], sample["width"]))
+        corners = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in objects)]
+        found.pred_boxes = Boxes(torch.tensor(corners).reshape(-1, 4))
+        found.pred_classes = torch.tensor([a["category_id"] for a in objects], dtype=torch.int64)
+        found.scores = torch.ones(len(objects))
+        return found
+
+
+def test_the_evaluator_gives_full_marks_to_the_ground_truth(tiny_config, tmp_path):
+    cfg = tiny_config()
+    loader = build_test_loader(cfg, "tiny_val")
+    evaluator = COCOEvaluator("tiny_val", output_dir=str(tmp_path))
+    results = inference_on_dataset(Oracle("tiny_val"), loader, evaluator)
+    assert results["bbox"]["AP"] == pytest.approx(100)
