@@ -1,0 +1,64 @@
+"""Two processes on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import two_processes
+
+TRAIN_NET = Path(__file__).resolve().parents[2] / "train_net.py"
+
+
+def in_two_processes(function, *args, timeout: float) -> None:
+    """Run function(rank, *args) for both ranks; ends them and fails if they hang."""
+    context = torch.multiprocessing.start_processes(function, args, nprocs=2, join=False)
+    end = time.monotonic() + timeout
+    while not context.join(timeout=1):
+        if time.monotonic() > end:
+            for process in context.processes:
+                process.kill()
+            raise AssertionError(f"two processes hang: not done after {timeout} s")
+
+
+def test_a_rank_without_objects_trains_in_step_with_the_other(tiny_config, tmp_path):
+    cfg = tiny_config()
+    in_two_processes(two_processes.train_with_an_empty_rank, tmp_path, cfg, timeout=120)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first["normaliser"] == second["normaliser"] == 2.0  # (4 + 0) objects / 2 processes
+    for name, value in first["losses"].items():
+        if name != "data_time":
+            assert second["losses"][name] == value, name
+    assert first["losses"].keys() == second["losses"].keys()
+    assert first["losses"]["loss_denoise_box"] > 0
+    for kind in ("gradients", "weights"):
+        assert first[kind].keys() == second[kind].keys()
+        for name, value in first[kind].items():
+            assert value.isfinite().all(), name
+            if "running" not in name:  # batch norm sees each rank's own images
+                assert torch.equal(value, second[kind][name]), name
+    # Both end when one of them breaks, and each says whose images it was.
+    assert "images [2, 3] of rank 1" in second["error"]
+    assert "loss_box_0, in iteration 1, but not from rank 0" in first["error"]
+
+
+def test_torchrun_trains_and_evaluates_in_two_processes(arguments, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(TRAIN_NET), *arguments("SOLVER.MAX_ITER", 2)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.json").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if "total_loss" in line] == [0, 1]
+    assert "bbox/AP" in lines[-1]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "Rank of current process: 0. World size: 2" in log
+    results = json.loads((tmp_path / "run/inference/coco_instances_results.json").read_text())
+    assert len(results) == 40  # ten of each of the four images, whichever rank had it

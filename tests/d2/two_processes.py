@@ -1,0 +1,47 @@
+"""What each of two processes does in test_distributed.py; importable where a process starts anew."""
+
+from pathlib import Path
+
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from samples import sample
+
+from dn_detr.d2.meta_arch import num_objects
+from dn_detr.d2.optimizer import build_optimizer
+from dn_detr.d2.train_step import TrainStep
+from dn_detr.d2.trainer import across_processes
+
+
+def train_with_an_empty_rank(rank: int, folder: Path, cfg) -> None:
+    """Rank 0 has four objects, rank 1 none; then rank 1's loss breaks. Saves what it saw."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    comm.create_local_process_group(2)
+    torch.manual_seed(rank)  # DistributedDataParallel must give both the weights of rank 0
+    model = across_processes(build_model(cfg))
+    batch = [sample(0, 3), sample(1, 1)] if rank == 0 else [sample(2, 0), sample(3, 0)]
+    step = TrainStep(model, [batch] * 3, build_optimizer(cfg, model), precision=None, seed=0)
+    seen = {"normaliser": float(num_objects(model.module.targets(batch)))}
+    with EventStorage() as storage:
+        for step.iter in range(2):
+            step.run_step()
+        seen["losses"] = {name: value for name, (value, _) in storage.latest().items()}
+        seen["gradients"] = {
+            name: parameter.grad.clone()
+            for name, parameter in model.module.named_parameters()
+            if parameter.requires_grad
+        }
+        seen["weights"] = model.module.state_dict()
+        if rank == 1:
+            broken = (lambda *_: torch.tensor([torch.inf, 1.0]), 1.0)
+            model.module.criterion.terms["box"] = broken
+        try:
+            step.run_step()
+        except FloatingPointError as error:
+            seen["error"] = str(error)
+    torch.save(seen, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
