@@ -85,9 +85,10 @@ def test_freezing_reaches_up_to_the_named_feature():
     assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
 
 
-def test_a_timm_backbone_gives_the_features_that_it_promises():
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_a_timm_backbone_gives_the_features_that_it_promises(name):
     pytest.importorskip("timm")
-    backbone = build("build_named_backbone", config(MODEL__DN_DETR__BACKBONE="timm/resnet10t"))
+    backbone = build("build_named_backbone", config(MODEL__DN_DETR__BACKBONE=f"timm/{name}"))
     features = backbone(torch.randn(1, 3, 64, 96))
     assert features["res5"].shape == (1, backbone.output_shape()["res5"].channels, 2, 3)
 

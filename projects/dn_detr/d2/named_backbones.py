@@ -105,7 +105,13 @@ class TimmStages(nn.Module):
         except ImportError as error:
             raise ValueError(f"the backbone timm/{name} needs timm: pip install timm") from error
         self.parts = nn.ModuleList()
-        self.model = timm.create_model(name, pretrained=is_pretrained, features_only=True)
+        options = {"pretrained": is_pretrained, "features_only": True}
+        try:  # transformers with windows are made for images of one size, unless told otherwise
+            self.model = timm.create_model(name, strict_img_size=False, **options)
+        except TypeError as error:
+            if "strict_img_size" not in str(error):
+                raise
+            self.model = timm.create_model(name, **options)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return self.model(images)
