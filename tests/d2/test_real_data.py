@@ -45,7 +45,7 @@ def test_coco_trains_and_is_evaluated_with_its_own_sparse_category_ids(run, real
     assert {entry["category_id"] for entry in found} <= {c["id"] for c in content["categories"]}
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", ["train", "val"])
 def test_the_boxes_of_bccd_without_size_are_dropped_and_named(run, real_data, tmp_path, split):
     bccd = real_data / "bccd"
     json_file = bccd / "annotations" / f"instances_{split}.json"
