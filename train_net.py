@@ -61,6 +61,10 @@ def setup(args) -> CfgNode:
         cfg.MODEL.DEVICE = "cpu"
     prepare(cfg, eval_only=args.eval_only)
     cfg.freeze()
+    try:
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"OUTPUT_DIR cannot be made: {error}.") from error
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="dn_detr")
     return cfg

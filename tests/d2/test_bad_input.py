@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -156,7 +157,32 @@ def test_more_gpus_than_there_are(answer):
     assert said == f"{available + 2} GPUs were asked for, but this machine has {available}."
 
 
+def test_an_output_folder_that_cannot_be_made(answer, tmp_path):
+    (tmp_path / "run").touch()
+    assert str(tmp_path / "run") in answer()
+
+
+def test_an_error_in_a_process_that_was_launched_is_said_as_well(answer, train_net, monkeypatch):
+    text = "-- Process 1 terminated:\nTraceback ...\ndn_detr.errors.InputError: it is at fault.\n"
+
+    def launch(*_, **__):
+        raise torch.multiprocessing.ProcessRaisedException(text, 1, 100)
+
+    monkeypatch.setattr(train_net, "launch", launch)
+    assert answer() == "it is at fault."
+
+
 # ----------------------------------------------------------------------------------- checkpoints
+
+
+def test_weights_that_cannot_be_downloaded(answer, monkeypatch):
+    def no_network(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr("iopath.common.file_io.download", no_network)
+    said = answer("MODEL.WEIGHTS", "https://example.org/model.pth")
+    assert "https://example.org/model.pth" in said and "no network" in said
+    assert "local file" in said
 
 
 def test_a_checkpoint_of_another_architecture(answer, run, tmp_path):

@@ -86,6 +86,18 @@ def test_mixed_precision_trains_close_to_float32(run, tmp_path, precision):
     assert all(value.dtype != torch.float16 for value in weights.values())
 
 
+def test_precise_batch_norm_is_detectron2s(run, tmp_path):
+    precise = ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2)
+    run("TEST.EVAL_PERIOD", 3)
+    run("TEST.EVAL_PERIOD", 3, *precise, output="precise")
+    usual, precise = (
+        torch.load(tmp_path / folder / "model_final.pth")["model"] for folder in ("run", "precise")
+    )
+    changed = {name for name in usual if not torch.equal(usual[name], precise[name])}
+    changed = {name.rpartition(".")[2] for name in changed}
+    assert changed == {"running_mean", "running_var", "num_batches_tracked"}
+
+
 # ------------------------------------------------------------------------------------- printing
 
 
