@@ -1,5 +1,6 @@
-// The list of what exists: every operator's schema, and the stub that makes the library importable.
-// Kernels register themselves at the foot of their own files; fake kernels and gradients are Python.
+// The list of what exists: every operator's schema, and the stub that makes the library
+// importable. Kernels register themselves at the foot of their own files; fake kernels and
+// gradients are Python.
 
 #include <Python.h>
 

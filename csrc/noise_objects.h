@@ -1,6 +1,6 @@
-// The arithmetic of denoising noise, equal to the last bit on the CPU, on CUDA and in the plain twin
-// (projects/dn_detr/ops/noise_objects.py says what it means). No product is fused into a sum: a
-// fused one is rounded once instead of twice.
+// The arithmetic of denoising noise, equal to the last bit on the CPU, on CUDA and in the plain
+// twin (projects/dn_detr/ops/noise_objects.py says what it means). No product is fused into a sum:
+// a fused one is rounded once instead of twice.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@
 
 namespace dn_detr {
 
-// Words 0-3 of BOX_DRAW move the four coordinates. Of LABEL_DRAW, word 0 decides whether the label is
-// redrawn, 1 is the new class, the low 4 bits of 2 are the signs, and 3 orders the objects.
+// Words 0-3 of BOX_DRAW move the four coordinates. Of LABEL_DRAW, word 0 decides whether the label
+// is redrawn, 1 is the new class, the low 4 bits of 2 are the signs, and 3 orders the objects.
 constexpr uint32_t BOX_DRAW = 0, LABEL_DRAW = 1;
 // Efficient attention wants rows of the additive mask to start at multiples of 16 elements.
 constexpr int64_t MASK_PITCH = 16;
@@ -186,16 +186,27 @@ DN_DETR_ANYWHERE void noise_place(
   }
 }
 
-// Whether query i may attend to key j.
-DN_DETR_ANYWHERE bool is_visible(const NoiseOptions& o, int64_t num_objects, int64_t i, int64_t j) {
-  const int64_t slots = o.total_slots();
-  if (j >= slots || i == j) {
-    return true;
+// Which keys query (row) i of the mask may attend to.
+class MaskRow {
+ public:
+  DN_DETR_ANYWHERE MaskRow(const NoiseOptions& o, int64_t num_objects, int32_t i)
+      : own_(i), end_(static_cast<int32_t>(o.total_slots())), slots_(static_cast<int32_t>(o.slots)) {
+    const auto size = static_cast<int32_t>(o.group_size());
+    const bool is_slot = i < end_;
+    first_ = is_slot ? i / size * size : 0;
+    size_ = is_slot ? size : 0;
+    const bool hides = o.hide_empty && num_objects < o.slots;
+    shown_ = static_cast<int32_t>(hides ? num_objects : o.slots);
   }
-  if (i >= slots || i / o.group_size() != j / o.group_size()) {
-    return false;
+
+  DN_DETR_ANYWHERE bool sees(int32_t key) const {
+    const int32_t place = key - first_; // in the group
+    const int32_t slot = place < slots_ ? place : place - slots_; // negatives follow positives
+    return key >= end_ || key == own_ || (place >= 0 && place < size_ && slot < shown_);
   }
-  return !o.hide_empty || j % o.slots < num_objects;
-}
+
+ private:
+  int32_t own_, end_, slots_, first_, size_, shown_;
+};
 
 } // namespace dn_detr

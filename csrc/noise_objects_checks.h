@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <limits>
 #include <tuple>
 
 #include "checks.h"
@@ -36,13 +37,24 @@ inline void check_noise_objects(
       o.num_classes > 0 && o.matched >= 0, "expected num_classes > 0 and num_matched >= 0, got ",
       o.num_classes, " and ", o.matched);
   TORCH_CHECK_VALUE(
+      o.side() < std::numeric_limits<int32_t>::max(), "expected less than 2^31 queries, got ",
+      o.side());
+  TORCH_CHECK_VALUE(
       mask_dtype == at::kFloat || mask_dtype == at::kDouble || mask_dtype == at::kHalf ||
           mask_dtype == at::kBFloat16,
       "expected mask_dtype to be a floating point type, got ", mask_dtype);
 }
 
-// labels, boxes, assignment, is_empty, mask (padded: narrow it before returning)
-inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> empty_noised_slots(
+struct NoisedSlots {
+  at::Tensor labels, boxes, assignment, is_empty;
+  at::Tensor mask; // [B, 1, side, pitch]
+
+  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> result() const {
+    return {labels, boxes, assignment, is_empty, mask.narrow(-1, 0, mask.size(2))};
+  }
+};
+
+inline NoisedSlots empty_noised_slots(
     const NoiseOptions& o,
     const at::Tensor& labels,
     const at::Tensor& boxes,

@@ -1,5 +1,5 @@
-// Deformable attention on the CPU: vectorised over channels, threaded over queries (forward) or over
-// disjoint parts of grad_value (backward), deterministic.
+// Deformable attention on the CPU: vectorised over channels, threaded over queries (forward) or
+// over disjoint parts of grad_value (backward), deterministic.
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>

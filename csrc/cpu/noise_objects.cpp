@@ -22,22 +22,15 @@ void write_slots(const NoiseOptions& o, const NoiseImage<T>& image) {
   }
 }
 
-// Row i of the mask: what `is_visible` says, in runs.
 template <typename T>
 void write_mask_row(const NoiseOptions& o, int64_t num_objects, int64_t i, T* row) {
   const T hidden = -std::numeric_limits<T>::infinity(), visible = 0;
-  const int64_t slots = o.total_slots();
-  std::fill_n(row, slots, hidden);
-  std::fill_n(row + slots, o.matched, visible);
-  std::fill_n(row + o.side(), o.pitch() - o.side(), hidden);
-  if (i < slots) {
-    T* group = row + i / o.group_size() * o.group_size();
-    const int64_t shown = o.hide_empty ? std::min(num_objects, o.slots) : o.slots;
-    for (int64_t kind = 0; kind < o.kinds; ++kind) {
-      std::fill_n(group + kind * o.slots, shown, visible);
-    }
-    row[i] = visible;
+  const MaskRow mask(o, num_objects, static_cast<int32_t>(i));
+  const auto side = static_cast<int32_t>(o.side());
+  for (int32_t key = 0; key < side; ++key) {
+    row[key] = mask.sees(key) ? visible : hidden;
   }
+  std::fill(row + side, row + o.pitch(), hidden);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> noise_objects(
@@ -61,8 +54,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> noise_obj
   check_noise_objects(o, labels_, boxes_, is_object_, noise_keys_, mask_dtype);
   const auto labels = labels_.contiguous(), boxes = boxes_.contiguous();
   const auto is_object = is_object_.contiguous(), noise_keys = noise_keys_.contiguous();
-  auto [out_labels, out_boxes, assignment, is_empty, mask] =
-      empty_noised_slots(o, labels, boxes, mask_dtype);
+  const NoisedSlots out = empty_noised_slots(o, labels, boxes, mask_dtype);
 
   const int64_t slots = o.total_slots(), most = o.most_objects;
   std::vector<int64_t> counts(o.batch);
@@ -76,21 +68,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> noise_obj
           o, {labels.const_data_ptr<int64_t>() + b * most,
               boxes.const_data_ptr<scalar_t>() + b * most * 4,
               noise_keys.const_data_ptr<int64_t>()[b], counts[b],
-              out_labels.mutable_data_ptr<int64_t>() + b * slots,
-              out_boxes.mutable_data_ptr<scalar_t>() + b * slots * 4,
-              assignment.mutable_data_ptr<int64_t>() + b * slots,
-              is_empty.mutable_data_ptr<bool>() + b * slots});
+              out.labels.mutable_data_ptr<int64_t>() + b * slots,
+              out.boxes.mutable_data_ptr<scalar_t>() + b * slots * 4,
+              out.assignment.mutable_data_ptr<int64_t>() + b * slots,
+              out.is_empty.mutable_data_ptr<bool>() + b * slots});
     }
   });
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, mask_dtype, "noise_objects", [&] {
-    scalar_t* rows = mask.mutable_data_ptr<scalar_t>();
+    scalar_t* rows = out.mask.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, o.batch * o.side(), 64, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         write_mask_row(o, counts[row / o.side()], row % o.side(), rows + row * o.pitch());
       }
     });
   });
-  return {out_labels, out_boxes, assignment, is_empty, mask.narrow(-1, 0, o.side())};
+  return out.result();
 }
 
 } // namespace
