@@ -17,7 +17,7 @@ from collections.abc import Callable
 try:
     import dn_detr.d2
 except ImportError as error:  # Detectron2 is missing, or the operators were built for another torch
-    sys.exit(f"train_net.py: {error}")
+    sys.exit(f"train_net.py: {error} (README.md, Install)")
 
 import torch
 from detectron2.config import CfgNode, get_cfg

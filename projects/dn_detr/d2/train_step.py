@@ -68,7 +68,7 @@ class TrainStep(SimpleTrainer):
         """
         names = list(losses)
         own = torch.stack([losses[name].detach().float() for name in names])
-        own = torch.cat((own, own.new_tensor([data_time])))
+        own = torch.cat((own, own.new_full((1,), data_time)))
         mean = own.clone()
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(mean)
