@@ -52,7 +52,7 @@ class Detector(nn.Module):
             ),
             in_channels=[128, 256, 512],
             strides=[8, 16, 32],
-            denoising=Denoising(num_groups=5),  # None trains the plain detector
+            denoising=Denoising(num_groups=10),  # None trains the plain detector
         )
 
     def forward(self, images, padding, targets=None):
@@ -122,11 +122,11 @@ def main() -> None:
     train, val = (load(generate(args.datasets, split)) for split in ("train", "val"))
     torch.manual_seed(0)
     model = Detector(num_classes=6)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=1e-4)
-    criterion, costs = build_criterion(), Costs()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-4, weight_decay=1e-4)
+    criterion, costs = build_criterion(class_weight=2.0), Costs()
     end, step = time.monotonic() + 60 * args.minutes, 0
     while time.monotonic() < end:
-        picked = torch.randint(len(train), (8,)).tolist()
+        picked = torch.randint(len(train), (4,)).tolist()
         images, padding, targets = collate([train[i] for i in picked], step)
         predictions = model(images, padding, targets)
         assignments = assign(predictions, targets, costs)

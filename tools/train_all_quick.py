@@ -1,0 +1,111 @@
+#!/usr/bin/env python
+"""Train every page and its denoised variant, small, on `shapes`: AP50 at equal iterations.
+
+    python tools/train_all_quick.py --iterations 800 --output output/all_quick
+    python tools/train_all_quick.py --only dn_detr dino --num-gpus 1
+
+Same seed, same data, same number of iterations for all. Writes results.md, results.json and
+curves.png; a run that is complete already is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from plot_training import read_metrics, series
+
+ROOT = Path(__file__).resolve().parents[1]
+PAIRS = {
+    "DETR": ("detr", "dn_detr_vanilla"),
+    "Conditional DETR": ("conditional_detr", "dn_conditional_detr"),
+    "DAB-DETR": ("dab_detr", "dn_detr"),
+    "Anchor DETR": ("anchor_detr", "dn_anchor_detr"),
+    "SMCA": ("smca", "dn_smca"),
+    "Deformable DETR, refined": ("deformable_detr_refine", "dn_deformable_detr_refine"),
+    "DAB-Deformable": ("dab_deformable", "dn_deformable"),
+    "DAB-Deformable, encoder only": ("dab_deformable_encoder_only", "dn_deformable_encoder_only"),
+    "DINO": ("dino_no_dn", "dino"),
+}
+"""Page -> its plain and its denoised configuration in configs/quick/."""
+
+WITHOUT_DENOISING = {"dino_no_dn": ("dino", ["MODEL.DN_DETR.DENOISING.ENABLED", "False"])}
+"""Plain variants that have no configuration of their own: (configuration, overrides)."""
+
+
+def train(name: str, output: Path, iterations: int, num_gpus: int) -> dict[int, dict]:
+    """metrics.json of a run of configuration `name`, trained now unless it is there."""
+    folder = output / name
+    if not (folder / "model_final.pth").is_file():
+        config, overrides = WITHOUT_DENOISING.get(name, (name, []))
+        command = [
+            *(sys.executable, "train_net.py", "--num-gpus", str(num_gpus)),
+            *("--config-file", f"configs/quick/{config}.yaml", *overrides),
+            *("SOLVER.MAX_ITER", str(iterations), "SOLVER.STEPS", f"({iterations * 5 // 6},)"),
+            *("TEST.EVAL_PERIOD", str(iterations // 4), "SOLVER.CHECKPOINT_PERIOD", "1000000"),
+            *("OUTPUT_DIR", str(folder.resolve())),
+        ]
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "console.txt", "w") as console:
+            code = subprocess.call(command, cwd=ROOT, stdout=console, stderr=subprocess.STDOUT)
+        if code:
+            sys.exit(f"train_all_quick.py: training {name} failed, see {folder / 'console.txt'}")
+    return read_metrics(folder)
+
+
+def write(results: dict[str, dict[str, dict[int, float]]], output: Path) -> None:
+    """results: page -> {"plain", "denoised"} -> iteration -> AP50."""
+    (output / "results.json").write_text(json.dumps(results, indent=1))
+    lines = ["| page | iterations | AP50 plain | AP50 denoised | gain |", "|---|---|---|---|---|"]
+    for page, runs in results.items():
+        last = max(runs["plain"])
+        plain, denoised = runs["plain"][last], runs["denoised"][last]
+        gain = f"{denoised - plain:+.1f}"
+        lines.append(f"| {page} | {last} | {plain:.1f} | {denoised:.1f} | {gain} |")
+    (output / "results.md").write_text("\n".join(lines) + "\n")
+    columns = min(3, len(results))
+    rows = -(-len(results) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False, constrained_layout=True
+    )
+    for axis, (page, runs) in zip(axes.flat, results.items(), strict=False):
+        for style, (label, points) in zip(("o--", "o-"), runs.items(), strict=True):
+            axis.plot(list(points), list(points.values()), style, label=label)
+        axis.set(title=page, xlabel="iteration", ylabel="AP50", ylim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    for axis in axes.flat[len(results) :]:
+        axis.axis("off")
+    figure.savefig(output / "curves.png", dpi=110)
+    print((output / "results.md").read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--iterations", type=int, default=800)
+    parser.add_argument("--num-gpus", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("output/all_quick"))
+    parser.add_argument("--only", nargs="+", help="configurations; their pages are trained")
+    args = parser.parse_args()
+    results: dict[str, dict[str, dict[int, float]]] = {}
+    for page, pair in PAIRS.items():
+        if args.only and not set(args.only) & set(pair):
+            continue
+        results[page] = {}
+        for label, name in zip(("plain", "denoised"), pair, strict=True):
+            metrics = train(name, args.output, args.iterations, args.num_gpus)
+            x, y = series(metrics, "bbox/AP50")
+            results[page][label] = {iteration + 1: value for iteration, value in zip(x, y)}
+            print(f"{name}: {results[page][label]}", flush=True)
+        write(results, args.output)
+
+
+if __name__ == "__main__":
+    main()
