@@ -63,8 +63,9 @@ def toolkit_of(nvcc):
 
 def nvcc_version(root):
     """Release of the nvcc in a toolkit, "13.0", or None."""
+    command = [root / "bin" / "nvcc", "--version"]
     try:
-        output = subprocess.run([root / "bin" / "nvcc", "--version"], capture_output=True, text=True)
+        output = subprocess.run(command, capture_output=True, text=True)
     except OSError:
         return None
     release = re.search(r"release (\d+\.\d+)", output.stdout)
@@ -72,7 +73,7 @@ def nvcc_version(root):
 
 
 def find_toolkit(torch):
-    """(root, version, None) of a toolkit of torch's CUDA major version, or (None, None, why not)."""
+    """(root, version, None) of a toolkit of torch's CUDA major, or (None, None, why not)."""
     if FORCE_CUDA == "0":
         return None, None, "built without CUDA because FORCE_CUDA=0"
     if torch.version.cuda is None:
@@ -80,9 +81,8 @@ def find_toolkit(torch):
     major = torch.version.cuda.split(".")[0]
     on_path = shutil.which("nvcc")
     wheels = Path(torch.__file__).parents[1] / "nvidia"
-    places = [
-        (name, Path(os.environ[name])) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)
-    ]
+    named = [name for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = [(name, Path(os.environ[name])) for name in named]
     if on_path:
         places.append(("nvcc on the PATH", toolkit_of(on_path)))
     places += [("wheels", wheels / f"cu{major}"), ("wheels", wheels / "cuda_nvcc")]
@@ -101,7 +101,8 @@ def find_toolkit(torch):
 
 def wheel_folders(torch, kind):
     """Folders "include" or "lib" of NVIDIA's wheels: what a small toolkit lacks, torch has."""
-    return [str(path) for path in sorted((Path(torch.__file__).parents[1] / "nvidia").glob(f"*/{kind}"))]
+    wheels = Path(torch.__file__).parents[1] / "nvidia"
+    return [str(path) for path in sorted(wheels.glob(f"*/{kind}"))]
 
 
 def find_runtime(torch, root):
@@ -124,7 +125,8 @@ def architectures(torch):
 
 def sources(folder, pattern):
     """Relative to setup.py: absolute paths break installs."""
-    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / folder).glob(pattern))
+    paths = (ROOT / "csrc" / folder).glob(pattern)
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
 
 
 def extension(torch, root):

@@ -190,7 +190,9 @@ DN_DETR_ANYWHERE void noise_place(
 class MaskRow {
  public:
   DN_DETR_ANYWHERE MaskRow(const NoiseOptions& o, int64_t num_objects, int32_t i)
-      : own_(i), end_(static_cast<int32_t>(o.total_slots())), slots_(static_cast<int32_t>(o.slots)) {
+      : own_(i),
+        end_(static_cast<int32_t>(o.total_slots())),
+        slots_(static_cast<int32_t>(o.slots)) {
     const auto size = static_cast<int32_t>(o.group_size());
     const bool is_slot = i < end_;
     first_ = is_slot ? i / size * size : 0;

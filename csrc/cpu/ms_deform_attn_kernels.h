@@ -206,7 +206,7 @@ inline void sum_samples(
   }
 }
 
-// Adds to grad_value, and to dots[4 i + corner] the product of grad_output with that corner's value.
+// Adds to grad_value, and to dots[4 i + corner] the product of grad_output and that corner's value.
 template <typename T, typename V, int N, typename S>
 inline void scatter_samples(
     const Samples<T>& s,
@@ -332,8 +332,8 @@ void forward(const Sizes& z, const Inputs<T, S>& in, T* output, int64_t begin, i
   }
 }
 
-// Tasks [begin, end) of B * H * parts, where a part is levels / parts levels. A task owns its head and
-// levels of grad_value and scans all queries in order: no atomics, and the same result for any
+// Tasks [begin, end) of B * H * parts, where a part is levels / parts levels. A task owns its head
+// and levels of grad_value and scans all queries in order: no atomics, and the same result for any
 // number of parts and threads.
 template <typename T, typename S>
 void backward(

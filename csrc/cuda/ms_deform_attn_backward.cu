@@ -32,12 +32,15 @@ struct FloatingSum {
     if constexpr (sizeof(T) == 4 && VECTOR % 4 == 0) {
 #pragma unroll
       for (int k = 0; k < VECTOR; k += 4) {
+        float x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          x[i] = weight * static_cast<float>(grad.number[k + i]);
+        }
         asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
                      :
-                     : "l"(__cvta_generic_to_global(to + k)), "f"(weight * static_cast<T>(grad.number[k])),
-                       "f"(weight * static_cast<T>(grad.number[k + 1])),
-                       "f"(weight * static_cast<T>(grad.number[k + 2])),
-                       "f"(weight * static_cast<T>(grad.number[k + 3]))
+                     : "l"(__cvta_generic_to_global(to + k)), "f"(x[0]), "f"(x[1]), "f"(x[2]),
+                       "f"(x[3])
                      : "memory");
       }
     } else

@@ -111,7 +111,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> noise_obj
   const int64_t mask_chunks = o.side() * o.pitch() * out.mask.element_size() / 16;
   const int64_t blocks = place_blocks + blocks_for(mask_chunks);
   TORCH_CHECK_VALUE(
-      blocks < std::numeric_limits<int32_t>::max(), "expected a smaller mask, got ", out.mask.sizes());
+      blocks < std::numeric_limits<int32_t>::max(), "expected a smaller mask, got ",
+      out.mask.sizes());
   if (blocks * o.batch > 0) {
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(o.batch));
     const auto stream = c10::cuda::getCurrentCUDAStream();

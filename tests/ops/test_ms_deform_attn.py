@@ -49,7 +49,9 @@ def test_output_and_gradients_equal_grid_sample(attend, channels):
 
 
 @pytest.mark.parametrize("points", [1, 3, 17])
-@pytest.mark.parametrize("shapes", [((4, 4),), ((1, 9), (9, 1)), ((8, 8), (4, 4), (2, 2), (1, 1), (3, 5))])
+@pytest.mark.parametrize(
+    "shapes", [((4, 4),), ((1, 9), (9, 1)), ((8, 8), (4, 4), (2, 2), (1, 1), (3, 5))]
+)
 def test_any_number_of_levels_and_points(attend, shapes, points):
     function, device = attend
     sizes = {"shapes": shapes, "points": points, "channels": 8}

@@ -25,17 +25,18 @@ def read_record(package: Path = PACKAGE) -> dict | None:
 
 def find_library(package: Path = PACKAGE) -> Path | None:
     """Path of the compiled library, or None."""
-    return next((path for path in sorted(package.glob("_C.*")) if path.suffix in (".so", ".pyd")), None)
+    found = (path for path in sorted(package.glob("_C.*")) if path.suffix in (".so", ".pyd"))
+    return next(found, None)
 
 
 def check_record(record: dict | None, torch_version: str, cuda_version: str | None) -> None:
     """Raise ExtensionMismatch unless the library was built for this torch.
 
-    Compared are the release (2.11.0) and the CUDA version. It is asked before the library is loaded:
-    a library of another torch fails with an undefined symbol, or worse, with wrong memory.
+    Compared are the release (2.11.0) and the CUDA version. It is asked before the library is
+    loaded: a library of another torch fails with an undefined symbol, or worse, with wrong memory.
     """
     if record is None:
-        raise ExtensionMismatch(f"dn_detr._C has no build record (_build.json) beside it; {REBUILD}")
+        raise ExtensionMismatch(f"dn_detr._C has no _build.json of its build beside it; {REBUILD}")
     built = (record["torch"].split("+")[0], record["cuda"])
     if built != (torch_version.split("+")[0], cuda_version):
         raise ExtensionMismatch(

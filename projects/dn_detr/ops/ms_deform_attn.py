@@ -17,7 +17,7 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Sum over levels and points of weight times the value sampled at the location -> [B, Q, H * D].
+    """Sum over levels and points of weight times the value at the location -> [B, Q, H * D].
 
     value [B, S, H, D] float32, float16, bfloat16 or float64: the levels' cells, fine to coarse;
     spatial_shapes: (h, w) of each level, host integers, sum of h * w = S;
@@ -102,7 +102,9 @@ def _check(value, spatial_shapes, sampling_locations, attention_weights):
         ("attention_weights", attention_weights),
     ):
         if tensor.dtype != precise:
-            raise ValueError(f"{name} must be {precise} with {value.dtype} values, got {tensor.dtype}")
+            raise ValueError(
+                f"{name} must be {precise} with {value.dtype} values, got {tensor.dtype}"
+            )
 
 
 def _fake(value, spatial_shapes, sampling_locations, attention_weights):

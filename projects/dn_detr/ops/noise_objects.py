@@ -52,8 +52,9 @@ def noise_objects(
 ) -> NoisedSlots:
     """Noise every object once per group, and the attention mask that keeps the groups apart.
 
-    labels [B, M] int64; boxes [B, M, 4] cxcywh in [0, 1], float32 or float64; is_object [B, M] bool,
-    objects first; noise_keys [B] int64; slots_per_group <= M; num_matched: N queries after the slots.
+    labels [B, M] int64; boxes [B, M, 4] cxcywh in [0, 1], float32 or float64; is_object [B, M]
+    bool, objects first; noise_keys [B] int64; slots_per_group <= M; num_matched: N queries after
+    the slots.
 
     Plain: the centre moves by up to box_noise half sizes, the sizes change by up to the factor
     1 +- box_noise, uniformly; a label becomes a uniform class with probability label_noise.
@@ -69,7 +70,7 @@ def noise_objects(
     Not differentiable.
     """
     arguments = (
-        labels, boxes, is_object, noise_keys, num_groups, slots_per_group, num_classes,
+        labels, boxes.detach(), is_object, noise_keys, num_groups, slots_per_group, num_classes,
         float(box_noise), float(label_noise), contrastive, num_matched, mask_dtype, hide_empty,
     )  # fmt: skip
     if use_kernel("noise_objects", labels.device):
