@@ -8,6 +8,7 @@ from peers import difference, layers_of, loss_differences
 
 from dn_detr.build import build_criterion
 from dn_detr.conversion.convert import convert
+from dn_detr.conversion.table import Table, resnet
 from dn_detr.losses.assign import Costs, assign
 
 LARGEST = 1e-4
@@ -17,11 +18,14 @@ LARGEST = 1e-4
 def load(method, ours, theirs, backbone="backbone.0.body"):
     """Carry the weights of `theirs` to `ours` by the converter; all of them, and nothing more.
 
-    backbone: the name of theirs, which the compared model lacks and the converter expects.
+    backbone: the name of theirs, which the compared model lacks and the converter expects; None: it
+    is Detectron2's.
     """
     with torch.device("meta"):
-        resnet = torchvision.models.resnet50(weights=None).state_dict()
-    names = {f"{backbone}.{n}": tensor for n, tensor in resnet.items() if not n.startswith("fc.")}
+        parameters = torchvision.models.resnet50(weights=None).state_dict()
+    names = {f"{backbone}.{n}": t for n, t in parameters.items() if not n.startswith("fc.")}
+    if backbone is None:
+        names, *_ = Table("torchvision", resnet("None")).apply(names)
     state, _ = convert({**theirs.state_dict(), **names}, method)
     core = {
         name.removeprefix("core."): tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import sys
 import types
 from pathlib import Path
@@ -14,9 +15,13 @@ from torch import nn
 
 from dn_detr.structures import Target, pad_targets
 
-THEIR_PACKAGES = ("models", "util", "datasets", "main", "engine")
+THEIR_PACKAGES = ("models", "util", "datasets", "main", "engine", "detrex", "modeling")
 NOT_INSTALLED = (
     "timm",
+    "wandb",
+    "fairscale",
+    "cv2",
+    "einops",
     "panopticapi",
     "termcolor",
     "addict",
@@ -30,12 +35,27 @@ NOT_INSTALLED = (
 class Absent(types.ModuleType):
     """Stands for a library that is imported, but not needed for what is compared."""
 
-    __path__: list[str] = []
+    __version__ = "0"
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
         return mock.MagicMock()
+
+
+class AbsentFinder:
+    """Finds the libraries of NOT_INSTALLED that nobody else finds, with all that lies below them."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in NOT_INSTALLED:
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        return Absent(spec.name)
+
+    def exec_module(self, module):
+        pass
 
 
 def open_checkout(path: Path, monkeypatch):
@@ -47,14 +67,14 @@ def open_checkout(path: Path, monkeypatch):
     for name in list(sys.modules):
         if name.split(".")[0] in THEIR_PACKAGES:
             monkeypatch.delitem(sys.modules, name)
-    for name in NOT_INSTALLED:
-        if name not in sys.modules and importlib.util.find_spec(name) is None:
-            monkeypatch.setitem(sys.modules, name, Absent(name))
-            for below in ("models.layers", "utils", "models", "util", "fileio", "parallel", "runner"):
-                monkeypatch.setitem(sys.modules, f"{name}.{below}", Absent(f"{name}.{below}"))
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, AbsentFinder()])
     monkeypatch.setattr(torchvision, "__version__", "0.9.0")  # some read "0.26" as 0.2
     monkeypatch.setattr(nn.modules.linear, "_LinearWithBias", nn.Linear, raising=False)
     monkeypatch.setitem(sys.modules, "torch._overrides", torch.overrides)
+    monkeypatch.setitem(sys.modules, "detrex._C", Absent("detrex._C"))
+    if importlib.util.find_spec("detectron2"):  # detrex registers its datasets whenever imported
+        catalog = importlib.import_module("detectron2.data").DatasetCatalog
+        monkeypatch.setattr(type(catalog), "register", lambda *args: None)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     original = torch.Tensor.to
 
@@ -67,8 +87,10 @@ def open_checkout(path: Path, monkeypatch):
     def load(name: str):
         module = importlib.import_module(name)
         # Their modules must not survive the test, nor meet those of another checkout.
-        for loaded in [n for n in sys.modules if n.split(".")[0] in THEIR_PACKAGES]:
-            monkeypatch.setitem(sys.modules, loaded, sys.modules[loaded])
+        for name, loaded in list(sys.modules.items()):
+            if name.split(".")[0] in THEIR_PACKAGES or isinstance(loaded, Absent):
+                sys.modules.pop(name)
+                monkeypatch.setitem(sys.modules, name, loaded)
         return module
 
     return load

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 import pytest
+import torch
 from compare import compare
 from multiscale import (
     ARGS,
@@ -15,6 +16,7 @@ from multiscale import (
     use_fallback,
 )
 from peers import objects, randomize
+from torch import nn
 
 from dn_detr.build import Denoising
 
@@ -117,3 +119,62 @@ def test_dn_deformable_equals_the_authors(authors, inputs, monkeypatch, counts):
     losses = criterion(output, their_targets, denoised)
     patterns = {"match": "{}", "denoise": "tgt_{}"}
     compare_all_losses(losses_of(predictions, targets), losses, patterns)
+
+
+class ThreeFeatures(nn.Module):
+    """In place of Detectron2's backbone."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.features = features
+
+    def forward(self, images):
+        return dict(zip(("res3", "res4", "res5"), self.features, strict=True))
+
+
+def test_dn_deformable_of_detrex_has_the_same_predictions(authors, inputs):
+    """In evaluation and without padding, which theirs then ignores."""
+    features, padding = inputs
+    padding = torch.zeros_like(padding)
+    load = authors("detrex")
+    layers, modeling = load("detrex.layers"), load("projects.dn_deformable_detr.modeling")
+    shapes = zip(("res3", "res4", "res5"), (8, 16, 24), strict=True)
+    sizes = {"feedforward_dim": 64, "attn_dropout": 0.0, "ffn_dropout": 0.0}
+    theirs = modeling.DNDeformableDETR(
+        backbone=ThreeFeatures(features),
+        position_embedding=layers.PositionEmbeddingSine(128, normalize=True, offset=-0.5),
+        neck=load("detrex.modeling.neck").ChannelMapper(
+            input_shapes={name: Namespace(channels=channels) for name, channels in shapes},
+            in_features=["res3", "res4", "res5"],
+            out_channels=256,
+            num_outs=4,
+            kernel_size=1,
+            norm_layer=nn.GroupNorm(32, 256),
+        ),
+        transformer=modeling.DNDeformableDetrTransformer(
+            encoder=modeling.DNDeformableDetrTransformerEncoder(**sizes, num_layers=2),
+            decoder=modeling.DNDeformableDetrTransformerDecoder(**sizes, num_layers=6),
+        ),
+        embed_dim=256,
+        num_classes=91,
+        num_queries=11,
+        criterion=None,
+        pixel_mean=[0.0, 0.0, 0.0],
+        pixel_std=[1.0, 1.0, 1.0],
+        as_two_stage=False,
+        with_indicator=True,
+        device="cpu",
+    )
+    randomize(theirs)
+    decoded = []
+    theirs.dn_post_process = lambda *found: decoded.append(found[:2]) or found[:2]
+    theirs.eval()([{"image": torch.zeros(3, 160, 192)}] * 2)
+    logits, boxes = decoded[0]
+    aux = zip(logits[:-1], boxes[:-1], strict=True)
+    output = {
+        "aux_outputs": [{"pred_logits": one, "pred_boxes": two} for one, two in aux],
+        "pred_logits": logits[-1],
+        "pred_boxes": boxes[-1],
+    }
+    ours = our_model("dab_deformable", denoising=Denoising())
+    compare("dab_deformable", ours, theirs, output, features, padding, backbone=None)

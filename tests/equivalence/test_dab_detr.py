@@ -6,6 +6,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from torch import nn
 from compare import compare, compare_losses
 from peers import GivenFeatures, layers_of, objects, randomize
 
@@ -104,3 +105,60 @@ def test_dn_detr_equals_the_authors(authors, inputs, num_patterns, counts):
     losses = their_losses(load, "DN_DAB_DETR", output, their_targets, denoised)
     compare_losses(predictions, targets, losses, "tgt_")
     assert layers_of(output, "pred_boxes").shape[2] == 11 * max(1, num_patterns)
+
+
+class LastFeature(nn.Module):
+    """In place of Detectron2's backbone."""
+
+    def __init__(self, feature):
+        super().__init__()
+        self.feature = feature
+
+    def forward(self, images):
+        return {"res5": self.feature}
+
+
+def test_dn_detr_of_detrex_has_the_same_predictions(authors, inputs):
+    """In evaluation and without padding, which theirs then ignores."""
+    features, padding = inputs
+    padding = torch.zeros_like(padding)
+    authors("detrex")
+    load = authors("detrex/projects/dn_detr")
+    layers, modeling = load("detrex.layers"), load("modeling")
+    sizes = {"embed_dim": 256, "num_heads": 8, "feedforward_dim": 64, "activation": nn.PReLU()}
+    theirs = modeling.DNDETR(
+        backbone=LastFeature(features[-1]),
+        in_features=["res5"],
+        in_channels=24,
+        position_embedding=layers.PositionEmbeddingSine(128, temperature=20, normalize=True),
+        transformer=modeling.DNDetrTransformer(
+            modeling.DNDetrTransformerEncoder(**sizes, num_layers=2),
+            modeling.DNDetrTransformerDecoder(**sizes, num_layers=3),
+        ),
+        embed_dim=256,
+        num_classes=91,
+        num_queries=11,
+        criterion=None,
+        freeze_anchor_box_centers=False,
+        device="cpu",
+    )
+    randomize(theirs)
+    decoded = []
+    theirs.dn_post_process = lambda *found: decoded.append(found[:2]) or found[:2]
+    theirs.eval()([{"image": torch.zeros(3, 160, 192)}] * 2)
+    logits, boxes = decoded[0]
+    output = {
+        "aux_outputs": [
+            {"pred_logits": l, "pred_boxes": b} for l, b in zip(logits[:-1], boxes[:-1], strict=True)
+        ],
+        "pred_logits": logits[-1],
+        "pred_boxes": boxes[-1],
+    }
+    ours = build_model(
+        "dab_detr",
+        Numbers(**NUMBERS, shares_content=True),
+        in_channels=[24],
+        strides=[32],
+        denoising=Denoising(),
+    )
+    compare("dab_detr", ours, theirs, output, features, padding, backbone=None)
