@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dn_detr.conversion.table import Rule, Table
+from dn_detr.conversion.tables import detrex
 from dn_detr.conversion.tables.deformable import BODY, OWN_HEADS
 
 
@@ -24,10 +25,21 @@ RULES: dict[str, Rule] = {
     "label_enc.weight": "query_design.content.label_table.weight",
 }
 
+DETREX: dict[str, Rule] = {
+    **detrex.DEFORMABLE,
+    **OWN_HEADS,
+    "transformer.decoder.query_scale.layers.{}": "decoder.position.scale.layers.{}",
+    "transformer.decoder.ref_point_head.layers.{}": "decoder.position.of_box.layers.{}",
+    "tgt_embed.weight": content_rows,
+    "refpoint_embed.weight": "query_design.tables.box_logits",
+    "denoising_generator.label_encoder.weight": "query_design.content.label_table.weight",
+}
+
 TABLES = [
     Table(
         "IDEA-Research/DAB-DETR and IDEA-Research/DN-DETR",
         RULES,
         optional=frozenset({"label_enc.weight"}),
-    )
+    ),
+    Table("detrex, DN-Deformable-DETR", DETREX),
 ]

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dn_detr.conversion.table import Rule, Table, attention, below, resnet
-from dn_detr.conversion.tables import hugging_face
+from dn_detr.conversion.tables import detrex, hugging_face
 from dn_detr.conversion.tables.dense import HEADS, conditional_decoder_layers, encoder_layers
 
 
@@ -49,12 +49,7 @@ DETREX_FEED_FORWARD = {
 }
 
 DETREX: dict[str, Rule] = {
-    "backbone.stem.conv1": "backbone.stem.conv1",
-    "backbone.stem.conv1.norm": "backbone.stem.conv1.norm",
-    "backbone.res{}.{}.conv{}": "backbone.res{}.{}.conv{}",
-    "backbone.res{}.{}.conv{}.norm": "backbone.res{}.{}.conv{}.norm",
-    "backbone.res{}.{}.shortcut": "backbone.res{}.{}.shortcut",
-    "backbone.res{}.{}.shortcut.norm": "backbone.res{}.{}.shortcut.norm",
+    **detrex.BACKBONE,
     "input_proj": "neck.projection",
     **attention(f"{DETREX_ENCODER}.attentions.0.attn", "encoder.layers.{}.attention"),
     **below(
