@@ -1,0 +1,69 @@
+"""From a file as the authors write it to a detector that evaluates."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from peers import randomize
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_checkpoint_of_the_authors_becomes_one_of_the_configured_detector(authors, tmp_path):
+    """DN-DETR with 91 raw classes: converted by the tool to 80, loaded by the checkpointer, whole."""
+    pytest.importorskip("detectron2")
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+
+    from dn_detr.d2 import add_dn_detr_config
+    from dn_detr.d2.checkpoint import Checkpointer
+
+    load = authors("DN-DETR")
+    args = Namespace(
+        hidden_dim=256,
+        dropout=0.0,
+        nheads=8,
+        num_queries=300,
+        dim_feedforward=2048,
+        enc_layers=6,
+        dec_layers=6,
+        pre_norm=False,
+        transformer_activation="prelu",
+        num_patterns=0,
+    )
+    backbone = torch.nn.Sequential(torch.nn.Module())
+    backbone[0].body = torchvision.models.resnet50(weights=None)
+    del backbone[0].body.fc
+    backbone.num_channels = 2048
+    theirs = load("models.DN_DAB_DETR.DABDETR").DABDETR(
+        backbone,
+        load("models.DN_DAB_DETR.transformer").build_transformer(args),
+        num_classes=91,
+        num_queries=300,
+    )
+    randomize(theirs)
+    source, converted = tmp_path / "checkpoint.pth", tmp_path / "converted.pth"
+    torch.save({"model": theirs.state_dict(), "args": args, "epoch": 49}, source)
+    tool = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", "--method", "dab_detr"]
+    subprocess.run([*tool, source, converted, "--classes", "coco80"], check=True)
+
+    cfg = get_cfg()
+    add_dn_detr_config(cfg)
+    cfg.merge_from_file(str(ROOT / "configs" / "dn_detr.yaml"))
+    cfg.MODEL.DN_DETR.NUM_CLASSES = 80
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg).eval()
+    loaded = Checkpointer(model).load(str(converted))
+    assert loaded is not None
+    state = model.state_dict()
+    for name, tensor in torch.load(converted, weights_only=True)["model"].items():
+        assert torch.equal(state.pop(name), tensor), name
+    assert not state
+    person = model.core.decoder.predictor.heads.class_heads[0].weight[0]
+    assert torch.equal(person, theirs.class_embed.weight[1])
