@@ -14,6 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -91,20 +92,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=800)
     parser.add_argument("--num-gpus", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--output", type=Path, default=Path("output/all_quick"))
     parser.add_argument("--only", nargs="+", help="configurations; their pages are trained")
     args = parser.parse_args()
-    results: dict[str, dict[str, dict[int, float]]] = {}
-    for page, pair in PAIRS.items():
-        if args.only and not set(args.only) & set(pair):
-            continue
-        results[page] = {}
-        for label, name in zip(("plain", "denoised"), pair, strict=True):
-            metrics = train(name, args.output, args.iterations, args.num_gpus)
-            x, y = series(metrics, "bbox/AP50")
-            results[page][label] = {iteration + 1: value for iteration, value in zip(x, y)}
-            print(f"{name}: {results[page][label]}", flush=True)
-        write(results, args.output)
+    pages = {
+        page: pair for page, pair in PAIRS.items() if not args.only or set(args.only) & set(pair)
+    }
+
+    def ap50(name: str) -> dict[int, float]:
+        metrics = train(name, args.output, args.iterations, args.num_gpus)
+        x, y = series(metrics, "bbox/AP50")
+        points = {iteration + 1: value for iteration, value in zip(x, y, strict=True)}
+        print(f"{name}: {points}", flush=True)
+        return points
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = {name: pool.submit(ap50, name) for pair in pages.values() for name in pair}
+        results = {
+            page: {"plain": runs[plain].result(), "denoised": runs[denoised].result()}
+            for page, (plain, denoised) in pages.items()
+        }
+    write(results, args.output)
 
 
 if __name__ == "__main__":
