@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 
 try:
     import dn_detr.d2
@@ -20,38 +19,18 @@ except ImportError as error:  # Detectron2 is missing, or the operators were bui
     sys.exit(f"train_net.py: {error} (README.md, Install)")
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from yaml import YAMLError
 
 from dn_detr.d2.checkpoint import Checkpointer
+from dn_detr.d2.config import read_config
 from dn_detr.d2.datasets import prepare
 from dn_detr.d2.report import check_datasets
 from dn_detr.d2.trainer import Trainer
 from dn_detr.errors import InputError, sentence_in
-
-
-def merge(name: str, into_config: Callable, source) -> None:
-    """Merge one source of configuration; what is wrong in it becomes one sentence."""
-    try:
-        into_config(source)
-    except (KeyError, ValueError, AssertionError, OSError, YAMLError) as error:
-        reason = error.args[0] if isinstance(error, KeyError) else error
-        raise InputError(f"{name} cannot be used: {' '.join(str(reason).split())}.") from error
-
-
-def read_config(config_file: str, opts: list[str]) -> CfgNode:
-    """The configuration in a file, with pairs of key and value on top of it."""
-    if not config_file:
-        raise InputError("--config-file is missing: name one of configs/, or one of your own.")
-    cfg = get_cfg()
-    dn_detr.d2.add_dn_detr_config(cfg)
-    merge(f"the configuration {config_file}", cfg.merge_from_file, config_file)
-    merge("the KEY VALUE pairs of the command line", cfg.merge_from_list, opts)
-    return cfg
 
 
 def setup(args) -> CfgNode:

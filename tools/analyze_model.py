@@ -15,12 +15,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dn_detr.d2 import add_dn_detr_config
+from dn_detr.d2.config import read_config
 
 PUBLISHED = {
     "dab_detr": (44, 94),
@@ -46,9 +45,7 @@ def count_sampling(value, spatial_shapes, locations, weights, *args, out_shape=N
 
 def analyze(config_file: str, size: tuple[int, int]) -> tuple[float, float, float]:
     """(millions of parameters, those that train, GFLOPs) of inference on one image of `size`."""
-    cfg = get_cfg()
-    add_dn_detr_config(cfg)
-    cfg.merge_from_file(config_file)
+    cfg = read_config(config_file, [])
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
     if cfg.MODEL.DN_DETR.NUM_CLASSES == 0:
         cfg.MODEL.DN_DETR.NUM_CLASSES = 80

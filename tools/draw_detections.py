@@ -14,24 +14,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.engine import DefaultPredictor
 from detectron2.utils.visualizer import ColorMode, Visualizer
 
-from dn_detr.d2 import add_dn_detr_config
+from dn_detr.d2.config import read_config
 from dn_detr.d2.datasets import prepare
-
-
-def read_config(file: str, opts: list[str]) -> CfgNode:
-    cfg = get_cfg()
-    add_dn_detr_config(cfg)
-    cfg.merge_from_file(file)
-    cfg.merge_from_list(opts)
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    prepare(cfg, eval_only=True)
-    return cfg
 
 
 def draw(cfg: CfgNode, *, num_images: int, threshold: float, output: Path) -> None:
@@ -80,6 +69,9 @@ def main() -> None:
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs, e.g. MODEL.WEIGHTS model.pth")
     args = parser.parse_args()
     cfg = read_config(args.config_file, args.opts)
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    prepare(cfg, eval_only=True)
     draw(
         cfg,
         num_images=args.num_images,

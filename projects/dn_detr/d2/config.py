@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from detectron2.config import CfgNode
+from collections.abc import Callable
+
+from detectron2.config import CfgNode, get_cfg
+from yaml import YAMLError
+
+from dn_detr.errors import InputError
 
 
 def add_dn_detr_config(cfg: CfgNode) -> None:
@@ -131,3 +136,23 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Iterations between two lines in the log, metrics.json and TensorBoard, which hold the medians
     # of the losses over these iterations; with 1, metrics.json holds every loss of every iteration.
     cfg.LOG_PERIOD = 20
+
+
+def read_config(config_file: str, opts: list[str]) -> CfgNode:
+    """The configuration in a file, with pairs of key and value on top of it."""
+    if not config_file:
+        raise InputError("--config-file is missing: name one of configs/, or one of your own.")
+    cfg = get_cfg()
+    add_dn_detr_config(cfg)
+    _merge(f"the configuration {config_file}", cfg.merge_from_file, config_file)
+    _merge("the KEY VALUE pairs of the command line", cfg.merge_from_list, opts)
+    return cfg
+
+
+def _merge(name: str, into_config: Callable, source) -> None:
+    """Merge one source of configuration; what is wrong in it becomes one sentence."""
+    try:
+        into_config(source)
+    except (KeyError, ValueError, AssertionError, OSError, YAMLError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise InputError(f"{name} cannot be used: {' '.join(str(reason).split())}.") from error
