@@ -1,4 +1,4 @@
-"""What it takes to run the authors' code on a CPU with today's libraries, and to compare with it."""
+"""What it takes to run the authors' code on a CPU with today's libraries, and to compare."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Absent(types.ModuleType):
 
 
 class AbsentFinder:
-    """Finds the libraries of NOT_INSTALLED that nobody else finds, with all that lies below them."""
+    """Finds the libraries of NOT_INSTALLED that nobody else finds, and all that lies below."""
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] not in NOT_INSTALLED:
@@ -129,7 +129,8 @@ def objects(*counts: int, num_classes: int = 91):
     theirs, ours = [], []
     for key, count in enumerate(counts):
         generator = torch.Generator().manual_seed(key)
-        boxes = torch.rand(count, 4, generator=generator) * 0.4 + torch.tensor([0.3, 0.3, 0.05, 0.05])
+        boxes = torch.rand(count, 4, generator=generator) * 0.4
+        boxes = boxes + torch.tensor([0.3, 0.3, 0.05, 0.05])
         labels = torch.randint(num_classes, (count,), generator=generator)
         theirs.append({"labels": labels, "boxes": boxes})
         ours.append(Target(labels, boxes, noise_key=key))

@@ -149,7 +149,8 @@ def test_dn_detr_of_detrex_has_the_same_predictions(authors, inputs):
     logits, boxes = decoded[0]
     output = {
         "aux_outputs": [
-            {"pred_logits": l, "pred_boxes": b} for l, b in zip(logits[:-1], boxes[:-1], strict=True)
+            {"pred_logits": logits_of, "pred_boxes": boxes_of}
+            for logits_of, boxes_of in zip(logits[:-1], boxes[:-1], strict=True)
         ],
         "pred_logits": logits[-1],
         "pred_boxes": boxes[-1],

@@ -96,7 +96,7 @@ def test_detr_equals_the_authors(authors, inputs):
 
 
 def test_smca_equals_the_authors(authors, inputs):
-    """With images whose sides are multiples of the stride: theirs counts pixels over 32, ours cells."""
+    """With sides that are multiples of the stride: theirs counts pixels over 32, ours cells."""
     features, padding = inputs
     load = authors("SMCA-DETR")
     backbone, samples = backbone_of(load, features, padding)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_checkpoint_of_the_authors_becomes_one_of_the_configured_detector(authors, tmp_path):
-    """DN-DETR with 91 raw classes: converted by the tool to 80, loaded by the checkpointer, whole."""
+    """DN-DETR with 91 raw classes: converted to 80 by the tool, and loaded whole."""
     pytest.importorskip("detectron2")
     from detectron2.config import get_cfg
     from detectron2.modeling import build_model

@@ -25,7 +25,8 @@ def convert(state: dict[str, Tensor], method: str) -> tuple[dict[str, Tensor], T
     table, ours, unknown, unused = min(results, key=lambda r: len(r[2]) + len(r[3]))
     if unknown or unused:
         raise ValueError(
-            f"this is no checkpoint of {method} as known from {[t.source for t in TABLES[method]]}. "
+            f"this is no checkpoint of {method} as known from "
+            f"{[t.source for t in TABLES[method]]}. "
             f"By the names of {table.source}, it has parameters without a rule: "
             f"{unknown or 'none'}; and it lacks: {unused or 'none'}"
         )

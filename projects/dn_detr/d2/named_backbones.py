@@ -13,14 +13,14 @@ STAGES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 """Names of the features by their stride, those of Detectron2's ResNet."""
 
 PROBE = (128, 192)
-"""Height and width of the image that tells the features' strides: of two unequal numbers of cells."""
+"""Height and width of the image that tells the strides of features: unequal numbers of cells."""
 
 
 class NamedBackbone(Backbone):
-    """Images [B, 3, H, W] -> {"res2": [B, C, H / 4, W / 4], ..., "res5": ...}, as many as there are.
+    """Images [B, 3, H, W] -> {"res2": [B, C, H / 4, W / 4], ..., "res5": ...}, those there are.
 
-    stages: images -> list of maps, channels first or last, one for each of its `parts`. Parameters of
-    the parts up to the feature "res<freeze_at>" learn nothing; 0 freezes none.
+    stages: images -> list of maps, channels first or last, one for each of its `parts`. Parameters
+    of the parts up to the feature "res<freeze_at>" learn nothing; 0 freezes none.
     """
 
     def __init__(self, stages: nn.Module, freeze_at: int):

@@ -52,7 +52,12 @@ class DenseAttention(nn.Module):
         xavier_fused_([self.out])
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor, prior: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor,
+        prior: Tensor | None = None,
     ) -> Tensor:
         attended = attend_densely(
             self.q(query),
