@@ -31,11 +31,11 @@ from dn_detr.layers.mlp import MLP
 from dn_detr.layers.position import sine, sine_of_reference
 from dn_detr.layers.row_column import RowColumnAttention
 from dn_detr.models.decoder import Decoder, DecoderLayer
-from dn_detr.models.dense import feed_forward, shared_heads, single_scale_flatten
+from dn_detr.models.dense import feed_forward, single_scale_flatten
 from dn_detr.models.detr import DETR
 from dn_detr.models.neck import SingleScaleNeck, norm
 from dn_detr.models.numbers import Numbers
-from dn_detr.models.predictor import OffsetFromPoint
+from dn_detr.models.predictor import OffsetFromPoint, shared_heads
 from dn_detr.models.queries import AnchorTables, SharedBoxQueries
 from dn_detr.structures import Memory
 

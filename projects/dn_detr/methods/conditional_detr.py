@@ -30,14 +30,13 @@ from dn_detr.models.decoder import Decoder
 from dn_detr.models.dense import (
     conditional_decoder_layers,
     dense_encoder_layers,
-    shared_heads,
     single_scale_flatten,
     single_scale_neck,
 )
 from dn_detr.models.detr import DETR
 from dn_detr.models.encoder import DenseEncoder
 from dn_detr.models.numbers import Numbers
-from dn_detr.models.predictor import OffsetFromPoint
+from dn_detr.models.predictor import OffsetFromPoint, shared_heads
 from dn_detr.models.slots import SlotQueries
 from dn_detr.structures import Memory
 

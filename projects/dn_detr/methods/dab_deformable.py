@@ -23,7 +23,7 @@ from dn_detr.models.deformable import deformable_detector
 from dn_detr.models.detr import DETR
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.positions import BoxPosition
-from dn_detr.models.predictor import Heads, Refined
+from dn_detr.models.predictor import Refined, own_heads
 from dn_detr.models.queries import BoxQueries
 
 
@@ -44,13 +44,7 @@ def dab_deformable(
             scales_with_canvas=n.scales_with_canvas,
         ),
         predictor=Refined(
-            heads=Heads(
-                channels=n.channels,
-                num_classes=n.num_classes,
-                num_layers=n.decoder_layers,
-                shared=False,
-                size_bias=-2.0,
-            ),
+            heads=own_heads(n, size_bias=-2.0),
             norm=None,
             looks_forward_twice=False,
             epsilon=n.epsilon,

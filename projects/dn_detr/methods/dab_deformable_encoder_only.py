@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dn_detr.layers.attend import Visibility
-from dn_detr.layers.content import QueryContent, SharedContent
+from dn_detr.layers.content import QueryContent
 from dn_detr.layers.dense import (
     ConditionalCrossAttention,
     ConditionalPosition,
@@ -31,13 +31,12 @@ from dn_detr.layers.mlp import FeedForward
 from dn_detr.layers.position import SinePosition
 from dn_detr.models.decoder import Decoder
 from dn_detr.models.deformable import deformable_encoder, feed_forward, multi_scale_neck
-from dn_detr.models.dense import shared_heads
 from dn_detr.models.detr import DETR
 from dn_detr.models.neck import Flatten
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.positions import ModulatedBoxPosition
-from dn_detr.models.predictor import Refined
-from dn_detr.models.queries import SharedBoxQueries
+from dn_detr.models.predictor import Refined, shared_heads
+from dn_detr.models.queries import shared_box_queries
 from dn_detr.structures import Memory
 
 
@@ -112,14 +111,7 @@ def dab_deformable_encoder_only(
             num_levels=n.num_levels,
         ),
         encoder=deformable_encoder(n),
-        query_design=SharedBoxQueries(
-            content=content,
-            shared=SharedContent(
-                content=content, is_learned=n.shares_content, num_patterns=n.num_patterns
-            ),
-            num_queries=n.num_queries,
-            epsilon=n.epsilon,
-        ),
+        query_design=shared_box_queries(n, content),
         decoder=Decoder(
             layers=[decoder_layer(n, is_first=index == 0) for index in range(n.decoder_layers)],
             position=ModulatedBoxPosition(channels=n.channels),

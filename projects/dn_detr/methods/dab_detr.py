@@ -29,14 +29,13 @@ from dataclasses import replace
 
 from torch import nn
 
-from dn_detr.layers.content import QueryContent, SharedContent
+from dn_detr.layers.content import QueryContent
 from dn_detr.layers.init import xavier_
 from dn_detr.layers.mlp import MLP
 from dn_detr.models.decoder import Decoder
 from dn_detr.models.dense import (
     conditional_decoder_layers,
     dense_encoder_layers,
-    shared_heads,
     single_scale_flatten,
     single_scale_neck,
 )
@@ -44,8 +43,8 @@ from dn_detr.models.detr import DETR
 from dn_detr.models.encoder import DenseEncoder
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.positions import ModulatedBoxPosition
-from dn_detr.models.predictor import Refined
-from dn_detr.models.queries import SharedBoxQueries
+from dn_detr.models.predictor import Refined, shared_heads
+from dn_detr.models.queries import shared_box_queries
 from dn_detr.structures import Memory
 
 
@@ -73,14 +72,7 @@ def dab_detr(
         neck=single_scale_neck(n, in_channels, strides),
         flatten=single_scale_flatten(n, temperature=20.0),
         encoder=ScaledDenseEncoder(dense_encoder_layers(n, nn.PReLU), channels=n.channels),
-        query_design=SharedBoxQueries(
-            content=content,
-            shared=SharedContent(
-                content=content, is_learned=n.shares_content, num_patterns=n.num_patterns
-            ),
-            num_queries=n.num_queries,
-            epsilon=n.epsilon,
-        ),
+        query_design=shared_box_queries(n, content),
         decoder=Decoder(
             layers=conditional_decoder_layers(n, nn.PReLU),
             position=ModulatedBoxPosition(channels=n.channels),

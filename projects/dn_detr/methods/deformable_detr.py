@@ -30,7 +30,7 @@ from dn_detr.models.deformable import deformable_detector
 from dn_detr.models.detr import DETR
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.positions import LearnedPosition
-from dn_detr.models.predictor import Heads, OffsetFromPoint, Refined
+from dn_detr.models.predictor import OffsetFromPoint, Refined, own_heads, shared_heads
 from dn_detr.models.proposals import BoxTransform, ProposalQueries
 from dn_detr.models.slots import SlotQueries
 
@@ -48,7 +48,7 @@ def deformable_detr(
         query_design=slots(n, content),
         position=LearnedPosition(),
         predictor=OffsetFromPoint(
-            heads=heads(n, shared=True, size_bias=-2.0), norm=None, epsilon=n.epsilon
+            heads=shared_heads(n, size_bias=-2.0), norm=None, epsilon=n.epsilon
         ),
     )
 
@@ -119,19 +119,9 @@ def image_position(n: Numbers) -> SinePosition:
     return SinePosition(channels=n.channels, temperature=10000.0, cell_offset=-0.5)
 
 
-def heads(n: Numbers, *, shared: bool, size_bias: float) -> Heads:
-    return Heads(
-        channels=n.channels,
-        num_classes=n.num_classes,
-        num_layers=n.decoder_layers,
-        shared=shared,
-        size_bias=size_bias,
-    )
-
-
 def refined(n: Numbers, *, size_bias: float) -> Refined:
     return Refined(
-        heads=heads(n, shared=False, size_bias=size_bias),
+        heads=own_heads(n, size_bias),
         norm=None,
         looks_forward_twice=False,
         epsilon=n.epsilon,

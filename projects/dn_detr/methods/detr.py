@@ -22,7 +22,6 @@ from dn_detr.models.decoder import Decoder
 from dn_detr.models.dense import (
     dense_decoder_layers,
     dense_encoder_layers,
-    shared_heads,
     single_scale_flatten,
     single_scale_neck,
 )
@@ -30,7 +29,7 @@ from dn_detr.models.detr import DETR
 from dn_detr.models.encoder import DenseEncoder
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.positions import LearnedPosition
-from dn_detr.models.predictor import Absolute, Heads
+from dn_detr.models.predictor import Absolute, Heads, shared_heads
 from dn_detr.models.slots import SlotQueries
 
 

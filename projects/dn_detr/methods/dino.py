@@ -29,7 +29,7 @@ from dn_detr.models.deformable import deformable_detector
 from dn_detr.models.detr import DETR
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.positions import BoxPosition
-from dn_detr.models.predictor import Heads, Refined
+from dn_detr.models.predictor import Refined, shared_heads
 from dn_detr.models.proposals import ProposalQueries
 
 
@@ -57,12 +57,7 @@ def dino(
             scales_with_canvas=n.scales_with_canvas,
         ),
         predictor=Refined(
-            heads=Heads(
-                channels=n.channels,
-                num_classes=n.num_classes,
-                num_layers=n.decoder_layers,
-                shared=True,
-            ),
+            heads=shared_heads(n),
             norm=nn.LayerNorm(n.channels),
             looks_forward_twice=True,
             epsilon=n.epsilon,

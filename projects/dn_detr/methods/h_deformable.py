@@ -23,7 +23,7 @@ from dn_detr.models.deformable import deformable_detector
 from dn_detr.models.detr import DETR
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.positions import LearnedPosition
-from dn_detr.models.predictor import Heads, Refined
+from dn_detr.models.predictor import Refined, own_heads
 from dn_detr.models.proposals import BoxTransform, ProposalQueries
 
 
@@ -47,12 +47,7 @@ def h_deformable(
         ),
         position=LearnedPosition(),
         predictor=Refined(
-            heads=Heads(
-                channels=n.channels,
-                num_classes=n.num_classes,
-                num_layers=n.decoder_layers,
-                shared=False,
-            ),
+            heads=own_heads(n),
             norm=None,
             looks_forward_twice=True,
             epsilon=n.epsilon,

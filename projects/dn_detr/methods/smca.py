@@ -41,7 +41,6 @@ from dn_detr.models.deformable import multi_scale_neck
 from dn_detr.models.dense import (
     dense_encoder_layers,
     feed_forward,
-    shared_heads,
     single_scale_flatten,
     single_scale_neck,
 )
@@ -50,7 +49,7 @@ from dn_detr.models.encoder import DenseEncoder
 from dn_detr.models.neck import Flatten
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.positions import LearnedPosition
-from dn_detr.models.predictor import OffsetFromPoint
+from dn_detr.models.predictor import OffsetFromPoint, shared_heads
 from dn_detr.models.slots import SlotQueries
 from dn_detr.structures import Memory
 

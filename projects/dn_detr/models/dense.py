@@ -20,7 +20,6 @@ from dn_detr.models.decoder import DecoderLayer
 from dn_detr.models.encoder import DenseEncoderLayer
 from dn_detr.models.neck import Flatten, SingleScaleNeck
 from dn_detr.models.numbers import Numbers
-from dn_detr.models.predictor import Heads
 
 Activation = Callable[[], nn.Module]
 
@@ -100,15 +99,4 @@ def feed_forward(numbers: Numbers, activation: Activation = nn.ReLU) -> FeedForw
         hidden_dim=numbers.feed_forward_dim,
         dropout=numbers.dropout,
         activation=activation(),
-    )
-
-
-def shared_heads(numbers: Numbers, size_bias: float = 0.0) -> Heads:
-    """One pair of heads for all layers."""
-    return Heads(
-        channels=numbers.channels,
-        num_classes=numbers.num_logits,
-        num_layers=numbers.decoder_layers,
-        shared=True,
-        size_bias=size_bias,
     )

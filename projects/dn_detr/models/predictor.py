@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dn_detr.layers.boxes import at_least_float32, inverse_sigmoid
 from dn_detr.layers.mlp import MLP
+from dn_detr.models.numbers import Numbers
 from dn_detr.structures import Step
 
 
@@ -39,6 +40,28 @@ class Heads(nn.Module):
 
     def delta(self, layer: int, content: Tensor) -> Tensor:
         return at_least_float32(self.box_heads[min(layer, len(self.box_heads) - 1)](content))
+
+
+def shared_heads(numbers: Numbers, size_bias: float = 0.0) -> Heads:
+    """One pair of heads for all layers."""
+    return Heads(
+        channels=numbers.channels,
+        num_classes=numbers.num_logits,
+        num_layers=numbers.decoder_layers,
+        shared=True,
+        size_bias=size_bias,
+    )
+
+
+def own_heads(numbers: Numbers, size_bias: float = 0.0) -> Heads:
+    """A pair of heads for every layer."""
+    return Heads(
+        channels=numbers.channels,
+        num_classes=numbers.num_logits,
+        num_layers=numbers.decoder_layers,
+        shared=False,
+        size_bias=size_bias,
+    )
 
 
 def class_head(channels: int, num_classes: int) -> nn.Linear:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dn_detr.layers.content import QueryContent, SharedContent
+from dn_detr.models.numbers import Numbers
 from dn_detr.structures import Memory, Queries, QueryState, Segment
 
 
@@ -118,6 +119,20 @@ class SharedBoxQueries(nn.Module):
     def bind(self, memory: Memory) -> SharedBoxSource:
         """A source of queries for this memory; it lives for one forward."""
         return SharedBoxSource(self, memory)
+
+
+def shared_box_queries(numbers: Numbers, content: QueryContent) -> SharedBoxQueries:
+    """As the numbers say: with or without a learned vector, and patterns."""
+    return SharedBoxQueries(
+        content=content,
+        shared=SharedContent(
+            content=content,
+            is_learned=numbers.shares_content,
+            num_patterns=numbers.num_patterns,
+        ),
+        num_queries=numbers.num_queries,
+        epsilon=numbers.epsilon,
+    )
 
 
 class SharedBoxSource:
