@@ -181,12 +181,15 @@ class MissingTorch(build_ext):
 
 
 class BuildWithoutExtension(build_py):
-    """Removes what an earlier build left in the checkout, so that it is not loaded."""
+    """Writes down why there is no library; removes the one of an earlier editable install."""
 
     def run(self):
         super().run()
-        for path in (ROOT / "projects" / "dn_detr").glob("_C.*"):
-            path.unlink()
+        folder = ROOT / "projects" if self.editable_mode else Path(self.build_lib)
+        for library in (folder / "dn_detr").glob("_C.*"):
+            library.unlink()
+        record = {"no_extension": "dn_detr._C was not built because DN_DETR_NO_EXTENSION=1"}
+        (folder / "dn_detr" / "_build.json").write_text(json.dumps(record) + "\n")
 
 
 def extension_arguments():

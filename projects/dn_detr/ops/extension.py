@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 PACKAGE = Path(__file__).resolve().parents[1]
 OPERATORS = ("ms_deform_attn", "ms_deform_attn_backward", "noise_objects")
+IS_SWITCHED_OFF = os.environ.get("DN_DETR_NO_EXTENSION") == "1"
 REBUILD = "rebuild with `pip install --no-build-isolation -e .`"
 
 
@@ -48,7 +50,7 @@ def check_record(record: dict | None, torch_version: str, cuda_version: str | No
 def _load() -> dict[str, frozenset[str]]:
     """Operator name -> device types that have a kernel; empty without a library."""
     library = find_library()
-    if library is None:
+    if library is None or IS_SWITCHED_OFF:
         return {}
     check_record(read_record(), torch.__version__, torch.version.cuda)
     torch.ops.load_library(str(library))
@@ -68,6 +70,8 @@ _warned: set[str] = set()
 def why_no_kernel(device: str) -> str:
     """One sentence for people: why the operators run as plain PyTorch on `device`."""
     record = read_record() or {}
+    if IS_SWITCHED_OFF:
+        return "dn_detr._C is not loaded because DN_DETR_NO_EXTENSION=1"
     if not KERNELS:
         return record.get("no_extension") or "dn_detr._C is not built"
     return record.get("no_cuda") or f"dn_detr._C has no kernels for {device}"
