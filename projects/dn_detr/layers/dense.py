@@ -31,7 +31,8 @@ def attend_densely(
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
     mask = additive(~padding, q.dtype)[:, None, None]
     if prior is not None:
-        mask = mask + prior.to(q.dtype)
+        # A prior that overflows half precision to -inf could block a whole row.
+        mask = mask + prior.clamp(min=torch.finfo(q.dtype).min / 4).to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return out.transpose(1, 2).flatten(2)
 
