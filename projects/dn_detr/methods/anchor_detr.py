@@ -1,17 +1,18 @@
 """Anchor DETR: queries are anchor points, each asked with several patterns.
 
-Yingming Wang et al., "Anchor DETR: Query Design for Transformer-Based Object Detection", 2109.07107.
+Yingming Wang et al., "Anchor DETR: Query Design for Transformer-Based Object Detection",
+2109.07107.
 
 What differs from DETR:
  - a query is a learned point, used as it is (never moved, no sigmoid), together with one of a few
    learned patterns, its content (`num_patterns`, 3); boxes are offsets from the point;
- - positions are MLPs of sines: of the point in self-attention, of x and y alone elsewhere, by one MLP
-   for queries, columns and rows;
+ - positions are MLPs of sines: of the point in self-attention, of x and y alone elsewhere, by one
+   MLP for queries, columns and rows;
  - encoder and cross-attention choose a column and a row (`layers.row_column`) instead of a cell;
  - a norm of the projected feature, none before the heads.
 
-Denoising (2203.01305, on Anchor DETR, whose code was not released): only the centre of a noised box is
-used, which is noise of the centre alone; the label is the content, in place of a pattern.
+Denoising (2203.01305, on Anchor DETR, whose code was not released): only the centre of a noised box
+is used, which is noise of the centre alone; the label is the content, in place of a pattern.
 
 Deviation from the authors' code: the means over rows and columns leave out padded cells, so that an
 image's result does not depend on its batch partners.
@@ -138,9 +139,8 @@ class RowColumnEncoderLayer(nn.Module):
 
 def as_map(memory: Memory) -> tuple[Tensor, Tensor]:
     """Tokens [B, h, w, C] and padding [B, h, w] of a memory with one level."""
-    return memory.tokens.unflatten(1, memory.shapes[0]), memory.padding.unflatten(
-        1, memory.shapes[0]
-    )
+    size = memory.shapes[0]
+    return memory.tokens.unflatten(1, size), memory.padding.unflatten(1, size)
 
 
 class PointQueries(SharedBoxQueries):

@@ -30,14 +30,13 @@ from dn_detr.models.decoder import Decoder
 from dn_detr.models.dense import (
     conditional_decoder_layers,
     dense_encoder_layers,
-    single_scale_flatten,
-    single_scale_neck,
+    single_scale_detector,
 )
 from dn_detr.models.detr import DETR
 from dn_detr.models.encoder import DenseEncoder
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.predictor import OffsetFromPoint, shared_heads
-from dn_detr.models.slots import SlotQueries
+from dn_detr.models.slots import empty_slots
 from dn_detr.structures import Memory
 
 
@@ -76,17 +75,13 @@ def conditional_detr(
 ) -> DETR:
     """Neck, encoder, queries and decoder of Conditional DETR."""
     n = numbers
-    return DETR(
-        neck=single_scale_neck(n, in_channels, strides),
-        flatten=single_scale_flatten(n, temperature=10000.0),
+    return single_scale_detector(
+        n,
+        in_channels,
+        strides,
+        temperature=10000.0,
         encoder=DenseEncoder(dense_encoder_layers(n)),
-        query_design=SlotQueries(
-            content=content,
-            num_queries=n.num_queries,
-            has_rows=False,
-            point=SlotPoint(channels=n.channels),
-            epsilon=n.epsilon,
-        ),
+        query_design=empty_slots(n, content, SlotPoint(channels=n.channels)),
         decoder=Decoder(
             layers=conditional_decoder_layers(n),
             position=ConditionalPointPosition(channels=n.channels),

@@ -16,11 +16,11 @@ What differs from DETR:
    content, and the predicted box is an offset from a reference with gradient (looking forward
    twice, before 2203.03605 named it). All three as in the authors' code.
 
-The encoder scales the position of the tokens by an MLP of the tokens: in the code, not in the paper.
+As in the code, not in the paper: the encoder scales the position of the tokens by an MLP of them.
 
-Deviation from the authors' code: the vector that all queries share is a row of its own, not the last
-row of the label table, so that a denoised checkpoint loads into a plain model that shares content
-(and into one for other classes); empty denoising slots are hidden (see `assists.denoising`).
+Deviations from the authors' code: the vector that all queries share is a row of its own, not the
+last row of the label table, so that a denoised checkpoint loads into a plain model that shares
+content (and into one for other classes); empty denoising slots are hidden (`assists.denoising`).
 """
 
 from __future__ import annotations
@@ -36,14 +36,13 @@ from dn_detr.models.decoder import Decoder
 from dn_detr.models.dense import (
     conditional_decoder_layers,
     dense_encoder_layers,
-    single_scale_flatten,
-    single_scale_neck,
+    single_scale_detector,
 )
 from dn_detr.models.detr import DETR
 from dn_detr.models.encoder import DenseEncoder
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.positions import ModulatedBoxPosition
-from dn_detr.models.predictor import Refined, shared_heads
+from dn_detr.models.predictor import refined_behind_norm
 from dn_detr.models.queries import shared_box_queries
 from dn_detr.structures import Memory
 
@@ -68,19 +67,16 @@ def dab_detr(
 ) -> DETR:
     """Neck, encoder, queries and decoder of DAB-DETR and DN-DETR."""
     n = numbers
-    return DETR(
-        neck=single_scale_neck(n, in_channels, strides),
-        flatten=single_scale_flatten(n, temperature=20.0),
+    return single_scale_detector(
+        n,
+        in_channels,
+        strides,
+        temperature=20.0,
         encoder=ScaledDenseEncoder(dense_encoder_layers(n, nn.PReLU), channels=n.channels),
         query_design=shared_box_queries(n, content),
         decoder=Decoder(
             layers=conditional_decoder_layers(n, nn.PReLU),
             position=ModulatedBoxPosition(channels=n.channels),
-            predictor=Refined(
-                heads=shared_heads(n),
-                norm=nn.LayerNorm(n.channels),
-                looks_forward_twice=True,
-                epsilon=n.epsilon,
-            ),
+            predictor=refined_behind_norm(n),
         ),
     )

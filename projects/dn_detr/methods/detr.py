@@ -22,15 +22,14 @@ from dn_detr.models.decoder import Decoder
 from dn_detr.models.dense import (
     dense_decoder_layers,
     dense_encoder_layers,
-    single_scale_flatten,
-    single_scale_neck,
+    single_scale_detector,
 )
 from dn_detr.models.detr import DETR
 from dn_detr.models.encoder import DenseEncoder
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.positions import LearnedPosition
 from dn_detr.models.predictor import Absolute, Heads, shared_heads
-from dn_detr.models.slots import SlotQueries
+from dn_detr.models.slots import empty_slots
 
 
 def detr(
@@ -38,17 +37,13 @@ def detr(
 ) -> DETR:
     """Neck, encoder, queries and decoder of DETR."""
     n = numbers
-    return DETR(
-        neck=single_scale_neck(n, in_channels, strides),
-        flatten=single_scale_flatten(n, temperature=10000.0),
+    return single_scale_detector(
+        n,
+        in_channels,
+        strides,
+        temperature=10000.0,
         encoder=DenseEncoder(dense_encoder_layers(n)),
-        query_design=SlotQueries(
-            content=content,
-            num_queries=n.num_queries,
-            has_rows=False,
-            point=None,
-            epsilon=n.epsilon,
-        ),
+        query_design=empty_slots(n, content, point=None),
         decoder=Decoder(
             layers=dense_decoder_layers(n),
             position=LearnedPosition(),

@@ -1,7 +1,7 @@
 """SMCA: decoder attention under a Gaussian whose place and size the query chooses.
 
-Peng Gao et al., "Fast Convergence of DETR with Spatially Modulated Co-Attention", 2101.07448; single
-and multi-scale.
+Peng Gao et al., "Fast Convergence of DETR with Spatially Modulated Co-Attention", 2101.07448;
+single and multi-scale.
 
 What differs from DETR:
  - before anything else, a layer reads from content and slot where each head looks (an offset from
@@ -9,17 +9,17 @@ What differs from DETR:
    is added to the logits of cross-attention;
  - the centre follows from the slot once, before the first layer; all boxes are offsets from it;
  - focal loss with 300 queries;
- - multi-scale (`smca_multiscale`): the encoder attends within each scale, in its middle layer across
-   all; in the decoder, each query weighs the scales, which are attended to one by one.
+ - multi-scale (`smca_multiscale`): the encoder attends within each scale, in its middle layer
+   across all; in the decoder, each query weighs the scales, which are attended to one by one.
 
-Denoising (not in the paper): the noised centre is the centre, a linear embedding of the noised box takes
-the place of the learned slot, the label is the content.
+Denoising (not in the paper): the noised centre is the centre, a linear embedding of the noised box
+takes the place of the learned slot, the label is the content.
 
 Deviations from the paper, as in the authors' code: the Gaussian's scale is an inverse width (the
 squared distance is multiplied by its square), and the centre has an MLP of three layers. From the
-code: centres and offsets are in cells of the map, counted by whole cells; theirs counts the image in
-steps of 32 pixels, whatever the stride. The multi-scale model follows the paper; the code that was
-released under this name is another network, with depthwise convolutions as its encoder.
+code: centres and offsets are in cells of the map, counted by whole cells; theirs counts the image
+in steps of 32 pixels, whatever the stride. The multi-scale model follows the paper; the code that
+was released under this name is another network, with depthwise convolutions as its encoder.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ from dn_detr.models.deformable import multi_scale_neck
 from dn_detr.models.dense import (
     dense_encoder_layers,
     feed_forward,
-    single_scale_flatten,
-    single_scale_neck,
+    single_scale_detector,
 )
 from dn_detr.models.detr import DETR
 from dn_detr.models.encoder import DenseEncoder
@@ -50,7 +49,7 @@ from dn_detr.models.neck import Flatten
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.positions import LearnedPosition
 from dn_detr.models.predictor import OffsetFromPoint, shared_heads
-from dn_detr.models.slots import SlotQueries
+from dn_detr.models.slots import SlotQueries, empty_slots
 from dn_detr.structures import Memory
 
 SMOOTHNESS = 8.0
@@ -191,13 +190,7 @@ def slots_and_decoder(
     n: Numbers, content: QueryContent, *, num_levels: int
 ) -> tuple[SlotQueries, Decoder]:
     layers = [GaussianDecoderLayer(n, num_levels=num_levels) for _ in range(n.decoder_layers)]
-    design = SlotQueries(
-        content=content,
-        num_queries=n.num_queries,
-        has_rows=False,
-        point=GuidedPoint(channels=n.channels, norm=layers[0].guide_norm),
-        epsilon=n.epsilon,
-    )
+    point = GuidedPoint(channels=n.channels, norm=layers[0].guide_norm)
     decoder = Decoder(
         layers=layers,
         position=LearnedPosition(),
@@ -205,7 +198,7 @@ def slots_and_decoder(
             heads=shared_heads(n), norm=nn.LayerNorm(n.channels), epsilon=n.epsilon
         ),
     )
-    return design, decoder
+    return empty_slots(n, content, point), decoder
 
 
 def smca(
@@ -214,9 +207,11 @@ def smca(
     """SMCA on the last feature."""
     n = numbers
     design, decoder = slots_and_decoder(n, content, num_levels=1)
-    return DETR(
-        neck=single_scale_neck(n, in_channels, strides),
-        flatten=single_scale_flatten(n, temperature=10000.0),
+    return single_scale_detector(
+        n,
+        in_channels,
+        strides,
+        temperature=10000.0,
         encoder=DenseEncoder(dense_encoder_layers(n)),
         query_design=design,
         decoder=decoder,

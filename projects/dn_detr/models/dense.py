@@ -16,7 +16,8 @@ from dn_detr.layers.dense import (
 )
 from dn_detr.layers.mlp import FeedForward
 from dn_detr.layers.position import SinePosition
-from dn_detr.models.decoder import DecoderLayer
+from dn_detr.models.decoder import Decoder, DecoderLayer
+from dn_detr.models.detr import DETR
 from dn_detr.models.encoder import DenseEncoderLayer
 from dn_detr.models.neck import Flatten, SingleScaleNeck
 from dn_detr.models.numbers import Numbers
@@ -24,12 +25,25 @@ from dn_detr.models.numbers import Numbers
 Activation = Callable[[], nn.Module]
 
 
-def single_scale_neck(
-    numbers: Numbers, in_channels: list[int], strides: list[int]
-) -> SingleScaleNeck:
-    """A linear projection of the coarsest feature."""
+def single_scale_detector(
+    numbers: Numbers,
+    in_channels: list[int],
+    strides: list[int],
+    *,
+    temperature: float,
+    encoder: nn.Module,
+    query_design: nn.Module,
+    decoder: Decoder,
+) -> DETR:
+    """On a linear projection of the coarsest feature. temperature: of the tokens' sines."""
     projection = nn.Conv2d(in_channels[-1], numbers.channels, kernel_size=1)
-    return SingleScaleNeck(projection=projection, stride=strides[-1])
+    return DETR(
+        neck=SingleScaleNeck(projection=projection, stride=strides[-1]),
+        flatten=single_scale_flatten(numbers, temperature),
+        encoder=encoder,
+        query_design=query_design,
+        decoder=decoder,
+    )
 
 
 def single_scale_flatten(numbers: Numbers, temperature: float) -> Flatten:

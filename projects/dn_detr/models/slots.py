@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dn_detr.layers.boxes import at_least_float32
 from dn_detr.layers.content import QueryContent
+from dn_detr.models.numbers import Numbers
 from dn_detr.structures import Memory, Queries, QueryState, Segment
 
 
@@ -57,6 +58,19 @@ class SlotQueries(nn.Module):
     def bind(self, memory: Memory) -> SlotSource:
         """A source of queries for this memory; it lives for one forward."""
         return SlotSource(self, memory)
+
+
+def empty_slots(
+    numbers: Numbers, content: QueryContent, point: nn.Module | None
+) -> SlotQueries:
+    """Slots whose content starts from zero."""
+    return SlotQueries(
+        content=content,
+        num_queries=numbers.num_queries,
+        has_rows=False,
+        point=point,
+        epsilon=numbers.epsilon,
+    )
 
 
 class SlotSource:
