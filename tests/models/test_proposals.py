@@ -105,3 +105,9 @@ def test_dino_trains_the_chosen_proposals_and_deformable_detr_all_of_them():
     every = tiny_model("deformable_detr_two_stage")(*inputs)
     assert every.proposals.logits.shape[2] == 12 * 16 + 6 * 8 + 3 * 4 + 2 * 2
     assert every.proposals.is_class_agnostic
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_logit_for_no_object_is_refused(method):
+    with pytest.raises(ValueError, match="needs a focal loss"):
+        tiny_model(method, has_no_object=True)

@@ -14,7 +14,14 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-SHOWN = ("total_loss", "loss_match", "loss_denoise", "loss_encoder")
+SHOWN = (
+    "total_loss",
+    "loss_match",
+    "loss_denoise",
+    "loss_groups",
+    "loss_hybrid",
+    "loss_encoder",
+)
 """Losses on the console; metrics.json and TensorBoard hold every one."""
 
 LOGGERS = ("detectron2", "fvcore", "dn_detr")

@@ -35,7 +35,7 @@ from dn_detr.models.detr import DETR
 from dn_detr.models.neck import Flatten
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.positions import ModulatedBoxPosition
-from dn_detr.models.predictor import Refined, shared_heads
+from dn_detr.models.predictor import refined_behind_norm
 from dn_detr.models.queries import shared_box_queries
 from dn_detr.structures import Memory
 
@@ -115,12 +115,7 @@ def dab_deformable_encoder_only(
         decoder=Decoder(
             layers=[decoder_layer(n, is_first=index == 0) for index in range(n.decoder_layers)],
             position=ModulatedBoxPosition(channels=n.channels),
-            predictor=Refined(
-                heads=shared_heads(n),
-                norm=nn.LayerNorm(n.channels),
-                looks_forward_twice=True,
-                epsilon=n.epsilon,
-            ),
+            predictor=refined_behind_norm(n),
         ),
     )
 

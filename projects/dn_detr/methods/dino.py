@@ -21,15 +21,13 @@ is noised. Learned content starts from a standard normal instead of Xavier's uni
 
 from __future__ import annotations
 
-from torch import nn
-
 from dn_detr.layers.content import QueryContent
 from dn_detr.layers.position import SinePosition
 from dn_detr.models.deformable import deformable_detector
 from dn_detr.models.detr import DETR
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.positions import BoxPosition
-from dn_detr.models.predictor import Refined, shared_heads
+from dn_detr.models.predictor import refined_behind_norm
 from dn_detr.models.proposals import ProposalQueries
 
 
@@ -56,10 +54,5 @@ def dino(
             scales_with_content=False,
             scales_with_canvas=n.scales_with_canvas,
         ),
-        predictor=Refined(
-            heads=shared_heads(n),
-            norm=nn.LayerNorm(n.channels),
-            looks_forward_twice=True,
-            epsilon=n.epsilon,
-        ),
+        predictor=refined_behind_norm(n),
     )

@@ -175,3 +175,13 @@ class Absolute(nn.Module):
             reference=None,
             base=None,
         )
+
+
+def refined_behind_norm(numbers: Numbers) -> Refined:
+    """The box rule of DAB-DETR and DINO: shared heads behind a norm, looking forward twice."""
+    return Refined(
+        heads=shared_heads(numbers),
+        norm=nn.LayerNorm(numbers.channels),
+        looks_forward_twice=True,
+        epsilon=numbers.epsilon,
+    )
