@@ -13,9 +13,9 @@ What differs from DAB-Deformable-DETR:
  - contrastive denoising (sec. 3.3, `assists.denoising`): of every object a positive copy and a
    negative one; no indicator beside the label.
 
-Deviations from the authors' code: tokens of padding are never chosen (theirs can be, as empty
-images have nothing better); positions do not depend on the canvas unless `scales_with_canvas`;
-empty denoising slots are no negatives; of images with more objects than the budget, a random subset
+Deviations from the authors' code: padding tokens and those at the very border never become queries
+(theirs can); positions do not depend on the canvas unless `scales_with_canvas`; empty denoising
+slots are hidden and no negatives; of images with more objects than the budget, a random subset
 is noised. Learned content starts from a standard normal instead of Xavier's uniform distribution.
 """
 

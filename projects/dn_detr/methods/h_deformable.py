@@ -11,8 +11,7 @@ What differs from two-stage Deformable DETR:
 
 Denoising (not in the paper): as in two-stage Deformable DETR.
 
-Deviations from the authors' code: those of two-stage Deformable DETR; detections are the best of
-all 300 queries (theirs of the same).
+Deviations from the authors' code: those of two-stage Deformable DETR.
 """
 
 from __future__ import annotations
