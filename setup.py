@@ -133,7 +133,9 @@ def extension(torch, root):
     """The extension, with CUDA if there is the root of a toolkit."""
     from torch.utils import cpp_extension
 
-    cxx = ["-O3", "-g0"] if os.name != "nt" else ["/O2"]
+    # The name of torch makes the build tool compile anew for another one.
+    torch_name = f"-DDN_DETR_TORCH={torch.__version__}"
+    cxx = [torch_name] + (["-O3", "-g0"] if os.name != "nt" else ["/O2"])
     if sys.platform == "linux":
         # Only compiled with OpenMP, not linked: its functions come from the library that torch
         # has loaded, a second one would have threads of its own.
@@ -153,7 +155,7 @@ def extension(torch, root):
         options["sources"] += sources("cuda", "*.cu")
         options["include_dirs"] += [str(root / "include"), *wheel_folders(torch, "include")]
         options["libraries"] += ["c10_cuda", "torch_cuda"]
-        options["extra_compile_args"]["nvcc"] = ["-O3", "-lineinfo"]
+        options["extra_compile_args"]["nvcc"] = [torch_name, "-O3", "-lineinfo"]
         options["extra_link_args"] += [str(runtime)] if runtime else ["-lcudart"]
     return Extension("dn_detr._C", **options)
 

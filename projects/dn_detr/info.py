@@ -13,8 +13,10 @@ PACKAGES = ("torchvision", "detectron2", "fvcore", "numpy", "scipy", "pycocotool
 
 
 def report() -> str:
-    """Lines of a name and a fact, for people and for bug reports. Imports no Detectron2; never raises
-    for an extension that does not fit, but says so."""
+    """Lines of a name and a fact, for people and for bug reports.
+
+    Imports no Detectron2; an extension that does not fit is a fact, not an error.
+    """
     facts = {
         "dn_detr": dn_detr.__version__,
         "Python": f"{platform.python_version()} on {platform.platform()}",

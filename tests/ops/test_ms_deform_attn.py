@@ -1,10 +1,16 @@
 """Deformable attention: the definition, gradients, precision and the traps of boundaries."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from attention_cases import SHAPES, by_grid_sample, by_loops, make_inputs, run
 
 from dn_detr.ops import ms_deform_attn, ms_deform_attn_plain
+from dn_detr.ops.extension import KERNELS
 
 NAMES = ("output", "grad_value", "grad_locations", "grad_weights")
 
@@ -364,3 +370,36 @@ def test_plain_version_is_twice_differentiable():
     (gradient,) = torch.autograd.grad(output.sum(), inputs[3], create_graph=True)
     gradient.sum().backward()
     assert inputs[0].grad.abs().sum() > 0
+
+
+# ------------------------------------------------------------------------- instruction sets
+
+PRINT_DIGEST = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+from attention_cases import make_inputs, run
+from dn_detr.ops import ms_deform_attn
+print(torch.backends.cpu.get_cpu_capability())
+for channels in (8, 20, 32, 64):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for result in run(ms_deform_attn, make_inputs(channels=channels, dtype=dtype)):
+            print(*result.double().flatten()[::7].tolist())
+"""
+
+
+@pytest.mark.skipif("cpu" not in KERNELS.get("ms_deform_attn", ()), reason="no CPU kernels")
+def test_all_instruction_sets_give_the_same_result():
+    """ATEN_CPU_CAPABILITY chooses them, as for PyTorch's own kernels."""
+    code = PRINT_DIGEST.format(folder=str(Path(__file__).parent))
+    outputs = []
+    for capability in ("default", "avx2", "avx512"):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", code]
+        text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        outputs.append(text.stdout.splitlines())
+    assert outputs[0][0] == "DEFAULT"
+    expected = [torch.tensor([float(x) for x in line.split()]) for line in outputs[0][1:]]
+    for output in outputs[1:]:
+        for line, want in zip(output[1:], expected, strict=True):
+            got = torch.tensor([float(x) for x in line.split()])
+            torch.testing.assert_close(got, want, rtol=0.01, atol=2e-5)
