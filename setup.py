@@ -247,6 +247,10 @@ setup(
         "Pillow",
         "matplotlib",
     ],
-    extras_require={"detectron2": [DETECTRON2], "test": ["pytest", "pytest-xdist"]},
+    extras_require={
+        # Detectron2's visualizer imports OpenCV without declaring it.
+        "detectron2": [DETECTRON2, "opencv-python-headless"],
+        "test": ["pytest", "pytest-xdist"],
+    },
     **extension_arguments(),
 )

@@ -43,6 +43,12 @@ def count_sampling(value, spatial_shapes, locations, weights, *args, out_shape=N
     return 2 * samples * value[-1] * 5
 
 
+def count_attention(query, key, value, *args, out_shape=None, **kwargs) -> int:
+    """Two matrix products of scaled_dot_product_attention. Arguments are shapes."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[2] * (width + value[3])
+
+
 def analyze(config_file: str, size: tuple[int, int]) -> tuple[float, float, float]:
     """(millions of parameters, those that train, GFLOPs) of inference on one image of `size`."""
     cfg = read_config(config_file, [])
@@ -52,18 +58,22 @@ def analyze(config_file: str, size: tuple[int, int]) -> tuple[float, float, floa
     model = build_model(cfg).eval()
     # What only training uses is left out, as in published counts.
     parameters = [p for name, p in model.named_parameters() if "assists." not in name]
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    model.requires_grad_(False)  # the counter cannot track learned rows that go into a module
     with FakeTensorMode(allow_non_fake_inputs=True):
         image = torch.zeros(1, 3, *size)
         padding = torch.zeros(1, *size, dtype=torch.bool)
         counter = FlopCounterMode(
             display=False,
-            custom_mapping={torch.ops.dn_detr.ms_deform_attn: count_sampling},
+            custom_mapping={
+                torch.ops.dn_detr.ms_deform_attn: count_sampling,
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count_attention,
+            },
         )
-        with torch.no_grad(), counter:
+        with counter:
             features = model.backbone(image)
             model.core([features[name] for name in model.in_features], padding)
-    total = sum(p.numel() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
     return total / 1e6, trained / 1e6, counter.get_total_flops() / 2e9
 
 
