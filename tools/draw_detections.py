@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--config-file", required=True, help="config.yaml of the trained run")
     parser.add_argument("--output", type=Path, default=Path("detections.png"))
     parser.add_argument("--num-images", type=int, default=6)
-    parser.add_argument("--confidence-threshold", type=float, default=0.4)
+    parser.add_argument("--confidence-threshold", type=float, default=0.3)
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs, e.g. MODEL.WEIGHTS model.pth")
     args = parser.parse_args()
     cfg = read_config(args.config_file, args.opts)

@@ -19,8 +19,6 @@ import matplotlib.pyplot as plt
 
 LOSSES = {"total_loss": "total", "loss_match": "matched", "loss_denoise": "denoising"}
 METRICS = {"bbox/AP50": "AP50", "bbox/AP": "AP"}
-WINDOW = 20
-"""Losses are averaged over this many entries."""
 
 
 def read_metrics(run: Path) -> dict[int, dict]:
@@ -41,14 +39,6 @@ def series(entries: dict[int, dict], name: str) -> tuple[list[int], list[float]]
     return [x for x, _ in points], [y for _, y in points]
 
 
-def smooth(values: list[float]) -> list[float]:
-    """Running mean over the last WINDOW values."""
-    return [
-        sum(values[max(0, i + 1 - WINDOW) : i + 1]) / len(values[max(0, i + 1 - WINDOW) : i + 1])
-        for i in range(len(values))
-    ]
-
-
 def plot(runs: dict[str, dict[int, dict]], output: Path) -> None:
     """One panel of losses, one of AP; a colour for each run where there are several."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
@@ -58,7 +48,7 @@ def plot(runs: dict[str, dict[int, dict]], output: Path) -> None:
             x, y = series(entries, name)
             if x:
                 color = f"C{index}" if len(runs) > 1 else None
-                left.plot(x, smooth(y), style, label=prefix + title, color=color)
+                left.plot(x, y, style, label=prefix + title, color=color)
         for style, (name, title) in zip(("o-", "s--"), METRICS.items(), strict=True):
             x, y = series(entries, name)
             if x:
