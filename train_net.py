@@ -14,7 +14,7 @@ import os
 import sys
 
 try:
-    import dn_detr.d2
+    import dn_detr.d2  # noqa: F401
 except ImportError as error:  # Detectron2 is missing, or the operators were built for another torch
     sys.exit(f"train_net.py: {error} (README.md, Install)")
 

@@ -397,7 +397,7 @@ def test_all_instruction_sets_give_the_same_result():
         command = [sys.executable, "-c", code]
         text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         outputs.append(text.stdout.splitlines())
-    assert outputs[0][0] == "DEFAULT"
+    assert not outputs[0][0].startswith("AVX")
     expected = [torch.tensor([float(x) for x in line.split()]) for line in outputs[0][1:]]
     for output in outputs[1:]:
         for line, want in zip(output[1:], expected, strict=True):

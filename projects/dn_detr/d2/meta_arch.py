@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
@@ -21,8 +19,6 @@ from dn_detr.models.detr import DETR
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.postprocess import postprocess
 from dn_detr.structures import Targets, pad_targets
-
-logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()

@@ -6,7 +6,6 @@ the proposals, and where an image has fewer proposals than queries, the last que
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
