@@ -37,11 +37,10 @@ struct FloatingSum {
         for (int i = 0; i < 4; ++i) {
           x[i] = weight * static_cast<float>(grad.number[k + i]);
         }
-        asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
-                     :
-                     : "l"(__cvta_generic_to_global(to + k)), "f"(x[0]), "f"(x[1]), "f"(x[2]),
-                       "f"(x[3])
-                     : "memory");
+        // No "memory" clobber: nothing in the kernel reads the sums, and loads may move past.
+        asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
+                         __cvta_generic_to_global(to + k)),
+                     "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
       }
     } else
 #endif
@@ -93,7 +92,7 @@ __device__ __forceinline__ T sum_lanes(T x, unsigned mask) {
 
 template <typename S, typename T, int VECTOR, int LANES, typename Sum>
 __global__ void __launch_bounds__(THREADS) backward_kernel(
-    const __grid_constant__ Geometry g,
+    const Geometry g,
     const S* __restrict__ grad_output,
     const S* __restrict__ value,
     const T* __restrict__ locations,

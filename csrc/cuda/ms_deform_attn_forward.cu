@@ -14,7 +14,7 @@ namespace {
 
 template <typename S, typename T, int VECTOR, int LANES>
 __global__ void __launch_bounds__(THREADS) forward_kernel(
-    const __grid_constant__ Geometry g,
+    const Geometry g,
     const S* __restrict__ value,
     const T* __restrict__ locations,
     const T* __restrict__ weights,
