@@ -39,6 +39,7 @@ namespace portable {
 #if defined(__GNUC__)
 #define VECTOR_BYTES 16
 #endif
+#include "simd.h"
 #include "ms_deform_attn_kernels.h"
 #undef VECTOR_BYTES
 } // namespace portable
@@ -53,6 +54,7 @@ namespace portable {
 #endif
 namespace avx2 {
 #define VECTOR_BYTES 32
+#include "simd.h"
 #include "ms_deform_attn_kernels.h"
 #undef VECTOR_BYTES
 } // namespace avx2
@@ -67,6 +69,7 @@ namespace avx2 {
 #endif
 namespace avx512 {
 #define VECTOR_BYTES 64
+#include "simd.h"
 #include "ms_deform_attn_kernels.h"
 #undef VECTOR_BYTES
 } // namespace avx512
