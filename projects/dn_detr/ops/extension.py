@@ -74,7 +74,9 @@ def why_no_kernel(device: str) -> str:
         return "dn_detr._C is not loaded because DN_DETR_NO_EXTENSION=1"
     if not KERNELS:
         return record.get("no_extension") or "dn_detr._C is not built"
-    return record.get("no_cuda") or f"dn_detr._C has no kernels for {device}"
+    if device == "cuda" and record.get("no_cuda"):
+        return f"dn_detr._C was {record['no_cuda']}"
+    return f"dn_detr._C has no kernels for {device}"
 
 
 def use_kernel(name: str, device: torch.device) -> bool:
