@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Does a training that was killed and resumed equal one that was not, bit for bit?
 
-    python dev/check_resume.py /tmp/resume --iterations 30 --checkpoint 10 -- \\
+    python dev/check_resume.py output/resume --iterations 30 --checkpoint 10 -- \\
         --config-file configs/quick/dn_deformable.yaml --num-gpus 0 SOLVER.IMS_PER_BATCH 2
 
 Trains twice for --iterations. The second run is killed (SIGKILL) some iterations after its
