@@ -6,8 +6,8 @@
 
 Trains twice for --iterations. The second run is killed (SIGKILL) some iterations after its
 checkpoint and resumed. Everything after "--" goes to train_net.py. Compared are every loss of every
-iteration after the checkpoint, and the final weights. Exact on the CPU; on a GPU only with
-deterministic operators.
+iteration after the checkpoint, and the whole final checkpoint: weights, optimizer, and so on. Exact
+on the CPU; on a GPU only with deterministic operators.
 """
 
 from __future__ import annotations
@@ -53,6 +53,23 @@ def train(folder: Path, options: list[str], settings: list[str], *, flags=(), ki
         sys.exit(f"train_net.py ended with status {code}, see {folder / 'printed.txt'}")
 
 
+def leaves(state, name: str = "") -> dict:
+    """Everything in a checkpoint (weights, optimizer, moving average, ...) by its path."""
+    if isinstance(state, dict):
+        pairs = state.items()
+    elif isinstance(state, list | tuple):
+        pairs = enumerate(state)
+    else:
+        return {name: state}
+    return {k: v for key, part in pairs for k, v in leaves(part, f"{name}/{key}").items()}
+
+
+def are_equal(one, other) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and one == other
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="an empty or absent folder")
@@ -85,13 +102,14 @@ def main() -> None:
                     f"iteration {iteration}: {name} is {resumed[iteration][name]} after the resume "
                     f"and {value} without"
                 )
-    weights = [torch.load(folder / "model_final.pth")["model"] for folder in (whole, killed)]
-    for name, value in weights[0].items():
-        if not torch.equal(value, weights[1][name]):
-            sys.exit(f"{name} differs in the final weights")
+    num_losses = len(expected[0])
+    expected, resumed = (leaves(torch.load(f / "model_final.pth")) for f in (whole, killed))
+    for name in sorted(expected.keys() | resumed.keys()):
+        if not are_equal(expected.get(name), resumed.get(name)):
+            sys.exit(f"{name} differs in the final checkpoint")
     print(
-        f"equal bit for bit: {len(expected[0])} losses in each of the iterations {starts[0]} to "
-        f"{args.iterations - 1}, and {len(weights[0])} final weights"
+        f"equal bit for bit: {num_losses} losses in each of the iterations {starts[0]} to "
+        f"{args.iterations - 1}, and {len(expected)} values of the final checkpoint"
     )
 
 

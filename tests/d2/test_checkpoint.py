@@ -51,6 +51,21 @@ def differing(model, path) -> set[str]:
     }
 
 
+def test_a_crash_while_saving_leaves_the_older_file_as_it_was(model_of, tmp_path, monkeypatch):
+    path, model = save(model_of(seed=1), tmp_path), model_of(seed=2)
+
+    def write_half(data, file):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", write_half)
+    with pytest.raises(OSError, match="no space left"):
+        save(model, tmp_path)
+    load(model, path)
+    assert not differing(model, path)
+    assert (tmp_path / "last_checkpoint").read_text() == "weights.pth"
+
+
 def test_a_denoised_checkpoint_gives_the_plain_model_the_same_detections(model_of, tmp_path):
     trained, plain = model_of(seed=1), model_of(*PLAIN, seed=2)
     load(plain, save(trained, tmp_path))

@@ -7,6 +7,7 @@ import pickle
 
 from detectron2.checkpoint import DetectionCheckpointer
 
+from dn_detr.d2.ema import KEY as EMA
 from dn_detr.errors import InputError
 
 CLASS_DEPENDENT = ("class_head", "class_heads", "label_table")
@@ -14,6 +15,12 @@ CLASS_DEPENDENT = ("class_head", "class_heads", "label_table")
 
 TRAINING_ONLY = ("assists", "label_table")
 """Parameters that only an assist uses: a checkpoint may have them or not."""
+
+UNFINISHED = ".unfinished"
+"""Part of the name of a file that is being written."""
+
+AVERAGED = f"@{EMA}"
+"""At the end of a path: the moving average that the checkpoint holds."""
 
 
 def has_part(key: str, parts: tuple[str, ...]) -> bool:
@@ -40,9 +47,23 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.is_for_training = is_for_training
 
+    def save(self, name: str, **kwargs) -> None:
+        """Save under a name; a crash while writing leaves an older file of that name as it was."""
+        super().save(name + UNFINISHED, **kwargs)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        unfinished = os.path.join(self.save_dir, last_filename_basename)
+        finished = unfinished.replace(UNFINISHED, "")
+        os.replace(unfinished, finished)
+        super().tag_last_checkpoint(os.path.basename(finished))
+
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
-        """checkpointables: what else than the model is restored, None = all: that is a resume."""
+        """checkpointables: what else than the model is restored, None = all: that is a resume.
+
+        path: with "@ema" at its end, the moving average of the weights is loaded instead of them.
+        """
         self.path = path
+        path = path.removesuffix(AVERAGED)
         self.may_start_anew = self.is_for_training and checkpointables is not None
         if path and "://" not in path and not os.path.isfile(path):
             raise InputError(f"there is no checkpoint {path!r}: correct MODEL.WEIGHTS.")
@@ -61,6 +82,13 @@ class Checkpointer(DetectionCheckpointer):
         except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{filename!r} cannot be loaded as a checkpoint: {reason}") from error
+        if self.path.endswith(AVERAGED):
+            if EMA not in checkpoint:
+                raise InputError(
+                    f"{filename!r} holds no moving average of the weights: it was saved without "
+                    f"SOLVER.EMA.ENABLED, so leave {AVERAGED!r} out of MODEL.WEIGHTS."
+                )
+            checkpoint["model"] = checkpoint.pop(EMA)["model"]
         state = checkpoint["model"]
         if not isinstance(state, dict) or not all(hasattr(v, "shape") for v in state.values()):
             raise InputError(f"{filename!r} is not a checkpoint: it must hold arrays by name.")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from detectron2.config import CfgNode, get_cfg
 from yaml import YAMLError
 
+from dn_detr.d2.config_training import add_training_config
 from dn_detr.errors import InputError
 
 
@@ -119,23 +120,7 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.LOSS.FOCAL_ALPHA = 0.25
     node.LOSS.FOCAL_GAMMA = 2.0
 
-    # ---------------------------------------------------------------------------------- training
-    # AdamW and the published schedule: 50 epochs of COCO at 16 images, 0.1x after 40.
-    cfg.SOLVER.OPTIMIZER = "ADAMW"
-    cfg.SOLVER.BASE_LR = 1e-4
-    cfg.SOLVER.WEIGHT_DECAY = 1e-4
-    # Learning-rate factors of the backbone, and of the linear layers that make sampling offsets
-    # and reference points.
-    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
-    cfg.SOLVER.SAMPLING_MULTIPLIER = 0.1
-    # Mixed precision: "bfloat16" or "float16"; switched on by SOLVER.AMP.ENABLED.
-    cfg.SOLVER.AMP.PRECISION = "bfloat16"
-    # Same seed, same run: data, augmentation and noise follow from it and from the iteration, so
-    # that a resumed training continues as if it had never stopped. -1: another one every time.
-    cfg.SEED = 42
-    # Iterations between two lines in the log, metrics.json and TensorBoard, which hold the medians
-    # of the losses over these iterations; with 1, metrics.json holds every loss of every iteration.
-    cfg.LOG_PERIOD = 20
+    add_training_config(cfg)
 
 
 def read_config(config_file: str, opts: list[str]) -> CfgNode:

@@ -13,13 +13,18 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dn_detr.d2.checkpoint import Checkpointer
+from dn_detr.d2.ema import KEY as EMA
+from dn_detr.d2.ema import FollowWeights, MovingAverage
 from dn_detr.d2.loader import build_test_loader, build_train_loader
 from dn_detr.d2.optimizer import build_optimizer
 from dn_detr.d2.train_step import TrainStep
 from dn_detr.d2.writers import ProgressBar, ProgressLines
 from dn_detr.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
@@ -34,6 +39,10 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         loader = self.build_train_loader(cfg)
+        ema = cfg.SOLVER.EMA
+        self.average = (
+            MovingAverage(model, decay=ema.DECAY, warmup=ema.WARMUP) if ema.ENABLED else None
+        )
         model = across_processes(model)
         self._trainer = TrainStep(
             model,
@@ -43,7 +52,11 @@ class Trainer(DefaultTrainer):
             seed=loader.seed,
         )
         self.checkpointer = Checkpointer(
-            model, cfg.OUTPUT_DIR, is_for_training=True, trainer=weakref.proxy(self)
+            model,
+            cfg.OUTPUT_DIR,
+            is_for_training=True,
+            trainer=weakref.proxy(self),
+            **({EMA: self.average} if self.average else {}),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -53,22 +66,34 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks in its order, so that evaluation sees what was saved."""
         cfg, is_main = self.cfg, comm.is_main_process()
-
-        def evaluate():
-            self._last_eval_results = self.test(cfg, self.model)
-            return self._last_eval_results
-
         return [
             ProgressBar() if is_main and sys.stdout.isatty() else None,
             hooks.IterationTimer(),
             hooks.LRScheduler(),
+            FollowWeights(self.average, without_wrapper(self.model)) if self.average else None,
             self.build_precise_bn(),
             hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
             if is_main
             else None,
-            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate),
+            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate),
             hooks.PeriodicWriter(self.build_writers(), cfg.LOG_PERIOD) if is_main else None,
         ]
+
+    def evaluate(self) -> dict:
+        """Metrics of the weights, and under "ema" those of their moving average.
+
+        The latter's files stand in the folder "ema" of OUTPUT_DIR.
+        """
+        results = self.test(self.cfg, self.model)
+        if self.average:
+            cfg = self.cfg.clone()
+            cfg.defrost()
+            cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, EMA)
+            logger.info("evaluating the moving average of the weights")
+            averaged = self.test(cfg, self.average.model)
+            results = {**results, EMA: averaged} if results else results
+        self._last_eval_results = results
+        return results
 
     def build_precise_bn(self) -> HookBase | None:
         """Detectron2's TEST.PRECISE_BN, where it is asked for and the model has what it needs."""
@@ -136,6 +161,11 @@ def across_processes(model: nn.Module) -> nn.Module:
     device = next(model.parameters()).device
     device_ids = [device] if device.type == "cuda" else None
     return create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+
+
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, or as it is."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _is_no_input_error(record: logging.LogRecord) -> bool:
