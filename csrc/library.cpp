@@ -28,6 +28,14 @@ TORCH_LIBRARY(dn_detr, m) {
       "ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
       "Tensor sampling_locations, Tensor attention_weights) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "deformable_attention(Tensor value, SymInt[] spatial_shapes, Tensor valid_sizes, "
+      "Tensor reference, Tensor offsets, Tensor logits, Tensor? padding) -> Tensor");
+  m.def(
+      "deformable_attention_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
+      "Tensor valid_sizes, Tensor reference, Tensor offsets, Tensor logits, Tensor? padding, "
+      "bool needs_reference) -> (Tensor grad_value, Tensor grad_reference, Tensor grad_offsets, "
+      "Tensor grad_logits)");
+  m.def(
       "noise_objects(Tensor labels, Tensor boxes, Tensor is_object, Tensor noise_keys, "
       "SymInt num_groups, SymInt slots_per_group, SymInt num_classes, float box_noise, "
       "float label_noise, bool contrastive, SymInt num_matched, ScalarType mask_dtype, "

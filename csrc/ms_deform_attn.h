@@ -1,4 +1,4 @@
-// What the CPU and the CUDA side of deformable attention share on the host: sizes and checks.
+// What the CPU and the CUDA side of ms_deform_attn share on the host: sizes and checks.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,7 +20,7 @@ struct Level {
 // Capital letters of the docstrings, spelled out.
 struct Sizes {
   int64_t batch, tokens, heads, channels; // value [B, S, H, D]
-  int64_t queries, points; // sampling_locations [B, Q, H, levels, P, 2]
+  int64_t queries, points; // sampling_locations or offsets [B, Q, H, levels, P, 2]
   c10::SmallVector<Level, 8> levels;
 
   int64_t samples() const { // of one query and head
@@ -33,35 +33,27 @@ inline at::ScalarType compute_type(const at::Tensor& value) {
   return value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-inline Sizes check_ms_deform_attn(
+// Sizes of a value and its levels, which are h, w of each level.
+inline Sizes check_value(
     const at::Tensor& value,
     at::IntArrayRef spatial_shapes,
-    const at::Tensor& locations,
-    const at::Tensor& weights) {
+    int64_t queries,
+    int64_t points) {
   check_ndim(value, "value", 4, "[B, S, H, D]");
-  check_ndim(locations, "sampling_locations", 6, "[B, Q, H, levels, P, 2]");
+  check_dtype(value, "value", {at::kFloat, at::kHalf, at::kBFloat16, at::kDouble});
   TORCH_CHECK_VALUE(
       spatial_shapes.size() % 2 == 0,
       "expected spatial_shapes to be h and w of each level, got ", spatial_shapes.size(),
       " integers");
-  const auto num_levels = static_cast<int64_t>(spatial_shapes.size() / 2);
-  Sizes sizes{value.size(0), value.size(1), value.size(2), value.size(3),
-              locations.size(1), locations.size(4), {}};
-  const int64_t b = sizes.batch, q = sizes.queries, h = sizes.heads, p = sizes.points;
-  check_shape(locations, "sampling_locations", {b, q, h, num_levels, p, 2});
-  check_shape(weights, "attention_weights", {b, q, h, num_levels, p});
-  check_dtype(value, "value", {at::kFloat, at::kHalf, at::kBFloat16, at::kDouble});
-  check_dtype(locations, "sampling_locations", {compute_type(value)});
-  check_dtype(weights, "attention_weights", {compute_type(value)});
-  check_device(locations, "sampling_locations", value);
-  check_device(weights, "attention_weights", value);
+  Sizes sizes{value.size(0), value.size(1), value.size(2), value.size(3), queries, points, {}};
   // Offsets inside one image are 32-bit, bases are 64-bit.
+  const int64_t elements = sizes.tokens * sizes.heads * sizes.channels;
   TORCH_CHECK_VALUE(
-      sizes.tokens * h * sizes.channels < std::numeric_limits<int32_t>::max(),
-      "expected S * H * D below 2^31, got ", sizes.tokens * h * sizes.channels);
+      elements < std::numeric_limits<int32_t>::max(), "expected S * H * D below 2^31, got ",
+      elements);
   int64_t start = 0;
-  for (int64_t level = 0; level < num_levels; ++level) {
-    const int64_t height = spatial_shapes[2 * level], width = spatial_shapes[2 * level + 1];
+  for (size_t i = 0; i < spatial_shapes.size(); i += 2) {
+    const int64_t height = spatial_shapes[i], width = spatial_shapes[i + 1];
     TORCH_CHECK_VALUE(
         height >= 0 && width >= 0 && height * width <= sizes.tokens - start,
         "expected spatial_shapes to hold S = ", sizes.tokens, " cells, got ", spatial_shapes);
@@ -72,6 +64,24 @@ inline Sizes check_ms_deform_attn(
   TORCH_CHECK_VALUE(
       start == sizes.tokens, "expected spatial_shapes to hold S = ", sizes.tokens, " cells, got ",
       start);
+  return sizes;
+}
+
+inline Sizes check_ms_deform_attn(
+    const at::Tensor& value,
+    at::IntArrayRef spatial_shapes,
+    const at::Tensor& locations,
+    const at::Tensor& weights) {
+  check_ndim(locations, "sampling_locations", 6, "[B, Q, H, levels, P, 2]");
+  auto sizes = check_value(value, spatial_shapes, locations.size(1), locations.size(4));
+  const int64_t b = sizes.batch, q = sizes.queries, h = sizes.heads, p = sizes.points;
+  const auto levels = static_cast<int64_t>(sizes.levels.size());
+  check_shape(locations, "sampling_locations", {b, q, h, levels, p, 2});
+  check_shape(weights, "attention_weights", {b, q, h, levels, p});
+  check_dtype(locations, "sampling_locations", {compute_type(value)});
+  check_dtype(weights, "attention_weights", {compute_type(value)});
+  check_device(locations, "sampling_locations", value);
+  check_device(weights, "attention_weights", value);
   return sizes;
 }
 

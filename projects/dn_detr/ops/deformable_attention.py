@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dn_detr.ops.ms_deform_attn import ms_deform_attn
+from dn_detr.ops.extension import KERNELS, use_kernel
+from dn_detr.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_plain
 
 
 def deformable_attention(
@@ -21,26 +22,63 @@ def deformable_attention(
 ) -> Tensor:
     """Sample `value` around the references, weighted by the softmax of `logits` -> [B, Q, H * D].
 
-    value [B, S, H, D]; shapes: (h, w) of each level, host integers; valid_sizes [B, levels, 2]:
-    (w, h) of the unpadded part in cells; reference [B, Q, 2 or 4] in [0, 1] of the unpadded image;
-    offsets [B, Q, H, levels, P, 2]: in cells from a point, in half box sizes over P from a box;
-    logits [B, Q, H, levels * P]; padding [B, S] bool: tokens that count as zero, or None.
+    value [B, S, H, D] float32, float16, bfloat16 or float64: the levels' cells, fine to coarse;
+    shapes: (h, w) of each level, host integers, sum of h * w = S; valid_sizes [B, levels, 2]: (w, h)
+    of the unpadded part in cells; reference [B, Q, 2 or 4] in [0, 1] of the unpadded image, or one
+    for each level, [B, Q, levels, 2 or 4]; offsets [B, Q, H, levels, P, 2]: in cells from a point,
+    in half box sizes over P from a box; logits [B, Q, H, levels * P]; padding [B, S] bool: tokens
+    that count as zero whatever they hold, or None.
 
-    Coordinates are computed in float32 (float64 where the reference is) whatever the value's type.
+    Semantics of `grid_sample(align_corners=False, padding_mode="zeros")`. Locations outside,
+    infinite or NaN contribute nothing and get no gradient. Coordinates, softmax and sums are
+    computed in float32 (float64 for float64 values) whatever the type of the inputs. The result has
+    the value's type, each gradient its input's; valid_sizes gets none. Only the inputs are kept for
+    the backward. Not twice differentiable.
     """
-    levels, points = offsets.shape[3], offsets.shape[4]
-    if reference.shape[-1] not in (2, 4):
-        raise ValueError(f"reference must be [B, Q, 2 or 4], got {list(reference.shape)}")
-    if len(shapes) != levels or valid_sizes.shape[1] != levels:
-        raise ValueError(
-            f"offsets are for {levels} levels, got {len(shapes)} shapes and "
-            f"{valid_sizes.shape[1]} valid sizes"
+    precise = torch.float64 if value.dtype == torch.float64 else torch.float32
+    valid_sizes, reference = valid_sizes.detach().to(precise), reference.to(precise)
+    if offsets.dtype != logits.dtype or offsets.dtype not in (value.dtype, precise):
+        offsets, logits = offsets.to(precise), logits.to(precise)
+    if use_kernel("deformable_attention", value.device):
+        sides = [side for shape in shapes for side in shape]
+        return torch.ops.dn_detr.deformable_attention(
+            value, sides, valid_sizes, reference, offsets, logits, padding
         )
+    return _compose(ms_deform_attn, value, shapes, valid_sizes, reference, offsets, logits, padding)
+
+
+def deformable_attention_plain(
+    value: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    valid_sizes: Tensor,
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    padding: Tensor | None,
+) -> Tensor:
+    """`deformable_attention` in plain PyTorch: the specification of the kernels."""
+    return _compose(
+        ms_deform_attn_plain,
+        value,
+        shapes,
+        valid_sizes,
+        reference,
+        offsets,
+        logits,
+        padding,
+    )
+
+
+def _compose(sample, value, shapes, valid_sizes, reference, offsets, logits, padding):
+    _check(value, shapes, valid_sizes, reference, offsets, logits, padding)
+    precise = torch.float64 if value.dtype == torch.float64 else torch.float32
+    levels, points = offsets.shape[3], offsets.shape[4]
     if padding is not None:
         value = value.masked_fill(padding[:, :, None, None], 0.0)
-    precise = torch.float64 if reference.dtype == torch.float64 else torch.float32
-    valid = valid_sizes.to(precise)[:, None, None, :, None]
-    reference = reference.to(precise)[:, :, None, None, None]
+    valid = valid_sizes.detach().to(precise)[:, None, None, :, None]
+    if reference.ndim == 3:
+        reference = reference[:, :, None]
+    reference = reference.to(precise)[:, :, None, :, None]  # [B, Q, 1, levels or 1, 1, 2 or 4]
     offsets = offsets.to(precise)
     if reference.shape[-1] == 2:
         cells = reference * valid + offsets
@@ -49,4 +87,89 @@ def deformable_attention(
     x = torch.stack([cells[..., i, :, 0] / w for i, (_, w) in enumerate(shapes)], dim=-2)
     y = torch.stack([cells[..., i, :, 1] / h for i, (h, _) in enumerate(shapes)], dim=-2)
     weights = logits.to(precise).softmax(dim=-1).unflatten(-1, (levels, points))
-    return ms_deform_attn(value, shapes, torch.stack((x, y), dim=-1), weights)
+    return sample(value, shapes, torch.stack((x, y), dim=-1), weights)
+
+
+def _check(value, shapes, valid_sizes, reference, offsets, logits, padding):
+    if value.ndim != 4:
+        raise ValueError(f"value must be [B, S, H, D], got {list(value.shape)}")
+    batch, tokens, heads, _ = value.shape
+    levels = len(shapes)
+    if offsets.ndim != 6:
+        raise ValueError(f"offsets must be [B, Q, H, levels, P, 2], got {list(offsets.shape)}")
+    queries, points = offsets.shape[1], offsets.shape[4]
+    if reference.ndim not in (3, 4) or reference.shape[-1] not in (2, 4):
+        raise ValueError(
+            "reference must be [B, Q, 2 or 4] or [B, Q, levels, 2 or 4], "
+            f"got {list(reference.shape)}"
+        )
+    per_level = () if reference.ndim == 3 else (levels,)
+    for name, tensor, shape in (
+        ("offsets", offsets, (batch, queries, heads, levels, points, 2)),
+        ("logits", logits, (batch, queries, heads, levels * points)),
+        ("valid_sizes", valid_sizes, (batch, levels, 2)),
+        ("reference", reference, (batch, queries, *per_level, reference.shape[-1])),
+        ("padding", padding, (batch, tokens)),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+    if padding is not None and padding.dtype != torch.bool:
+        raise ValueError(f"padding must be {torch.bool}, got {padding.dtype}")
+    cells = sum(height * width for height, width in shapes)
+    if cells != tokens:
+        raise ValueError(f"shapes must hold S = {tokens} cells, got {cells}")
+
+
+def _fake(value, spatial_shapes, valid_sizes, reference, offsets, logits, padding):
+    sides = iter(spatial_shapes)
+    shapes = list(zip(sides, sides, strict=True))
+    _check(value, shapes, valid_sizes, reference, offsets, logits, padding)
+    batch, _, heads, channels = value.shape
+    return value.new_empty(batch, offsets.shape[1], heads * channels)
+
+
+def _fake_backward(
+    grad_output, value, spatial_shapes, valid_sizes, reference, offsets, logits, padding,
+    needs_reference,
+):  # fmt: skip
+    grad_value, grad_reference, grad_offsets, grad_logits = (
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (value, reference, offsets, logits)
+    )
+    if not needs_reference:
+        grad_reference = reference.new_empty(0)
+    return grad_value, grad_reference, grad_offsets, grad_logits
+
+
+def _setup_context(ctx, inputs, output):
+    value, spatial_shapes, *others = inputs
+    ctx.save_for_backward(value, *others)
+    ctx.spatial_shapes = spatial_shapes
+
+
+def _backward(ctx, grad_output):
+    value, *others = ctx.saved_tensors
+    needs_reference = ctx.needs_input_grad[3]
+    grad_value, grad_reference, grad_offsets, grad_logits = (
+        torch.ops.dn_detr.deformable_attention_backward(
+            grad_output, value, ctx.spatial_shapes, *others, needs_reference
+        )
+    )
+    if not needs_reference:
+        grad_reference = None
+    return grad_value, None, None, grad_reference, grad_offsets, grad_logits, None
+
+
+def _no_second_backward(ctx, *grads):
+    raise RuntimeError(
+        "deformable_attention is not twice differentiable; use deformable_attention_plain for that"
+    )
+
+
+if KERNELS:
+    torch.library.register_fake("dn_detr::deformable_attention", _fake)
+    torch.library.register_fake("dn_detr::deformable_attention_backward", _fake_backward)
+    torch.library.register_autograd(
+        "dn_detr::deformable_attention", _backward, setup_context=_setup_context
+    )
+    torch.library.register_autograd("dn_detr::deformable_attention_backward", _no_second_backward)

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 PACKAGE = Path(__file__).resolve().parents[1]
-OPERATORS = ("ms_deform_attn", "ms_deform_attn_backward", "noise_objects")
+OPERATORS = (
+    "deformable_attention",
+    "deformable_attention_backward",
+    "ms_deform_attn",
+    "ms_deform_attn_backward",
+    "noise_objects",
+)
 IS_SWITCHED_OFF = os.environ.get("DN_DETR_NO_EXTENSION") == "1"
 REBUILD = "rebuild with `pip install --no-build-isolation -e .`"
 
@@ -65,6 +73,7 @@ def _load() -> dict[str, frozenset[str]]:
 
 KERNELS = _load()
 _warned: set[str] = set()
+_is_plain = False
 
 
 def why_no_kernel(device: str) -> str:
@@ -79,13 +88,31 @@ def why_no_kernel(device: str) -> str:
     return f"dn_detr._C has no kernels for {device}"
 
 
+@contextmanager
+def plain_operators() -> Iterator[None]:
+    """Inside, every operator runs, and is traced, as plain PyTorch: for graphs that must consist of
+    standard operators alone, such as an exported model that runs without this package.
+
+        with plain_operators():
+            exported = torch.export.export(model, inputs)
+
+    For the whole process, not for one thread.
+    """
+    global _is_plain
+    before, _is_plain = _is_plain, True
+    try:
+        yield
+    finally:
+        _is_plain = before
+
+
 def use_kernel(name: str, device: torch.device) -> bool:
     """Whether operator `name` has a kernel for tensors on `device`.
 
     Warns, once per process and device type, where there is none on a CPU or a CUDA device. An ONNX
-    graph is made of plain PyTorch: it cannot hold an operator of ours.
+    graph is made of plain PyTorch, as is everything inside of `plain_operators`.
     """
-    if torch.onnx.is_in_onnx_export():
+    if _is_plain or torch.onnx.is_in_onnx_export():
         return False
     if device.type in KERNELS.get(name, ()):
         return True
