@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dn_detr.ops.noise_objects import MASK_PITCH
 from dn_detr.structures import Segment
 
 
@@ -77,7 +78,7 @@ class Visibility:
         if joined:
             start = sum(segment.size for segment in joined)
             if mask is None:
-                mask = additive(allowed_pairs(tuple(joined), device), dtype)
+                mask = additive_aligned(allowed_pairs(tuple(joined), device), dtype)
             self.parts.append((0, start, 1, mask.to(dtype)))
         for segment in folded:
             key_mask = None
@@ -85,7 +86,7 @@ class Visibility:
                 size = segment.size // segment.num_groups
                 keys = ~segment.is_empty.reshape(-1, 1, 1, size)
                 itself = torch.eye(size, dtype=torch.bool, device=device)
-                key_mask = additive(keys | itself, dtype)
+                key_mask = additive_aligned(keys | itself, dtype)
             if segment.size:
                 self.parts.append((start, segment.size, segment.num_groups, key_mask))
             start += segment.size
@@ -133,5 +134,12 @@ def attention_dtype(content: Tensor) -> torch.dtype:
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where allowed, -inf elsewhere."""
-    blocked = torch.zeros((), dtype=dtype, device=allowed.device).fill_(float("-inf"))
-    return torch.where(allowed, torch.zeros_like(blocked), blocked)
+    visible = torch.zeros((), dtype=dtype, device=allowed.device)
+    return torch.where(allowed, visible, float("-inf"))
+
+
+def additive_aligned(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """`additive` whose rows start at multiples of `MASK_PITCH` elements: efficient attention on
+    CUDA pads and copies another mask in every layer."""
+    size = allowed.shape[-1]
+    return additive(F.pad(allowed, (0, -size % MASK_PITCH)), dtype)[..., :size]
