@@ -35,12 +35,13 @@ CORE = {
 """Room -> rooms that it may import beside itself: plain PyTorch, with SciPy for the matching."""
 
 OTHERS = {
-    "__init__": set(),
+    "__init__": {"detector"},
     "errors": set(),
     "info": {"errors", "ops"},
     "data": {"errors"},
     "conversion": {"errors"},
     "d2": {*CORE, "data", "errors", "conversion"},
+    "detector": {"d2", "errors"},
 }
 
 OUTSIDE = {
@@ -49,6 +50,7 @@ OUTSIDE = {
     "info": {"torch"},
     "data": {"numpy", "PIL"},
     "conversion": {"numpy", "torch"},
+    "detector": {"PIL", "detectron2", "numpy", "torch"},
 }
 """Room -> packages that it may import beside the standard library; none where it is not named."""
 

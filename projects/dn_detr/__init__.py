@@ -1,7 +1,17 @@
 """dn_detr: denoising training for DETR-like detectors (2203.01305), on Detectron2.
 
-The core (everything but `dn_detr.d2`) is plain PyTorch; importing it never imports Detectron2.
+The core (everything but `dn_detr.d2`) is plain PyTorch; importing it never imports Detectron2, only
+using `dn_detr.Detector` does.
 `python -m dn_detr.info` says what is installed and which compiled operators exist.
 """
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """`Detector`, imported when it is first used, because it needs Detectron2."""
+    if name == "Detector":
+        from dn_detr.detector import Detector
+
+        return Detector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

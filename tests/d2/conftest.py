@@ -66,21 +66,31 @@ def arguments(tmp_path, tiny_data):
     return command_line
 
 
+def run_quietly(train_net, command_line: list[str]) -> None:
+    """Run train_net.py and undo what it has set up for logging."""
+    try:
+        train_net.invoke_main(command_line)
+    finally:
+        for name in LOGGERS:
+            logging.getLogger(name).handlers.clear()
+            logging.getLogger(name).propagate = True
+        detectron2_logger.setup_logger.cache_clear()
+        detectron2_logger._cached_log_stream.cache_clear()
+
+
 @pytest.fixture
 def run(train_net, arguments):
-    """Run train_net.py with options; see `arguments`. What it has set up for logging is undone."""
+    """Run train_net.py with options; see `arguments`."""
+    return lambda *opts, **more: run_quietly(train_net, arguments(*opts, **more))
 
-    def run(*opts, **more) -> None:
-        try:
-            train_net.invoke_main(arguments(*opts, **more))
-        finally:
-            for name in LOGGERS:
-                logging.getLogger(name).handlers.clear()
-                logging.getLogger(name).propagate = True
-            detectron2_logger.setup_logger.cache_clear()
-            detectron2_logger._cached_log_stream.cache_clear()
 
-    return run
+@pytest.fixture(scope="session")
+def trained(train_net, tiny_data, tmp_path_factory):
+    """The folder of a tiny training of three iterations, which all tests may read."""
+    folder = tmp_path_factory.mktemp("trained")
+    command_line = ["--config-file", str(QUICK), "--num-gpus", "0", "OUTPUT_DIR", str(folder)]
+    run_quietly(train_net, [*command_line, *TINY, *tiny_data])
+    return folder
 
 
 @pytest.fixture

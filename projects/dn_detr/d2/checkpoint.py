@@ -6,7 +6,9 @@ import os
 import pickle
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
 
+from dn_detr.d2.datasets import class_names
 from dn_detr.d2.ema import KEY as EMA
 from dn_detr.errors import InputError
 
@@ -21,6 +23,19 @@ UNFINISHED = ".unfinished"
 
 AVERAGED = f"@{EMA}"
 """At the end of a path: the moving average that the checkpoint holds."""
+
+DETECTOR = "detector"
+"""Under this key a checkpoint says which detector it holds."""
+
+UNREADABLE = (pickle.UnpicklingError, EOFError, OSError, RuntimeError, TypeError)
+"""What loading a file that is no checkpoint raises."""
+
+
+def describe(cfg: CfgNode) -> dict:
+    """What checkpoints of this training say of their model, in plain types, which
+    `torch.load(weights_only=True)` reads."""
+    names = [str(name) for name in class_names(cfg.DATASETS.TRAIN[0])]
+    return {"config": cfg.dump(), "class_names": names}
 
 
 def has_part(key: str, parts: tuple[str, ...]) -> bool:
@@ -42,14 +57,23 @@ class Checkpointer(DetectionCheckpointer):
     """
 
     def __init__(
-        self, model, save_dir: str = "", *, is_for_training: bool = False, **checkpointables
+        self,
+        model,
+        save_dir: str = "",
+        *,
+        is_for_training: bool = False,
+        detector: dict | None = None,
+        **checkpointables,
     ):
+        """`detector` is what files of this checkpointer say of their model: see `describe`."""
         super().__init__(model, save_dir, **checkpointables)
         self.is_for_training = is_for_training
+        self.detector = detector
 
     def save(self, name: str, **kwargs) -> None:
         """Save under a name; a crash while writing leaves an older file of that name as it was."""
-        super().save(name + UNFINISHED, **kwargs)
+        about = {} if self.detector is None else {DETECTOR: self.detector}
+        super().save(name + UNFINISHED, **about, **kwargs)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         unfinished = os.path.join(self.save_dir, last_filename_basename)
@@ -79,7 +103,7 @@ class Checkpointer(DetectionCheckpointer):
         """{"model": name -> array, ...}, whatever the file is."""
         try:
             checkpoint = super()._load_file(filename)
-        except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, TypeError) as error:
+        except UNREADABLE as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{filename!r} cannot be loaded as a checkpoint: {reason}") from error
         if self.path.endswith(AVERAGED):

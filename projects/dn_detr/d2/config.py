@@ -129,12 +129,12 @@ def read_config(config_file: str, opts: list[str]) -> CfgNode:
         raise InputError("--config-file is missing: name one of configs/, or one of your own.")
     cfg = get_cfg()
     add_dn_detr_config(cfg)
-    _merge(f"the configuration {config_file}", cfg.merge_from_file, config_file)
-    _merge("the KEY VALUE pairs of the command line", cfg.merge_from_list, opts)
+    merge(f"the configuration {config_file}", cfg.merge_from_file, config_file)
+    merge("the KEY VALUE pairs of the command line", cfg.merge_from_list, opts)
     return cfg
 
 
-def _merge(name: str, into_config: Callable, source) -> None:
+def merge(name: str, into_config: Callable, source) -> None:
     """Merge one source of configuration; what is wrong in it becomes one sentence."""
     try:
         into_config(source)

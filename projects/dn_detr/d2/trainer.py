@@ -15,7 +15,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dn_detr.d2.checkpoint import Checkpointer
+from dn_detr.d2.checkpoint import Checkpointer, describe
 from dn_detr.d2.ema import KEY as EMA
 from dn_detr.d2.ema import FollowWeights, MovingAverage
 from dn_detr.d2.loader import build_test_loader, build_train_loader
@@ -55,6 +55,7 @@ class Trainer(DefaultTrainer):
             model,
             cfg.OUTPUT_DIR,
             is_for_training=True,
+            detector=describe(cfg),
             trainer=weakref.proxy(self),
             **({EMA: self.average} if self.average else {}),
         )

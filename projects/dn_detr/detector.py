@@ -1,0 +1,207 @@
+"""Trained detectors in Python: images in, boxes with scores and class names out.
+
+from dn_detr import Detector
+
+detector = Detector.from_checkpoint("output/model_final.pth")
+found = detector("street.jpg")
+for box, score, name in zip(found.boxes_xyxy_px, found.scores, found.class_names):
+    ...
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import dn_detr.d2  # noqa: F401, I001  (before all others: it says how to install it)
+
+import numpy as np
+import torch
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import convert_PIL_to_numpy
+from PIL import Image, ImageOps
+
+from dn_detr.d2.coco_check import UNREADABLE, reason
+from dn_detr.d2.saved_detector import load_detector
+from dn_detr.errors import InputError
+
+CHANNEL_ORDERS = ("RGB", "BGR")
+
+
+@dataclass(frozen=True, eq=False)
+class DetectedObjects:
+    """What was found in one image, best first.
+
+    boxes_xyxy_px float32 [N, 4]: left, top, right, bottom in pixels of the image; scores float32
+    [N] in [0, 1]; labels int64 [N]; class_names: the name of each of the N labels.
+    """
+
+    boxes_xyxy_px: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    class_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+class Detector:
+    """A detector that takes images as they come and gives `DetectedObjects`."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        class_names: list[str],
+        input_format: str,
+        min_size: int,
+        max_size: int,
+        threshold: float = 0.3,
+    ):
+        """model: in evaluation mode, takes Detectron2's list of dicts; class_names: of all K
+        classes in the model's order; input_format: the channel order that the model takes;
+        min_size, max_size: sides after resizing, in pixels; threshold: scores below are left out.
+        """
+        self.model = model
+        self.class_names = class_names
+        self.input_format = input_format
+        self.resize = T.ResizeShortestEdge(min_size, max_size)
+        self.threshold = _checked(threshold)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike,
+        *,
+        config_file: str | os.PathLike | None = None,
+        class_names: Sequence[str] = (),
+        opts: Sequence = (),
+        threshold: float = 0.3,
+        device: str | None = None,
+    ) -> Detector:
+        """The detector that a training has saved, on `device` (default: a GPU if there is one).
+
+        With "@ema" at the end of the path, the moving average of the weights is taken.
+        Checkpoints of `train_net.py` know their configuration and class names. For others, such as
+        converted ones, give `config_file`; class names are then those of its training dataset
+        unless given. `opts`: KEY, VALUE, ... on top of the configuration, as for `train_net.py`.
+        """
+        saved = load_detector(
+            os.fspath(path),
+            config_file=None if config_file is None else os.fspath(config_file),
+            opts=list(opts),
+            names=list(class_names),
+            device=device,
+        )
+        inputs = saved.cfg.INPUT
+        return cls(
+            saved.model,
+            class_names=saved.class_names,
+            input_format=inputs.FORMAT,
+            min_size=inputs.MIN_SIZE_TEST,
+            max_size=inputs.MAX_SIZE_TEST,
+            threshold=threshold,
+        )
+
+    def __call__(
+        self,
+        images,
+        *,
+        threshold: float | None = None,
+        channel_order: str | None = None,
+        batch_size: int = 8,
+    ) -> DetectedObjects | list[DetectedObjects]:
+        """Detect objects in one image, or in every image of a list or tuple.
+
+        An image is a path, a PIL image, or a uint8 array [height, width, 3], whose `channel_order`
+        must be said: "RGB", or "BGR" as OpenCV gives it. Objects scored below `threshold` (default:
+        the detector's) are left out.
+
+        Images that get the same size before the network go through it together, at most
+        `batch_size` of them; none is ever padded because of another, so that a list gives what its
+        images give one by one, up to float rounding.
+        """
+        is_many = isinstance(images, (list, tuple))
+        threshold = self.threshold if threshold is None else _checked(threshold)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        pixels = [
+            to_pixels(image, self.input_format, channel_order)
+            for image in (images if is_many else [images])
+        ]
+        transforms = [self.resize.get_transform(image) for image in pixels]
+        found: list[DetectedObjects | None] = [None] * len(pixels)
+        for batch in _batches([(t.new_h, t.new_w) for t in transforms], batch_size):
+            samples = [_sample(pixels[i], transforms[i].apply_image(pixels[i])) for i in batch]
+            with torch.inference_mode():
+                outputs = self.model(samples)
+            for i, output in zip(batch, outputs, strict=True):
+                found[i] = self._named(output["instances"], threshold)
+        return found if is_many else found[0]
+
+    def _named(self, instances, threshold: float) -> DetectedObjects:
+        kept = instances[instances.scores >= threshold].to("cpu")
+        labels = kept.pred_classes.numpy()
+        return DetectedObjects(
+            boxes_xyxy_px=kept.pred_boxes.tensor.float().numpy(),
+            scores=kept.scores.float().numpy(),
+            labels=labels,
+            class_names=[self.class_names[label] for label in labels],
+        )
+
+
+def to_pixels(image, wanted: str, channel_order: str | None = None) -> np.ndarray:
+    """An image as uint8 [height, width, 3] in the channel order `wanted`.
+
+    image: a path, a PIL image (both are turned as their EXIF orientation says) or a uint8 array of
+    the form of the result, in `channel_order`. InputError for files that are no images.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        try:
+            with Image.open(image) as file:
+                return convert_PIL_to_numpy(ImageOps.exif_transpose(file), wanted)
+        except FileNotFoundError:
+            raise InputError(f"the image {os.fspath(image)!r} does not exist.") from None
+        except UNREADABLE as error:
+            raise InputError(
+                f"the image {os.fspath(image)!r} cannot be read ({reason(error)})."
+            ) from error
+    if isinstance(image, Image.Image):
+        return convert_PIL_to_numpy(ImageOps.exif_transpose(image), wanted)
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"an image must be a path, a PIL image or a numpy array, got {type(image).__name__}"
+        )
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        raise ValueError(
+            "an image array must be uint8 [height, width, 3], got "
+            f"{image.dtype} {list(image.shape)}"
+        )
+    if channel_order not in CHANNEL_ORDERS:
+        raise ValueError(
+            "say which channel order the arrays have: channel_order='RGB', or 'BGR' for images "
+            f"from OpenCV; got {channel_order!r}"
+        )
+    return image if channel_order == wanted else image[:, :, ::-1]
+
+
+def _sample(original: np.ndarray, resized: np.ndarray) -> dict:
+    """Detectron2's model input; detections come back in pixels of the original."""
+    tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+    return {"image": tensor, "height": original.shape[0], "width": original.shape[1]}
+
+
+def _batches(sizes: list[tuple[int, int]], most: int) -> Iterator[list[int]]:
+    """Positions of equal sizes, at most `most` together."""
+    positions: dict[tuple[int, int], list[int]] = {}
+    for position, size in enumerate(sizes):
+        positions.setdefault(size, []).append(position)
+    for same in positions.values():
+        yield from (same[i : i + most] for i in range(0, len(same), most))
+
+
+def _checked(threshold: float) -> float:
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+    return threshold
