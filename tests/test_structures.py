@@ -9,6 +9,7 @@ from dn_detr.structures import (
     FeatureMaps,
     Memory,
     NoisedObjects,
+    PixelMap,
     Predictions,
     Queries,
     QueryState,
@@ -196,7 +197,9 @@ def test_segments_must_fill_the_queries_and_name_each_other_correctly():
 
 def test_predictions_of_a_segment_are_views_of_its_slots():
     denoise, match = Segment("denoise", 6, sees=("match",), weight=2.0), Segment("match", 4)
-    whole = predictions(denoise, match, mask_embeddings=torch.randn(2, 3, 10, 8))
+    pixel_map = PixelMap(torch.randn(3, 8, 4, 4), torch.full((3, 2), 4.0))
+    embeddings = torch.randn(2, 3, 10, 8)
+    whole = predictions(denoise, match, mask_embeddings=embeddings, pixel_map=pixel_map)
     for name, slots in (("denoise", slice(0, 6)), ("match", slice(6, 10))):
         part = whole.of(name)
         assert torch.equal(part.logits, whole.logits[:, :, slots])

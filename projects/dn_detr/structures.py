@@ -192,11 +192,28 @@ class FeatureMaps:
 
 
 @dataclass(frozen=True, eq=False)
+class PixelMap:
+    """What masks are made of: a mask is the product of an embedding [C] and features [B, C, h, w].
+
+    valid_sizes [B, 2]: (w, h) of the unpadded image in cells of the map, fractions included.
+    """
+
+    features: Tensor
+    valid_sizes: Tensor
+
+    def __post_init__(self):
+        batch = self.features.shape[0]
+        _check(self.features, "features", (batch, None, None, None))
+        _check(self.valid_sizes, "valid_sizes", (batch, 2))
+
+
+@dataclass(frozen=True, eq=False)
 class Memory:
     """Tokens of all levels, flattened fine to coarse; one type before and after the encoder.
 
     tokens [B, S, C]; position [B, S, C]; padding [B, S] bool; shapes: (h, w) of each level as host
-    integers, sum of h * w = S; valid_sizes [B, levels, 2]: (w, h) of the unpadded part in cells.
+    integers, sum of h * w = S; valid_sizes [B, levels, 2]: (w, h) of the unpadded part in cells;
+    pixel_map: only behind the encoder of a page that predicts masks.
     """
 
     tokens: Tensor
@@ -204,6 +221,7 @@ class Memory:
     padding: Tensor
     shapes: tuple[tuple[int, int], ...]
     valid_sizes: Tensor
+    pixel_map: PixelMap | None = None
 
     def __post_init__(self):
         batch, tokens, channels = self.tokens.shape
@@ -342,7 +360,7 @@ class Predictions:
     logits [L, B, Q, K]; boxes [L, B, Q, 4] or None; references: L entries [B, Q, R], detached, or
     None, references[0] the initial one (widths may differ between layers, so they are not stacked);
     proposals: predictions of a two-stage encoder (L = 1) or None; is_class_agnostic: all labels
-    count as 0; mask_embeddings [L, B, Q, C] and pixel_map [B, C, h, w]: masks are their product.
+    count as 0; mask_embeddings [L, B, Q, C] and pixel_map: masks are their product; both or None.
     """
 
     logits: Tensor
@@ -352,7 +370,7 @@ class Predictions:
     proposals: Predictions | None = None
     is_class_agnostic: bool = False
     mask_embeddings: Tensor | None = None
-    pixel_map: Tensor | None = None
+    pixel_map: PixelMap | None = None
 
     def __post_init__(self):
         layers, batch, queries, _ = self.logits.shape
@@ -361,8 +379,11 @@ class Predictions:
             _check(self.boxes, "boxes", (layers, batch, queries, 4))
         if len(self.references) != layers:
             raise ValueError(f"references must have {layers} entries, got {len(self.references)}")
+        if (self.mask_embeddings is None) != (self.pixel_map is None):
+            raise ValueError("either both or none of mask_embeddings and pixel_map must be given")
         if self.mask_embeddings is not None:
-            _check(self.mask_embeddings, "mask_embeddings", (layers, batch, queries, None))
+            channels = self.pixel_map.features.shape[1]
+            _check(self.mask_embeddings, "mask_embeddings", (layers, batch, queries, channels))
 
     def segment(self, name: str) -> Segment:
         """The segment called `name`; ValueError if there is none."""
@@ -422,13 +443,27 @@ Assignments = dict[str, Assignment]
 
 
 @dataclass(frozen=True, eq=False)
+class MaskPoints:
+    """Masks of the slots that rebuild an object, at P points of their image, beside the truth.
+
+    logits [L, B, n, P]; labels [L, B, n, P] in [0, 1]; is_positive [L, B, n] bool: False where there
+    are fewer such slots than n; scores [L, B, n]: of the target.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    is_positive: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Matched:
     """What every loss term receives: one segment, all layers, beside its ground truth.
 
     logits [L, B, q, K]; boxes [L, B, q, 4]; labels [L, B, q] int64, target_boxes [L, B, q, 4] and
     target_scores [L, B, q] are those of the assigned object (of object 0 where there is none:
     select with is_positive); is_positive, is_real [L, B, q] bool; assignment of the segment;
-    copies: part of the normaliser; mask_embeddings and pixel_map as in `Predictions`.
+    copies: part of the normaliser; mask_points: None unless the criterion samples masks.
     """
 
     logits: Tensor
@@ -440,5 +475,4 @@ class Matched:
     is_real: Tensor
     assignment: Assignment
     copies: float
-    mask_embeddings: Tensor | None = None
-    pixel_map: Tensor | None = None
+    mask_points: MaskPoints | None = None

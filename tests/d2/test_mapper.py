@@ -7,6 +7,7 @@ from detectron2.config import get_cfg
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from dn_detr.d2 import add_dn_detr_config
 from dn_detr.errors import InputError
@@ -152,22 +153,68 @@ def test_crowd_is_left_out_and_the_record_is_not_changed(tmp_path):
     assert sample["image"].dtype == torch.uint8
 
 
-@pytest.mark.parametrize("as_code", [False, True])
-def test_masks_move_with_their_boxes(tmp_path, as_code):
-    record = make_record(tmp_path, 120, 100, [(10, 20, 40, 60)])
-    polygon = [10, 20, 50, 20, 50, 80, 10, 80]
-    record["annotations"][0]["segmentation"] = [polygon]
-    if as_code:
-        from pycocotools import mask as coco_mask
+RECTANGLE = [10, 20, 50, 20, 50, 80, 10, 80]
+TRIANGLE = [60, 20, 95, 20, 60, 110]
 
+
+def with_masks(record, polygons, as_code):
+    """`record` with the polygons as segmentation, drawn in one channel each, or as their code."""
+    for annotation, polygon in zip(record["annotations"], polygons, strict=True):
+        annotation["segmentation"] = [polygon]
+        if as_code:
+            codes = coco_mask.frPyObjects([polygon], record["height"], record["width"])
+            annotation["segmentation"] = coco_mask.merge(codes)
+    return record
+
+
+@pytest.mark.parametrize("as_code", [False, True])
+def test_masks_stay_on_their_objects_through_flips_resizes_and_crops(tmp_path, as_code):
+    """An image drawn from the masks themselves shows where they must be."""
+    boxes = [(10, 20, 40, 60), (60, 20, 35, 90)]
+    record = with_masks(make_record(tmp_path, 120, 100, boxes), [RECTANGLE, TRIANGLE], as_code)
+    pixels = np.zeros((120, 100, 3), np.uint8)
+    for channel, polygon in enumerate([RECTANGLE, TRIANGLE]):
         code = coco_mask.merge(coco_mask.frPyObjects([polygon], 120, 100))
-        record["annotations"][0]["segmentation"] = code
-    mapper = train_mapper(crop=((120,), "absolute", (90, 80)), min_sizes=(90,))
+        pixels[..., channel] = 255 * coco_mask.decode(code)
+    Image.fromarray(pixels).save(record["file_name"])
+    mapper = train_mapper(crop=((120,), "absolute", (90, 80)), min_sizes=(150,))
     mapper.with_masks = True
-    for seed in range(8):
-        instances = seeded(mapper, record, seed)["instances"]
-        from_masks = instances.gt_masks.get_bounding_boxes().tensor
-        torch.testing.assert_close(from_masks, instances.gt_boxes.tensor, atol=2.0, rtol=0)
+    num_cut = 0
+    for seed in range(12):
+        sample = seeded(mapper, record, seed)
+        instances = sample["instances"]
+        assert instances.gt_masks.tensor.shape[1:] == sample["image"].shape[1:]
+        for i, label in enumerate(instances.gt_classes.tolist()):
+            mask, drawn = instances.gt_masks.tensor[i], sample["image"][label] > 127
+            assert (mask != drawn).float().mean() < 0.02
+            box = instances.gt_masks[i].get_bounding_boxes().tensor[0]
+            torch.testing.assert_close(instances.gt_boxes.tensor[i], box, atol=2.0, rtol=0)
+            edges = box[[0, 1]] == 0, box[[2, 3]] == torch.tensor(mask.shape[::-1])
+            num_cut += bool(edges[0].any() or edges[1].any())
+    assert num_cut > 3
+
+
+def test_the_box_of_a_cut_object_is_that_of_what_is_left_of_it(tmp_path):
+    """A triangle whose wide side is cut off: its box shrinks more than the crop asks for."""
+    record = make_record(tmp_path, 120, 100, [(60, 20, 35, 90)])
+    mapper = DetrMapper(augmentations=[], image_format="RGB", with_instances=True, with_masks=True)
+    mapper.augmentations = T.AugmentationList([T.CropTransform(0, 70, 100, 50)])
+    sample = mapper(with_masks(record, [TRIANGLE], as_code=False))
+    (box,) = sample["instances"].gt_boxes.tensor.tolist()
+    # At y = 70 the slanted side from (95, 20) to (60, 110) has reached x = 95 - 35 * 50 / 90 = 75.6.
+    assert box == pytest.approx([60, 0, 75.6, 40], abs=1.5)
+
+
+def test_an_object_whose_mask_is_not_visible_is_dropped(tmp_path):
+    """The crop keeps a corner of the box in which there is nothing of the triangle."""
+    record = make_record(tmp_path, 120, 100, [(60, 20, 35, 90), (0, 90, 20, 30)])
+    mapper = DetrMapper(augmentations=[], image_format="RGB", with_instances=True, with_masks=True)
+    mapper.augmentations = T.AugmentationList([T.CropTransform(85, 80, 15, 40)])
+    polygons = [TRIANGLE, [0, 90, 20, 90, 20, 120, 0, 120]]
+    instances = mapper(with_masks(record, polygons, as_code=False))["instances"]
+    assert len(instances) == 0 and instances.gt_masks.tensor.shape == (0, 40, 15)
+    mapper.with_masks = False
+    assert mapper(record)["instances"].gt_classes.tolist() == [0]
 
 
 def test_evaluation_only_resizes(tmp_path):

@@ -27,8 +27,11 @@ def noise_key(seed: int, iteration: int, image_id: int | str) -> int:
     return state >> 1
 
 
-def to_target(instances: Instances, *, num_classes: int, noise_key: int) -> Target:
-    """Ground truth of one image: gt_boxes in pixels of the (augmented) image, gt_classes.
+def to_target(
+    instances: Instances, *, num_classes: int, noise_key: int, with_masks: bool = False
+) -> Target:
+    """Ground truth of one image: gt_boxes in pixels of the (augmented) image, gt_classes and, if
+    asked for, gt_masks.
 
     ValueError if a class is not in [0, num_classes).
     """
@@ -48,7 +51,8 @@ def to_target(instances: Instances, *, num_classes: int, noise_key: int) -> Targ
         raise ValueError(
             f"gt_classes must be in [0, {num_classes}), got {sorted(set(labels.tolist()))}"
         )
-    return Target(labels=labels, boxes=boxes, noise_key=noise_key)
+    masks = instances.gt_masks.tensor if with_masks else None
+    return Target(labels=labels, boxes=boxes, masks=masks, noise_key=noise_key)
 
 
 def to_instances(detections: Detections, image_size: tuple[int, int]) -> Instances:

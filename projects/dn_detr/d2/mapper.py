@@ -11,6 +11,8 @@ from pycocotools import mask as coco_mask
 from dn_detr.d2.coco_check import UNREADABLE, reason
 from dn_detr.errors import InputError
 
+ROUNDING = 0.1  # pixels by which a box may leave its image without counting as cut
+
 
 class EitherOr(T.Augmentation):
     """Apply one list of augmentations or the other, with equal probability."""
@@ -87,9 +89,10 @@ class DetrMapper:
 
     The result has "image" (uint8 [3, h, w]), "height", "width" (of the file), "file_name",
     "image_id", and with `with_instances` also "instances": gt_boxes (xyxy pixels of "image"),
-    gt_classes and, if asked for, gt_masks. Crowd annotations are left out, and boxes that a crop
-    leaves nothing of; an image without objects is a negative, not an error. The record is not
-    changed. Random numbers come from numpy's global generator.
+    gt_classes and, if asked for, gt_masks. Crowd annotations are left out, and boxes and masks that
+    a crop leaves nothing of; an image without objects is a negative, not an error. With masks, the
+    box of an object that was cut is that of what is still visible. The record is not changed.
+    Random numbers come from numpy's global generator.
     """
 
     @configurable
@@ -138,8 +141,9 @@ class DetrMapper:
         height, width = size
         boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
         boxes = transforms.apply_box(np.array(boxes, np.float64).reshape(-1, 4))
+        inside = boxes.clip(0, [width, height, width, height])
         instances = Instances((height, width))
-        instances.gt_boxes = Boxes(boxes.clip(0, [width, height, width, height]))
+        instances.gt_boxes = Boxes(inside)
         instances.gt_classes = torch.tensor([a["category_id"] for a in objects], dtype=torch.int64)
         if self.with_masks:
             masks = np.zeros((len(objects), height, width), bool)
@@ -147,4 +151,8 @@ class DetrMapper:
                 mask = _bitmask(annotation["segmentation"], *size_before)
                 masks[i] = transforms.apply_segmentation(mask.astype(np.uint8))
             instances.gt_masks = BitMasks(torch.from_numpy(masks))
+            is_cut = np.abs(inside - boxes).max(axis=1, initial=0) > ROUNDING
+            visible = instances.gt_masks[is_cut].get_bounding_boxes().tensor
+            instances.gt_boxes.tensor[is_cut] = visible
+            instances = instances[instances.gt_masks.nonempty()]
         return instances[instances.gt_boxes.nonempty(threshold=1e-5)]

@@ -109,8 +109,6 @@ def look_up(part: Predictions, targets: Targets, assignment: Assignment) -> Matc
         is_real=is_real,
         assignment=assignment,
         copies=part.segments[0].copies,
-        mask_embeddings=part.mask_embeddings,
-        pixel_map=part.pixel_map,
     )
 
 
