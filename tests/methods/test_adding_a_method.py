@@ -1,0 +1,89 @@
+"""ARCHITECTURE.md says that a page and its name are all that a new method needs. Here is one."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from dn_detr.layers.position import SinePosition
+from dn_detr.methods import METHODS
+from dn_detr.models.decoder import Decoder
+from dn_detr.models.deformable import decoder_layer, multi_scale_neck
+from dn_detr.models.detr import DETR
+from dn_detr.models.neck import Flatten
+from dn_detr.models.positions import BoxPosition
+from dn_detr.models.predictor import Refined, shared_heads
+from dn_detr.models.queries import BoxQueries
+from dn_detr.structures import Memory
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+class AddPosition(nn.Module):
+    """The part of an encoder that this method keeps."""
+
+    def forward(self, memory: Memory) -> Memory:
+        return replace(memory, tokens=memory.tokens + memory.position)
+
+
+def without_encoder(numbers, in_channels, strides, content) -> DETR:
+    """A method nobody has published: anchor boxes that look straight at the neck's features."""
+    n = numbers
+    sines = SinePosition(channels=n.channels, temperature=20.0, cell_offset=0.0)
+    return DETR(
+        neck=multi_scale_neck(n, in_channels, strides),
+        flatten=Flatten(position=sines, channels=n.channels, num_levels=n.num_levels),
+        encoder=AddPosition(),
+        query_design=BoxQueries(content=content, num_queries=n.num_queries, epsilon=n.epsilon),
+        decoder=Decoder(
+            layers=[decoder_layer(n) for _ in range(n.decoder_layers)],
+            position=BoxPosition(
+                channels=n.channels, scales_with_content=True, scales_with_canvas=False
+            ),
+            predictor=Refined(
+                heads=shared_heads(n),
+                norm=nn.LayerNorm(n.channels),
+                looks_forward_twice=True,
+                epsilon=n.epsilon,
+            ),
+        ),
+    )
+
+
+def promises_of(file: str) -> list[tuple[str, dict]]:
+    """Every test of `file` that takes a method, once for each of its other parameters."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, TESTS / file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shared = module.pytestmark if isinstance(module.pytestmark, list) else [module.pytestmark]
+    promises = []
+    for name, test in inspect.getmembers(module, inspect.isfunction):
+        if not name.startswith("test_"):
+            continue
+        cases = [{}]
+        for mark in [*shared, *getattr(test, "pytestmark", [])]:
+            argument, values = mark.args[:2]
+            if argument != "method":
+                cases = [{**case, argument: value} for case in cases for value in values]
+        promises += [
+            pytest.param(test, case, id="-".join([name, *map(str, case.values())]))
+            for case in cases
+        ]
+    return promises
+
+
+@pytest.mark.parametrize(
+    "promise, arguments",
+    [
+        *promises_of("methods/test_pages.py"),
+        *promises_of("assists/test_segment_properties.py"),
+    ],
+)
+def test_a_new_page_keeps_what_every_page_promises(promise, arguments, monkeypatch):
+    monkeypatch.setitem(METHODS, "without_encoder", without_encoder)
+    promise(method="without_encoder", **arguments)
