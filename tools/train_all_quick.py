@@ -3,9 +3,11 @@
 
     python tools/train_all_quick.py --iterations 800 --output output/all_quick
     python tools/train_all_quick.py --only dn_detr dino --num-gpus 1
+    python tools/train_all_quick.py --backbone output/quick/dn_deformable/model_final.pth
 
-Same seed, same data, same number of iterations for all. Writes results.md, results.json and
-curves.png; a run that is complete already is not repeated.
+Same seed, same data, same number of iterations for all. With --backbone all of them start from the
+backbone of that detector, as published ones start from ImageNet's. Writes results.md, results.json
+and curves.png; a run that is complete already is not repeated.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 from plot_training import read_metrics, series
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +35,10 @@ PAIRS = {
     "SMCA": ("smca", "dn_smca"),
     "Deformable DETR, refined": ("deformable_detr_refine", "dn_deformable_detr_refine"),
     "DAB-Deformable": ("dab_deformable", "dn_deformable"),
-    "DAB-Deformable, encoder only": ("dab_deformable_encoder_only", "dn_deformable_encoder_only"),
+    "DAB-Deformable, encoder only": (
+        "dab_deformable_encoder_only",
+        "dn_deformable_encoder_only",
+    ),
     "DINO": ("dino_no_dn", "dino"),
 }
 """Page -> its plain and its denoised configuration in configs/quick/."""
@@ -41,7 +47,17 @@ WITHOUT_DENOISING = {"dino_no_dn": ("dino", ["MODEL.DN_DETR.DENOISING.ENABLED", 
 """Plain variants that have no configuration of their own: (configuration, overrides)."""
 
 
-def train(name: str, output: Path, iterations: int, num_gpus: int) -> dict[int, dict]:
+def save_backbone(checkpoint: Path, path: Path) -> Path:
+    """Write what `checkpoint` holds of its backbone, and nothing else, to `path`."""
+    model = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": {k: v for k, v in model.items() if k.startswith("backbone.")}}, path)
+    return path
+
+
+def train(
+    name: str, output: Path, iterations: int, num_gpus: int, weights: Path | None
+) -> dict[int, dict]:
     """metrics.json of a run of configuration `name`, trained now unless it is there."""
     folder = output / name
     if not (folder / "model_final.pth").is_file():
@@ -49,9 +65,20 @@ def train(name: str, output: Path, iterations: int, num_gpus: int) -> dict[int, 
         command = [
             *(sys.executable, "train_net.py", "--num-gpus", str(num_gpus)),
             *("--config-file", f"configs/quick/{config}.yaml", *overrides),
-            *("SOLVER.MAX_ITER", str(iterations), "SOLVER.STEPS", f"({iterations * 5 // 6},)"),
-            *("TEST.EVAL_PERIOD", str(iterations // 4), "SOLVER.CHECKPOINT_PERIOD", "1000000"),
+            *(
+                "SOLVER.MAX_ITER",
+                str(iterations),
+                "SOLVER.STEPS",
+                f"({iterations * 5 // 6},)",
+            ),
+            *(
+                "TEST.EVAL_PERIOD",
+                str(iterations // 4),
+                "SOLVER.CHECKPOINT_PERIOD",
+                "1000000",
+            ),
             *("OUTPUT_DIR", str(folder.resolve())),
+            *("MODEL.WEIGHTS", str(weights.resolve()) if weights else ""),
         ]
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "console.txt", "w") as console:
@@ -64,7 +91,10 @@ def train(name: str, output: Path, iterations: int, num_gpus: int) -> dict[int, 
 def write(results: dict[str, dict[str, dict[int, float]]], output: Path) -> None:
     """results: page -> {"plain", "denoised"} -> iteration -> AP50."""
     (output / "results.json").write_text(json.dumps(results, indent=1))
-    lines = ["| page | iterations | AP50 plain | AP50 denoised | gain |", "|---|---|---|---|---|"]
+    lines = [
+        "| page | iterations | AP50 plain | AP50 denoised | gain |",
+        "|---|---|---|---|---|",
+    ]
     for page, runs in results.items():
         last = max(runs["plain"])
         plain, denoised = runs["plain"][last], runs["denoised"][last]
@@ -74,7 +104,11 @@ def write(results: dict[str, dict[str, dict[int, float]]], output: Path) -> None
     columns = min(3, len(results))
     rows = -(-len(results) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False, constrained_layout=True
+        rows,
+        columns,
+        figsize=(4 * columns, 3 * rows),
+        squeeze=False,
+        constrained_layout=True,
     )
     for axis, (page, runs) in zip(axes.flat, results.items(), strict=False):
         for style, (label, points) in zip(("o--", "o-"), runs.items(), strict=True):
@@ -94,16 +128,21 @@ def main() -> None:
     parser.add_argument("--num-gpus", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--output", type=Path, default=Path("output/all_quick"))
+    parser.add_argument(
+        "--backbone", type=Path, help="checkpoint of a quick detector to start from"
+    )
     parser.add_argument("--only", nargs="+", help="configurations; their pages are trained")
     args = parser.parse_args()
     pages = {
         page: pair for page, pair in PAIRS.items() if not args.only or set(args.only) & set(pair)
     }
 
+    weights = save_backbone(args.backbone, args.output / "backbone.pth") if args.backbone else None
+
     def ap50(name: str) -> dict[int, float]:
-        metrics = train(name, args.output, args.iterations, args.num_gpus)
+        metrics = train(name, args.output, args.iterations, args.num_gpus, weights)
         x, y = series(metrics, "bbox/AP50")
-        points = {iteration + 1: value for iteration, value in zip(x, y, strict=True)}
+        points = {min(i + 1, args.iterations): ap for i, ap in zip(x, y, strict=True)}
         print(f"{name}: {points}", flush=True)
         return points
 

@@ -10,7 +10,7 @@ from dn_detr.assists.groups import Groups
 from dn_detr.assists.hybrid import Hybrid
 from dn_detr.layers.content import QueryContent
 from dn_detr.losses.criterion import Criterion
-from dn_detr.losses.terms import Focal, GIoU, L1, Softmax
+from dn_detr.losses.terms import L1, Focal, GIoU, Softmax
 from dn_detr.methods import METHODS
 from dn_detr.models.detr import DETR
 from dn_detr.models.numbers import Numbers

@@ -14,14 +14,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import dn_detr.d2  # noqa: F401, I001  (before all others: it says how to install it)
-
 import numpy as np
 import torch
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from PIL import Image, ImageOps
 
+import dn_detr.d2  # noqa: F401, I001  (before all others: it says how to install it)
 from dn_detr.d2.coco_check import UNREADABLE, reason
 from dn_detr.d2.saved_detector import load_detector
 from dn_detr.errors import InputError

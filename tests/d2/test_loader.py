@@ -10,8 +10,8 @@ import pytest
 import torch
 from detectron2.engine import SimpleTrainer
 
-from dn_detr.errors import InputError
 from dn_detr.d2.loader import TrainLoader
+from dn_detr.errors import InputError
 
 
 def noisy_mapper(record):

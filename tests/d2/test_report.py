@@ -10,9 +10,9 @@ from PIL import Image
 
 from dn_detr.d2 import add_dn_detr_config, coco_check, records
 from dn_detr.d2.datasets import prepare
-from dn_detr.errors import InputError
 from dn_detr.d2.loader import build_test_loader, build_train_loader
 from dn_detr.d2.report import check_datasets
+from dn_detr.errors import InputError
 
 
 @pytest.fixture(autouse=True)

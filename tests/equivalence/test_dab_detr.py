@@ -6,9 +6,9 @@ from argparse import Namespace
 
 import pytest
 import torch
-from torch import nn
 from compare import compare, compare_losses
 from peers import GivenFeatures, layers_of, objects, randomize
+from torch import nn
 
 from dn_detr.build import Denoising, build_model
 from dn_detr.models.numbers import Numbers

@@ -78,7 +78,7 @@ def test_gradients_equal_finite_differences(attend):
         cells = locations * sides[:, None] - 0.5
         cells = cells.floor() + 0.2 + 0.6 * (cells - cells.floor())
         locations = ((cells + 0.5) / sides[:, None]).requires_grad_()
-    torch.autograd.gradcheck(lambda v, l, w: function(v, shapes, l, w), (value, locations, weights))
+    torch.autograd.gradcheck(lambda v, x, w: function(v, shapes, x, w), (value, locations, weights))
 
 
 def test_many_queries_are_all_computed(attend):

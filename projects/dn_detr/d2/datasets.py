@@ -11,8 +11,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 
 from dn_detr.d2.coco_check import check_categories, read_json
-from dn_detr.errors import InputError
 from dn_detr.data.drawing import CLASSES
+from dn_detr.errors import InputError
 
 
 def prepare(cfg, eval_only: bool = False) -> None:
@@ -38,7 +38,9 @@ def dataset_names(cfg, eval_only: bool = False) -> list[str]:
 
 
 def _load_shapes(folder: Path, name: str) -> list[dict]:
-    from dn_detr.data.shapes import generate  # here, for `python -m dn_detr.data.shapes` to be clean
+    from dn_detr.data.shapes import (
+        generate,  # here, for `python -m dn_detr.data.shapes` to be clean
+    )
 
     generate(folder.parent, name.removeprefix("shapes_"))
     return load_coco_json(str(folder / "annotations.json"), str(folder / "images"), name)

@@ -20,8 +20,8 @@ from detectron2.utils import comm
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from dn_detr.d2 import records
-from dn_detr.errors import InputError
 from dn_detr.d2.mapper import DetrMapper
+from dn_detr.errors import InputError
 
 logger = logging.getLogger(__name__)
 

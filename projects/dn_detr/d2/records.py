@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
@@ -83,7 +83,7 @@ def load(name: str, *, check: str = "full", with_masks: bool = False) -> LoadedD
     return _load(name, DatasetCatalog[name], tuple(names), check == "full", with_masks)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(name, load_records, names, is_checked, with_masks) -> LoadedDataset:
     """`load_records` is the catalog's function, so that a name given anew is loaded anew."""
     metadata = MetadataCatalog.get(name)

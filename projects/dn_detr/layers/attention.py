@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dn_detr.ops.deformable_attention import deformable_attention
 from dn_detr.layers.attend import Visibility, attend
 from dn_detr.layers.init import xavier_fused_
+from dn_detr.ops.deformable_attention import deformable_attention
 from dn_detr.structures import Memory
 
 
