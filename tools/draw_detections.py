@@ -1,56 +1,51 @@
 #!/usr/bin/env python
 """Draw ground truth beside the detections of a trained model, for some images of its test set.
 
-    python tools/draw_detections.py --config-file output/demo/config.yaml --output detections.png
+python tools/draw_detections.py --output detections.png MODEL.WEIGHTS output/demo/model_final.pth
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
-from detectron2.engine import DefaultPredictor
-from detectron2.utils.visualizer import ColorMode, Visualizer
 
-from dn_detr.d2.config import read_config
+from dn_detr import Detector
+from dn_detr.d2 import records
 from dn_detr.d2.datasets import prepare
+from dn_detr.d2.drawing import draw_found, draw_record
+from dn_detr.d2.saved_detector import read_saved_config, weights_named
+from dn_detr.detector import to_pixels
+from dn_detr.errors import InputError
 
 
-def draw(cfg: CfgNode, *, num_images: int, threshold: float, output: Path) -> None:
-    """A row for each image: what is there, and what was found with at least `threshold`."""
-    name = cfg.DATASETS.TEST[0]
-    predictor, metadata = DefaultPredictor(cfg), MetadataCatalog.get(name)
-    samples = DatasetCatalog.get(name)
-    samples = samples[:: max(1, len(samples) // num_images)][:num_images]
-    columns = 2 if num_images > 3 else 1
-    rows = -(-num_images // columns)
+def draw(cfg: CfgNode, detector: Detector, *, num_images: int, output: Path) -> None:
+    """A row for each image: what is there, and what the detector has found."""
+    loaded = records.load(cfg.DATASETS.TEST[0], check="off")
+    step = max(1, len(loaded.records) // num_images)
+    chosen = [loaded.records[i] for i in range(0, len(loaded.records), step)][:num_images]
+    columns = 2 if len(chosen) > 3 else 1
+    rows = -(-len(chosen) // columns)
     figure, axes = plt.subplots(
         rows, 2 * columns, figsize=(6 * columns, 3 * rows), squeeze=False, constrained_layout=True
     )
     for axis in axes.flat:
         axis.axis("off")
-    for index, sample in enumerate(samples):
-        image = detection_utils.read_image(sample["file_name"], "BGR")
-        found = predictor(image)["instances"].to("cpu")
-        found = found[found.scores >= threshold]
-
-        def canvas():
-            scale = max(1.0, 480 / max(image.shape[:2]))
-            return Visualizer(image[:, :, ::-1], metadata, scale, ColorMode.IMAGE)
-
-        truth = [{k: v for k, v in a.items() if k != "segmentation"} for a in sample["annotations"]]
-        drawn = canvas().draw_dataset_dict({**sample, "annotations": truth}).get_image()
-        guess = canvas().draw_instance_predictions(found).get_image()
+    for index, record in enumerate(chosen):
+        image = to_pixels(record["file_name"], "RGB")
+        found = detector(image, channel_order="RGB")
         row, column = divmod(index, columns)
         for offset, (picture, title) in enumerate(
-            [(drawn, "ground truth"), (guess, f"detections, score >= {threshold:g}")]
+            [
+                (draw_record(image, record, loaded.class_names), "ground truth"),
+                (draw_found(image, found), f"detections, score >= {detector.threshold:g}"),
+            ]
         ):
             axis = axes[row, 2 * column + offset]
             axis.imshow(picture)
@@ -60,24 +55,27 @@ def draw(cfg: CfgNode, *, num_images: int, threshold: float, output: Path) -> No
     plt.close(figure)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config-file", required=True, help="config.yaml of the trained run")
+    parser.add_argument("--config-file", help="for checkpoints that do not know it")
     parser.add_argument("--output", type=Path, default=Path("detections.png"))
     parser.add_argument("--num-images", type=int, default=6)
     parser.add_argument("--confidence-threshold", type=float, default=0.3)
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs, e.g. MODEL.WEIGHTS model.pth")
-    args = parser.parse_args()
-    cfg = read_config(args.config_file, args.opts)
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    prepare(cfg, eval_only=True)
-    draw(
-        cfg,
-        num_images=args.num_images,
-        threshold=args.confidence_threshold,
-        output=args.output,
-    )
+    args = parser.parse_args(arguments)
+    try:
+        path = weights_named(args.config_file, args.opts)
+        cfg, _ = read_saved_config(path, config_file=args.config_file, opts=args.opts)
+        prepare(cfg, eval_only=True)
+        detector = Detector.from_checkpoint(
+            path,
+            config_file=args.config_file,
+            opts=args.opts,
+            threshold=args.confidence_threshold,
+        )
+        draw(cfg, detector, num_images=args.num_images, output=args.output)
+    except InputError as error:
+        sys.exit(f"draw_detections.py: {error}")
     print(f"wrote {args.output}")
 
 

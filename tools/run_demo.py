@@ -31,11 +31,10 @@ def main() -> None:
         run("examples/plain_pytorch.py", "--output", str(OUTPUT / "detections.png"))
         return
     run("train_net.py", "--config-file", CONFIG, "OUTPUT_DIR", str(OUTPUT))
-    config, weights = OUTPUT / "config.yaml", OUTPUT / "model_final.pth"
     run(
         "tools/draw_detections.py",
-        *("--config-file", str(config), "--output", str(OUTPUT / "detections.png")),
-        *("MODEL.WEIGHTS", str(weights)),
+        *("--output", str(OUTPUT / "detections.png")),
+        *("MODEL.WEIGHTS", str(OUTPUT / "model_final.pth")),
     )
     run("tools/plot_training.py", str(OUTPUT), "--output", str(OUTPUT / "curves.png"))
 

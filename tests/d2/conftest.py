@@ -26,13 +26,24 @@ TINY = """
 """What makes the quick configuration train at tens of iterations a second."""
 
 
-@pytest.fixture(scope="session")
-def train_net():
-    """train_net.py as a module."""
-    spec = importlib.util.spec_from_file_location("train_net", ROOT / "train_net.py")
+def program(path: str):
+    """A program beside the package as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def train_net():
+    """train_net.py as a module."""
+    return program("train_net.py")
+
+
+@pytest.fixture(scope="session")
+def tool():
+    """tool("demo") is tools/demo.py as a module."""
+    return lambda name: program(f"tools/{name}.py")
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,17 @@ def description_in(path: str) -> dict | None:
     return about if isinstance(about, dict) else None
 
 
+def weights_named(config_file: str | None, opts: list[str]) -> str:
+    """MODEL.WEIGHTS of the command line of a tool: of the pairs `opts`, else of the file."""
+    pairs = dict(zip(opts[::2], opts[1::2], strict=False))
+    path = pairs.get("MODEL.WEIGHTS", "")
+    if not path and config_file is not None:
+        path = read_config(config_file, list(opts)).MODEL.WEIGHTS
+    if not path:
+        raise InputError("name the checkpoint as MODEL.WEIGHTS, e.g. MODEL.WEIGHTS model.pth.")
+    return path
+
+
 def read_saved_config(
     path: str,
     *,
@@ -93,12 +104,14 @@ def load_detector(
     names: list[str] = (),
     device: str | None = None,
 ) -> SavedDetector:
-    """The detector of a checkpoint, in evaluation mode on `device`, a GPU where there is one.
-
-    The other arguments are those of `read_saved_config`.
+    """The detector of a checkpoint, in evaluation mode on `device`: None is the MODEL.DEVICE of
+    `opts`, or else a GPU if there is one. The other arguments are those of `read_saved_config`.
     """
     cfg, names = read_saved_config(path, config_file=config_file, opts=opts, names=names)
-    cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is not None:
+        cfg.MODEL.DEVICE = device
+    elif "MODEL.DEVICE" not in opts:
+        cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     cfg.MODEL.DN_DETR.BACKBONE_PRETRAINED = False  # the checkpoint holds the backbone
     cfg.freeze()
     model = Trainer.build_model(cfg).eval()

@@ -1,0 +1,62 @@
+"""Boxes with names over images, by Detectron2's visualizer, in colours that follow the class."""
+
+from __future__ import annotations
+
+import numpy as np
+from detectron2.structures import BoxMode
+from detectron2.utils.colormap import colormap
+from detectron2.utils.visualizer import Visualizer
+
+_SHORTEST_SIDE = 480  # pixels; smaller images are drawn enlarged, or names would hide them
+
+
+def class_color(label: int) -> tuple[float, float, float]:
+    """The colour of a class, RGB in [0, 1]: always the same, and different among the first 74."""
+    colors = colormap(rgb=True, maximum=1)
+    red, green, blue = colors[label % len(colors)]
+    return float(red), float(green), float(blue)
+
+
+def draw_boxes(
+    image: np.ndarray,
+    boxes_xyxy_px: np.ndarray,
+    captions: list[str] | None,
+    colors: list,
+    *,
+    enlarges: bool = True,
+) -> np.ndarray:
+    """Boxes [N, 4] with N captions and N colours over an image, both uint8 RGB [height, width, 3].
+
+    Captions None: no text. Small images come back enlarged if `enlarges`, others in their own size.
+    """
+    scale = max(1.0, _SHORTEST_SIDE / min(image.shape[:2])) if enlarges else 1.0
+    canvas = Visualizer(image, scale=scale)
+    canvas.overlay_instances(
+        boxes=np.asarray(boxes_xyxy_px, np.float64).reshape(-1, 4),
+        labels=captions,
+        assigned_colors=colors,
+    )
+    return canvas.output.get_image()
+
+
+def draw_found(image: np.ndarray, found, *, enlarges: bool = True) -> np.ndarray:
+    """What a `Detector` has found in an image: boxes with class and score."""
+    captions = [
+        f"{name} {score:.0%}" for name, score in zip(found.class_names, found.scores, strict=True)
+    ]
+    colors = [class_color(label) for label in found.labels]
+    return draw_boxes(image, found.boxes_xyxy_px, captions, colors, enlarges=enlarges)
+
+
+def draw_record(image: np.ndarray, record: dict, class_names: list[str]) -> np.ndarray:
+    """The ground truth of a record of `records.load`: boxes with class names, crowd regions named
+    as such."""
+    annotations = record["annotations"]
+    boxes = [
+        BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations
+    ]
+    captions = [
+        f"{class_names[a['category_id']]}{' (crowd)' if a.get('iscrowd', 0) else ''}"
+        for a in annotations
+    ]
+    return draw_boxes(image, boxes, captions, [class_color(a["category_id"]) for a in annotations])
