@@ -1,6 +1,6 @@
 import traceback
 
-from dn_detr.errors import InputError, sentence_in
+from dn_detr.errors import InputError, NotFinite, sentence_in
 
 
 def _traceback_of_a_chained_error():
@@ -23,3 +23,11 @@ def test_message_made_from_a_worker_s_traceback_is_the_sentence_alone():
 def test_text_without_an_input_error_has_no_sentence():
     assert sentence_in("ValueError: x") is None
     assert str(InputError("x")) == "x"
+
+
+def test_a_loss_that_is_not_finite_is_an_error_with_a_sentence():
+    try:
+        raise NotFinite("loss_box is not finite.")
+    except FloatingPointError:
+        text = traceback.format_exc()
+    assert sentence_in(text) == "loss_box is not finite."

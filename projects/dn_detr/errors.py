@@ -1,6 +1,8 @@
 """The one exception for input that is at fault: data, file names and config values of the user."""
 
-_MARK = "dn_detr.errors.InputError: "
+import re
+
+_MARK = re.compile(r"dn_detr\.errors\.\w+: ")
 
 
 def sentence_in(text):
@@ -8,9 +10,8 @@ def sentence_in(text):
 
     Errors that cross a process border (DataLoader workers, `launch`) arrive as such text.
     """
-    if _MARK not in text:
-        return None
-    return text.rpartition(_MARK)[2].strip().splitlines()[0]
+    parts = _MARK.split(text)
+    return parts[-1].strip().splitlines()[0] if len(parts) > 1 else None
 
 
 class InputError(ValueError):
@@ -23,3 +24,7 @@ class InputError(ValueError):
 
     def __init__(self, sentence):
         super().__init__(sentence_in(sentence) or sentence)
+
+
+class NotFinite(InputError, FloatingPointError):
+    """A loss of a training was not a finite number; the sentence says where, and what to do."""

@@ -8,10 +8,10 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from samples import sample
 
-from dn_detr.d2.meta_arch import num_objects
 from dn_detr.d2.optimizer import build_optimizer
 from dn_detr.d2.train_step import TrainStep
 from dn_detr.d2.trainer import across_processes
+from dn_detr.d2.whole_batch import whole_batch
 
 
 def train_with_an_empty_rank(rank: int, folder: Path, cfg) -> None:
@@ -24,8 +24,10 @@ def train_with_an_empty_rank(rank: int, folder: Path, cfg) -> None:
     torch.manual_seed(rank)  # DistributedDataParallel must give both the weights of rank 0
     model = across_processes(build_model(cfg))
     batch = [sample(0, 3), sample(1, 1)] if rank == 0 else [sample(2, 0), sample(3, 0)]
-    step = TrainStep(model, [batch] * 3, build_optimizer(cfg, model), precision=None, seed=0)
-    seen = {"normaliser": float(num_objects(model.module.targets(batch)))}
+    step = TrainStep(
+        model, [batch] * 3, build_optimizer(cfg, model), precision=None, seed=0, num_parts=2
+    )
+    seen = {"normaliser": float(whole_batch(batch, torch.device("cpu")).num_objects)}
     with EventStorage() as storage:
         for step.iter in range(2):
             step.run_step()

@@ -15,6 +15,9 @@ def add_training_config(cfg: CfgNode) -> None:
     # and reference points.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     cfg.SOLVER.SAMPLING_MULTIPLIER = 0.1
+    # Computes the IMS_PER_BATCH images of a step in so many parts, one after the other: less memory,
+    # the same gradients to float rounding (but for batch norm and dropout, which see the parts).
+    cfg.SOLVER.ACCUMULATE = 1
     # Mixed precision: "bfloat16" or "float16"; switched on by SOLVER.AMP.ENABLED.
     cfg.SOLVER.AMP.PRECISION = "bfloat16"
     # A moving average of the weights, evaluated beside them (metrics "ema/bbox/AP", ...) and saved

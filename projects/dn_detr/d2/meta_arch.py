@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dn_detr.build import Denoising, HybridMatching, build_criterion, build_model
 from dn_detr.d2.convert import noise_key, to_instances, to_target
+from dn_detr.d2.whole_batch import Whole, whole_batch
 from dn_detr.losses.assign import Costs, assign
 from dn_detr.losses.criterion import Criterion
 from dn_detr.models.detr import DETR
@@ -140,8 +141,13 @@ class DenoisingDETR(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
-        images, padding = self.preprocess(batched_inputs)
+    def forward(
+        self, batched_inputs: list[dict], whole: Whole | None = None
+    ) -> dict[str, Tensor] | list[dict]:
+        """whole: the batch that these are a part of in training; None: they are all of it."""
+        if self.training and whole is None:
+            whole = whole_batch(batched_inputs, self.device)
+        images, padding = self.preprocess(batched_inputs, whole)
         features = self.backbone(images.tensor)
         features = [features[name] for name in self.in_features]
         if not self.training:
@@ -158,18 +164,24 @@ class DenoisingDETR(nn.Module):
                     detections, images.image_sizes, batched_inputs, strict=True
                 )
             ]
-        targets = self.targets(batched_inputs)
+        targets = self.targets(batched_inputs, whole)
         predictions = self.core(features, padding, targets)
         assignments = assign(predictions, targets, self.costs)
-        return self.criterion(predictions, targets, assignments, num_objects(targets))
+        return self.criterion(predictions, targets, assignments, whole.num_objects)
 
-    def preprocess(self, batched_inputs: list[dict]) -> tuple[ImageList, Tensor]:
-        """Normalised images, padded to one canvas, and its padding [B, H, W] (True = padding)."""
+    def preprocess(
+        self, batched_inputs: list[dict], whole: Whole | None = None
+    ) -> tuple[ImageList, Tensor]:
+        """Normalised images, padded to one canvas, that of the whole batch where there is one, and
+        its padding [B, H, W] (True = padding)."""
         images = [
             (sample["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
             for sample in batched_inputs
         ]
-        images = ImageList.from_tensors(images, self.backbone.size_divisibility)
+        divisor = self.backbone.size_divisibility
+        images = ImageList.from_tensors(images, divisor)
+        if whole is not None:
+            images = ImageList(whole.pad(images.tensor, divisor), images.image_sizes)
         padding = torch.ones(
             images.tensor.shape[0], *images.tensor.shape[-2:], dtype=torch.bool, device=self.device
         )
@@ -177,8 +189,9 @@ class DenoisingDETR(nn.Module):
             padding[image, :height, :width] = False
         return images, padding
 
-    def targets(self, batched_inputs: list[dict]) -> Targets:
-        """Ground truth of a training batch, with noise keys for the current iteration."""
+    def targets(self, batched_inputs: list[dict], whole: Whole | None = None) -> Targets:
+        """Ground truth of a training batch, with noise keys for the current iteration, padded to as
+        many objects as the whole batch where there is one."""
         iteration = get_event_storage().iter if has_event_storage() else 0
         targets = [
             to_target(
@@ -188,7 +201,10 @@ class DenoisingDETR(nn.Module):
             )
             for position, sample in enumerate(batched_inputs)
         ]
-        return pad_targets(targets, self.pad_objects_to).to(self.device)
+        multiple_of = self.pad_objects_to
+        if whole is not None:  # rounding a part up to the slots of the whole gives just these
+            multiple_of *= -(-whole.most_objects // multiple_of)
+        return pad_targets(targets, multiple_of).to(self.device)
 
 
 def scale_to_output(instances, sample: dict):
@@ -196,13 +212,3 @@ def scale_to_output(instances, sample: dict):
     height = sample.get("height", instances.image_size[0])
     width = sample.get("width", instances.image_size[1])
     return detector_postprocess(instances, height, width)
-
-
-def num_objects(targets: Targets) -> float | Tensor:
-    """Objects in a rank's batch, averaged over the ranks, at least 1: the losses' normaliser."""
-    count = float(sum(targets.counts))
-    if comm.get_world_size() > 1:
-        total = torch.tensor([count], device=targets.labels.device)
-        torch.distributed.all_reduce(total)
-        return (total[0] / comm.get_world_size()).clamp(min=1)
-    return max(count, 1.0)

@@ -1,8 +1,10 @@
 """One training iteration: Detectron2's SimpleTrainer with mixed precision on any device, one copy
-of all losses to the host instead of one each, and random numbers that follow from the iteration."""
+of all losses to the host instead of one each, batches that are computed in parts, and random numbers
+that follow from the iteration."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 
@@ -10,8 +12,11 @@ import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+from torch.nn.parallel import DistributedDataParallel
 
-from dn_detr.errors import InputError
+from dn_detr.d2.evidence import Evidence
+from dn_detr.d2.whole_batch import Whole, whole_batch
+from dn_detr.errors import InputError, NotFinite
 from dn_detr.losses.criterion import summarize
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,10 +27,21 @@ class TrainStep(SimpleTrainer):
 
     precision: "bfloat16", "float16" (with loss scaling) or None for float32. seed: random numbers
     drawn on the device (dropout) are seeded by (seed, iteration, rank), so that a resumed training
-    draws the same.
+    draws the same. num_parts: the batch of this process is computed in so many parts, one after the
+    other, with the gradients of the whole. evidence: keeps what reproduces a loss that is not finite.
     """
 
-    def __init__(self, model, data_loader, optimizer, *, precision: str | None, seed: int):
+    def __init__(
+        self,
+        model,
+        data_loader,
+        optimizer,
+        *,
+        precision: str | None,
+        seed: int,
+        num_parts: int = 1,
+        evidence: Evidence | None = None,
+    ):
         super().__init__(model, data_loader, optimizer)
         if precision is not None and precision not in PRECISIONS:
             raise InputError(
@@ -33,6 +49,8 @@ class TrainStep(SimpleTrainer):
             )
         self.precision = PRECISIONS.get(precision)
         self.seed = seed
+        self.num_parts = num_parts
+        self.evidence = evidence
         self.device = next(model.parameters()).device
         self.grad_scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.precision == torch.float16
@@ -43,31 +61,57 @@ class TrainStep(SimpleTrainer):
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
 
-        torch.manual_seed(hash((self.seed, self.iter, comm.get_rank())) & 0x7FFFFFFF)
-        with torch.autocast(
-            self.device.type, dtype=self.precision, enabled=self.precision is not None
-        ):
-            try:
-                losses = self.model(data)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"{error}, {self.whereabouts(data)}") from error
-        total = torch.stack(list(losses.values())).sum()
+        torch.manual_seed(self.device_seed())
+        whole = whole_batch(data, self.device)
         self.optimizer.zero_grad()
-        self.grad_scaler.scale(total).backward()
+        losses = self.backward(data, whole)
         self.after_backward()
-        self.report(losses, data, data_time)
+        self.report(losses, data, whole, data_time)
         self.grad_scaler.unscale_(self.optimizer)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
-    def report(self, losses: dict, data: list[dict], data_time: float) -> None:
+    def device_seed(self) -> int:
+        """Where this process's random numbers of this iteration come from."""
+        return hash((self.seed, self.iter, comm.get_rank())) & 0x7FFFFFFF
+
+    def backward(self, data: list[dict], whole: Whole) -> dict[str, torch.Tensor]:
+        """Add up the gradients of all parts of the batch; returns its losses."""
+        losses: dict[str, torch.Tensor] = {}
+        size = len(data) // self.num_parts
+        for part in range(self.num_parts):
+            is_last = part == self.num_parts - 1
+            wait = contextlib.nullcontext()
+            if not is_last and isinstance(self.model, DistributedDataParallel):
+                wait = self.model.no_sync()  # the processes add their gradients up once
+            with wait:
+                some = self.forward(data[part * size : (part + 1) * size], whole, data)
+                total = torch.stack(list(some.values())).sum()
+                self.grad_scaler.scale(total).backward()
+            for name, value in some.items():
+                value = value.detach().float()
+                losses[name] = losses[name] + value if name in losses else value
+        return losses
+
+    def forward(self, part: list[dict], whole: Whole, data: list[dict]) -> dict:
+        """Losses of a part of the batch `data`; NotFinite where matching meets no finite numbers."""
+        with torch.autocast(
+            self.device.type, dtype=self.precision, enabled=self.precision is not None
+        ):
+            try:
+                return self.model(part, whole)
+            except FloatingPointError as error:
+                raise NotFinite(
+                    f"{error}, {self.whereabouts(part)}; {self.advice(data, whole)}"
+                ) from error
+
+    def report(self, losses: dict, data: list[dict], whole: Whole, data_time: float) -> None:
         """Put the losses, averaged over the ranks, into the event storage.
 
-        FloatingPointError on every rank if one is not finite, before the optimizer has used its
-        gradients.
+        NotFinite on every rank if one or the gradient is not finite, before the optimizer uses it.
         """
-        names = list(losses)
-        own = torch.stack([losses[name].detach().float() for name in names])
+        names = [*losses, "grad_norm"]
+        own = torch.stack([*losses.values(), self.gradient_norm()])
         own = torch.cat((own, own.new_full((1,), data_time)))
         mean = own.clone()
         if comm.get_world_size() > 1:
@@ -75,24 +119,51 @@ class TrainStep(SimpleTrainer):
             mean /= comm.get_world_size()
         own, (*mean, data_time) = torch.stack((own, mean)).tolist()
         losses = dict(zip(names, mean, strict=True))
-        if not all(map(math.isfinite, mean)):
-            where = self.whereabouts(data)
+        broken = [name for name, value in losses.items() if not math.isfinite(value)]
+        norm = losses.pop("grad_norm")
+        if self.grad_scaler.is_enabled() and broken == ["grad_norm"]:
+            broken = []  # gradient scaling skips such a step and takes a smaller scale
+        if broken:
+            where = f"{self.whereabouts(data)}; {self.advice(data, whole)}"
             if all(map(math.isfinite, own)):
                 where = f"in iteration {self.iter}, but not from rank {comm.get_rank()}"
-            broken = [name for name, value in losses.items() if not math.isfinite(value)]
-            raise FloatingPointError(
-                f"not finite: {', '.join(broken)}, {where}; all losses: {losses}"
-            )
+            raise NotFinite(f"not finite: {', '.join(broken)}, {where}; all losses: {losses}")
         storage = get_event_storage()
-        storage.put_scalar("data_time", data_time)
+        storage.put_scalars(data_time=data_time, grad_norm=norm)
         storage.put_scalar("total_loss", sum(losses.values()))
         storage.put_scalars(**losses)
         storage.put_scalars(**summarize(losses))
 
+    def gradient_norm(self) -> torch.Tensor:
+        """Of all gradients together, before clipping; a scalar."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).float()
+        return norm / self.grad_scaler.get_scale()
+
     def whereabouts(self, data: list[dict]) -> str:
         """Iteration and images of this rank's batch, for messages."""
-        images = [sample.get("image_id", sample.get("file_name")) for sample in data]
-        return f"in iteration {self.iter}, from the images {images} of rank {comm.get_rank()}"
+        images = [
+            " ".join(str(sample[key]) for key in ("image_id", "file_name") if key in sample)
+            for sample in data
+        ]
+        rank = comm.get_rank()
+        return f"in iteration {self.iter}, from the images [{', '.join(images)}] of rank {rank}"
+
+    def advice(self, data: list[dict], whole: Whole) -> str:
+        """Keeps the evidence, and says where."""
+        if self.evidence is None:
+            return "a smaller learning rate or float32 may help"
+        path = self.evidence.keep(
+            self.model.module if isinstance(self.model, DistributedDataParallel) else self.model,
+            data,
+            iteration=self.iter,
+            rank=comm.get_rank(),
+            seed=self.seed,
+            device_seed=self.device_seed(),
+            num_objects=float(whole.num_objects),
+            num_parts=self.num_parts,
+        )
+        return f"python tools/replay_not_finite.py {path} computes it again"
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}

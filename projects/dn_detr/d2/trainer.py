@@ -18,11 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from dn_detr.d2.checkpoint import Checkpointer, describe
 from dn_detr.d2.ema import KEY as EMA
 from dn_detr.d2.ema import FollowWeights, MovingAverage
+from dn_detr.d2.evidence import Evidence
 from dn_detr.d2.loader import build_test_loader, build_train_loader
 from dn_detr.d2.optimizer import build_optimizer
 from dn_detr.d2.train_step import TrainStep
+from dn_detr.d2.whole_batch import num_parts
 from dn_detr.d2.writers import ProgressBar, ProgressLines
-from dn_detr.errors import InputError
+from dn_detr.errors import InputError, NotFinite
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ class Trainer(DefaultTrainer):
             optimizer,
             precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else None,
             seed=loader.seed,
+            num_parts=num_parts(cfg),
+            evidence=Evidence(cfg.OUTPUT_DIR, cfg.dump()),
         )
         self.checkpointer = Checkpointer(
             model,
@@ -118,7 +122,11 @@ class Trainer(DefaultTrainer):
 
     def train(self):
         logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_input_error)
-        return super().train()
+        try:
+            return super().train()
+        except NotFinite as error:
+            logger.error(str(error))
+            raise
 
     @classmethod
     def build_model(cls, cfg) -> nn.Module:

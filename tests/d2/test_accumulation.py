@@ -1,0 +1,86 @@
+"""A batch computed in parts is the batch computed at once."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from samples import sample
+
+from dn_detr.d2.optimizer import build_optimizer
+from dn_detr.d2.train_step import TrainStep
+from dn_detr.d2.whole_batch import Whole
+
+FROZEN = (
+    *("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.WIDTH_PER_GROUP", 8),
+    *("MODEL.RESNETS.NORM", "FrozenBN"),
+)
+
+
+def unequal_batch() -> list[dict]:
+    """Unequal in size and in objects: one image has none, and the first part has few."""
+    sizes = [(64, 96, 1), (96, 64, 0), (64, 64, 5), (32, 96, 2)]
+    return [sample(i, n, height=h, width=w) for i, (h, w, n) in enumerate(sizes)]
+
+
+def gradients_and_losses(cfg, num_parts):
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    step = TrainStep(
+        model,
+        [unequal_batch()],
+        build_optimizer(cfg, model),
+        precision=None,
+        seed=0,
+        num_parts=num_parts,
+    )
+    step.iter = 3
+    with EventStorage(start_iter=3) as storage:
+        step.run_step()
+        losses = {name: value for name, (value, _) in storage.latest().items()}
+    del losses["data_time"]
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, losses
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        (),
+        # As many groups as fit: their number follows from the fullest image of the whole batch.
+        ("MODEL.DN_DETR.DENOISING.NUM_GROUPS", 0, "MODEL.DN_DETR.DENOISING.MAX_OBJECTS", 12),
+        ("MODEL.DN_DETR.METHOD", "dab_detr", "MODEL.DN_DETR.PAD_OBJECTS_TO", 4),
+    ],
+)
+def test_parts_have_the_losses_and_gradients_of_the_whole(tiny_config, opts):
+    cfg = tiny_config(*FROZEN, *opts)
+    whole, losses = gradients_and_losses(cfg, 1)
+    for num_parts in (2, 4):
+        parts, losses_of_parts = gradients_and_losses(cfg, num_parts)
+        assert losses_of_parts == pytest.approx(losses, rel=1e-4, abs=1e-6)
+        assert parts.keys() == whole.keys()
+        for name, gradient in whole.items():
+            scale = gradient.abs().max()
+            assert (parts[name] - gradient).abs().max() <= 2e-4 * scale + 1e-7, name
+
+
+def test_a_part_is_padded_like_the_whole():
+    whole = Whole(num_objects=1.0, most_objects=1, height=40, width=70)
+    images = torch.ones(1, 3, 32, 32)
+    padded = whole.pad(images, 32)
+    assert padded.shape == (1, 3, 64, 96)
+    assert padded.sum() == images.sum() and (padded[..., :32, :32] == 1).all()
+
+
+def test_a_training_in_parts_says_how_many_images_it_learns_from(run, tmp_path):
+    run("SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATE", 2, "SOLVER.MAX_ITER", 2)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "4 images for each step of the optimizer: 1 x 4 (processes x images), 2 at a time" in log
+
+
+def test_parts_of_unequal_size_are_refused(run):
+    with pytest.raises(SystemExit, match="SOLVER.ACCUMULATE must divide the 4 images .*, got 3"):
+        run("SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATE", 3)
+
+
+def test_losses_that_are_means_over_the_batch_are_refused(run):
+    with pytest.raises(SystemExit, match="SOLVER.ACCUMULATE needs MODEL.DN_DETR.LOSS.KIND 'focal'"):
+        run("SOLVER.ACCUMULATE", 2, "MODEL.DN_DETR.LOSS.KIND", "softmax")

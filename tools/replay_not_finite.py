@@ -1,0 +1,92 @@
+#!/usr/bin/env python
+"""Compute again an iteration whose loss was not finite, and name where it first went wrong.
+
+    python tools/replay_not_finite.py output/not_finite_0001234_rank0.pth
+    python tools/replay_not_finite.py output/not_finite_0001234_rank0.pth SOLVER.AMP.ENABLED False
+
+Trailing KEY VALUE pairs override the configuration of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from dn_detr.d2 import add_dn_detr_config
+from dn_detr.d2.evidence import as_sample
+from dn_detr.d2.optimizer import build_optimizer
+from dn_detr.d2.train_step import TrainStep
+from dn_detr.d2.whole_batch import whole_batch
+
+
+def watch(model: nn.Module) -> list[str]:
+    """The list that will hold the names of modules with infinite or NaN outputs, in order."""
+    broken: list[str] = []
+
+    def look(name, output):
+        values = output if isinstance(output, list | tuple) else [output]
+        if any(isinstance(value, Tensor) and not value.isfinite().all() for value in values):
+            broken.append(name)
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+    return broken
+
+
+def config_of(kept: dict, opts: list[str]) -> CfgNode:
+    cfg = get_cfg()
+    add_dn_detr_config(cfg)
+    cfg.merge_from_other_cfg(CfgNode.load_cfg(kept["config"]))
+    cfg.merge_from_list(opts)
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs")
+    args = parser.parse_args()
+    if not args.file.is_file():
+        sys.exit(f"replay_not_finite.py: there is no {args.file}")
+    kept = torch.load(args.file, map_location="cpu")
+    cfg = config_of(kept, args.opts)
+    model = build_model(cfg)
+    model.load_state_dict(kept["model"])
+    unhealthy = [name for name, value in kept["model"].items() if not value.isfinite().all()]
+    samples = [as_sample(sample) for sample in kept["samples"]]
+    step = TrainStep(
+        model,
+        [samples],
+        build_optimizer(cfg, model),
+        precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else None,
+        seed=kept["seed"],
+        num_parts=kept["num_parts"],
+    )
+    model.seed = kept["seed"]
+    step.iter = kept["iteration"]
+    whole = replace(whole_batch(samples, step.device), num_objects=kept["num_objects"])
+    broken = watch(model)
+    print(f"weights and statistics that are not finite: {unhealthy or 'none'}")
+    torch.manual_seed(kept["device_seed"])
+    with EventStorage(kept["iteration"]), torch.autograd.set_detect_anomaly(True):
+        try:
+            losses = {**step.backward(samples, whole), "grad_norm": step.gradient_norm()}
+        except (FloatingPointError, RuntimeError) as error:  # the latter from anomaly detection
+            print(str(error).splitlines()[0])
+        else:
+            print({name: float(value) for name, value in losses.items()})
+    print(f"first module with an output that is not finite: {broken[0] if broken else 'none'}")
+
+
+if __name__ == "__main__":
+    main()
