@@ -1,15 +1,17 @@
-// Deformable attention on the CPU: vectorised over channels, threaded over queries (forward) or
-// over disjoint parts of grad_value (backward), deterministic.
+// ms_deform_attn on the CPU: vectorised over channels, threaded over queries or, for the gradient of
+// the value, over disjoint parts of it; deterministic.
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <tuple>
@@ -17,6 +19,7 @@
 #include <vector>
 
 #include "../ms_deform_attn.h"
+#include "tasks.h"
 
 namespace dn_detr {
 namespace {
@@ -28,78 +31,8 @@ struct Inputs {
   const T* weights;
 };
 
-template <typename T>
-struct Gradients {
-  T* value;
-  T* locations;
-  T* weights;
-};
-
-namespace portable {
-#if defined(__GNUC__)
-#define VECTOR_BYTES 16
-#endif
-#include "simd.h"
-#include "ms_deform_attn_kernels.h"
-#undef VECTOR_BYTES
-} // namespace portable
-
-#if defined(__GNUC__) && defined(__x86_64__)
-#define HAS_X86_KERNELS
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-#define VECTOR_BYTES 32
-#include "simd.h"
-#include "ms_deform_attn_kernels.h"
-#undef VECTOR_BYTES
-} // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma")
-#endif
-namespace avx512 {
-#define VECTOR_BYTES 64
-#include "simd.h"
-#include "ms_deform_attn_kernels.h"
-#undef VECTOR_BYTES
-} // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-
-template <typename T, typename S>
-struct Kernels {
-  decltype(&portable::forward<T, S>) forward = portable::forward<T, S>;
-  decltype(&portable::backward<T, S>) backward = portable::backward<T, S>;
-};
-
-// ATEN_CPU_CAPABILITY chooses, as it does for PyTorch's own kernels.
-template <typename T, typename S>
-Kernels<T, S> kernels() {
-#ifdef HAS_X86_KERNELS
-  static const std::string capability = at::get_cpu_capability();
-  if (capability.rfind("AVX512", 0) == 0) {
-    return {avx512::forward<T, S>, avx512::backward<T, S>};
-  }
-  if (capability == "AVX2") {
-    return {avx2::forward<T, S>, avx2::backward<T, S>};
-  }
-#endif
-  return {};
-}
+#define KERNELS "ms_deform_attn_kernels.h"
+#include "instruction_sets.h"
 
 // The inputs as the kernels want them: contiguous, float16 (which few CPUs widen) as float32.
 struct Prepared {
@@ -109,7 +42,7 @@ struct Prepared {
       const at::Tensor& locations_,
       const at::Tensor& weights_)
       : sizes(check_ms_deform_attn(value_, spatial_shapes, locations_, weights_)),
-        value((value_.scalar_type() == at::kHalf ? value_.to(at::kFloat) : value_).contiguous()),
+        value(without_half(value_)),
         locations(locations_.contiguous()),
         weights(weights_.contiguous()) {}
 
@@ -124,13 +57,10 @@ struct Prepared {
 
 template <typename T, typename S>
 void run_forward(const Prepared& p, const at::Tensor& output) {
-  const auto forward = kernels<T, S>().forward;
+  const auto kernel = KERNEL_FOR_THIS_CPU(forward<T, S>);
   const auto in = p.inputs<T, S>();
-  T* out = output.mutable_data_ptr<T>();
-  // A row is a few microseconds of work.
-  at::parallel_for(0, p.sizes.batch * p.sizes.queries, 16, [&](int64_t begin, int64_t end) {
-    forward(p.sizes, in, out, begin, end);
-  });
+  S* out = output.mutable_data_ptr<S>();
+  for_rows(p.sizes, [&](int64_t begin, int64_t end) { kernel(p.sizes, in, out, begin, end); });
 }
 
 template <typename T, typename S>
@@ -140,17 +70,18 @@ void run_backward(
     const at::Tensor& grad_value,
     const at::Tensor& grad_locations,
     const at::Tensor& grad_weights) {
-  const auto backward = kernels<T, S>().backward;
+  const auto differentiate = KERNEL_FOR_THIS_CPU(differentiate<T, S>);
+  const auto scatter = KERNEL_FOR_THIS_CPU(scatter<T, S>);
   const auto in = p.inputs<T, S>();
-  const T* grad = grad_output.const_data_ptr<T>();
-  const Gradients<T> out{grad_value.mutable_data_ptr<T>(), grad_locations.mutable_data_ptr<T>(),
-                         grad_weights.mutable_data_ptr<T>()};
-  // Levels of one head are done together (they share what is read) if that keeps all threads busy.
-  const int64_t owners = p.sizes.batch * p.sizes.heads;
-  const auto levels = static_cast<int64_t>(p.sizes.levels.size());
-  const int64_t parts = owners % at::get_num_threads() == 0 ? 1 : std::max<int64_t>(1, levels);
-  at::parallel_for(0, owners * parts, 1, [&](int64_t begin, int64_t end) {
-    backward(p.sizes, in, grad, out, parts, begin, end);
+  const S* grad = grad_output.const_data_ptr<S>();
+  T* value = grad_value.mutable_data_ptr<T>();
+  T* locations = grad_locations.mutable_data_ptr<T>();
+  T* weights = grad_weights.mutable_data_ptr<T>();
+  for_rows(p.sizes, [&](int64_t begin, int64_t end) {
+    differentiate(p.sizes, in, grad, locations, weights, begin, end);
+  });
+  for_parts(p.sizes, [&](int64_t parts, int64_t begin, int64_t end) {
+    scatter(p.sizes, in, grad, value, parts, begin, end);
   });
 }
 
@@ -161,7 +92,7 @@ at::Tensor ms_deform_attn(
     const at::Tensor& weights) {
   const Prepared p(value, spatial_shapes, locations, weights);
   const auto& z = p.sizes;
-  auto output = at::empty({z.batch, z.queries, z.heads * z.channels}, locations.options());
+  auto output = at::empty({z.batch, z.queries, z.heads * z.channels}, p.value.options());
   switch (p.value.scalar_type()) {
     case at::kDouble:
       run_forward<double, double>(p, output);
@@ -183,10 +114,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward(
     const at::Tensor& weights) {
   const Prepared p(value, spatial_shapes, locations, weights);
   check_grad_output(grad_output, value, p.sizes);
-  const auto grad = grad_output.to(locations.scalar_type()).contiguous();
+  const auto grad = without_half(grad_output);
   auto grad_value = at::zeros(value.sizes(), locations.options());
-  auto grad_locations = at::empty(locations.sizes(), locations.options());
-  auto grad_weights = at::empty(weights.sizes(), weights.options());
+  auto grad_locations = at::empty_like(p.locations), grad_weights = at::empty_like(p.weights);
   switch (p.value.scalar_type()) {
     case at::kDouble:
       run_backward<double, double>(p, grad, grad_value, grad_locations, grad_weights);

@@ -1,5 +1,5 @@
 // Vectors of numbers. No include guard: included once per instruction set, inside a namespace and
-// with VECTOR_BYTES set. The vectors are those of GCC and Clang, which become AVX-512, AVX2, SSE2 or
+// with VECTOR_BYTES set (instruction_sets.h). The vectors are those of GCC and Clang, which become AVX-512, AVX2, SSE2 or
 // NEON; without them (VECTOR_BYTES not set), single numbers.
 
 #undef LESS
@@ -67,19 +67,82 @@ inline void store(T* to, const V& vector) {
   std::memcpy(to, &vector, sizeof(V));
 }
 
-// Sum of the lanes, pairwise.
-template <typename T, typename V>
-inline T sum_lanes(const V& vector) {
+#ifdef VECTOR_BYTES
+// Rounds to nearest, ties to even; NaN stays NaN, as one whose upper half is not zero.
+template <typename V>
+inline void store(c10::BFloat16* to, const V& vector) {
+  using U = typename Vector<uint32_t, sizeof(V)>::type;
+  U bits;
+  std::memcpy(&bits, &vector, sizeof(V));
+  const U rounded = bits + 0x7fff + (bits >> 16 & 1);
+  const U is_nan = (U)(vector != vector);
+  bits = (is_nan & (bits | 0x400000)) | (~is_nan & rounded);
+  const auto upper = CONVERT(bits >> 16, typename Vector<uint16_t, sizeof(V) / 2>::type);
+  std::memcpy(to, &upper, sizeof(upper));
+}
+#endif
+
+inline void store(c10::BFloat16* to, float number) {
+  *to = number;
+}
+
+struct Add {
+  template <typename V>
+  V operator()(const V& a, const V& b) const {
+    return a + b;
+  }
+};
+
+struct Max {
+  template <typename V>
+  V operator()(const V& a, const V& b) const {
+    return LESS(a, b) ? b : a;
+  }
+};
+
+// The lanes joined to one number, pairwise.
+template <typename T, typename F, typename V>
+inline T fold_lanes(const V& vector) {
   if constexpr (sizeof(V) == sizeof(T)) {
     return vector;
   } else if constexpr (sizeof(V) == 2 * sizeof(T)) {
     T pair[2];
     store(pair, vector);
-    return pair[0] + pair[1];
+    return F()(pair[0], pair[1]);
   } else {
     typename Vector<T, sizeof(V) / 2>::type low, high;
     std::memcpy(&low, &vector, sizeof(low));
     std::memcpy(&high, reinterpret_cast<const char*>(&vector) + sizeof(low), sizeof(high));
-    return sum_lanes<T>(low + high);
+    return fold_lanes<T, F>(F()(low, high));
   }
+}
+
+// exp(x) for x <= 0 or NaN, within 2 units of the last place; 0 below the normal numbers.
+template <typename T>
+inline typename Simd<T>::vector exp_of_negative(const typename Simd<T>::vector& x) {
+#ifdef VECTOR_BYTES
+  using V = typename Simd<T>::vector;
+  using I = typename Simd<T>::integers;
+  constexpr bool is_single = sizeof(T) == 4;
+  constexpr int mantissa = is_single ? 23 : 52, terms = is_single ? 7 : 13;
+  // Added and subtracted again, it rounds to an integer, which is then in the lowest bits.
+  constexpr T rounder = is_single ? T(12582912) : T(6755399441055744); // 1.5 * 2^mantissa
+  const V shifted = x * T(1.4426950408889634) + rounder; // x / log(2)
+  const V power = shifted - rounder;
+  // log(2) in two parts, of which the first has zeros at its end: its product is exact.
+  const V rest = x - power * T(is_single ? 0.693359375 : 0.6931471803691238) -
+      power * T(is_single ? -2.12194440e-4 : 1.9082149292705877e-10);
+  V series = V{} + 1;
+  for (int i = terms; i > 0; --i) { // |rest| <= log(2) / 2
+    series = series * rest * (T(1) / i) + 1;
+  }
+  I exponent;
+  std::memcpy(&exponent, &shifted, sizeof(V));
+  exponent = (exponent + (is_single ? 127 : 1023)) << mantissa; // the rounder's own bits fall off
+  V scale;
+  std::memcpy(&scale, &exponent, sizeof(V));
+  return WHERE(~LESS(x, V{} + T(is_single ? -87 : -708)), series * scale);
+#else
+  return std::exp(x);
+#endif
 }

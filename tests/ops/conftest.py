@@ -16,8 +16,12 @@ def _variants(name):
 
 
 def pytest_generate_tests(metafunc):
-    """`attend` and `noise`: (function, device) of each variant of an operator."""
-    for argument, name in (("attend", "ms_deform_attn"), ("noise", "noise_objects")):
+    """`attend`, `deform` and `noise`: (function, device) of each variant of an operator."""
+    for argument, name in (
+        ("attend", "ms_deform_attn"),
+        ("deform", "deformable_attention"),
+        ("noise", "noise_objects"),
+    ):
         if argument in metafunc.fixturenames:
             variants = _variants(name)
             values = [
@@ -32,4 +36,12 @@ def kernel_device(request):
     """A device on which the operators are compiled."""
     if request.param not in KERNELS.get("ms_deform_attn", ()):
         pytest.skip(f"no kernels for {request.param}")
+    return request.param
+
+
+@pytest.fixture(params=DEVICES)
+def deform_device(request):
+    """A device on which `deformable_attention` is compiled."""
+    if request.param not in KERNELS.get("deformable_attention", ()):
+        pytest.skip(f"no kernel for {request.param}")
     return request.param

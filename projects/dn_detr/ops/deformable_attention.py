@@ -56,7 +56,10 @@ def deformable_attention_plain(
     logits: Tensor,
     padding: Tensor | None,
 ) -> Tensor:
-    """`deformable_attention` in plain PyTorch: the specification of the kernels."""
+    """`deformable_attention` in plain PyTorch: the specification of the kernels, and what ONNX gets.
+
+    It differs in one thing: an infinite or NaN offset from a box makes the box's gradient NaN.
+    """
     return _compose(
         ms_deform_attn_plain,
         value,
@@ -84,8 +87,9 @@ def _compose(sample, value, shapes, valid_sizes, reference, offsets, logits, pad
         cells = reference * valid + offsets
     else:
         cells = (reference[..., :2] + offsets * reference[..., 2:] * (0.5 / points)) * valid
-    x = torch.stack([cells[..., i, :, 0] / w for i, (_, w) in enumerate(shapes)], dim=-2)
-    y = torch.stack([cells[..., i, :, 1] / h for i, (h, _) in enumerate(shapes)], dim=-2)
+    sides = [(h, w) if h * w else (1, 1) for h, w in shapes]  # a level may be without cells
+    x = torch.stack([cells[..., i, :, 0] / w for i, (_, w) in enumerate(sides)], dim=-2)
+    y = torch.stack([cells[..., i, :, 1] / h for i, (h, _) in enumerate(sides)], dim=-2)
     weights = logits.to(precise).softmax(dim=-1).unflatten(-1, (levels, points))
     return sample(value, shapes, torch.stack((x, y), dim=-1), weights)
 
