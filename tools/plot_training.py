@@ -19,6 +19,11 @@ import matplotlib.pyplot as plt
 
 LOSSES = {"total_loss": "total", "loss_match": "matched", "loss_denoise": "denoising"}
 METRICS = {"bbox/AP50": "AP50", "bbox/AP": "AP"}
+INSTRUMENTS = {
+    "matching/instability": "queries an image with another object than before",
+    "matching/anchor_distance": "L1 distance of anchors to their objects",
+}
+"""Of TEST.INSTABILITY; a panel for each that some run has."""
 
 
 def read_metrics(run: Path) -> dict[int, dict]:
@@ -40,23 +45,32 @@ def series(entries: dict[int, dict], name: str) -> tuple[list[int], list[float]]
 
 
 def plot(runs: dict[str, dict[int, dict]], output: Path) -> None:
-    """One panel of losses, one of AP; a colour for each run where there are several."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    """A panel of losses, one of AP, one for each instrument; a colour for each run where there are
+    several."""
+    present = [n for n in INSTRUMENTS if any(series(entries, n)[0] for entries in runs.values())]
+    num_panels = 2 + len(present)
+    figure, panels = plt.subplots(
+        1, num_panels, figsize=(5.5 * num_panels, 4), constrained_layout=True
+    )
     for index, (label, entries) in enumerate(runs.items()):
         prefix = f"{label}: " if len(runs) > 1 else ""
-        for style, (name, title) in zip(("-", "--", ":"), LOSSES.items(), strict=True):
-            x, y = series(entries, name)
-            if x:
-                color = f"C{index}" if len(runs) > 1 else None
-                left.plot(x, y, style, label=prefix + title, color=color)
-        for style, (name, title) in zip(("o-", "s--"), METRICS.items(), strict=True):
-            x, y = series(entries, name)
-            if x:
-                color = f"C{index}" if len(runs) > 1 else None
-                right.plot(x, y, style, label=prefix + title, color=color)
-    left.set(xlabel="iteration", ylabel="loss", yscale="log", title="training losses")
-    right.set(xlabel="iteration", ylabel="AP", ylim=(0, None), title="validation")
-    for axes in (left, right):
+        color = f"C{index}" if len(runs) > 1 else None
+        for axes, styles, names in (
+            (panels[0], ("-", "--", ":"), LOSSES),
+            (panels[1], ("o-", "s--"), METRICS),
+            *((axes, ("o-",), {n: label}) for axes, n in zip(panels[2:], present, strict=True)),
+        ):
+            for style, (name, title) in zip(styles, names.items(), strict=True):
+                x, y = series(entries, name)
+                if x:
+                    text = title if axes in panels[2:] else prefix + title
+                    axes.plot(x, y, style, label=text, color=color)
+    panels[0].set(ylabel="loss", yscale="log", title="training losses")
+    panels[1].set(ylabel="AP", ylim=(0, None), title="validation")
+    for axes, name in zip(panels[2:], present, strict=True):
+        axes.set(ylim=(0, None), title=INSTRUMENTS[name])
+    for axes in panels:
+        axes.set(xlabel="iteration")
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()

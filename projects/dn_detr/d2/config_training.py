@@ -27,6 +27,14 @@ def add_training_config(cfg: CfgNode) -> None:
     cfg.SOLVER.EMA.ENABLED = False
     cfg.SOLVER.EMA.DECAY = 0.9997
     cfg.SOLVER.EMA.WARMUP = 2000
+    # The instruments of DN-DETR after every evaluation: how many queries of an image have another
+    # object than at the evaluation before ("matching/instability"), and how far the initial
+    # references are from the objects that they are matched with ("matching/anchor_distance", in
+    # image sides; absent where queries start without one). On so many images of the first dataset
+    # of DATASETS.TEST, spread evenly; 0: all.
+    cfg.TEST.INSTABILITY = CfgNode()
+    cfg.TEST.INSTABILITY.ENABLED = False
+    cfg.TEST.INSTABILITY.NUM_IMAGES = 0
     # Same seed, same run: data, augmentation and noise follow from it and from the iteration, so
     # that a resumed training continues as if it had never stopped. -1: another one every time.
     cfg.SEED = 42

@@ -18,7 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from dn_detr.d2.checkpoint import Checkpointer, describe
 from dn_detr.d2.ema import KEY as EMA
 from dn_detr.d2.ema import FollowWeights, MovingAverage
+from dn_detr.d2.evaluation_hooks import SaveEvaluation
 from dn_detr.d2.evidence import Evidence
+from dn_detr.d2.instability import build_instruments
 from dn_detr.d2.loader import build_test_loader, build_train_loader
 from dn_detr.d2.optimizer import build_optimizer
 from dn_detr.d2.train_step import TrainStep
@@ -81,8 +83,18 @@ class Trainer(DefaultTrainer):
             if is_main
             else None,
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate),
+            *self.build_evaluation_hooks(),
             hooks.PeriodicWriter(self.build_writers(), cfg.LOG_PERIOD) if is_main else None,
         ]
+
+    def build_evaluation_hooks(self) -> list[HookBase | None]:
+        """What acts on evaluations; then the checkpoint is written again, with their outcome."""
+        cfg, period = self.cfg, self.cfg.TEST.EVAL_PERIOD
+        actors = [build_instruments(cfg, without_wrapper(self.model))]
+        if not any(actors):
+            return []
+        again = SaveEvaluation(period, self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+        return [*actors, again if comm.is_main_process() else None]
 
     def evaluate(self) -> dict:
         """Metrics of the weights, and under "ema" those of their moving average.
@@ -119,6 +131,10 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
         self._trainer.data_loader.set_start_iteration(self.start_iter)
+
+    def state_dict(self) -> dict:
+        # Saved behind the last iteration: it has been done, and a longer training goes on after it.
+        return {**super().state_dict(), "iteration": min(self.iter, self.max_iter - 1)}
 
     def train(self):
         logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_input_error)
