@@ -250,6 +250,8 @@ setup(
     extras_require={
         # Detectron2's visualizer imports OpenCV without declaring it.
         "detectron2": [DETECTRON2, "opencv-python-headless"],
+        # tools/export.py --format onnx; to run the file, onnxruntime is enough.
+        "export": ["onnx", "onnxruntime", "onnxscript"],
         "test": ["pytest", "pytest-xdist"],
     },
     **extension_arguments(),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
-NEEDS_DETECTRON2 = ["d2"]
+NEEDS_DETECTRON2 = ["d2", "tools"]
 """Folders and files beside this one."""
 
 collect_ignore = [] if HAS_DETECTRON2 else NEEDS_DETECTRON2

@@ -1,24 +1,31 @@
 #!/usr/bin/env python
-"""Parameters and GFLOPs of configurations, without running or downloading anything.
+"""Parameters, GFLOPs, activations and shapes of configurations, without running or downloading.
 
-    python tools/analyze_model.py --config-file configs/dn_detr.yaml
-    python tools/analyze_model.py --config-file configs/*.yaml --size 800 1066
+    python tools/analyze_model.py --config-file configs/dn_detr.yaml --flow
+    python tools/analyze_model.py --config-file configs/*.yaml --size 800x1333 800x1066
+    python tools/analyze_model.py --config-file configs/*.yaml --annotations instances_val2017.json
 
 A multiply-add counts as one operation, as in the papers. They average over the first 100 images of
-COCO val2017, about 800x1066 pixels; the default size here is the largest, 800x1333. The model runs on
-tensors without data, so that this takes seconds and no memory.
+COCO val2017, and so does --annotations. Activations are the outputs of convolutions and linear
+layers. The model is made of tensors without data, so that this takes seconds and no memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections import Counter
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 import torch
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import dn_detr.d2  # noqa: F401
 from dn_detr.d2.config import read_config
 
 PUBLISHED = {
@@ -29,69 +36,247 @@ PUBLISHED = {
     "dn_detr_dc5": (44, 202),
     "dn_detr_dc5_r101": (63, 282),
     "conditional_detr": (44, 90),
-    "dn_deformable": (48, 195),
+    "dab_deformable_encoder_only": (48, 195),
+    "dn_deformable_encoder_only": (48, 195),
 }
 """Millions of parameters and GFLOPs: 2203.01305, tables 1 and 4; 2108.06152, table 1."""
 
+LINEAR = {
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.mm.default,
+}
+"""What convolutions and linear layers come down to."""
 
-def count_sampling(value, spatial_shapes, locations, weights, *args, out_shape=None, **kwargs) -> int:
+
+def count_deformable(value, shapes, valid, reference, offsets, logits, *rest, **more) -> int:
     """Multiply-adds of deformable attention: 4 corners of every channel of every sample, and its
     weight. Arguments are shapes."""
-    samples = 1
-    for size in weights:
-        samples *= size
-    return 2 * samples * value[-1] * 5
+    return 2 * product(logits) * value[-1] * 5
 
 
-def count_attention(query, key, value, *args, out_shape=None, **kwargs) -> int:
+def count_sampling(value, shapes, locations, weights, *rest, **more) -> int:
+    """The same where positions and weights are computed outside of the operator."""
+    return 2 * product(weights) * value[-1] * 5
+
+
+def count_grid_sample(*rest, out_shape, **more) -> int:
+    """The same in plain PyTorch: the weight is an operation outside."""
+    return 2 * product(out_shape) * 5
+
+
+def count_attention(query, key, value, *rest, **more) -> int:
     """Two matrix products of scaled_dot_product_attention. Arguments are shapes."""
     batch, heads, queries, width = query
     return 2 * batch * heads * queries * key[2] * (width + value[3])
 
 
-def analyze(config_file: str, size: tuple[int, int]) -> tuple[float, float, float]:
-    """(millions of parameters, those that train, GFLOPs) of inference on one image of `size`."""
-    cfg = read_config(config_file, [])
+def product(sizes) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def counts() -> dict:
+    """Operator -> its count, for those that PyTorch does not count."""
+    ours = {"deformable_attention": count_deformable, "ms_deform_attn": count_sampling}
+    return {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count_attention,
+        torch.ops.aten.grid_sampler_2d: count_grid_sample,
+        **{
+            getattr(torch.ops.dn_detr, name): count
+            for name, count in ours.items()
+            if hasattr(torch.ops.dn_detr, name)
+        },
+    }
+
+
+class Activations(TorchDispatchMode):
+    """Counts the elements that convolutions and linear layers put out."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in LINEAR:
+            self.total += out.numel()
+        return out
+
+
+@dataclass
+class Room:
+    """What one part of the model gives, and what it costs."""
+
+    name: str
+    gives: str
+    gflops: float
+    activations: float  # millions
+
+
+@dataclass
+class Inference:
+    """The inference of one image."""
+
+    gflops: float = 0.0
+    activations: float = 0.0  # millions
+    rooms: list[Room] = field(default_factory=list)
+
+
+def build(config_file: str, opts: list[str] = ()) -> nn.Module:
+    """The detector of a configuration, of tensors without data."""
+    cfg = read_config(config_file, list(opts))
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
-    if cfg.MODEL.DN_DETR.NUM_CLASSES == 0:
-        cfg.MODEL.DN_DETR.NUM_CLASSES = 80
-    model = build_model(cfg).eval()
-    # What only training uses is left out, as in published counts.
-    parameters = [p for name, p in model.named_parameters() if "assists." not in name]
-    total = sum(p.numel() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    model.requires_grad_(False)  # the counter cannot track learned rows that go into a module
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        image = torch.zeros(1, 3, *size)
-        padding = torch.zeros(1, *size, dtype=torch.bool)
-        counter = FlopCounterMode(
-            display=False,
-            custom_mapping={
-                torch.ops.dn_detr.ms_deform_attn: count_sampling,
-                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count_attention,
-            },
+    cfg.MODEL.DN_DETR.BACKBONE_PRETRAINED = False
+    cfg.MODEL.DN_DETR.NUM_CLASSES = cfg.MODEL.DN_DETR.NUM_CLASSES or 80
+    with FakeTensorMode():
+        return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg).eval()
+
+
+def parameters(model: nn.Module) -> tuple[float, float]:
+    """Millions of parameters, and of those that train. What only training uses is left out, as in
+    published counts."""
+    kept = [p for name, p in model.named_parameters() if "assists." not in name]
+    return tuple(sum(p.numel() for p in some) / 1e6 for some in (kept, filter(is_trained, kept)))
+
+
+def is_trained(parameter: Tensor) -> bool:
+    return parameter.requires_grad
+
+
+def infer(model: nn.Module, height: int, width: int) -> Inference:
+    """What the inference of one image of this size takes, room by room."""
+    result = Inference()
+    flops = FlopCounterMode(display=False, custom_mapping=counts())
+    activations = Activations()
+
+    def enter(name: str, value) -> None:
+        gflops, millions = flops.get_total_flops() / 2e9, activations.total / 1e6
+        result.rooms.append(
+            Room(
+                name,
+                describe(value),
+                gflops - result.gflops,
+                millions - result.activations,
+            )
         )
-        with counter:
-            features = model.backbone(image)
-            model.core([features[name] for name in model.in_features], padding)
-    return total / 1e6, trained / 1e6, counter.get_total_flops() / 2e9
+        result.gflops, result.activations = gflops, millions
+
+    core = model.core
+    hooks = [
+        getattr(core, name).register_forward_hook(lambda m, x, out, name=name: enter(name, out))
+        for name in ("neck", "flatten", "encoder", "decoder")
+    ]
+    hooks.append(
+        core.decoder.register_forward_pre_hook(lambda m, inputs: enter("queries", inputs[0]))
+    )
+    trained = list(filter(is_trained, model.parameters()))
+    for parameter in trained:  # the counter cannot track learned rows that go into a module
+        parameter.requires_grad_(False)
+    mode = next(model.parameters()).fake_mode
+    with mode, flops, activations:
+        features = model.backbone(torch.zeros(1, 3, height, width))
+        enter("backbone", features)
+        padding = torch.zeros(1, height, width, dtype=torch.bool)
+        core([features[name] for name in model.in_features], padding)
+    for hook in hooks:
+        hook.remove()
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return result
+
+
+def describe(value) -> str:
+    """The tensors of a typed value or dict and their shapes, e.g. "tokens 1x100x256"."""
+    if isinstance(value, dict):
+        parts = list(value.items())
+    else:
+        parts = [(f.name, getattr(value, f.name)) for f in fields(value)]
+    said = []
+    for name, part in parts:
+        if isinstance(part, Tensor):
+            said.append(f"{name} {shape(part)}")
+        elif is_dataclass(part):
+            said.append(describe(part))
+        elif isinstance(part, tuple) and part and all(isinstance(p, Tensor) for p in part):
+            shapes = Counter(map(shape, part))
+            times = (f"{count} of {one}" if count > 1 else one for one, count in shapes.items())
+            said.append(f"{name} {', '.join(times)}")
+    return "; ".join(said)
+
+
+def shape(x: Tensor) -> str:
+    return "x".join(map(str, x.shape))
+
+
+def test_sizes(annotations: str, num_images: int) -> Counter:
+    """(height, width) -> number of images, of the first images of a COCO json, as they are resized
+    for the published evaluations: shorter side 800, longer at most 1333."""
+    sizes = Counter()
+    for image in sorted(json.loads(Path(annotations).read_text())["images"], key=image_id)[
+        :num_images
+    ]:
+        sides = image["height"], image["width"]
+        scale = min(800 / min(sides), 1333 / max(sides))
+        sizes[tuple(int(side * scale + 0.5) for side in sides)] += 1
+    return sizes
+
+
+def image_id(image: dict) -> int:
+    return image["id"]
+
+
+def mean(model: nn.Module, sizes: Counter) -> Inference:
+    """GFLOPs and activations on average over images of these sizes."""
+    result = Inference()
+    for (height, width), count in sizes.items():
+        one = infer(model, height, width)
+        result.gflops += one.gflops * count / sizes.total()
+        result.activations += one.activations * count / sizes.total()
+    return result
+
+
+def two_sides(text: str) -> tuple[int, int]:
+    height, width = text.split("x")
+    return int(height), int(width)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config-file", nargs="+", required=True)
-    parser.add_argument("--size", nargs=2, type=int, default=(800, 1333), metavar=("H", "W"))
+    parser.add_argument(
+        "--size", nargs="+", type=two_sides, default=[(800, 1333)], metavar="HEIGHTxWIDTH"
+    )
+    parser.add_argument("--annotations", help="json: average over its first images as well")
+    parser.add_argument("--num-images", type=int, default=100)
+    parser.add_argument("--flow", action="store_true", help="what each room gives, for each size")
     args = parser.parse_args()
-    height, width = args.size
-    print(f"| configuration | parameters (M) | trained (M) | GFLOPs at {height}x{width} | published |")
-    print("|---|---|---|---|---|")
+    asked = {f"{height}x{width}": Counter({(height, width): 1}) for height, width in args.size}
+    if args.annotations:
+        name = f"the first {args.num_images} images"
+        asked[name] = test_sizes(args.annotations, args.num_images)
+    titles = [f"{what} at {name}" for name in asked for what in ("GFLOPs", "activations (M)")]
+    print("| configuration | parameters (M) | trained (M) |", " | ".join(titles), "| published |")
+    print("|---|---|---|" + "---|" * len(titles) + "---|")
     for file in args.config_file:
         name = Path(file).stem
         if name.startswith("Base"):
             continue
-        total, trained, flops = analyze(file, (height, width))
-        published = "{}M / {}".format(*PUBLISHED[name]) if name in PUBLISHED else ""
-        print(f"| {name} | {total:.1f} | {trained:.1f} | {flops:.1f} | {published} |", flush=True)
+        model = build(file)
+        found = [mean(model, sizes) for sizes in asked.values()]
+        cells = [f"{millions:.1f}" for millions in parameters(model)]
+        cells += [f"{x:.1f}" for one in found for x in (one.gflops, one.activations)]
+        cells.append("{}M / {}".format(*PUBLISHED[name]) if name in PUBLISHED else "")
+        print(f"| {name} |", " | ".join(cells), "|", flush=True)
+        for height, width in args.size if args.flow else ():
+            print(f"\n| {height}x{width}: room | gives | GFLOPs | activations (M) |")
+            print("|---|---|---|---|")
+            for room in infer(model, height, width).rooms:
+                print(
+                    f"| {room.name} | {room.gives} | {room.gflops:.2f} | {room.activations:.2f} |"
+                )
 
 
 if __name__ == "__main__":

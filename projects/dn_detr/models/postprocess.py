@@ -28,9 +28,26 @@ def postprocess(
     *,
     has_no_object: bool = False,
 ) -> list[Detections]:
-    """The `top_k` best (query, class) pairs of the last layer's matched queries, by sigmoid score.
+    """The detections of each image, see `best_detections`, in its own pixels.
 
-    image_sizes: (height, width) of each unpadded image in pixels. Boxes are clipped to the image.
+    image_sizes: (height, width) of each unpadded image in pixels.
+    """
+    boxes, scores, labels = best_detections(predictions, top_k, has_no_object=has_no_object)
+    detections = []
+    for image, (height, width) in enumerate(image_sizes):
+        x0, y0, x1, y1 = boxes[image].unbind(-1)
+        pixels = torch.stack((x0 * width, y0 * height, x1 * width, y1 * height), dim=-1)
+        detections.append(Detections(pixels, scores[image], labels[image]))
+    return detections
+
+
+def best_detections(
+    predictions: Predictions, top_k: int, *, has_no_object: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `top_k` best (query, class) pairs of the last layer's matched queries, by sigmoid score:
+    boxes [B, k, 4] xyxy in [0, 1] of the unpadded image, to which they are clipped, scores [B, k]
+    and labels [B, k] int64, best first.
+
     has_no_object: the last logit says "no object", scores are a softmax over all of them, and each
     query speaks for its best class alone (2005.12872).
     """
@@ -40,14 +57,9 @@ def postprocess(
         scores = torch.where(scores == scores.amax(-1, keepdim=True), scores, 0)
     else:
         scores = last.logits[-1].sigmoid()
-    num_classes = scores.shape[-1]
-    most = scores.shape[1] if has_no_object else scores.shape[1] * num_classes
+    num_queries, num_classes = scores.shape[1:]
+    most = num_queries if has_no_object else num_queries * num_classes
     best, index = scores.flatten(1).topk(min(top_k, most), dim=1)
-    query = index // num_classes
-    boxes = cxcywh_to_xyxy(last.boxes[-1]).gather(1, query[..., None].expand(-1, -1, 4))
-    detections = []
-    for image, (height, width) in enumerate(image_sizes):
-        x0, y0, x1, y1 = boxes[image].clamp(0, 1).unbind(-1)
-        pixels = torch.stack((x0 * width, y0 * height, x1 * width, y1 * height), dim=-1)
-        detections.append(Detections(pixels, best[image], index[image] % num_classes))
-    return detections
+    query = (index // num_classes)[..., None].expand(-1, -1, 4)
+    boxes = cxcywh_to_xyxy(last.boxes[-1]).clamp(0, 1).gather(1, query)
+    return boxes, best, index % num_classes

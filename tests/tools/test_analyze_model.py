@@ -1,0 +1,71 @@
+"""Counts of the analysis against hand computations and against models that are really built."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+from detectron2.modeling import build_model
+
+from dn_detr.d2.config import read_config
+from dn_detr.ops import plain_operators
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = str(ROOT / "configs" / "quick" / "dn_deformable.yaml")
+tool = runpy.run_path(str(ROOT / "tools" / "analyze_model.py"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tool["build"](QUICK)
+
+
+def test_parameters_are_those_of_the_model(model):
+    cfg = read_config(QUICK, ["MODEL.DEVICE", "cpu", "MODEL.DN_DETR.NUM_CLASSES", 80])
+    real = build_model(cfg)
+    total, trained = tool["parameters"](model)
+    assert total == sum(p.numel() for p in real.parameters()) / 1e6
+    assert trained == sum(p.numel() for p in real.parameters() if p.requires_grad) / 1e6
+
+
+def test_the_count_does_not_depend_on_which_operators_are_compiled(model):
+    with plain_operators():
+        plain = tool["infer"](model, 64, 96)
+    compiled = tool["infer"](model, 64, 96)
+    assert plain.gflops == compiled.gflops and plain.activations == compiled.activations
+
+
+def test_deformable_attention_counts_five_operations_for_each_sampled_channel():
+    # 2 images, 7 queries, 4 heads of 8 channels, 3 levels of 5 points.
+    value, logits = (2, 100, 4, 8), (2, 7, 4, 15)
+    one = tool["count_deformable"](value, None, None, None, None, logits)
+    assert one == 2 * (2 * 7 * 4 * 15) * 8 * 5
+    assert tool["count_sampling"](value, None, None, (2, 7, 4, 3, 5)) == one
+    assert 3 * tool["count_grid_sample"](out_shape=(2 * 4, 8, 7, 5)) == one
+
+
+def test_the_neck_costs_what_its_convolutions_cost(model):
+    """1x1 convolutions of 64, 128 and 256 channels, and one of 3x3, to 96 channels."""
+    rooms = {room.name: room for room in tool["infer"](model, 128, 192).rooms}
+    assert list(rooms) == ["backbone", "neck", "flatten", "encoder", "queries", "decoder"]
+    assert "res3 1x64x16x24; res4 1x128x8x12; res5 1x256x4x6" in rooms["backbone"].gives
+    cells = [16 * 24, 8 * 12, 4 * 6, 2 * 3]
+    widths = [64, 128, 256, 9 * 256]
+    operations = sum(n * width * 96 for n, width in zip(cells, widths, strict=True))
+    assert rooms["neck"].gflops == pytest.approx(operations / 1e9)
+    assert rooms["neck"].activations == pytest.approx(sum(cells) * 96 / 1e6)
+    assert f"tokens 1x{sum(cells)}x96" in rooms["encoder"].gives
+
+
+def test_the_average_is_over_the_sizes_of_the_images(model, tmp_path):
+    images = [
+        {"id": 3, "height": 9, "width": 9},
+        {"id": 1, "height": 400, "width": 600},
+        {"id": 2, "height": 300, "width": 900},
+    ]
+    (tmp_path / "some.json").write_text(json.dumps({"images": images}))
+    sizes = tool["test_sizes"](str(tmp_path / "some.json"), 2)
+    assert dict(sizes) == {(800, 1200): 1, (444, 1333): 1}
+    small = tool["Counter"]({(64, 96): 1, (64, 128): 3})
+    one, other = (tool["infer"](model, *size).gflops for size in small)
+    assert tool["mean"](model, small).gflops == pytest.approx((one + 3 * other) / 4)

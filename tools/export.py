@@ -1,0 +1,51 @@
+#!/usr/bin/env python
+"""Export a trained detector: one file that runs without this project.
+
+    python tools/export.py --weights output/dn_deformable/model_final.pth --output detector.onnx
+    python tools/export.py --config-file configs/dn_detr.yaml --weights dn_detr_r50.pth \\
+        --format torch-export --output detector.pt2
+
+The file takes batches of images of any size and gives boxes, scores and labels (docs/export.md). It
+is compared with the model on batches and sizes that were not traced, and not kept if it differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dn_detr.d2 import export
+from dn_detr.d2.saved_detector import load_detector
+from dn_detr.errors import InputError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", required=True, help="checkpoint")
+    parser.add_argument("--config-file", help="where the checkpoint holds no configuration")
+    parser.add_argument("--format", choices=export.FORMATS, default="onnx")
+    parser.add_argument("--output", type=Path, help="default: beside the weights")
+    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs, e.g. INPUT.MIN_SIZE_TEST 640")
+    args = parser.parse_args()
+    try:
+        if args.format == "onnx":
+            export.need_onnx()
+        saved = load_detector(
+            args.weights, config_file=args.config_file, opts=args.opts, device="cpu"
+        )
+        output = args.output or Path(args.weights).with_suffix(export.FORMATS[args.format])
+        about = export.metadata(saved.cfg, saved.class_names)
+        differences = export.export(saved.model, output, args.format, about)
+    except InputError as error:
+        sys.exit(f"export.py: {error}")
+    for (batch, height, width), found in zip(export.CHECKED, differences, strict=True):
+        print(
+            f"{batch} x {height}x{width}: scores differ by at most {found.scores:.1e}, boxes by "
+            f"{found.boxes:.1e} of the image, over {found.num_compared} detections"
+        )
+    print(f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+#!/usr/bin/env python
+"""Detect objects with an exported ONNX file. Needs onnxruntime, numpy and Pillow, nothing else.
+
+    python tools/run_exported.py detector.onnx street.jpg holiday/ --output drawn
+
+Prints what it finds; with --output it also draws it. How to feed the file stands in the file itself,
+as JSON in its metadata.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageDraw, ImageOps
+
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+def new_size(width: int, height: int, about: dict) -> tuple[int, int]:
+    """Width and height with the shorter side as the model wants it, unless the longer grows too
+    long."""
+    scale = about["shorter_side"] / min(width, height)
+    scale = min(scale, about["longest_side"] / max(width, height))
+    return int(width * scale + 0.5), int(height * scale + 0.5)
+
+
+def prepare(image: Image.Image, about: dict) -> tuple[np.ndarray, np.ndarray]:
+    """An RGB image as inputs of the model: images [1, 3, H, W] and sizes [1, 2]."""
+    width, height = new_size(*image.size, about)
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), np.float32)
+    if about["channel_order"] == "BGR":
+        pixels = pixels[:, :, ::-1]
+    step, least = about["side_step"], about["smallest_side"]
+    rows, columns = (-(-max(side, least) // step) * step for side in (height, width))
+    canvas = np.zeros((1, 3, rows, columns), np.float32)
+    canvas[0, :, :height, :width] = pixels.transpose(2, 0, 1)
+    return canvas, np.array([[height, width]], np.int64)
+
+
+def detect(
+    session: onnxruntime.InferenceSession, about: dict, image: Image.Image, threshold: float
+) -> list[tuple[str, float, list[float]]]:
+    """(class name, score, box) of every detection; boxes are left, top, right, bottom in pixels."""
+    images, sizes = prepare(image, about)
+    boxes, scores, labels = session.run(
+        ["boxes", "scores", "labels"], {"images": images, "sizes": sizes}
+    )
+    pixels = boxes[0] * np.array([image.width, image.height] * 2, np.float32)
+    return [
+        (about["class_names"][label], float(score), box.tolist())
+        for box, score, label in zip(pixels, scores[0], labels[0], strict=True)
+        if score >= threshold
+    ]
+
+
+def draw(image: Image.Image, found: list[tuple[str, float, list[float]]]) -> Image.Image:
+    pen = ImageDraw.Draw(image)
+    for name, score, box in found:
+        pen.rectangle(box, outline="red", width=2)
+        pen.text((box[0] + 3, box[1] + 1), f"{name} {score:.2f}", fill="red")
+    return image
+
+
+def files(paths: list[Path]) -> list[Path]:
+    """The images among the paths and in the folders among them."""
+    found = []
+    for path in paths:
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        found += [file for file in inside if file.suffix.lower() in SUFFIXES]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="file made by tools/export.py --format onnx")
+    parser.add_argument("images", type=Path, nargs="+", help="images, or folders of images")
+    parser.add_argument("--output", type=Path, help="folder for pictures with boxes drawn")
+    parser.add_argument("--threshold", type=float, default=0.5)
+    args = parser.parse_args()
+    session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
+    about = json.loads(session.get_modelmeta().custom_metadata_map["dn_detr"])
+    for path in files(args.images):
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        found = detect(session, about, image, args.threshold)
+        print(f"{path}: {len(found)} found")
+        for name, score, box in found:
+            print(f"  {name} {score:.2f} at {' '.join(f'{side:.1f}' for side in box)}")
+        if args.output:
+            args.output.mkdir(parents=True, exist_ok=True)
+            draw(image, found).save(args.output / f"{path.stem}.png")
+
+
+if __name__ == "__main__":
+    main()
