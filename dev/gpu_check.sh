@@ -1,34 +1,124 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: builds the operators for it, runs every test that uses it, and looks for
-# memory errors and races with compute-sanitizer. Writes all of it to $1 (default gpu_check.txt).
-#   PYTHON=.venv/bin/python dev/gpu_check.sh results.txt
+# On a machine with a GPU, without a network: builds the operators, runs every test that uses the
+# GPU, looks for memory errors and races with compute-sanitizer, and runs all benchmarks. What is
+# printed goes to gpu_check.txt, the measurements to benchmarks/results/<device>.json.
+#
+#   dev/pack_for_gpu.sh                                    # before, where there is a network
+#   dev/gpu_check.sh --packed .gpu --out results           # there; in all below ten minutes
+#   dev/gpu_check.sh --dry-run                             # anywhere: the same steps, tiny, on the CPU
+#
+# --packed FOLDER: what dev/pack_for_gpu.sh collected. --out FOLDER: gets copies of what was written.
+# --only STEPS: some of "build test sanitize bench", for machines that are lent for shorter.
+# PYTHON: the interpreter. A step that fails does not stop the others; the exit status tells.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
-result=${1:-gpu_check.txt}
-failed=0
-exec > >(tee "$result") 2>&1
+python=${PYTHON:-python3}
+packed="" out="" device=cuda only="build test sanitize bench"
+while [ $# -gt 0 ]; do
+  case $1 in
+    --packed) packed=$2; shift ;;
+    --out) out=$2; shift ;;
+    --only) only=$2; shift ;;
+    --dry-run) device=cpu ;;
+    *) echo "unknown option $1" >&2; exit 2 ;;
+  esac
+  shift
+done
+failed=()
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+exec > >(tee gpu_check.txt) 2>&1
 
+wants() { [[ " $only " == *" $1 "* ]]; }
+
+# step SECONDS COMMAND...: within a time limit; a failure is remembered.
 step() {
+  local limit=$1 start=$SECONDS status=0; shift
   echo "== $*"
-  "$@" || failed=1
+  timeout "$limit" "$@" || { status=$?; failed+=("status $status: $*"); }
+  echo "-- status $status after $((SECONDS - start)) s, at $SECONDS s"
 }
 
 date -u +%Y-%m-%d
-git rev-parse HEAD 2>/dev/null
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || failed=1
-FORCE_CUDA=1 step "$python" -m pip install --quiet --no-build-isolation --no-deps -e .
-step "$python" -m dn_detr.info
-step "$python" -m pytest -q tests/ops tests/losses tests/layers tests/models tests/methods tests/assists
-if "$python" -c "import detectron2" 2>/dev/null; then
-  step "$python" -m pytest -q tests/d2
+[ -f "$packed/commit" ] && DN_DETR_COMMIT=$(cat "$packed/commit") && export DN_DETR_COMMIT
+[ $device = cpu ] || step 20 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+
+# Packages go into a folder of their own: the machine's Python is not ours to change.
+export PYTHONPATH="$PWD/projects:$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
+if compgen -G "$packed/*.whl" > /dev/null; then
+  step 120 "$python" -m pip install --quiet --no-index --no-deps --no-compile \
+    --target "$scratch/site" "$packed"/*.whl
 fi
-if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck initcheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      "$python" -m pytest -q tests/ops -k cuda
-  done
-else
-  echo "compute-sanitizer is not installed: no memory checks"
+
+if wants build; then
+  if [ $device = cuda ]; then
+    FORCE_CUDA=1 step 300 "$python" setup.py --quiet build_ext --inplace
+  else
+    step 60 "$python" setup.py --quiet --version
+  fi
 fi
-exit "$failed"
+step 60 "$python" -m dn_detr.info
+
+# The sanitizers take long and leave most of the GPU idle: they run beside each other and the tests.
+tools=() checks=()
+if wants sanitize && [ $device = cpu ]; then
+  tools=(none)
+elif wants sanitize && command -v compute-sanitizer > /dev/null; then
+  tools=(memcheck racecheck initcheck)
+elif wants sanitize; then
+  failed+=("compute-sanitizer is not installed")
+fi
+for tool in "${tools[@]}"; do
+  checker=(compute-sanitizer --tool "$tool" --error-exitcode 9)
+  [ "$tool" != none ] || checker=()
+  # PyTorch's pools of memory would hide what is out of bounds.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 280 "${checker[@]}" \
+    "$python" dev/run_operators.py --device $device > "$scratch/$tool.txt" 2>&1 &
+  checks+=($!)
+done
+
+if wants test; then
+  mapfile -t files < <(grep -rlE "cuda|DEVICES|kernel_device" tests --include="test_*.py" |
+    grep -v -e tests/equivalence -e tests/test_packaging)
+  parallel=()
+  "$python" -c "import xdist" 2> /dev/null && [ "$(nproc)" -ge 8 ] && parallel=(-n 4)
+  [ $device = cuda ] || files=(tests/layers/test_attention_mask.py)
+  step 280 "$python" -m pytest -q -p no:cacheprovider "${parallel[@]}" "${files[@]}"
+fi
+
+for i in "${!tools[@]}"; do
+  wait "${checks[i]}" || failed+=("status $? of ${tools[i]}")
+  echo "== sanitizer: ${tools[i]}"
+  tail -n 40 "$scratch/${tools[i]}.txt"
+done
+
+if wants bench; then
+  common=(--device cuda --save)
+  attention=(--original "$packed/Deformable-DETR" --dtype float32 bfloat16 --uniform 0 --seconds 0.2)
+  train=(--batch 2 16 --plain-operators --seconds 2)
+  if [ $device = cpu ]; then
+    common=(--device cpu --quick --save "$scratch/results/cpu.json")
+    attention=()
+    train=(--config-file configs/quick/dn_deformable.yaml --size 64 96 --batch 1 --no-memory)
+  fi
+  step 60 "$python" benchmarks/denoising_queries.py "${common[@]}"
+  step 60 "$python" benchmarks/matcher.py "${common[@]}"
+  step 240 "$python" benchmarks/ms_deform_attn.py "${common[@]}" "${attention[@]}"
+  if "$python" -c "import detectron2" 2> /dev/null; then
+    step 150 "$python" benchmarks/train_step.py "${common[@]}" "${train[@]}"
+  else
+    echo "Detectron2 is not installed: no training steps"
+  fi
+  folder=benchmarks/results
+  [ $device = cuda ] || folder=$scratch/results
+  step 30 "$python" benchmarks/render.py --folder "$folder"
+fi
+
+echo "== $SECONDS s, ${#failed[@]} failed"
+[ ${#failed[@]} = 0 ] || printf '%s\n' "${failed[@]}"
+if [ -n "$out" ]; then
+  sleep 1 # until all of it is in gpu_check.txt
+  mkdir -p "$out"
+  cp gpu_check.txt benchmarks/results/* "$out"
+fi
+[ ${#failed[@]} = 0 ]

@@ -1,0 +1,130 @@
+#!/usr/bin/env python
+"""Run every compiled operator once on many small and odd inputs, in all types, forward and backward.
+
+    python dev/run_operators.py --device cuda
+    compute-sanitizer --tool memcheck python dev/run_operators.py --device cuda
+
+A program for compute-sanitizer, under which the test suite takes too long. Compares each result with
+the plain PyTorch twin on the same device, so that a wrong one is seen as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+
+import torch
+
+from dn_detr import ops
+from dn_detr.ops.extension import KERNELS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LEVELS = (((5, 7), (3, 2), (1, 1)), ((9, 4), (0, 3), (4, 4), (2, 2)))
+# (batch, queries, heads, channels, points): usual widths, and those that no vector load fits.
+SIZES = ((2, 5, 2, 32, 4), (1, 3, 1, 64, 2), (2, 33, 3, 16, 4), (1, 7, 2, 5, 3), (2, 1, 1, 8, 1),
+         (1, 0, 2, 32, 4), (3, 9, 8, 32, 4))  # fmt: skip
+
+
+def close(got, expected, name: str) -> None:
+    tolerance = 1e-4 if expected.dtype == torch.float32 else 3e-2
+    error = (got.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-6)
+    if not error <= tolerance:
+        sys.exit(f"{name}: relative error {error:.2g}")
+
+
+def sampling_inputs(device, dtype, shapes, size):
+    batch, queries, heads, channels, points = size
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*sizes):
+        return torch.rand(*sizes, generator=generator)
+
+    tokens = sum(height * width for height, width in shapes)
+    value = rand(batch, tokens, heads, channels) - 0.5
+    locations = rand(batch, queries, heads, len(shapes), points, 2) * 1.6 - 0.3
+    weights = rand(batch, queries, heads, len(shapes), points)
+    grad = rand(batch, queries, heads * channels) - 0.5
+    leaves = [x.to(device).requires_grad_() for x in (value.to(dtype), locations, weights)]
+    return leaves, grad.to(device, dtype)
+
+
+def run_sampling(device: str) -> None:
+    for dtype, shapes, size in itertools.product(DTYPES, LEVELS, SIZES):
+        (value, locations, weights), grad = sampling_inputs(device, dtype, shapes, size)
+        results = []
+        for function in (ops.ms_deform_attn, ops.ms_deform_attn_plain):
+            output = function(value, shapes, locations, weights)
+            grads = torch.autograd.grad(output, (value, locations, weights), grad)
+            results.append((output, *grads))
+        for got, expected in zip(*results, strict=True):
+            close(got, expected, f"ms_deform_attn {dtype} {shapes} {size}")
+
+
+def run_deformable_attention(device: str) -> None:
+    # Width of the reference, whether each level has its own, whether there is padding.
+    kinds = list(itertools.product((2, 4), (False, True), (False, True)))
+    for dtype, shapes, size in itertools.product(DTYPES, LEVELS, SIZES):
+        for width, is_per_level, has_padding in kinds if size == SIZES[0] else [(2, False, True)]:
+            (value, offsets, logits), grad = sampling_inputs(device, dtype, shapes, size)
+            levels = (len(shapes),) if is_per_level else ()
+            reference = torch.rand(*offsets.shape[:2], *levels, width, device=device)
+            reference = (reference * 0.8 + 0.1).requires_grad_()
+            valid = torch.tensor([[w, h] for h, w in shapes], device=device).float()
+            valid = valid.expand(value.shape[0], -1, -1)
+            padding = torch.rand(value.shape[:2], device=device) < 0.2 if has_padding else None
+            logits, results = logits.flatten(3), []
+            for function in (ops.deformable_attention, ops.deformable_attention_plain):
+                inputs = (value, shapes, valid, reference, offsets, logits, padding)
+                output = function(*inputs)
+                leaves = (value, reference, offsets, logits)
+                results.append((output, *torch.autograd.grad(output, leaves, grad)))
+            for got, expected in zip(*results, strict=True):
+                close(got, expected, f"deformable_attention {dtype} {shapes} {size} {width}")
+
+
+def run_noise(device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for counts, contrastive, dtype in itertools.product(
+        ((3, 1, 0, 5), (40, 2), (1,)), (False, True), (torch.float32, torch.bfloat16)
+    ):
+        most = max(counts)
+        is_object = torch.arange(most) < torch.tensor(counts)[:, None]
+        inputs = (
+            torch.randint(7, is_object.shape, generator=generator),
+            torch.rand(*is_object.shape, 4, generator=generator),
+            is_object,
+            torch.arange(len(counts)),
+        )
+        for slots, hide_empty in ((most, True), (max(1, most // 2), True), (most, False)):
+            numbers = (5, slots, 7, 0.4, 0.5, contrastive, 13, dtype, hide_empty)
+            got = _noise(ops.noise_objects, [x.to(device) for x in inputs], numbers)
+            expected = _noise(ops.noise_objects_plain, [x.to(device) for x in inputs], numbers)
+            if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
+                sys.exit(f"noise_objects: another result for {counts} {numbers}")
+
+
+def _noise(function, inputs, numbers):
+    names = ("num_groups", "slots_per_group", "num_classes", "box_noise", "label_noise",
+             "contrastive", "num_matched", "mask_dtype", "hide_empty")  # fmt: skip
+    return function(*inputs, **dict(zip(names, numbers, strict=True)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    device = parser.parse_args().device
+    missing = [name for name, devices in KERNELS.items() if device not in devices]
+    for is_deterministic in (False, True):
+        torch.use_deterministic_algorithms(is_deterministic)
+        run_sampling(device)
+        run_deformable_attention(device)
+    torch.use_deterministic_algorithms(False)
+    run_noise(device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"all operators agree with their twins; without a kernel: {missing or 'none'}")
+
+
+if __name__ == "__main__":
+    main()
