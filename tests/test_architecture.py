@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
     path
-    for folder in ("projects/dn_detr", "csrc", "tools", "examples", "dev")
+    for folder in ("projects/dn_detr", "csrc", "tools", "examples", "benchmarks", "dev")
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h", ".sh") and path.name != "__init__.py"
 ]

@@ -1,0 +1,167 @@
+#!/usr/bin/env python
+"""How long does a training step take, and how much memory does it need?
+
+    python benchmarks/train_step.py --device cuda --save
+    python benchmarks/train_step.py --device cpu --size 256 320 --batch 1
+    python benchmarks/train_step.py --config-file configs/dino.yaml --device cuda --batch 2 8
+
+A step is forward, matching, losses, backward, clipping and optimizer, on images of noise that lie in
+memory: no data loading. Each configuration runs as it is and without denoising, side by side, each
+also with bfloat16 (`SOLVER.AMP.ENABLED`). "plain operators" is the configuration as it is with every
+operator of this project replaced by its PyTorch twin. Memory is what forward and backward need beyond
+model, gradients, optimizer and images. Needs Detectron2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from common import count_launches, make_parser, markdown, save, table, time_side_by_side
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from peak_memory import peak_mib
+
+from dn_detr.d2.config import read_config
+from dn_detr.d2.optimizer import build_optimizer
+from dn_detr.ops import plain_operators
+
+NUM_CLASSES, OBJECTS = 80, 7
+
+
+@dataclass(frozen=True)
+class Case:
+    config: str
+    batch: int
+    size: tuple[int, int]
+    device: str
+    precision: str = "float32"
+    is_denoised: bool = True
+    is_plain: bool = False
+
+    @property
+    def who(self) -> str:
+        if self.is_plain:
+            return "plain operators"
+        kind = "denoised" if self.is_denoised else "without denoising"
+        return kind if self.precision == "float32" else f"{kind}, {self.precision}"
+
+
+def make_batch(case: Case) -> list[dict]:
+    """Images of noise, every second one a tenth narrower; with 7 objects, then 5, 7, 5, ..."""
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for image_id in range(case.batch):
+        height, width = case.size[0], case.size[1] - image_id % 2 * case.size[1] // 10
+        count = OBJECTS - image_id % 2 * 2
+        corners = torch.rand(count, 2, 2, generator=generator).sort(dim=1).values.flatten(1)
+        instances = Instances((height, width))
+        boxes = corners * torch.tensor([width - 9, height - 9] * 2) + torch.tensor([0, 0, 8, 8])
+        instances.gt_boxes = Boxes(boxes)
+        instances.gt_classes = torch.randint(NUM_CLASSES, (count,), generator=generator)
+        image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
+        samples.append(
+            {"image": image.to(case.device), "instances": instances, "image_id": image_id}
+        )
+    return samples
+
+
+def make_step(case: Case):
+    """A function that trains one step."""
+    cfg = read_config(case.config, [])
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.SEED = case.device, "", 0
+    cfg.MODEL.DN_DETR.NUM_CLASSES = NUM_CLASSES
+    if not case.is_denoised:
+        cfg.MODEL.DN_DETR.DENOISING.ENABLED = False
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    optimizer = build_optimizer(cfg, model)
+    batch = make_batch(case)
+    has_amp = case.precision != "float32"
+
+    def step():
+        with torch.autocast(case.device, torch.bfloat16, enabled=has_amp):
+            losses = model(batch)
+        total = torch.stack(list(losses.values())).sum()
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        return total
+
+    def plain_step():
+        with plain_operators():
+            return step()
+
+    return plain_step if case.is_plain else step
+
+
+def make_settled_step(case: Case):
+    """`make_step` after a step, so that gradients and optimizer have their memory."""
+    step = make_step(case)
+    step()
+    return step
+
+
+def measure(cases: list[Case], seconds: float, with_memory: bool) -> list[dict]:
+    device = cases[0].device
+    steps = {case: make_step(case) for case in cases}
+    for case, step in steps.items():
+        if not torch.isfinite(step()):
+            raise AssertionError(f"the loss is not finite: {case}")
+    timings = time_side_by_side(
+        {case.who: lambda f=step: f for case, step in steps.items()}, device, seconds
+    )
+    rows = []
+    for case, step in steps.items():
+        common = {**asdict(case), "size": "x".join(map(str, case.size)), "who": case.who}
+        row = {**common, "measure": "ms", **asdict(timings[case.who])}
+        row["images_per_s"] = case.batch * 1000 / row["ms"]
+        if device == "cuda":
+            row |= count_launches(step)
+        rows.append(row)
+    if with_memory:
+        steps.clear()
+        for case, row in zip(cases, list(rows), strict=True):
+            mib = peak_mib(device, make_settled_step, None, (case,))
+            if mib is not None:
+                common = {key: row[key] for key in ("config", "batch", "size", "who")}
+                rows.append({**common, "measure": "peak MiB", "mib": mib})
+    return rows
+
+
+def variants(config: str, batch: int, args) -> list[Case]:
+    case = partial(Case, config, batch, tuple(args.size), args.device)
+    found = [case(), case(is_denoised=False), case("bfloat16"), case("bfloat16", is_denoised=False)]
+    if args.is_plain:
+        found.append(case(is_plain=True))
+    return found[:2] if args.quick else found
+
+
+def main():
+    parser = make_parser(__doc__)
+    parser.add_argument("--config-file", type=Path, nargs="+",
+                        default=[Path("configs/dn_deformable.yaml")])  # fmt: skip
+    parser.add_argument("--batch", type=int, nargs="+", default=[2])
+    parser.add_argument("--size", type=int, nargs=2, default=(800, 1066), help="height and width")
+    parser.add_argument("--plain-operators", action="store_true", dest="is_plain",
+                        help="measure with the PyTorch twins too")  # fmt: skip
+    parser.add_argument("--no-memory", action="store_true")
+    args = parser.parse_args()
+    seconds = args.seconds if args.seconds is not None else (0.0 if args.quick else 5.0)
+    rows = []
+    for config in args.config_file:
+        for batch in args.batch:
+            rows += measure(variants(str(config), batch, args), seconds, not args.no_memory)
+    keys = ("config", "batch", "size", "measure")
+    print(table(rows, keys, against="denoised"))
+    if args.device == "cuda":
+        columns = ("who", "config", "batch", "kernels", "copies", "waits")
+        timed = [row for row in rows if "kernels" in row]
+        print(markdown(columns, [[str(row[c]) for c in columns] for row in timed]))
+    save(args, "train_step", rows, keys=keys, against="denoised")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Every benchmark runs, at tiny sizes, and what it writes can be read and rendered."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
+CONFIG = "configs/quick/dn_deformable.yaml"
+OPTIONS = {
+    "ms_deform_attn": ("--dtype", "float32", "bfloat16", "--no-memory"),
+    "denoising_queries": (),
+    "matcher": (),
+    "train_step": ("--config-file", CONFIG, "--size", "64", "96", "--batch", "1", "--no-memory"),
+}
+OWN = {"train_step": "denoised"}
+
+
+def run(script, *arguments):
+    """A script of benchmarks/ as a user starts it, on one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "projects")}
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{script}.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return tmp_path_factory.mktemp("results") / "machine.json"
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_benchmark_measures_us_and_others_and_saves_it(name, results):
+    if name == "train_step" and not HAS_DETECTRON2:
+        pytest.skip("needs Detectron2")
+    run(name, "--quick", "--save", str(results), *OPTIONS[name])
+    section = json.loads(results.read_text())[name]
+    assert section["machine"]["torch"] == torch.__version__
+    assert f"benchmarks/{name}.py --quick" in section["machine"]["command"]
+    times = [(row["who"], row["ms"]) for row in section["rows"] if "ms" in row]
+    assert all(ms > 0 for _, ms in times)
+    assert OWN.get(name, "dn_detr") in {who for who, _ in times}
+    assert len({who for who, _ in times}) > 1
+    notes = [row["note"] for row in section["rows"] if "note" in row]
+    assert not [note for note in notes if note.startswith(("wrong", "fails"))]
+
+
+def test_the_tables_are_rendered_from_what_was_saved(results):
+    if not results.is_file():
+        pytest.skip("the benchmarks did not run")
+    run("render", "--folder", str(results.parent))
+    text = (results.parent / "README.md").read_text()
+    rows = json.loads(results.read_text())["matcher"]["rows"]
+    assert "### Matching" in text and "published style" in text
+    assert f"{rows[0]['ms']:.3g}" in text
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Modules of benchmarks/ can be imported."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def test_candidates_are_timed_in_turn(benchmarks):
+    from common import time_side_by_side
+
+    order = []
+    timings = time_side_by_side(
+        {name: lambda name=name: lambda: order.append(name) for name in "ab"}, "cpu", seconds=0.0
+    )
+    assert "".join(order).replace("a" * 20, "A").replace("b" * 20, "B") == "ab" + 3 * "AB"
+    assert timings["a"].rounds == 60 and timings["a"].low_ms <= timings["a"].ms
+
+
+def wrong_output(value, shapes, locations, weights):
+    from dn_detr.ops import ms_deform_attn
+
+    return ms_deform_attn(value, shapes, locations, weights) * 1.01
+
+
+def test_wrong_results_are_not_timed(benchmarks):
+    from ms_deform_attn import Case, measure
+
+    case = Case(30, 1, "float32", "uniform", (64, 96))
+    rows = [
+        row for row in measure(case, "cpu", {"peer": wrong_output}, 0.0, 1.0)
+        if row["who"] == "peer"
+    ]  # fmt: skip
+    assert rows and all("ms" not in row and row["note"].startswith("wrong: output") for row in rows)
+
+
+def allocate(mebibytes):
+    def run():
+        kept = torch.ones(mebibytes, 2**18)
+        return (kept + kept).sum()
+
+    return run
+
+
+def test_peak_memory_is_what_the_call_touches(benchmarks):
+    import peak_memory
+
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the system does not tell")
+    mib = peak_memory._on_cpu(allocate, (1,), (64,), torch.get_num_threads())
+    assert 128 <= mib < 140
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_denoising_queries_are_one_launch_and_never_wait_for_the_device(benchmarks):
+    import denoising_queries as script
+    from common import count_launches
+
+    from dn_detr.ops import noise_objects
+    from dn_detr.structures import pad_targets
+
+    for case in script.CASES:
+        targets = pad_targets(script.make_targets(case)).to("cuda")
+
+        def build(case=case, targets=targets):
+            return script.build(noise_objects, targets, case, torch.bfloat16)
+
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            build()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert count_launches(build) == {"kernels": 1, "copies": 0, "waits": 0}
