@@ -171,7 +171,6 @@ def describe_machine(device: str) -> dict[str, str | int | None]:
         "architectures": record.get("architectures"),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": " ".join(["python", _script(), *sys.argv[1:]]),
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -199,13 +198,18 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Short name of the commit, "+" where files were changed since; None outside of git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    """Short name of the commit, "+" where files other than results were changed since; outside of
+    git, what DN_DETR_COMMIT says."""
+
+    def git(*arguments):
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        changes = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + "+" * bool(changes)
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("DN_DETR_COMMIT")
-    return done.stdout.strip()
 
 
 def default_file(device: str) -> Path:
@@ -213,14 +217,30 @@ def default_file(device: str) -> Path:
     return RESULTS / f"{slug}.json"
 
 
-def save(args: argparse.Namespace, section: str, rows: Sequence[dict], **facts) -> None:
-    """Replace `section` of the file of results that was asked for, if any was."""
+def save(
+    args: argparse.Namespace, section: str, rows: Sequence[dict], keys: Sequence[str], **facts
+) -> None:
+    """Put `rows` into `section` of the file of results that was asked for, if any was.
+
+    Rows of the same day, commit and machine stay if these do not replace them, so that a long
+    comparison can be run in parts. keys: what tells rows apart, beside "who".
+    """
     if args.save is None:
         return
     path = Path(args.save) if args.save else default_file(args.device)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = json.loads(path.read_text()) if path.is_file() else {}
-    content[section] = {"machine": describe_machine(args.device), **facts, "rows": list(rows)}
+    machine = describe_machine(args.device)
+    before = content.get(section, {"machine": None})
+    commands, kept = [" ".join(["python", _script(), *sys.argv[1:]])], []
+    if before["machine"] == machine:
+        new = {tuple(row[key] for key in (*keys, "who")) for row in rows}
+        kept = [r for r in before["rows"] if tuple(r[key] for key in (*keys, "who")) not in new]
+        commands = list(dict.fromkeys(before["commands"] + commands))
+    content[section] = {
+        "machine": machine, "commands": commands, **facts, "keys": list(keys),
+        "rows": kept + list(rows),
+    }  # fmt: skip
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nwrote {section} to {path}")
 

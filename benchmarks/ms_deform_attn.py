@@ -235,7 +235,8 @@ def main():
                         help="queries that are also measured with uniform locations")  # fmt: skip
     parser.add_argument("--image", type=int, nargs=2, default=(800, 1066))
     parser.add_argument("--dtype", nargs="+", choices=list(TOLERANCES), default=["float32"])
-    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--measure", nargs="+", choices=("time", "memory"),
+                        default=["time", "memory"])  # fmt: skip
     parser.add_argument("--peak", type=float, help="GB/s of the memory; else a copy is measured")
     args = parser.parse_args()
     paths = {"original": args.original, "msda_triton": args.msda_triton}
@@ -244,12 +245,12 @@ def main():
         print("not measured:", sentence)
     peak = args.peak or copy_bandwidth(args.device, 1 if args.quick else 256)
     seconds = args.seconds if args.seconds is not None else (0.0 if args.quick else 1.0)
-    rows = []
-    for case in cases(args):
-        rows += measure(case, args.device, peers, seconds, peak)
-    first = cases(args)[0]
-    rows += equal_twice(first, args.device)
-    if not args.no_memory:
+    rows, first = [], cases(args)[0]
+    if "time" in args.measure:
+        for case in cases(args):
+            rows += measure(case, args.device, peers, seconds, peak)
+        rows += equal_twice(first, args.device)
+    if "memory" in args.measure:
         rows += measure_memory(first, args.device, peers, paths)
     keys = ("case", "batch", "dtype", "locations", "measure")
     print(table(rows, keys, against="dn_detr"))

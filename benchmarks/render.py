@@ -42,7 +42,12 @@ def render(folder: Path) -> str:
 
 def render_section(section: dict) -> list[str]:
     rows, keys = section["rows"], section["keys"]
-    lines = [_where(section["machine"]), "", table(rows, keys, against=section["against"])]
+    commands = ", ".join(f"`{command}`" for command in section["commands"])
+    lines = [
+        f"{commands}; {_where(section['machine'])}",
+        "",
+        table(rows, keys, against=section["against"]),
+    ]
     speeds = [row for row in rows if "share_of_copy" in row and row["who"] == section["against"]]
     if speeds:
         lines += [
@@ -71,7 +76,7 @@ def render_section(section: dict) -> list[str]:
 
 
 def _where(machine: dict) -> str:
-    facts = [f"`{machine['command']}`", f"torch {machine['torch']}", machine["cpu"]]
+    facts = [f"torch {machine['torch']}", machine["cpu"]]
     facts += [f"{machine['instructions']}, {machine['threads']} threads"]
     facts += [f"{tool} {machine[tool]}" for tool in ("compiler", "nvcc") if machine.get(tool)]
     return f"{', '.join(facts)}; commit {machine['commit']}, {machine['date']}."
