@@ -35,7 +35,7 @@ CORE = {
 """Room -> rooms that it may import beside itself: plain PyTorch, with SciPy for the matching."""
 
 OTHERS = {
-    "__init__": {"detector"},
+    "__init__": set(),
     "errors": set(),
     "info": {"errors", "ops"},
     "data": {"errors"},
@@ -48,7 +48,7 @@ OUTSIDE = {
     **dict.fromkeys(CORE, {"numpy", "scipy", "torch"}),
     "ops": {"torch"},
     "info": {"torch"},
-    "data": {"numpy", "PIL"},
+    "data": {"numpy", "PIL", "yaml"},
     "conversion": {"numpy", "torch"},
     "detector": {"PIL", "detectron2", "numpy", "torch"},
 }

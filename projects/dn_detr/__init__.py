@@ -5,13 +5,14 @@ using `dn_detr.Detector` does.
 `python -m dn_detr.info` says what is installed and which compiled operators exist.
 """
 
+from importlib import import_module
+
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
     """`Detector`, imported when it is first used, because it needs Detectron2."""
     if name == "Detector":
-        from dn_detr.detector import Detector
-
-        return Detector
+        import_module("dn_detr.d2")  # first: it says how to install Detectron2
+        return import_module("dn_detr.detector").Detector
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,11 +1,13 @@
 """Trained detectors in Python: images in, boxes with scores and class names out.
 
-from dn_detr import Detector
+    from dn_detr import Detector
 
-detector = Detector.from_checkpoint("output/model_final.pth")
-found = detector("street.jpg")
-for box, score, name in zip(found.boxes_xyxy_px, found.scores, found.class_names):
-    ...
+    detector = Detector.from_checkpoint("output/model_final.pth")
+    found = detector("street.jpg")
+    for box, score, name in zip(found.boxes_xyxy_px, found.scores, found.class_names):
+        ...
+
+Detectron2 is needed; `dn_detr.Detector` says so where it is missing.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from PIL import Image, ImageOps
 
-import dn_detr.d2  # noqa: F401, I001  (before all others: it says how to install it)
 from dn_detr.d2.coco_check import UNREADABLE, reason
 from dn_detr.d2.saved_detector import load_detector
 from dn_detr.errors import InputError

@@ -123,7 +123,7 @@ def clean(records, *, name: str, class_names: list[str], with_masks: bool = Fals
                 num_crowd += 1
                 kept.append(annotation)
                 continue
-            box, fault = _fit(_corners(annotation), record.get("width"), record.get("height"))
+            box, fault = fit_box(_corners(annotation), record.get("width"), record.get("height"))
             if fault is not None:
                 finding = {"no size": no_size, "outside": outside, "clipped": clipped}[fault]
                 finding.add(record, annotation["bbox"])
@@ -168,7 +168,7 @@ def _corners(annotation: dict) -> list[float]:
     return [float(value) for value in BoxMode.convert(list(box), mode, BoxMode.XYXY_ABS)]
 
 
-def _fit(corners, width, height) -> tuple[list[float] | None, str | None]:
+def fit_box(corners, width, height) -> tuple[list[float] | None, str | None]:
     """The box inside its image (None if nothing is left), and what had to be done to it."""
     x0, y0, x1, y1 = corners
     if not all(map(math.isfinite, corners)) or x1 <= x0 or y1 <= y0:

@@ -1,0 +1,88 @@
+"""Making annotation files in COCO format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from dn_detr.errors import InputError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
+_EXIF_ORIENTATION = 274
+_EXIF_TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
+
+
+class CocoFile:
+    """Collects images and their objects; `content` is what the json file holds.
+
+    Ids count from 1, classes in the order of `class_names`.
+    """
+
+    def __init__(self, class_names: list[str]):
+        repeated = {name for name in class_names if class_names.count(name) > 1}
+        if repeated or not class_names:
+            what = f"{min(repeated)!r} is there twice" if repeated else "there is none"
+            raise InputError(f"every class needs a name of its own, but {what}.")
+        self.content = {
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": i, "name": name} for i, name in enumerate(class_names, 1)],
+        }
+
+    def add_image(self, file_name: str, size: tuple[int, int]) -> None:
+        """The image to which the objects that follow belong; size: (width, height)."""
+        images = self.content["images"]
+        width, height = size
+        entry = {"id": len(images) + 1, "file_name": file_name, "width": width, "height": height}
+        images.append(entry)
+
+    def add_object(
+        self, label: int, box_xyxy_px, *, is_crowd: bool = False, polygon: list[float] | None = None
+    ) -> None:
+        """An object of the class `label` [0, K), a box (left, top, right, bottom) in pixels, and
+        where known its outline (x, y, x, y, ...) in pixels."""
+        left, top, right, bottom = map(float, box_xyxy_px)
+        annotations = self.content["annotations"]
+        annotation = {
+            "id": len(annotations) + 1,
+            "image_id": len(self.content["images"]),
+            "category_id": label + 1,
+            "bbox": [left, top, right - left, bottom - top],
+            "area": (right - left) * (bottom - top),
+            "iscrowd": int(is_crowd),
+        }
+        if polygon is not None:
+            annotation["segmentation"] = [polygon]
+            annotation["area"] = _area(polygon)
+        annotations.append(annotation)
+
+
+def _area(polygon: list[float]) -> float:
+    """The shoelace formula."""
+    x, y = polygon[::2], polygon[1::2]
+    twice = sum(x[i - 1] * y[i] - x[i] * y[i - 1] for i in range(len(x)))
+    return abs(twice) / 2
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All image files below a folder, sorted by their path."""
+    if not folder.is_dir():
+        raise InputError(f"there is no image folder {str(folder)!r}.")
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise InputError(f"the folder {str(folder)!r} holds no images.")
+    return found
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) in pixels, turned as the EXIF orientation says."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            is_turned = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_TURNED
+    except UnidentifiedImageError:
+        raise InputError(f"the image {path} has no known image format.") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"the image {path} cannot be read: {error}.") from error
+    return (height, width) if is_turned else (width, height)

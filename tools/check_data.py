@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""What is in datasets, and what is wrong with them: the report that a training begins with.
+
+    python tools/check_data.py shapes_train shapes_val
+    python tools/check_data.py --coco cells/train.json cells/images --write-cleaned cells/clean.json
+    python tools/check_data.py coco_2017_train --config-file configs/dn_deformable.yaml
+
+With a configuration, its datasets are known by name, and the report says whether its queries and
+denoising groups are enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
+
+from dn_detr.d2 import records
+from dn_detr.d2.cleaning import clean_content
+from dn_detr.d2.coco_check import read_json
+from dn_detr.d2.config import add_dn_detr_config, read_config
+from dn_detr.d2.datasets import dataset_names, register_coco_format, register_shapes
+from dn_detr.d2.report import report_on
+from dn_detr.errors import InputError
+
+
+def configuration(config_file: str | None, opts: list[str]) -> CfgNode:
+    if config_file is not None:
+        return read_config(config_file, opts)
+    cfg = get_cfg()
+    add_dn_detr_config(cfg)
+    return cfg
+
+
+def report(cfg: CfgNode, name: str) -> str:
+    """Loads and checks a dataset; InputError for what is wrong with its files."""
+    node = cfg.MODEL.DN_DETR
+    return str(
+        report_on(
+            records.load(name),
+            is_for_training=name not in cfg.DATASETS.TEST,
+            filters_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            num_queries=node.NUM_QUERIES,
+            num_groups=node.DENOISING.NUM_GROUPS,
+            max_noised=node.DENOISING.MAX_OBJECTS if node.DENOISING.ENABLED else 0,
+        )
+    )
+
+
+def write_cleaned(name: str, target: Path) -> str:
+    """Writes the dataset's annotations without boxes that cannot be trained on."""
+    json_file = MetadataCatalog.get(name).get("json_file")
+    if json_file is None:
+        raise InputError(f"the dataset {name!r} has no json file that could be cleaned.")
+    cleaned = clean_content(json_file, read_json(json_file))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(cleaned.content), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"the cleaned file cannot be written: {error}.") from error
+    return f"wrote {target}: {cleaned.num_dropped} boxes dropped, {cleaned.num_clipped} clipped"
+
+
+def run(args: argparse.Namespace) -> None:
+    cfg = configuration(args.config_file, args.opts)
+    register_shapes()
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    names = list(args.datasets)
+    for json_file, image_root in args.coco:
+        register_coco_format([[json_file, json_file, image_root]])
+        names.append(json_file)
+    if not names and args.config_file is not None:
+        names = dataset_names(cfg)
+    if not names:
+        raise InputError("name a dataset, or give --coco JSON IMAGES, or a --config-file.")
+    if args.write_cleaned and len(names) != 1:
+        raise InputError(f"--write-cleaned is for one dataset, got {len(names)}.")
+    for name in names:
+        print(report(cfg, name))
+    if args.write_cleaned:
+        print(write_cleaned(names[0], args.write_cleaned))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("datasets", nargs="*", help="names of datasets; default: all of the file")
+    parser.add_argument(
+        "--coco", nargs=2, action="append", default=[], metavar=("JSON", "IMAGES"), help="by paths"
+    )
+    parser.add_argument("--write-cleaned", type=Path, metavar="JSON", help="for a single dataset")
+    parser.add_argument("--config-file")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs")
+    try:
+        run(parser.parse_args(arguments))
+    except InputError as error:
+        sys.exit(f"check_data.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
