@@ -252,6 +252,7 @@ setup(
         "detectron2": [DETECTRON2, "opencv-python-headless"],
         # tools/export.py --format onnx; to run the file, onnxruntime is enough.
         "export": ["onnx", "onnxruntime", "onnxscript"],
+        "evaluation": ["faster-coco-eval"],
         "test": ["pytest", "pytest-xdist"],
     },
     **extension_arguments(),

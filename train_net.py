@@ -2,7 +2,7 @@
 """Train and evaluate the detectors of dn_detr.
 
     python train_net.py --config-file configs/dn_deformable.yaml --num-gpus 8
-    python train_net.py --config-file configs/dn_deformable.yaml --eval-only MODEL.WEIGHTS model.pth
+    python train_net.py --eval-only MODEL.WEIGHTS output/dn_deformable/model_final.pth
     torchrun --nproc-per-node 8 train_net.py --config-file configs/dn_deformable.yaml
 
 Trailing KEY VALUE pairs override the configuration.
@@ -29,13 +29,15 @@ from dn_detr.d2.checkpoint import Checkpointer
 from dn_detr.d2.config import read_config
 from dn_detr.d2.datasets import prepare
 from dn_detr.d2.report import check_datasets
+from dn_detr.d2.saved_detector import read_evaluation_config
 from dn_detr.d2.trainer import Trainer
 from dn_detr.errors import InputError, sentence_in
 
 
 def setup(args) -> CfgNode:
     """The frozen configuration of this run; datasets are registered, logging is set up."""
-    cfg = read_config(args.config_file, args.opts)
+    read = read_evaluation_config if args.eval_only else read_config
+    cfg = read(args.config_file, args.opts)
     if args.num_gpus == 0 or not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     prepare(cfg, eval_only=args.eval_only)

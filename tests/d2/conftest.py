@@ -95,6 +95,12 @@ def run(train_net, arguments):
     return lambda *opts, **more: run_quietly(train_net, arguments(*opts, **more))
 
 
+@pytest.fixture
+def run_command(train_net):
+    """Run train_net.py with a whole command line."""
+    return lambda command_line: run_quietly(train_net, command_line)
+
+
 @pytest.fixture(scope="session")
 def trained(train_net, tiny_data, tmp_path_factory):
     """The folder of a tiny training of three iterations, which all tests may read."""

@@ -134,6 +134,29 @@ def check_annotations(json_file: str, content: dict) -> None:
         raise InputError(f"{json_file}: the annotation id {repeated} is used twice.")
 
 
+def read_results(results_file: str, content: dict) -> list[dict]:
+    """Detections in COCO's format, which must fit the annotation file of this content."""
+    try:
+        with PathManager.open(results_file, "r", encoding="utf-8") as file:
+            results = json.load(file)
+    except FileNotFoundError:
+        raise InputError(f"the results {results_file} do not exist.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"the results {results_file} cannot be read: {error}.") from error
+    if not isinstance(results, list) or not results:
+        raise InputError(f"{results_file} must hold a list of results, at least one.")
+    needs = {"image_id": (int, str), "category_id": int, "bbox": list, "score": (int, float)}
+    _list_of({"results": results}, "results", results_file, needs)
+    for key, entries in (("image_id", "images"), ("category_id", "categories")):
+        known = {entry["id"] for entry in content[entries]}
+        unknown = next((result[key] for result in results if result[key] not in known), None)
+        if unknown is not None:
+            raise InputError(
+                f"{results_file} has the {key} {unknown!r}, which the annotation file has not."
+            )
+    return results
+
+
 def check_image_files(records: list[dict], dataset: str) -> None:
     """All image files of the dataset exist and, up to MAX_OPENED_IMAGES, can be opened.
 

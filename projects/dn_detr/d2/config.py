@@ -28,12 +28,25 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.INPUT.CROP.SIZE = (384, 600)
     cfg.INPUT.CROP.MIN_SIZE_BEFORE = (400, 500, 600)
 
+    # ------------------------------------------------------------------------------- evaluation
+    # Also write a report on every test dataset: OUTPUT_DIR/inference/report_<name>/report.html.
+    cfg.TEST.REPORT = False
+    # Detections of a class in an image that count; 0: TEST.DETECTIONS_PER_IMAGE, at least 100. COCO's
+    # own AP counts 100.
+    cfg.TEST.COCO_LIMIT = 0
+    # Who computes AP: "detectron2" (its C++), "pycocotools" (slow), or "faster_coco_eval", to install
+    # by pip; they agree to rounding.
+    cfg.TEST.COCO_EVAL = "detectron2"
+
     # ------------------------------------------------------------------------------------ model
     node = cfg.MODEL.DN_DETR = CfgNode()
     # The page: one of dn_detr.methods.METHODS.
     node.METHOD = "dab_deformable"
     # Number of classes; 0: that of the first training dataset.
     node.NUM_CLASSES = 0
+    # Names of the model's classes, filled in from the checkpoint by an evaluation: datasets may have
+    # some of them, in any order.
+    node.CLASS_NAMES = []
     # Number of matched queries, the most detections that an image can have.
     node.NUM_QUERIES = 300
     # Width of tokens and queries.

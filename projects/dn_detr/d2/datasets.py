@@ -16,12 +16,25 @@ from dn_detr.errors import InputError
 
 
 def prepare(cfg, eval_only: bool = False) -> None:
-    """Register the datasets of this run and resolve MODEL.DN_DETR.NUM_CLASSES, in place."""
+    """Register the datasets of this run and resolve MODEL.DN_DETR.NUM_CLASSES, in place.
+
+    An evaluation that knows the model's classes takes datasets with some of them, in any order.
+    """
     register_shapes()
     register_coco_format(cfg.DATASETS.COCO_FORMAT)
     node = cfg.MODEL.DN_DETR
     names = dataset_names(cfg, eval_only)
-    node.NUM_CLASSES = resolve_num_classes(node.NUM_CLASSES, names)
+    if not eval_only or not node.CLASS_NAMES:
+        node.NUM_CLASSES = resolve_num_classes(node.NUM_CLASSES, names)
+        return
+    node.NUM_CLASSES = len(node.CLASS_NAMES)
+    for name in names:
+        known = class_names(name)
+        if set(known).isdisjoint(node.CLASS_NAMES):
+            raise InputError(
+                f"the model knows none of the classes of the dataset {name!r}: "
+                f"{', '.join(known[:5])} are not among {', '.join(node.CLASS_NAMES[:5])}, ..."
+            )
 
 
 def dataset_names(cfg, eval_only: bool = False) -> list[str]:

@@ -17,6 +17,10 @@ def class_color(label: int) -> tuple[float, float, float]:
     return float(red), float(green), float(blue)
 
 
+def _scale(image: np.ndarray) -> float:
+    return max(1.0, _SHORTEST_SIDE / min(image.shape[:2]))
+
+
 def draw_boxes(
     image: np.ndarray,
     boxes_xyxy_px: np.ndarray,
@@ -29,8 +33,7 @@ def draw_boxes(
 
     Captions None: no text. Small images come back enlarged if `enlarges`, others in their own size.
     """
-    scale = max(1.0, _SHORTEST_SIDE / min(image.shape[:2])) if enlarges else 1.0
-    canvas = Visualizer(image, scale=scale)
+    canvas = Visualizer(image, scale=_scale(image) if enlarges else 1.0)
     canvas.overlay_instances(
         boxes=np.asarray(boxes_xyxy_px, np.float64).reshape(-1, 4),
         labels=captions,
@@ -60,3 +63,22 @@ def draw_record(image: np.ndarray, record: dict, class_names: list[str]) -> np.n
         for a in annotations
     ]
     return draw_boxes(image, boxes, captions, [class_color(a["category_id"]) for a in annotations])
+
+
+def draw_styled(
+    image: np.ndarray,
+    boxes_xyxy_px: np.ndarray,
+    *,
+    captions: list[str],
+    colors: list,
+    line_styles: list[str],
+) -> np.ndarray:
+    """Boxes over an image, each in its own colour and line style ("-", "--")."""
+    scale = _scale(image)
+    canvas, size = Visualizer(image, scale=scale), 8 / scale  # points, whatever the image
+    for box, caption, color, style in zip(
+        boxes_xyxy_px, captions, colors, line_styles, strict=True
+    ):
+        canvas.draw_box(box, alpha=0.9, edge_color=color, line_style=style)
+        canvas.draw_text(caption, box[:2], color=color, horizontal_alignment="left", font_size=size)
+    return canvas.output.get_image()

@@ -8,7 +8,6 @@ import sys
 import weakref
 
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from fvcore.nn.precise_bn import get_bn_modules
@@ -18,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dn_detr.d2.checkpoint import Checkpointer, describe
 from dn_detr.d2.ema import KEY as EMA
 from dn_detr.d2.ema import FollowWeights, MovingAverage
+from dn_detr.d2.evaluation import Evaluator, build_evaluator
 from dn_detr.d2.evaluation_hooks import SaveEvaluation
 from dn_detr.d2.evidence import Evidence
 from dn_detr.d2.instability import build_instruments
@@ -174,8 +174,8 @@ class Trainer(DefaultTrainer):
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name: str) -> COCOEvaluator:
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+    def build_evaluator(cls, cfg, dataset_name: str) -> Evaluator:
+        return build_evaluator(cfg, dataset_name)
 
 
 def across_processes(model: nn.Module) -> nn.Module:
