@@ -76,7 +76,8 @@ def time_side_by_side(
         for prepare in candidates.values():  # compiles kernels, fills the allocator's pools
             prepare()()
     first = {name: clock(prepare, device) for name, prepare in candidates.items()}
-    repeats = {name: max(1, min(20, int(20 / ms))) for name, ms in first.items()}
+    most = 5 if device == "cuda" else 20
+    repeats = {name: max(1, min(most, int(20 / ms))) for name, ms in first.items()}
     samples = {name: [ms] if ms > SLOW_MS else [] for name, ms in first.items()}
     start, rounds = time.perf_counter(), 0
     while rounds < MAX_ROUNDS:

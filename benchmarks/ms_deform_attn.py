@@ -153,7 +153,7 @@ def measure(case: Case, device: str, peers: dict[str, Attend], seconds: float, p
         for name, timing in timings.items():
             speed = total / (timing.ms * 1e6)
             limits = {"gb_per_s": speed, "share_of_copy": speed / peak}
-            limits["gflop_per_s"] = work / (timing.ms * 1e6)
+            limits |= {"gflop_per_s": work / (timing.ms * 1e6), "floor_ms": total / (peak * 1e6)}
             rows.append(
                 {**case.row(), "measure": measured, "who": name, **asdict(timing), **limits}
             )
@@ -260,7 +260,7 @@ def main():
             print(
                 f"  {row['case']}, batch {row['batch']}, {row['dtype']}, {row['locations']}, "
                 f"{row['measure']}: {row['gb_per_s']:.1f} GB/s, {row['share_of_copy']:.0%} of a "
-                f"copy, {row['gflop_per_s']:.0f} GFLOP/s"
+                f"copy (at least {row['floor_ms']:.2g} ms), {row['gflop_per_s']:.0f} GFLOP/s"
             )
     save(args, "ms_deform_attn", rows, missing=missing, copy_gb_per_s=peak, keys=keys,
          against="dn_detr")  # fmt: skip

@@ -6,8 +6,8 @@
     python benchmarks/train_step.py --config-file configs/dino.yaml --device cuda --batch 2 8
 
 A step is forward, matching, losses, backward, clipping and optimizer, on images of noise that lie in
-memory: no data loading. Each configuration runs as it is and without denoising, side by side, each
-also with bfloat16 (`SOLVER.AMP.ENABLED`). "plain operators" is the configuration as it is with every
+memory: no data loading. Each configuration runs as it is and without denoising, side by side, on CUDA
+each also with bfloat16 (`SOLVER.AMP.ENABLED`). "plain operators" is the configuration as it is with every
 operator of this project replaced by its PyTorch twin. Memory is what forward and backward need beyond
 model, gradients, optimizer and images. Needs Detectron2.
 """
@@ -47,6 +47,10 @@ class Case:
             return "plain operators"
         kind = "denoised" if self.is_denoised else "without denoising"
         return kind if self.precision == "float32" else f"{kind}, {self.precision}"
+
+
+def row_of(case: Case) -> dict:
+    return {**asdict(case), "size": "x".join(map(str, case.size)), "who": case.who}
 
 
 def make_batch(case: Case) -> list[dict]:
@@ -106,37 +110,41 @@ def make_settled_step(case: Case):
 
 def measure(cases: list[Case], seconds: float, with_memory: bool) -> list[dict]:
     device = cases[0].device
-    steps = {case: make_step(case) for case in cases}
-    for case, step in steps.items():
-        if not torch.isfinite(step()):
+    steps, rows = {}, []
+    for case in cases:
+        step = make_step(case)
+        try:
+            loss = step()
+        except torch.OutOfMemoryError:
+            rows.append({**row_of(case), "measure": "ms", "note": "out of memory"})
+            continue
+        if not torch.isfinite(loss):
             raise AssertionError(f"the loss is not finite: {case}")
+        steps[case] = step
     timings = time_side_by_side(
         {case.who: lambda f=step: f for case, step in steps.items()}, device, seconds
     )
-    rows = []
     for case, step in steps.items():
-        common = {**asdict(case), "size": "x".join(map(str, case.size)), "who": case.who}
-        row = {**common, "measure": "ms", **asdict(timings[case.who])}
+        row = {**row_of(case), "measure": "ms", **asdict(timings[case.who])}
         row["images_per_s"] = case.batch * 1000 / row["ms"]
         if device == "cuda":
             row |= count_launches(step)
         rows.append(row)
     if with_memory:
+        fitting = list(steps)
         steps.clear()
-        for case, row in zip(cases, list(rows), strict=True):
+        for case in fitting:
             mib = peak_mib(device, make_settled_step, None, (case,))
             if mib is not None:
-                common = {key: row[key] for key in ("config", "batch", "size", "who")}
-                rows.append({**common, "measure": "peak MiB", "mib": mib})
+                rows.append({**row_of(case), "measure": "peak MiB", "mib": mib})
     return rows
 
 
 def variants(config: str, batch: int, args) -> list[Case]:
     case = partial(Case, config, batch, tuple(args.size), args.device)
-    found = [case(), case(is_denoised=False), case("bfloat16"), case("bfloat16", is_denoised=False)]
-    if args.is_plain:
-        found.append(case(is_plain=True))
-    return found[:2] if args.quick else found
+    precisions = ("float32",) if args.device == "cpu" else ("float32", "bfloat16")
+    found = [case(p, is_denoised=d) for p in precisions for d in (True, False)]
+    return found + [case(is_plain=True)] * args.is_plain
 
 
 def main():

@@ -95,7 +95,7 @@ done
 if wants bench; then
   common=(--device cuda --save)
   attention=(--original "$packed/Deformable-DETR" --dtype float32 bfloat16 --uniform 0 --seconds 0.2)
-  train=(--batch 2 16 --plain-operators --seconds 2)
+  train=(--batch 2 8 --plain-operators --seconds 2)
   if [ $device = cpu ]; then
     common=(--device cpu --quick --save "$scratch/results/cpu.json")
     attention=()
