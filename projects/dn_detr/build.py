@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from dn_detr.assists.denoising import Denoise, FixedGroups, ObjectBudget
 from dn_detr.assists.groups import Groups
 from dn_detr.assists.hybrid import Hybrid
+from dn_detr.assists.mask_denoising import DenoiseMasks
 from dn_detr.layers.content import QueryContent
 from dn_detr.losses.criterion import Criterion
+from dn_detr.losses.mask_points import PointSampling
+from dn_detr.losses.mask_terms import Dice, MaskCrossEntropy, MaskTerms
 from dn_detr.losses.terms import L1, Focal, GIoU, Softmax
 from dn_detr.methods import METHODS
+from dn_detr.methods.mask2former import MaskQueries
 from dn_detr.models.detr import DETR
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.proposals import ProposalQueries
@@ -85,8 +89,14 @@ def build_model(
             if denoising.num_groups
             else ObjectBudget(max_objects=denoising.max_objects)
         )
+        kind = DenoiseMasks if isinstance(model.query_design, MaskQueries) else Denoise
+        if kind is DenoiseMasks and denoising.is_contrastive:
+            raise ValueError(
+                f"{method} is denoised by shifted masks; contrastive noise, which moves the sides of "
+                "boxes, has no meaning there"
+            )
         model.assists.append(
-            Denoise(
+            kind(
                 num_classes=numbers.num_classes,
                 groups=groups,
                 box_noise=denoising.box_noise,
@@ -124,20 +134,37 @@ def build_criterion(
     focal_gamma: float = 2.0,
     kind: str = "focal",
     no_object_weight: float = 0.1,
+    masks: MaskTerms | None = None,
 ) -> Criterion:
     """Class, L1 and GIoU losses with the weights of DAB-DETR and its descendants.
 
-    kind: of the class loss, "focal" or "softmax" (of logits with a last column for "no object",
-    whose slots weigh `no_object_weight`).
+    Without weights of L1 and GIoU (0), predictions need no boxes. kind: of the class loss, "focal"
+    or "softmax" (of logits with a last column for "no object", whose slots weigh
+    `no_object_weight`). masks: see `mask_terms`.
     """
     if kind not in ("focal", "softmax"):
         raise ValueError(f'kind of class loss must be "focal" or "softmax", got {kind!r}')
     focal = Focal(alpha=focal_alpha, gamma=focal_gamma)
     softmax = Softmax(unmatched_weight=no_object_weight)
-    return Criterion(
-        {
-            "class": (focal if kind == "focal" else softmax, class_weight),
-            "box": (L1(), l1_weight),
-            "giou": (GIoU(), giou_weight),
-        }
+    terms = {"class": (focal if kind == "focal" else softmax, class_weight)}
+    if l1_weight or giou_weight:
+        terms |= {"box": (L1(), l1_weight), "giou": (GIoU(), giou_weight)}
+    return Criterion(terms, masks=masks)
+
+
+def mask_terms(
+    *,
+    cross_entropy: float = 5.0,
+    dice: float = 5.0,
+    points: PointSampling | None = None,
+    without: tuple[str, ...] = (),
+) -> MaskTerms:
+    """Losses of masks with the weights of Mask2Former and Mask DINO, for pages that predict masks.
+
+    without: names of the segments whose masks are not trained, e.g. ("denoise",).
+    """
+    return MaskTerms(
+        terms={"mask": (MaskCrossEntropy(), cross_entropy), "dice": (Dice(), dice)},
+        points=points or PointSampling(),
+        without=without,
     )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_features, tiny_model, tiny_padding, tiny_targets
+from tiny import tiny_features, tiny_losses, tiny_model, tiny_padding, tiny_targets
 
-from dn_detr.build import HybridMatching, build_criterion
-from dn_detr.losses.assign import Costs, assign
+from dn_detr.build import HybridMatching
 from dn_detr.methods import METHODS
 from dn_detr.structures import Target, pad_targets
 
@@ -15,10 +14,9 @@ SIZES = [(96, 128), (64, 96)]
 TWO_STAGE = ("deformable_detr_two_stage", "dino", "h_deformable")
 
 
-def losses_of(model, targets, num_objects):
+def losses_of(method, model, targets, num_objects):
     predictions = model(tiny_features(2), tiny_padding(SIZES), targets)
-    assignments = assign(predictions, targets, Costs())
-    return build_criterion()(predictions, targets, assignments, num_objects)
+    return tiny_losses(method, predictions, targets, num_objects)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -26,13 +24,13 @@ def test_the_loss_is_the_mean_over_groups_that_are_trained_alone(method):
     targets = tiny_targets(2, 3)
     model = tiny_model(method, num_groups=3)
     assist = model.assists[0]
-    together = losses_of(model, targets, 5.0)
+    together = losses_of(method, model, targets, 5.0)
     del model.assists[0]
     own = model.query_design.tables
     alone = []
     for tables in (own, *assist.tables):
         model.query_design.tables = tables
-        alone.append(losses_of(model, targets, 5.0))
+        alone.append(losses_of(method, model, targets, 5.0))
     for key, value in alone[0].items():
         place, _, rest = key.removeprefix("loss_").rpartition("encoder_")
         mean = together[key] + together[f"loss_{place}{_}groups_{rest}"]
@@ -45,16 +43,21 @@ def test_the_loss_is_the_mean_over_groups_that_are_trained_alone(method):
 def test_the_one_to_many_loss_is_that_of_repeated_objects(method):
     model = tiny_model(method, hybrid=HybridMatching(num_queries=9, repeats=2))
     targets = tiny_targets(2, 3)
-    together = losses_of(model, targets, 5.0)
+    together = losses_of(method, model, targets, 5.0)
     model.query_design.tables = model.assists[0].tables
     del model.assists[0]
     repeated = pad_targets(
         [
-            Target(targets.labels[i, :n].repeat(2), targets.boxes[i, :n].repeat(2, 1))
+            Target(
+                targets.labels[i, :n].repeat(2),
+                targets.boxes[i, :n].repeat(2, 1),
+                masks=targets.masks[i].repeat(2, 1, 1),
+                noise_key=int(targets.noise_keys[i]),
+            )
             for i, n in enumerate(targets.counts)
         ]
     )
-    alone = losses_of(model, repeated, 10.0)
+    alone = losses_of(method, model, repeated, 10.0)
     for key, value in alone.items():
         hybrid = together[key.replace("loss_", "loss_hybrid_", 1)]
         torch.testing.assert_close(hybrid, value, rtol=1e-9, atol=1e-9)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from tiny import (
     ASSISTS,
+    levels_of_features,
+    outputs_of,
     tiny_features,
     tiny_model,
     tiny_padding,
@@ -76,8 +78,7 @@ def existing(segments):
 
 def test_no_gradient_flows_from_matched_predictions_to_other_slots(method, assist):
     predictions, probe = forward(method, assist, tiny_targets(2, 3))
-    matched = predictions.of("match")
-    total = matched.logits.sum() + matched.boxes.sum()
+    total = sum(value.sum() for value in outputs_of(predictions.of("match")).values())
     (gradient,) = torch.autograd.grad(total, probe.content)
     slots = slots_of(predictions)
     for name, where in slots.items():
@@ -90,7 +91,7 @@ def test_a_group_sees_only_itself_and_what_its_segment_says(method, assist):
     for segment in predictions.segments:
         part = predictions.of(segment.name)
         per_group = segment.size // segment.num_groups
-        total = part.logits[:, :, :per_group].sum() + part.boxes[:, :, :per_group].sum()
+        total = sum(value[:, :, :per_group].sum() for value in outputs_of(part).values())
         (gradient,) = torch.autograd.grad(total, probe.content, retain_graph=True)
         start = slots[segment.name].start
         assert gradient[:, start : start + per_group].abs().max() > 0
@@ -107,8 +108,8 @@ def test_matched_predictions_are_those_of_the_plain_model(method, assist):
     features, padding = tiny_features(2), tiny_padding(SIZES)
     with_assist = model(features, padding, targets).of("match")
     without = model(features, padding)
-    torch.testing.assert_close(with_assist.logits, without.logits, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(with_assist.boxes, without.boxes, rtol=1e-9, atol=1e-9)
+    for name, value in outputs_of(with_assist).items():
+        torch.testing.assert_close(value, outputs_of(without)[name], rtol=1e-9, atol=1e-9)
 
 
 def test_scribbling_on_empty_slots_changes_nothing(method, assist):
@@ -125,8 +126,8 @@ def test_scribbling_on_empty_slots_changes_nothing(method, assist):
     if "denoise" not in slots_of(plain):
         pytest.skip("only denoising leaves slots empty here")
     assert not exists.all()
-    for name in ("logits", "boxes"):
-        before, after = getattr(plain, name), getattr(scribbled, name)
+    for name, before in outputs_of(plain).items():
+        after = outputs_of(scribbled)[name]
         torch.testing.assert_close(before[:, exists], after[:, exists], rtol=1e-12, atol=1e-12)
 
 
@@ -134,7 +135,9 @@ def test_an_image_alone_gives_the_result_it_has_in_a_batch(method, assist):
     """From the feature maps on, that is without what reads across borders, and with equal groups."""
     if assist == "budget":
         pytest.skip("the number of groups follows from the fullest image of the batch")
-    model = without_group_norm(tiny_model(method, **ASSISTS[assist], num_levels=3))
+    model = without_group_norm(
+        tiny_model(method, **ASSISTS[assist], num_levels=levels_of_features(method))
+    )
     small = tiny_target(2, key=7)
     targets = pad_targets([tiny_target(3, key=6), small])
     features = [feature.clone() for feature in tiny_features(2)]
@@ -148,9 +151,8 @@ def test_an_image_alone_gives_the_result_it_has_in_a_batch(method, assist):
         pad_targets([small]),
     )
     for segment in together.segments:
-        for name in ("logits", "boxes"):
-            batched = getattr(together.of(segment.name), name)[:, 1:]
-            single = getattr(alone.of(segment.name), name)
+        for name, single in outputs_of(alone.of(segment.name)).items():
+            batched = outputs_of(together.of(segment.name))[name][:, 1:]
             if segment.name == "denoise":  # the fuller image has 3 slots where this one fills 2
                 batched = batched.unflatten(2, (-1, 3))[:, :, :, :2].flatten(2, 3)
             torch.testing.assert_close(batched, single, rtol=1e-9, atol=1e-9)

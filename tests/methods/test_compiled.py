@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import ASSISTS, tiny_features, tiny_model, tiny_padding, tiny_targets
+from tiny import (
+    ASSISTS,
+    levels_of_features,
+    outputs_of,
+    tiny_features,
+    tiny_model,
+    tiny_padding,
+    tiny_targets,
+)
 
 from dn_detr.methods import METHODS
+from dn_detr.models.masks import mask_logits
 
 SIZES = [(96, 128), (64, 96)]
 
@@ -20,7 +29,11 @@ class Outcome(torch.nn.Module):
 
     def forward(self, features, padding):
         predictions = self.model(features, padding)
-        return predictions.logits, predictions.boxes
+        outputs = outputs_of(predictions)
+        if predictions.pixel_map is not None:
+            embeddings = predictions.mask_embeddings[-1]
+            outputs["masks"] = mask_logits(embeddings, predictions.pixel_map.features)
+        return tuple(outputs.values())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -30,13 +43,14 @@ def test_a_page_compiles_as_one_graph_with_assists(method):
     inputs = tiny_features(2), tiny_padding(SIZES), tiny_targets(1, 3)
     compiled = torch.compile(model, fullgraph=True, backend="eager")(*inputs)
     plain = model(*inputs)
-    torch.testing.assert_close(compiled.logits, plain.logits, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(compiled.boxes, plain.boxes, rtol=1e-9, atol=1e-9)
+    for name, value in outputs_of(compiled).items():
+        torch.testing.assert_close(value, outputs_of(plain)[name], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_page_exports_with_any_batch_and_size(method):
-    model = Outcome(tiny_model(method, decoder_layers=2, num_levels=3)).eval()
+    model = Outcome(tiny_model(method, decoder_layers=2, num_levels=levels_of_features(method)))
+    model.eval()
     batch = torch.export.Dim("batch", min=1, max=8)
     height, width = (torch.export.Dim(name, min=2, max=40) for name in ("height", "width"))
     sizes = [

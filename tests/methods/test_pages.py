@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import ASSISTS, tiny_features, tiny_model, tiny_padding, tiny_targets, without_group_norm
+from tiny import (
+    ASSISTS,
+    PAGES_WITH_MASKS,
+    PAGES_WITHOUT_BOXES,
+    levels_of_features,
+    outputs_of,
+    tiny_features,
+    tiny_losses,
+    tiny_model,
+    tiny_padding,
+    tiny_targets,
+    without_group_norm,
+)
 
-from dn_detr.build import build_criterion
-from dn_detr.losses.assign import Costs, assign
 from dn_detr.methods import METHODS
 
 SIZES = [(96, 128), (64, 96)]
@@ -15,18 +25,25 @@ TRAINING_ONLY = ("assists.", "label_table.", "box_embedding.")
 pytestmark = pytest.mark.parametrize("method", METHODS)
 
 
-def losses_of(model, targets):
+def losses_of(method, model, targets):
     predictions = model(tiny_features(2), tiny_padding(SIZES), targets)
-    assignments = assign(predictions, targets, Costs())
-    return build_criterion()(predictions, targets, assignments, max(1, sum(targets.counts)))
+    return tiny_losses(method, predictions, targets)
 
 
 def test_predictions_have_a_layer_axis_and_boxes_inside_the_image(method):
     predictions = tiny_model(method)(tiny_features(2), tiny_padding(SIZES))
-    assert predictions.logits.shape == (3, 2, 7, 5)
-    assert predictions.boxes.shape == (3, 2, 7, 4)
+    layers = 4 if method in PAGES_WITH_MASKS else 3  # there, also one before the first layer
+    assert predictions.logits.shape == (layers, 2, 7, 5)
     assert predictions.logits.isfinite().all()
-    assert (predictions.boxes > 0).all() and (predictions.boxes < 1).all()
+    assert (predictions.boxes is None) == (method in PAGES_WITHOUT_BOXES)
+    if predictions.boxes is not None:
+        assert predictions.boxes.shape == (layers, 2, 7, 4)
+        assert (predictions.boxes > 0).all() and (predictions.boxes < 1).all()
+    assert (predictions.pixel_map is not None) == (method in PAGES_WITH_MASKS)
+    if predictions.pixel_map is not None:
+        assert predictions.pixel_map.features.shape == (2, 32, 12, 16)
+        assert predictions.pixel_map.valid_sizes.tolist() == [[16, 12], [12, 8]]
+        assert predictions.mask_embeddings.shape == (layers, 2, 7, 32)
 
 
 @pytest.mark.parametrize("assist", [None, *ASSISTS])
@@ -34,7 +51,7 @@ def test_predictions_have_a_layer_axis_and_boxes_inside_the_image(method):
 def test_every_parameter_gets_a_finite_gradient(method, assist, counts):
     """Also without any object: a parameter without gradient would stop distributed training."""
     model = tiny_model(method, **ASSISTS.get(assist, {}))
-    sum(losses_of(model, tiny_targets(*counts)).values()).backward()
+    sum(losses_of(method, model, tiny_targets(*counts)).values()).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None]
     assert not without
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -43,21 +60,26 @@ def test_every_parameter_gets_a_finite_gradient(method, assist, counts):
 @pytest.mark.parametrize("assist", [None, *ASSISTS])
 def test_loss_names_do_not_depend_on_the_objects(method, assist):
     model = tiny_model(method, **ASSISTS.get(assist, {}))
-    names = [list(losses_of(model, tiny_targets(*counts))) for counts in [(2, 3), (0, 0)]]
+    names = [list(losses_of(method, model, tiny_targets(*counts))) for counts in [(2, 3), (0, 0)]]
     assert names[0] == names[1]
 
 
 def test_values_in_the_padding_change_nothing(method):
-    # With 3 levels: a strided convolution would read across the border.
-    model = without_group_norm(tiny_model(method, num_levels=3))
+    model = without_group_norm(tiny_model(method, num_levels=levels_of_features(method)))
     features, padding = tiny_features(2), tiny_padding(SIZES)
     changed = [feature.clone() for feature in features]
     for stride, feature in zip((8, 16, 32), changed, strict=True):
         feature[1, :, 64 // stride :] = 100.0
         feature[1, :, :, 96 // stride :] = -100.0
     before, after = model(features, padding), model(changed, padding)
-    torch.testing.assert_close(before.logits, after.logits, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(before.boxes, after.boxes, rtol=1e-10, atol=1e-10)
+    assert outputs_of(before).keys() == outputs_of(after).keys()
+    for name, value in outputs_of(before).items():
+        torch.testing.assert_close(value, outputs_of(after)[name], rtol=1e-10, atol=1e-10)
+    if before.pixel_map is not None:
+        inside = (slice(1, 2), slice(None), slice(8), slice(12))
+        was, now = before.pixel_map.features, after.pixel_map.features
+        torch.testing.assert_close(was[0], now[0])
+        torch.testing.assert_close(was[inside], now[inside], rtol=1e-10, atol=1e-10)
 
 
 def test_permuted_queries_give_permuted_predictions(method):
@@ -70,8 +92,8 @@ def test_permuted_queries_give_permuted_predictions(method):
     for table in model.query_design.tables.parameters():
         table.data = table.data[order]
     after = model(features, padding)
-    torch.testing.assert_close(before.logits[:, :, order], after.logits)
-    torch.testing.assert_close(before.boxes[:, :, order], after.boxes)
+    for name, value in outputs_of(before).items():
+        torch.testing.assert_close(value[:, :, order], outputs_of(after)[name])
 
 
 @pytest.mark.parametrize("assist", ASSISTS)
@@ -85,6 +107,6 @@ def test_a_checkpoint_with_assists_loads_into_the_plain_model(method, assist):
     assert not missing
     assert all(any(part in name for part in TRAINING_ONLY) for name in unexpected)
     features, padding = tiny_features(2), tiny_padding(SIZES)
-    for name in ("logits", "boxes"):
-        before, after = (getattr(model(features, padding), name) for model in (assisted, plain))
-        torch.testing.assert_close(before, after, rtol=1e-12, atol=1e-12)
+    before, after = (outputs_of(model(features, padding)) for model in (assisted, plain))
+    for name, value in before.items():
+        torch.testing.assert_close(value, after[name], rtol=1e-12, atol=1e-12)

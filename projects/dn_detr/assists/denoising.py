@@ -114,7 +114,7 @@ class Denoise(nn.Module):
             hide_empty=self.hides_empty,
         )
         noised = NoisedObjects(labels, boxes, assignment, is_empty, num_groups)
-        state = source.from_boxes(noised.labels, noised.boxes)
+        state = self.describe(noised, source, targets)
         if not self.hides_empty:
             content = state.content.masked_fill(noised.is_empty[..., None], 0)
             state = replace(state, content=content)
@@ -133,6 +133,10 @@ class Denoise(nn.Module):
             proposals=queries.proposals,
             mask=mask if match.is_empty is None else hide_last(mask, match.is_empty),
         )
+
+    def describe(self, noised: NoisedObjects, source, targets: Targets) -> QueryState:
+        """The queries of noised objects."""
+        return source.from_boxes(noised.labels, noised.boxes)
 
 
 def hide_last(mask: Tensor, is_empty: Tensor) -> Tensor:

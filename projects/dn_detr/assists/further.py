@@ -60,6 +60,8 @@ def _join(parts: list[Predictions], segments: tuple[Segment, ...]) -> Prediction
         references=parts[0].references,
         segments=segments,
         is_class_agnostic=parts[0].is_class_agnostic,
+        mask_embeddings=_cat([part.mask_embeddings for part in parts], axis=2),
+        pixel_map=parts[0].pixel_map,
     )
 
 

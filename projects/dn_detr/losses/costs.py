@@ -19,11 +19,13 @@ from dn_detr.structures import Predictions, Targets
 @dataclass(frozen=True, eq=False)
 class Objects:
     """The objects of a batch without padding: image_of [T] int64, ascending; labels [T] int64;
-    boxes [T, 4] cxcywh."""
+    boxes [T, 4] cxcywh. masks and noise_keys [B]: as in `Targets`."""
 
     image_of: Tensor
     labels: Tensor
     boxes: Tensor
+    masks: tuple[Tensor, ...] | None
+    noise_keys: Tensor
 
 
 def list_objects(targets: Targets) -> Objects:
@@ -33,7 +35,13 @@ def list_objects(targets: Targets) -> Objects:
     places = [place for count in targets.counts for place in range(count)]
     image_of = torch.tensor(images, dtype=torch.int64).to(device, non_blocking=True)
     place_of = torch.tensor(places, dtype=torch.int64).to(device, non_blocking=True)
-    return Objects(image_of, targets.labels[image_of, place_of], targets.boxes[image_of, place_of])
+    return Objects(
+        image_of=image_of,
+        labels=targets.labels[image_of, place_of],
+        boxes=targets.boxes[image_of, place_of],
+        masks=targets.masks,
+        noise_keys=targets.noise_keys,
+    )
 
 
 def focal_cost(
@@ -80,7 +88,7 @@ class Costs:
     """Weighted sum of class, L1 and GIoU costs; any callable of the same form may replace it.
 
     class_cost, l1, giou: weights (2, 5, 2 with focal loss; 1, 5, 2 in DETR); kind: "focal" (with
-    alpha and gamma) or "softmax".
+    alpha and gamma) or "softmax". Without l1 and giou (0), predictions need no boxes.
     """
 
     class_cost: float = 2.0
@@ -96,13 +104,15 @@ class Costs:
 
     def __call__(self, predictions: Predictions, objects: Objects) -> Tensor:
         """Cost of every slot for every object of its image: [L, T, Q], float32 or float64."""
-        if predictions.boxes is None:
-            raise ValueError("costs of boxes need predictions with boxes, got None")
         logits, image_of, labels = predictions.logits, objects.image_of, objects.labels
         if self.kind == "focal":
             class_cost = focal_cost(logits, image_of, labels, self.alpha, self.gamma)
         else:
             class_cost = softmax_cost(logits, image_of, labels)
+        if self.l1 == self.giou == 0:
+            return self.class_cost * class_cost
+        if predictions.boxes is None:
+            raise ValueError("costs of boxes need predictions with boxes, got None")
         return (
             self.class_cost * class_cost
             + self.l1 * l1_cost(predictions.boxes, image_of, objects.boxes)

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dn_detr.layers.boxes import at_least_float32
+from dn_detr.losses.mask_terms import MaskTerms
 from dn_detr.losses.segments import split_segments
 from dn_detr.losses.terms import Term
 from dn_detr.structures import Assignment, Assignments, Matched, Predictions, Targets
@@ -28,7 +30,7 @@ class Criterion:
 
     terms: name (lower-case letters, part of the key) -> (term, weight); prefix: of all keys, tells
     apart several criteria over the same predictions; segments: names of the segments served
-    ("encoder/<name>" for proposals), None = all.
+    ("encoder/<name>" for proposals), None = all. masks: further terms, of masks; None = no masks.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Criterion:
         *,
         prefix: str = "",
         segments: Collection[str] | None = None,
+        masks: MaskTerms | None = None,
     ):
         for name in terms:
             if not re.fullmatch("[a-z]+", name):
@@ -44,6 +47,7 @@ class Criterion:
         self.terms = dict(terms)
         self.prefix = prefix
         self.segments = segments
+        self.masks = masks
 
     def __call__(
         self,
@@ -59,13 +63,19 @@ class Criterion:
         """
         losses = {}
         with torch.autocast(predictions.logits.device.type, enabled=False):
+            sampled = None if self.masks is None else self.masks.points.sample(predictions, targets)
             for name, part in split_segments(predictions, self.segments).items():
                 if name not in assignments:
                     raise ValueError(
                         f"segment {name!r} has no assignment, only {sorted(assignments)} have"
                     )
                 matched = look_up(part, targets, assignments[name])
-                for term_name, (term, weight) in self.terms.items():
+                terms = self.terms
+                if sampled is not None and name not in self.masks.without:
+                    points = sampled.of(part, assignments[name], matched.target_scores)
+                    matched = replace(matched, mask_points=points)
+                    terms = {**terms, **self.masks.terms}
+                for term_name, (term, weight) in terms.items():
                     values = term(matched, num_objects) * (weight * part.segments[0].weight)
                     key = "_".join(filter(None, ("loss", self.prefix, _label(name), term_name)))
                     last = values.shape[0] - 1

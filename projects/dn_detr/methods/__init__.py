@@ -16,6 +16,7 @@ from dn_detr.methods.deformable_detr import (
 from dn_detr.methods.detr import detr
 from dn_detr.methods.dino import dino
 from dn_detr.methods.h_deformable import h_deformable
+from dn_detr.methods.mask2former import mask2former
 from dn_detr.methods.smca import smca, smca_multiscale
 
 METHODS = {
@@ -32,4 +33,5 @@ METHODS = {
     "deformable_detr_two_stage": deformable_detr_two_stage,
     "dino": dino,
     "h_deformable": h_deformable,
+    "mask2former": mask2former,
 }

@@ -50,11 +50,12 @@ def multi_scale_neck(numbers: Numbers, in_channels: list[int], strides: list[int
 
 
 def deformable_encoder(numbers: Numbers) -> DeformableEncoder:
+    hidden_dim = numbers.encoder_feed_forward_dim or numbers.feed_forward_dim
     return DeformableEncoder(
         [
             DeformableEncoderLayer(
                 attention=deformable_attention(numbers),
-                feed_forward=feed_forward(numbers),
+                feed_forward=feed_forward(numbers, hidden_dim),
                 dropout=numbers.dropout,
             )
             for _ in range(numbers.encoder_layers)
@@ -83,10 +84,10 @@ def deformable_attention(numbers: Numbers) -> DeformableAttention:
     )
 
 
-def feed_forward(numbers: Numbers) -> FeedForward:
+def feed_forward(numbers: Numbers, hidden_dim: int = 0) -> FeedForward:
     return FeedForward(
         channels=numbers.channels,
-        hidden_dim=numbers.feed_forward_dim,
+        hidden_dim=hidden_dim or numbers.feed_forward_dim,
         dropout=numbers.dropout,
         activation=nn.ReLU(),
     )

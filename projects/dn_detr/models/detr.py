@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from dn_detr.structures import Predictions, Targets
@@ -13,6 +15,9 @@ class DETR(nn.Module):
     features: list of [B, C_i, h_i, w_i]; padding [B, H, W] bool, True outside the image. With
     `targets` the assists add their training-only queries; without, this is the inference model,
     whatever the mode of the module. Ground truth enters nowhere else.
+
+    mask_head: (finest feature, padding, memory) -> PixelMap, of a page that predicts masks; then
+    the finest feature is for it alone.
     """
 
     def __init__(
@@ -23,6 +28,7 @@ class DETR(nn.Module):
         encoder: nn.Module,
         query_design: nn.Module,
         decoder: nn.Module,
+        mask_head: nn.Module | None = None,
     ):
         super().__init__()
         self.neck = neck
@@ -30,12 +36,17 @@ class DETR(nn.Module):
         self.encoder = encoder
         self.query_design = query_design
         self.decoder = decoder
+        self.mask_head = mask_head
         self.assists = nn.ModuleList()
 
     def forward(
         self, features: list[Tensor], padding: Tensor, targets: Targets | None = None
     ) -> Predictions:
+        if self.mask_head is not None:
+            finest, *features = features
         memory = self.encoder(self.flatten(self.neck(features, padding)))
+        if self.mask_head is not None:
+            memory = replace(memory, pixel_map=self.mask_head(finest, padding, memory))
         source = self.query_design.bind(memory)
         queries = source.queries()
         if targets is not None:

@@ -14,6 +14,7 @@ class Numbers:
     num_patterns, shares_content: see `layers.content.SharedContent`, `num_patterns` and
     `is_learned`.
     has_no_object: the logits have a last column for "no object", as a softmax over classes needs.
+    encoder_feed_forward_dim: of the encoder's layers; 0: feed_forward_dim.
     """
 
     num_classes: int
@@ -31,6 +32,7 @@ class Numbers:
     num_patterns: int = 0
     shares_content: bool = False
     has_no_object: bool = False
+    encoder_feed_forward_dim: int = 0
 
     def __post_init__(self):
         for name in ("num_classes", "num_queries", "channels", "num_heads", "num_levels"):

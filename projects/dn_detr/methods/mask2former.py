@@ -1,0 +1,274 @@
+"""Mask2Former: masked-attention mask transformer, for instance segmentation.
+
+Bowen Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", 2112.01527.
+
+What differs from DETR:
+ - no boxes: a query says a class and an embedding, whose product with a fine map of the image is its
+   mask (`models.masks`); what evaluation calls its box is that of its mask;
+ - masked attention (sec. 3.2.1): a query looks only where its last mask is, everywhere if it has
+   none;
+ - each decoder layer looks at one level of a deformable encoder, coarse to fine in turn (3.2.2);
+ - cross-attention comes before self-attention, content is learned, and predictions are made and
+   trained before the first layer too (3.2.3);
+ - losses and matching costs of masks are taken at random points (3.3, `losses.mask_points`).
+
+Denoising (2203.01305, TPAMI version, whose code was not released; `assists.mask_denoising`): the mask
+that a denoising query first looks at is that of its object, shifted; later ones it predicts itself.
+The paper leaves open what else the query is: here its content is the label embedding, and it has no
+position, for it has looked at its place before it first meets other queries.
+
+Deviations from the authors' code: padding is neither looked at nor interpolated with; see also
+`losses.mask_points`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dn_detr.layers.attend import Visibility, additive, attention_dtype
+from dn_detr.layers.attention import SelfAttention
+from dn_detr.layers.content import QueryContent
+from dn_detr.layers.dense import DenseAttention
+from dn_detr.layers.mlp import FeedForward
+from dn_detr.layers.points import moved_masks
+from dn_detr.layers.position import SinePosition
+from dn_detr.models.deformable import deformable_encoder, feed_forward, multi_scale_neck
+from dn_detr.models.detr import DETR
+from dn_detr.models.masks import MaskHead, MaskHeads, mask_logits
+from dn_detr.models.neck import Flatten
+from dn_detr.models.numbers import Numbers
+from dn_detr.models.slots import SlotTables
+from dn_detr.structures import Memory, Predictions, Queries, QueryState, Segment
+
+POINTS_PER_SIDE = 4
+"""A cell counts as part of a shifted mask if any of 4 x 4 points in it does."""
+
+
+def mask2former(
+    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+) -> DETR:
+    """Neck, encoder, pixel map, queries and decoder of Mask2Former. The first feature is only for
+    the pixel map."""
+    n = numbers
+    position = SinePosition(channels=n.channels, temperature=10000.0, cell_offset=0.0)
+    heads = MaskHeads(channels=n.channels, num_classes=n.num_classes, has_no_object=n.has_no_object)
+    return DETR(
+        neck=multi_scale_neck(n, in_channels[1:], strides[1:]),
+        flatten=Flatten(position=position, channels=n.channels, num_levels=n.num_levels),
+        encoder=deformable_encoder(n),
+        query_design=MaskQueries(
+            content=content.without_indicator(), num_queries=n.num_queries, heads=heads
+        ),
+        decoder=MaskedDecoder(
+            layers=[masked_layer(n) for _ in range(n.decoder_layers)],
+            position=position,
+            heads=heads,
+            channels=n.channels,
+            num_levels=n.num_levels,
+        ),
+        mask_head=MaskHead(in_channels=in_channels[0], channels=n.channels),
+    )
+
+
+def level_of(layer: int, num_levels: int) -> int:
+    """The level that a decoder layer looks at: the coarsest first, the finest after the others."""
+    return num_levels - 1 - layer % num_levels
+
+
+def map_at_level(memory: Memory, level: int) -> Tensor:
+    """The pixel map at the size of a level [B, C, h, w]. A mask of it is the mask at that size, since
+    interpolation and product commute."""
+    return F.interpolate(memory.pixel_map.features, memory.shapes[level], mode="bilinear")
+
+
+class MaskQueries(nn.Module):
+    """Learned content and position for each query; its mask is the reference.
+
+    heads: those of the decoder, which stand twice in a checkpoint.
+    """
+
+    def __init__(self, *, content: QueryContent, num_queries: int, heads: MaskHeads):
+        super().__init__()
+        self.content = content
+        self.heads = heads
+        self.tables = self.new_tables(num_queries)
+
+    def new_tables(self, num_queries: int, own_head: bool = True) -> SlotTables:
+        """Rows for further queries, owned by whoever asks; there are no proposals to head."""
+        return SlotTables(
+            position=nn.Parameter(torch.randn(num_queries, self.content.channels)),
+            content=self.content.new_rows(num_queries),
+        )
+
+    def bind(self, memory: Memory) -> MaskSource:
+        """A source of queries for this memory; it lives for one forward."""
+        return MaskSource(self, memory)
+
+
+class MaskSource:
+    """The queries of one forward of `MaskQueries`. A reference holds logits of a mask at the level
+    that the first decoder layer looks at."""
+
+    def __init__(self, design: MaskQueries, memory: Memory):
+        self.design = design
+        self.memory = memory
+        self.level = level_of(0, len(memory.shapes))
+
+    def queries(self, tables: SlotTables | None = None, first_rank: int = 0) -> Queries:
+        """One "match" segment of the rows of `tables` (default: the design's own)."""
+        design, batch = self.design, self.memory.tokens.shape[0]
+        tables = design.tables if tables is None else tables
+        content = design.content.matched(tables.content).expand(batch, -1, -1)
+        with torch.no_grad():
+            _, embeddings = design.heads(content)
+            reference = mask_logits(embeddings, map_at_level(self.memory, self.level)).flatten(2)
+        position = tables.position.expand(batch, -1, -1)
+        state = QueryState(content, position, reference)
+        return Queries(state, (Segment("match", content.shape[1]),))
+
+    def from_masks(
+        self, labels: Tensor, masks: tuple[Tensor, ...], object_of: Tensor, shift: Tensor
+    ) -> QueryState:
+        """Queries of labels [B, T] at the masks of objects [B, T], moved by shift [B, T, 2] in shares
+        of the image. masks: as in `Targets`."""
+        content = self.design.content.labels(labels)
+        height, width = self.memory.shapes[self.level]
+        points = self._points(height, width)
+        hits = torch.stack(
+            [moved_masks(*image) for image in zip(masks, object_of, shift, points, strict=True)]
+        )
+        is_on = hits.unflatten(2, (height * width, -1)).any(-1)
+        return QueryState(content, torch.zeros_like(content), is_on.to(content.dtype) * 2 - 1)
+
+    def _points(self, height: int, width: int) -> Tensor:
+        """Points in every cell of the level, in [0, 1] of the unpadded image: [B, h * w * 16, 2]."""
+        valid = self.memory.valid_sizes[:, self.level]  # w, h
+        inner = (torch.arange(POINTS_PER_SIDE, device=valid.device) + 0.5) / POINTS_PER_SIDE
+        x = torch.arange(width, device=valid.device)[None, :, None, None] + inner[None, None, None]
+        y = torch.arange(height, device=valid.device)[:, None, None, None] + inner[:, None]
+        cells = torch.stack(torch.broadcast_tensors(x, y), dim=-1)  # [h, w, 4, 4, 2]
+        return cells.flatten(0, 3) / valid[:, None]
+
+
+class MaskedLayer(nn.Module):
+    """Masked cross-attention, self-attention, feed-forward, each with its residual and a norm."""
+
+    def __init__(
+        self,
+        *,
+        cross_attention: DenseAttention,
+        self_attention: SelfAttention,
+        feed_forward: FeedForward,
+        channels: int,
+        dropout: float,
+    ):
+        super().__init__()
+        self.cross_attention = cross_attention
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(channels)
+        self.self_attention = self_attention
+        self.feed_forward = feed_forward
+
+    def forward(
+        self,
+        content: Tensor,
+        position: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor,
+        mask: Tensor,
+        visibility: Visibility,
+    ) -> Tensor:
+        """content, position [B, Q, C]; key, value [B, S, C] and padding [B, S] of one level; mask
+        [B, 1, Q, S], additive -> content [B, Q, C]."""
+        update = self.cross_attention(content + position, key, value, padding, prior=mask)
+        content = self.norm(content + self.dropout(update))
+        return self.feed_forward(self.self_attention(content, position, visibility))
+
+
+def masked_layer(numbers: Numbers) -> MaskedLayer:
+    sizes = {
+        "channels": numbers.channels,
+        "num_heads": numbers.num_heads,
+        "dropout": numbers.dropout,
+    }
+    return MaskedLayer(
+        cross_attention=DenseAttention(**sizes),
+        self_attention=SelfAttention(**sizes),
+        feed_forward=feed_forward(numbers),
+        channels=numbers.channels,
+        dropout=numbers.dropout,
+    )
+
+
+def where_to_look(mask: Tensor, padding: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mask logits [B, Q, S] to an additive attention mask [B, 1, Q, S]: a query sees where its mask
+    is not negative, and everything if that is nowhere. padding [B, S]."""
+    is_seen = (mask >= 0) & ~padding[:, None]
+    is_seen = is_seen | ~is_seen.any(-1, keepdim=True)
+    return additive(is_seen, dtype)[:, None]
+
+
+class MaskedDecoder(nn.Module):
+    """Queries and memory to predictions: those of the queries themselves, then of every layer.
+
+    position: of the cells of a level, from its padding.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: list[MaskedLayer],
+        position: nn.Module,
+        heads: MaskHeads,
+        channels: int,
+        num_levels: int,
+    ):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.position = position
+        self.heads = heads
+        self.level_embedding = nn.Parameter(torch.randn(num_levels, channels))
+
+    def forward(self, queries: Queries, memory: Memory) -> Predictions:
+        content, position = queries.state.content, queries.state.position
+        dtype = attention_dtype(content)
+        visibility = Visibility(
+            queries.segments, device=content.device, dtype=dtype, mask=queries.mask
+        )
+        levels = self.keys_and_values(memory)
+        with torch.no_grad():
+            maps = [map_at_level(memory, level) for level in range(len(levels))]
+        predictions, mask = [self.heads(content)], queries.state.reference
+        for index, layer in enumerate(self.layers):
+            level = level_of(index, len(levels))
+            if index > 0:
+                with torch.no_grad():
+                    mask = mask_logits(predictions[-1][1], maps[level]).flatten(2)
+            key, value, padding = levels[level]
+            mask = where_to_look(mask, padding, dtype)
+            content = layer(content, position, key, value, padding, mask, visibility)
+            predictions.append(self.heads(content))
+        logits, embeddings = zip(*predictions, strict=True)
+        return Predictions(
+            logits=torch.stack(logits),
+            boxes=None,
+            references=(None,) * len(logits),
+            segments=queries.segments,
+            proposals=queries.proposals,
+            mask_embeddings=torch.stack(embeddings),
+            pixel_map=memory.pixel_map,
+        )
+
+    def keys_and_values(self, memory: Memory) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Keys [B, s, C], values [B, s, C] and padding [B, s] of every level."""
+        sizes = [height * width for height, width in memory.shapes]
+        tokens, paddings = memory.tokens.split(sizes, dim=1), memory.padding.split(sizes, dim=1)
+        levels = []
+        for level, (height, width) in enumerate(memory.shapes):
+            value = tokens[level] + self.level_embedding[level]
+            position = self.position(paddings[level].unflatten(1, (height, width))).flatten(1, 2)
+            levels.append((value + position.to(value.dtype), value, paddings[level]))
+        return levels
