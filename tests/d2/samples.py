@@ -1,17 +1,21 @@
 """Training samples of Detectron2's form, without files."""
 
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 
 
 def sample(image_id: int, num_objects: int, *, height: int = 64, width: int = 96, classes: int = 3):
-    """A picture of noise with boxes that follow from `image_id`."""
+    """A picture of noise with boxes that follow from `image_id`, filled by their masks."""
     generator = torch.Generator().manual_seed(image_id)
     instances = Instances((height, width))
     corners = torch.rand(num_objects, 2, 2, generator=generator).sort(dim=1).values
     boxes = corners.flatten(1) * torch.tensor([width - 9, height - 9] * 2)
     instances.gt_boxes = Boxes(boxes + torch.tensor([0, 0, 8, 8]))
     instances.gt_classes = torch.randint(classes, (num_objects,), generator=generator)
+    masks = torch.zeros(num_objects, height, width, dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, instances.gt_boxes.tensor.round().long().tolist()):
+        mask[y0:y1, x0:x1] = True
+    instances.gt_masks = BitMasks(masks)
     image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
     return {
         "image": image,

@@ -90,7 +90,7 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match='"focal" or "softmax", got \'hinge\''):
         Costs(kind="hinge")
     predictions = replace(random_predictions(Segment("match", 4)), boxes=None)
-    with pytest.raises(ValueError, match="need predictions with boxes"):
+    with pytest.raises(ValueError, match="the costs of L1 and GIoU must be 0"):
         Costs()(predictions, list_objects(random_targets(1, 1, 1)))
     logits, image_of = torch.zeros(1, 1, 2, 3), torch.zeros(1, dtype=torch.int64)
     assert focal_cost(logits, image_of, image_of, 0.25, 2.0).shape == (1, 1, 2)

@@ -27,6 +27,12 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.INPUT.CROP.TYPE = "absolute_range"
     cfg.INPUT.CROP.SIZE = (384, 600)
     cfg.INPUT.CROP.MIN_SIZE_BEFORE = (400, 500, 600)
+    # Large scale jitter, as in Mask2Former and Mask DINO, in place of crop and resizing: the image
+    # scaled to fit into SIZE x SIZE times a factor from RANGE, and a crop of at most that size.
+    cfg.INPUT.SCALE_JITTER = CfgNode()
+    cfg.INPUT.SCALE_JITTER.ENABLED = False
+    cfg.INPUT.SCALE_JITTER.RANGE = (0.1, 2.0)
+    cfg.INPUT.SCALE_JITTER.SIZE = 1024
 
     # ------------------------------------------------------------------------------- evaluation
     # Also write a report on every test dataset: OUTPUT_DIR/inference/report_<name>/report.html.
@@ -57,6 +63,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Sampling points of deformable attention, for each head and level.
     node.NUM_POINTS = 4
     node.FEED_FORWARD_DIM = 2048
+    # The same of the encoder; 0: as above.
+    node.ENCODER_FEED_FORWARD_DIM = 0
     node.ENCODER_LAYERS = 6
     node.DECODER_LAYERS = 6
     node.DROPOUT = 0.0
@@ -72,7 +80,7 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # "unknown", instead of zero.
     node.SHARES_CONTENT = False
     # Backbone features that the neck takes, fine to coarse; methods with a single scale take the
-    # coarsest.
+    # coarsest. For methods with masks (MODEL.MASK_ON) the first is for the masks alone.
     node.IN_FEATURES = ["res3", "res4", "res5"]
 
     # With MODEL.BACKBONE.NAME build_named_backbone: "torchvision/swin_t", "timm/convnext_tiny", ...
@@ -100,6 +108,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Hide the empty slots of images with fewer objects than the fullest one. The published code
     # leaves them visible; False reproduces it.
     node.DENOISING.HIDES_EMPTY = True
+    # Methods with masks: denoising queries must rebuild masks too, not only boxes.
+    node.DENOISING.MASKS = True
     # The batch's largest object count is rounded up to a multiple of this: 1 as published, 8 for
     # few distinct shapes.
     node.PAD_OBJECTS_TO = 1
@@ -132,6 +142,15 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Focal loss: weight of positives, and exponent.
     node.LOSS.FOCAL_ALPHA = 0.25
     node.LOSS.FOCAL_GAMMA = 2.0
+    # Methods with masks: cross-entropy and Dice of masks, taken at MASK_POINTS random points, the
+    # share MASK_IMPORTANCE of which are the most unsure of MASK_OVERSAMPLE times as many.
+    node.LOSS.MASK_WEIGHT = 5.0
+    node.LOSS.DICE_WEIGHT = 5.0
+    node.LOSS.COST_MASK = 5.0
+    node.LOSS.COST_DICE = 5.0
+    node.LOSS.MASK_POINTS = 12544
+    node.LOSS.MASK_OVERSAMPLE = 3.0
+    node.LOSS.MASK_IMPORTANCE = 0.75
 
     add_training_config(cfg)
 

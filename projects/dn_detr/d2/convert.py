@@ -56,9 +56,11 @@ def to_target(
 
 
 def to_instances(detections: Detections, image_size: tuple[int, int]) -> Instances:
-    """Detections of an image of (height, width) as pred_boxes, scores, pred_classes."""
+    """Detections of an image of (height, width) as pred_boxes, scores, pred_classes, pred_masks."""
     instances = Instances(image_size)
     instances.pred_boxes = Boxes(detections.boxes_xyxy_px)
     instances.scores = detections.scores
     instances.pred_classes = detections.labels
+    if detections.masks is not None:
+        instances.pred_masks = detections.masks
     return instances

@@ -29,10 +29,11 @@ class EitherOr(T.Augmentation):
         return f"EitherOr({self.either}, {self.other})"
 
 
-def train_augmentations(*, min_sizes, max_size, sample_style, flip, crop=None):
+def train_augmentations(*, min_sizes, max_size, sample_style, flip, crop=None, jitter=None):
     """Flip with probability 0.5 and resize; with `crop`, every second image is cropped in between.
 
-    `crop` = (short sides to resize to before the crop, crop type, crop size); the sizes of DETR
+    `jitter` = (smallest factor, largest factor, size), in place of resizing: large scale jitter
+    (2012.07177, sec. 3) without padding. `crop` = (short sides to resize to before the crop, crop type, crop size); the sizes of DETR
     (2005.12872, appendix A.4) are (400, 500, 600), "absolute_range", (384, 600). `flip` is
     "horizontal", "vertical" or "none".
     """
@@ -41,6 +42,10 @@ def train_augmentations(*, min_sizes, max_size, sample_style, flip, crop=None):
         augmentations.append(
             T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")
         )
+    if jitter is not None:
+        low, high, size = jitter
+        scale = T.ResizeScale(low, high, target_height=size, target_width=size)
+        return [*augmentations, scale, T.FixedSizeCrop((size, size), pad=False)]
     resize = T.ResizeShortestEdge(min_sizes, max_size, sample_style)
     if crop is None:
         return [*augmentations, resize]
@@ -106,13 +111,16 @@ class DetrMapper:
     @classmethod
     def from_config(cls, cfg, is_train=True):
         if is_train:
-            crop = cfg.INPUT.CROP
+            crop, jitter = cfg.INPUT.CROP, cfg.INPUT.SCALE_JITTER
+            if crop.ENABLED and jitter.ENABLED:
+                raise InputError("INPUT.CROP and INPUT.SCALE_JITTER exclude each other.")
             augmentations = train_augmentations(
                 min_sizes=cfg.INPUT.MIN_SIZE_TRAIN,
                 max_size=cfg.INPUT.MAX_SIZE_TRAIN,
                 sample_style=cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
                 flip=cfg.INPUT.RANDOM_FLIP,
                 crop=(crop.MIN_SIZE_BEFORE, crop.TYPE, crop.SIZE) if crop.ENABLED else None,
+                jitter=(*jitter.RANGE, jitter.SIZE) if jitter.ENABLED else None,
             )
         else:
             augmentations = [

@@ -11,15 +11,24 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from dn_detr.build import Denoising, HybridMatching, build_criterion, build_model
+from dn_detr.build import (
+    Denoising,
+    HybridMatching,
+    build_criterion,
+    build_model,
+    mask_terms,
+)
 from dn_detr.d2.convert import noise_key, to_instances, to_target
 from dn_detr.d2.whole_batch import Whole, whole_batch
 from dn_detr.losses.assign import Costs, assign
 from dn_detr.losses.criterion import Criterion
+from dn_detr.losses.mask_costs import MaskCosts
+from dn_detr.losses.mask_points import PointSampling
 from dn_detr.models.detr import DETR
+from dn_detr.models.mask_postprocess import postprocess_masks
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.postprocess import postprocess
-from dn_detr.structures import Targets, pad_targets
+from dn_detr.structures import Predictions, Targets, pad_targets
 
 
 @META_ARCH_REGISTRY.register()
@@ -28,7 +37,8 @@ class DenoisingDETR(nn.Module):
 
     Takes Detectron2's list of dicts: "image" [3, H, W] in 0..255, "instances" in training, and the
     output size "height", "width". Gives a dict of scalar losses in training, and in evaluation a
-    list of {"instances": pred_boxes in pixels of the output size, scores, pred_classes}.
+    list of {"instances": pred_boxes in pixels of the output size, scores, pred_classes}; pages with
+    masks need gt_masks, and give pred_masks bool [N, height, width].
     """
 
     @configurable
@@ -38,7 +48,8 @@ class DenoisingDETR(nn.Module):
         backbone: nn.Module,
         in_features: list[str],
         core: DETR,
-        costs: Costs,
+        size_divisibility: int,
+        costs: Costs | MaskCosts,
         criterion: Criterion,
         num_classes: int,
         pixel_mean: list[float],
@@ -52,6 +63,8 @@ class DenoisingDETR(nn.Module):
         self.backbone = backbone
         self.in_features = in_features
         self.core = core
+        self.has_masks = core.mask_head is not None
+        self.size_divisibility = size_divisibility
         self.costs = costs
         self.criterion = criterion
         self.num_classes = num_classes
@@ -83,6 +96,7 @@ class DenoisingDETR(nn.Module):
             num_patterns=node.NUM_PATTERNS,
             shares_content=node.SHARES_CONTENT,
             has_no_object=node.LOSS.KIND == "softmax",
+            encoder_feed_forward_dim=node.ENCODER_FEED_FORWARD_DIM,
         )
         denoising = Denoising(
             num_groups=node.DENOISING.NUM_GROUPS,
@@ -107,18 +121,45 @@ class DenoisingDETR(nn.Module):
             hybrid=hybrid if node.HYBRID.ENABLED else None,
         )
         loss = node.LOSS
+        costs = Costs(
+            class_cost=loss.COST_CLASS,
+            l1=loss.COST_L1,
+            giou=loss.COST_GIOU,
+            kind=loss.KIND,
+            alpha=loss.FOCAL_ALPHA,
+            gamma=loss.FOCAL_GAMMA,
+        )
+        masks, size_divisibility = None, backbone.size_divisibility
+        if cfg.MODEL.MASK_ON != (core.mask_head is not None):
+            raise ValueError(
+                f"MODEL.MASK_ON is {cfg.MODEL.MASK_ON}, but {node.METHOD} predicts "
+                f"{'masks' if core.mask_head is not None else 'no masks'}"
+            )
+        if cfg.MODEL.MASK_ON:
+            costs = MaskCosts(
+                others=costs,
+                cross_entropy=loss.COST_MASK,
+                dice=loss.COST_DICE,
+                num_points=loss.MASK_POINTS,
+            )
+            masks = mask_terms(
+                cross_entropy=loss.MASK_WEIGHT,
+                dice=loss.DICE_WEIGHT,
+                points=PointSampling(
+                    num_points=loss.MASK_POINTS,
+                    oversample=loss.MASK_OVERSAMPLE,
+                    importance=loss.MASK_IMPORTANCE,
+                ),
+                without=() if node.DENOISING.MASKS else ("denoise",),
+            )
+            # Cells of all levels then cover whole cells of the map that masks are made of.
+            size_divisibility = max(size_divisibility, shapes[node.IN_FEATURES[-1]].stride)
         return {
             "backbone": backbone,
             "in_features": list(node.IN_FEATURES),
             "core": core,
-            "costs": Costs(
-                class_cost=loss.COST_CLASS,
-                l1=loss.COST_L1,
-                giou=loss.COST_GIOU,
-                kind=loss.KIND,
-                alpha=loss.FOCAL_ALPHA,
-                gamma=loss.FOCAL_GAMMA,
-            ),
+            "size_divisibility": size_divisibility,
+            "costs": costs,
             "criterion": build_criterion(
                 class_weight=loss.CLASS_WEIGHT,
                 l1_weight=loss.L1_WEIGHT,
@@ -127,6 +168,7 @@ class DenoisingDETR(nn.Module):
                 focal_gamma=loss.FOCAL_GAMMA,
                 kind=loss.KIND,
                 no_object_weight=loss.NO_OBJECT_WEIGHT,
+                masks=masks,
             ),
             "num_classes": node.NUM_CLASSES,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
@@ -152,22 +194,37 @@ class DenoisingDETR(nn.Module):
         features = [features[name] for name in self.in_features]
         if not self.training:
             predictions = self.core(features, padding)
-            detections = postprocess(
-                predictions,
-                images.image_sizes,
-                self.top_k,
-                has_no_object=self.has_no_object,
-            )
-            return [
-                {"instances": scale_to_output(to_instances(detected, size), wanted)}
-                for detected, size, wanted in zip(
-                    detections, images.image_sizes, batched_inputs, strict=True
-                )
-            ]
+            return self.detect(predictions, images, batched_inputs)
         targets = self.targets(batched_inputs, whole)
         predictions = self.core(features, padding, targets)
         assignments = assign(predictions, targets, self.costs)
         return self.criterion(predictions, targets, assignments, whole.num_objects)
+
+    def detect(
+        self, predictions: Predictions, images: ImageList, batched_inputs: list[dict]
+    ) -> list[dict]:
+        """Predictions as Instances, in pixels of the size that the dataset asks for."""
+        sizes = images.image_sizes
+        wanted = [
+            (sample.get("height", height), sample.get("width", width))
+            for sample, (height, width) in zip(batched_inputs, sizes, strict=True)
+        ]
+        if self.has_masks:
+            canvas = tuple(images.tensor.shape[-2:])
+            options = {"canvas": canvas, "output_sizes": wanted, "top_k": self.top_k}
+            detections = postprocess_masks(
+                predictions, sizes, has_no_object=self.has_no_object, **options
+            )
+            found = [to_instances(*image) for image in zip(detections, wanted, strict=True)]
+        else:
+            detections = postprocess(
+                predictions, sizes, self.top_k, has_no_object=self.has_no_object
+            )
+            found = [
+                detector_postprocess(to_instances(detected, size), *output_size)
+                for detected, size, output_size in zip(detections, sizes, wanted, strict=True)
+            ]
+        return [{"instances": instances} for instances in found]
 
     def preprocess(
         self, batched_inputs: list[dict], whole: Whole | None = None
@@ -178,10 +235,10 @@ class DenoisingDETR(nn.Module):
             (sample["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
             for sample in batched_inputs
         ]
-        divisor = self.backbone.size_divisibility
-        images = ImageList.from_tensors(images, divisor)
+        images = ImageList.from_tensors(images, self.size_divisibility)
         if whole is not None:
-            images = ImageList(whole.pad(images.tensor, divisor), images.image_sizes)
+            canvas = whole.pad(images.tensor, self.size_divisibility)
+            images = ImageList(canvas, images.image_sizes)
         padding = torch.ones(
             images.tensor.shape[0], *images.tensor.shape[-2:], dtype=torch.bool, device=self.device
         )
@@ -198,6 +255,7 @@ class DenoisingDETR(nn.Module):
                 sample["instances"],
                 num_classes=self.num_classes,
                 noise_key=noise_key(self.seed, iteration, sample.get("image_id", position)),
+                with_masks=self.has_masks,
             )
             for position, sample in enumerate(batched_inputs)
         ]
@@ -205,10 +263,3 @@ class DenoisingDETR(nn.Module):
         if whole is not None:  # rounding a part up to the slots of the whole gives just these
             multiple_of *= -(-whole.most_objects // multiple_of)
         return pad_targets(targets, multiple_of).to(self.device)
-
-
-def scale_to_output(instances, sample: dict):
-    """Detections in pixels of the size that the dataset asks for."""
-    height = sample.get("height", instances.image_size[0])
-    width = sample.get("width", instances.image_size[1])
-    return detector_postprocess(instances, height, width)

@@ -112,7 +112,10 @@ class Costs:
         if self.l1 == self.giou == 0:
             return self.class_cost * class_cost
         if predictions.boxes is None:
-            raise ValueError("costs of boxes need predictions with boxes, got None")
+            raise ValueError(
+                "these predictions have no boxes: the costs of L1 and GIoU must be 0, got "
+                f"{self.l1} and {self.giou}"
+            )
         return (
             self.class_cost * class_cost
             + self.l1 * l1_cost(predictions.boxes, image_of, objects.boxes)

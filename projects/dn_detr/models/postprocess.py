@@ -14,11 +14,12 @@ from dn_detr.structures import Predictions
 @dataclass(frozen=True, eq=False)
 class Detections:
     """Of one image, best first: boxes_xyxy_px [k, 4] in pixels of the image, scores [k] in [0, 1],
-    labels [k] int64."""
+    labels [k] int64, masks [k, height, width] bool or None."""
 
     boxes_xyxy_px: Tensor
     scores: Tensor
     labels: Tensor
+    masks: Tensor | None = None
 
 
 def postprocess(
