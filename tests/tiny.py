@@ -30,7 +30,7 @@ ASSISTS = {
 STRIDES = [8, 16, 32]
 WIDTHS = [12, 16, 20]
 
-PAGES_WITH_MASKS = ("mask2former",)
+PAGES_WITH_MASKS = ("mask2former", "mask_dino")
 PAGES_WITHOUT_BOXES = ("mask2former",)
 
 

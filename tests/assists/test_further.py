@@ -11,7 +11,7 @@ from dn_detr.methods import METHODS
 from dn_detr.structures import Target, pad_targets
 
 SIZES = [(96, 128), (64, 96)]
-TWO_STAGE = ("deformable_detr_two_stage", "dino", "h_deformable")
+TWO_STAGE = ("deformable_detr_two_stage", "dino", "h_deformable", "mask_dino")
 
 
 def losses_of(method, model, targets, num_objects):

@@ -15,7 +15,17 @@ from torch import nn
 
 from dn_detr.structures import Target, pad_targets
 
-THEIR_PACKAGES = ("models", "util", "datasets", "main", "engine", "detrex", "modeling")
+THEIR_PACKAGES = (
+    "models",
+    "util",
+    "datasets",
+    "main",
+    "engine",
+    "detrex",
+    "modeling",
+    "mask2former",
+    "maskdino",
+)
 NOT_INSTALLED = (
     "timm",
     "wandb",

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from random_values import random_predictions, random_targets
 from torch.nn import functional as F
 
 from dn_detr.build import build_criterion, mask_terms
@@ -15,7 +16,6 @@ from dn_detr.losses.costs import list_objects
 from dn_detr.losses.mask_costs import MaskCosts
 from dn_detr.losses.mask_points import CANDIDATES, MATCHING, RANDOM, PointSampling
 from dn_detr.structures import PixelMap, Predictions, Segment
-from random_values import random_predictions, random_targets
 
 CLASS_ONLY = Costs(l1=0, giou=0)
 

@@ -5,8 +5,9 @@ statistics follow); "{}" stands for a number and is carried over to the right. O
 
  - a name: the parameter or module is called that here;
  - several names: the parameter is cut into equal parts along its first axis;
+ - a list of names: the parameter or module stands here under each of them;
  - None: we have no such parameter, for a reason that the table states;
- - a function from the tensor to {our name: tensor}.
+ - a function from the tensor to {our name: tensor}, in whose names "{}" is the number too.
 
 Names of ours are those of the core ("encoder.layers.0.norm"), or start with "backbone.".
 """
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-Rule = str | tuple[str, ...] | None | Callable[[Tensor], dict[str, Tensor]]
+Rule = str | tuple[str, ...] | list[str] | None | Callable[[Tensor], dict[str, Tensor]]
 
 IGNORED = re.compile(r"(^|\.)num_batches_tracked$")
 """Counters of batch norm, which a frozen one does not need."""
@@ -72,9 +73,11 @@ def _rename(rule: Rule, numbers: tuple[str, ...], leaf: str, tensor: Tensor) -> 
     if rule is None:
         return {}
     if callable(rule):
-        return rule(tensor)
+        return {name.format(*numbers): part for name, part in rule(tensor).items()}
     if isinstance(rule, str):
-        return {rule.format(*numbers) + leaf: tensor}
+        rule = [rule]
+    if isinstance(rule, list):
+        return {name.format(*numbers) + leaf: tensor for name in rule}
     parts = tensor.chunk(len(rule), dim=0)
     return {n.format(*numbers) + leaf: part for n, part in zip(rule, parts, strict=True)}
 

@@ -17,6 +17,7 @@ from dn_detr.methods.detr import detr
 from dn_detr.methods.dino import dino
 from dn_detr.methods.h_deformable import h_deformable
 from dn_detr.methods.mask2former import mask2former
+from dn_detr.methods.mask_dino import mask_dino
 from dn_detr.methods.smca import smca, smca_multiscale
 
 METHODS = {
@@ -34,4 +35,5 @@ METHODS = {
     "dino": dino,
     "h_deformable": h_deformable,
     "mask2former": mask2former,
+    "mask_dino": mask_dino,
 }

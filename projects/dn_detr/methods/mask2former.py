@@ -59,7 +59,10 @@ def mask2former(
         flatten=Flatten(position=position, channels=n.channels, num_levels=n.num_levels),
         encoder=deformable_encoder(n),
         query_design=MaskQueries(
-            content=content.without_indicator(), num_queries=n.num_queries, heads=heads
+            content=content.without_indicator(),
+            num_queries=n.num_queries,
+            heads=heads,
+            first_level=level_of(0, n.num_levels),
         ),
         decoder=MaskedDecoder(
             layers=[masked_layer(n) for _ in range(n.decoder_layers)],
@@ -84,13 +87,17 @@ def map_at_level(memory: Memory, level: int) -> Tensor:
 
 
 class MaskQueries(nn.Module):
-    """Learned content and position for each query; its mask is the reference.
+    """Learned content and position for each query; its mask is the reference, as logits at the
+    level that the first decoder layer looks at.
 
     heads: those of the decoder, which stand twice in a checkpoint.
     """
 
-    def __init__(self, *, content: QueryContent, num_queries: int, heads: MaskHeads):
+    def __init__(
+        self, *, content: QueryContent, num_queries: int, heads: MaskHeads, first_level: int
+    ):
         super().__init__()
+        self.first_level = first_level
         self.content = content
         self.heads = heads
         self.tables = self.new_tables(num_queries)
@@ -108,13 +115,12 @@ class MaskQueries(nn.Module):
 
 
 class MaskSource:
-    """The queries of one forward of `MaskQueries`. A reference holds logits of a mask at the level
-    that the first decoder layer looks at."""
+    """The queries of one forward of `MaskQueries`."""
 
     def __init__(self, design: MaskQueries, memory: Memory):
         self.design = design
         self.memory = memory
-        self.level = level_of(0, len(memory.shapes))
+        self.level = design.first_level
 
     def queries(self, tables: SlotTables | None = None, first_rank: int = 0) -> Queries:
         """One "match" segment of the rows of `tables` (default: the design's own)."""
@@ -230,6 +236,7 @@ class MaskedDecoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.position = position
         self.heads = heads
+        self.num_levels = num_levels
         self.level_embedding = nn.Parameter(torch.randn(num_levels, channels))
 
     def forward(self, queries: Queries, memory: Memory) -> Predictions:
@@ -240,10 +247,10 @@ class MaskedDecoder(nn.Module):
         )
         levels = self.keys_and_values(memory)
         with torch.no_grad():
-            maps = [map_at_level(memory, level) for level in range(len(levels))]
+            maps = [map_at_level(memory, level) for level in range(self.num_levels)]
         predictions, mask = [self.heads(content)], queries.state.reference
         for index, layer in enumerate(self.layers):
-            level = level_of(index, len(levels))
+            level = level_of(index, self.num_levels)
             if index > 0:
                 with torch.no_grad():
                     mask = mask_logits(predictions[-1][1], maps[level]).flatten(2)
@@ -255,7 +262,7 @@ class MaskedDecoder(nn.Module):
         return Predictions(
             logits=torch.stack(logits),
             boxes=None,
-            references=(None,) * len(logits),
+            references=(None,) * (len(self.layers) + 1),
             segments=queries.segments,
             proposals=queries.proposals,
             mask_embeddings=torch.stack(embeddings),

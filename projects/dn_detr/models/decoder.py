@@ -64,7 +64,8 @@ class Decoder(nn.Module):
     """Queries and memory to predictions of every layer.
 
     position: (layer, content, reference, learned position, memory) -> (for self-, for
-    cross-attention); predictor: (layer, content, Step) -> Step, with `start(content, reference)`.
+    cross-attention); predictor: (layer, content, Step) -> Step, with `start(content, reference)`,
+    which may predict something before the first layer.
     """
 
     def __init__(self, *, layers: list[nn.Module], position: nn.Module, predictor: nn.Module):
@@ -83,6 +84,9 @@ class Decoder(nn.Module):
         )
         step = self.predictor.start(content, queries.state.reference)
         steps, references = [], []
+        if step.logits is not None:
+            references.append(step.reference.detach())
+            steps.append(step)
         for index, layer in enumerate(self.layers):
             references.append(None if step.reference is None else step.reference.detach())
             position = self.position(index, content, step.reference, learned, memory)
@@ -95,5 +99,9 @@ class Decoder(nn.Module):
             references=tuple(references),
             segments=queries.segments,
             proposals=queries.proposals,
+            mask_embeddings=None
+            if step.mask_embeddings is None
+            else torch.stack([step.mask_embeddings for step in steps]),
+            pixel_map=memory.pixel_map,
         )
 

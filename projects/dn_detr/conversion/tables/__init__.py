@@ -10,6 +10,8 @@ from dn_detr.conversion.tables import (
     detr,
     dino,
     h_deformable,
+    mask2former,
+    mask_dino,
     smca,
 )
 
@@ -26,4 +28,6 @@ TABLES = {
     "deformable_detr_two_stage": deformable_detr.TWO_STAGES,
     "dino": dino.TABLES,
     "h_deformable": h_deformable.TABLES,
+    "mask2former": mask2former.TABLES,
+    "mask_dino": mask_dino.TABLES,
 }

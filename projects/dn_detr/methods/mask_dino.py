@@ -1,0 +1,235 @@
+"""Mask DINO: DINO with a mask for every box.
+
+Feng Li et al., "Mask DINO: Towards A Unified Transformer-based Framework for Object Detection and
+Segmentation", 2206.02777.
+
+What differs from DINO:
+ - a mask branch (sec. 3.2): every query also says an embedding, whose product with a fine map of the
+   image is its mask (`models.masks`);
+ - unified query selection (3.3): the tokens that propose best give the content of the queries as
+   well as their boxes, and their masks are trained; the heads are those of the decoder;
+ - mask-enhanced box initialisation (3.3): the box of a query is the one around its first mask;
+ - predictions are made and trained before the first layer too;
+ - hybrid matching (3.4): costs of classes, boxes and masks;
+ - unified denoising (3.3): plain denoising of boxes and labels, in which masks are rebuilt too.
+
+Deviations from the authors' code: padding tokens, and those at the very border, never become queries
+(theirs can); a query whose first mask is empty keeps the box that its token proposed; empty
+denoising slots are hidden and no negatives; of images with more objects than the budget, a random
+subset is noised (theirs are then not denoised at all); see also `losses.mask_points`. As in their
+code, but not their paper, the coarsest level proposes the smallest boxes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dn_detr.layers.boxes import at_least_float32
+from dn_detr.layers.content import QueryContent
+from dn_detr.layers.position import SinePosition
+from dn_detr.models.decoder import Decoder
+from dn_detr.models.deformable import decoder_layer, deformable_encoder, multi_scale_neck
+from dn_detr.models.detr import DETR
+from dn_detr.models.encoder import token_centers
+from dn_detr.models.masks import MaskHead, MaskHeads, boxes_of_masks, mask_logits
+from dn_detr.models.neck import Flatten
+from dn_detr.models.numbers import Numbers
+from dn_detr.models.positions import BoxPosition
+from dn_detr.models.predictor import box_head, move
+from dn_detr.models.proposals import (
+    BASE_SIZE,
+    SMALLEST_COORDINATE,
+    ProposalTables,
+    best_tokens,
+)
+from dn_detr.structures import Memory, Predictions, Queries, QueryState, Segment, Step
+
+
+def mask_dino(
+    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+) -> DETR:
+    """Neck, encoder, pixel map, queries and decoder of Mask DINO. The first feature is only for the
+    pixel map."""
+    n = numbers
+    heads = Heads(n)
+    return DETR(
+        neck=multi_scale_neck(n, in_channels[1:], strides[1:]),
+        flatten=Flatten(
+            position=SinePosition(channels=n.channels, temperature=10000.0, cell_offset=0.0),
+            channels=n.channels,
+            num_levels=n.num_levels,
+        ),
+        encoder=deformable_encoder(n),
+        query_design=TokenQueries(
+            content=content.without_indicator(),
+            num_queries=n.num_queries,
+            num_levels=n.num_levels,
+            heads=heads,
+            epsilon=n.epsilon,
+        ),
+        decoder=Decoder(
+            layers=[decoder_layer(n) for _ in range(n.decoder_layers)],
+            position=BoxPosition(
+                channels=n.channels,
+                scales_with_content=False,
+                scales_with_canvas=n.scales_with_canvas,
+            ),
+            predictor=RefinedWithMasks(heads=heads, epsilon=n.epsilon),
+        ),
+        mask_head=MaskHead(in_channels=in_channels[0], channels=n.channels),
+    )
+
+
+class Heads(MaskHeads):
+    """What a query or a proposing token says: class, mask embedding and move of its box."""
+
+    def __init__(self, numbers: Numbers):
+        super().__init__(
+            channels=numbers.channels,
+            num_classes=numbers.num_classes,
+            has_no_object=numbers.has_no_object,
+        )
+        self.box_head = box_head(numbers.channels)
+
+    def delta(self, content: Tensor) -> Tensor:
+        """The move [B, Q, 4] of a box, as logits."""
+        return at_least_float32(self.box_head(content))
+
+
+class TokenHead(nn.Module):
+    """Tokens as they propose: behind a layer of their own. Class and box are said by the heads."""
+
+    def __init__(self, channels: int, num_levels: int):
+        super().__init__()
+        self.num_levels = num_levels
+        self.project = nn.Linear(channels, channels)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
+        """-> tokens [B, S, C]; the box [B, S, 4] around each token's place; is_empty [B, S]."""
+        centers = token_centers(memory)
+        sizes = [
+            centers.new_full((height * width, 2), BASE_SIZE * 2 ** (self.num_levels - 1 - level))
+            for level, (height, width) in enumerate(memory.shapes)
+        ]
+        anchors = torch.cat((centers, torch.cat(sizes).expand_as(centers)), dim=-1)
+        is_inside = ((anchors > SMALLEST_COORDINATE) & (anchors < 1 - SMALLEST_COORDINATE)).all(-1)
+        is_empty = memory.padding | ~is_inside
+        tokens = memory.tokens.masked_fill(is_empty[..., None], 0)
+        return self.norm(self.project(tokens)), anchors, is_empty
+
+
+class TokenQueries(nn.Module):
+    """The best proposing tokens become queries, content and box, without gradient.
+
+    heads: those of the decoder, which stand twice in a checkpoint. Boxes that an assist brings are
+    clamped to [epsilon, 1 - epsilon].
+    """
+
+    def __init__(
+        self,
+        *,
+        content: QueryContent,
+        num_queries: int,
+        num_levels: int,
+        heads: Heads,
+        epsilon: float,
+    ):
+        super().__init__()
+        self.content = content
+        self.num_levels = num_levels
+        self.heads = heads
+        self.epsilon = epsilon
+        self.tables = self.new_tables(num_queries)
+
+    def new_tables(self, num_queries: int, own_head: bool = True) -> ProposalTables:
+        """What further queries need, owned by whoever asks."""
+        head = TokenHead(self.content.channels, self.num_levels) if own_head else None
+        return ProposalTables(num_queries=num_queries, content=None, head=head)
+
+    def bind(self, memory: Memory) -> TokenSource:
+        """A source of queries for this memory; it lives for one forward."""
+        return TokenSource(self, memory)
+
+
+class TokenSource:
+    """The queries of one forward of `TokenQueries`."""
+
+    def __init__(self, design: TokenQueries, memory: Memory):
+        self.design = design
+        self.memory = memory
+        self.found = design.tables.head(memory)
+
+    def queries(self, tables: ProposalTables | None = None, first_rank: int = 0) -> Queries:
+        """One "match" segment of the tokens ranked first_rank and below, by the head of `tables`
+        (default: the design's own). Proposals come with the queries whose head they are."""
+        heads = self.design.heads
+        tables = self.design.tables if tables is None else tables
+        found = self.found
+        if tables.head not in (None, self.design.tables.head):
+            found = tables.head(self.memory)
+        tokens, anchors, is_empty = found
+        scores = at_least_float32(heads.class_head(tokens)).amax(-1).detach()
+        index, is_empty = best_tokens(scores, is_empty, first_rank, tables.num_queries)
+        tokens = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
+        anchors = anchors.gather(1, index[..., None].expand(-1, -1, 4))
+        boxes = move(anchors, heads.delta(tokens), SMALLEST_COORDINATE)
+        boxes = torch.where(is_empty[..., None], 0.5, boxes)
+        logits, embeddings = heads(tokens)
+        proposals = Predictions(
+            logits=logits[None],
+            boxes=boxes[None],
+            references=(None,),
+            segments=(Segment("match", tables.num_queries, is_empty=is_empty),),
+            mask_embeddings=embeddings[None],
+            pixel_map=self.memory.pixel_map,
+        )
+        return Queries(
+            state=QueryState(tokens.detach(), None, self._around_masks(embeddings, boxes)),
+            segments=proposals.segments,
+            proposals=None if tables.head is None else proposals,
+        )
+
+    @torch.no_grad()
+    def _around_masks(self, embeddings: Tensor, boxes: Tensor) -> Tensor:
+        """The box [B, Q, 4] around each mask; `boxes` where there is none."""
+        pixel_map, epsilon = self.memory.pixel_map, self.design.epsilon
+        around, is_empty = boxes_of_masks(
+            mask_logits(embeddings, pixel_map.features), pixel_map.valid_sizes
+        )
+        around = torch.where(is_empty[..., None], boxes, around.to(boxes.dtype))
+        return around.clamp(epsilon, 1 - epsilon)
+
+    def from_boxes(self, labels: Tensor, boxes: Tensor) -> QueryState:
+        """Queries of labels [B, T] at boxes [B, T, 4]."""
+        epsilon = self.design.epsilon
+        return QueryState(
+            self.design.content.labels(labels), None, boxes.clamp(epsilon, 1 - epsilon)
+        )
+
+
+class RefinedWithMasks(nn.Module):
+    """The box rule of DINO (`models.predictor.Refined` behind a norm, looking forward twice), with
+    masks, and with a prediction before the first layer, whose box is the reference itself."""
+
+    def __init__(self, *, heads: Heads, epsilon: float):
+        super().__init__()
+        self.heads = heads
+        self.epsilon = epsilon
+
+    def start(self, content: Tensor, reference: Tensor) -> Step:
+        logits, embeddings = self.heads(content)
+        return Step(logits, reference, reference, reference, mask_embeddings=embeddings)
+
+    def forward(self, layer: int, content: Tensor, step: Step) -> Step:
+        heads = self.heads
+        logits, embeddings = heads(content)
+        moved = move(step.reference, heads.delta(content), self.epsilon)
+        return Step(
+            logits=logits,
+            boxes=move(step.base, heads.delta(heads.norm(content)), self.epsilon),
+            reference=moved.detach(),
+            base=moved,
+            mask_embeddings=embeddings,
+        )

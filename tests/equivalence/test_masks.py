@@ -1,0 +1,317 @@
+"""Mask2Former against facebookresearch/Mask2Former, Mask DINO against IDEA-Research/MaskDINO.
+
+Images without padding, which their code does not know, and the same random points on both sides, none
+within half a cell of the border, where theirs fades to zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from compare import LARGEST, load
+from peers import difference, layers_of, objects, randomize
+
+from dn_detr.build import Denoising, build_criterion, build_model, mask_terms
+from dn_detr.layers import points
+from dn_detr.losses.assign import Costs, assign
+from dn_detr.losses.mask_costs import MaskCosts
+from dn_detr.losses.mask_points import CANDIDATES, MATCHING, RANDOM, PointSampling
+from dn_detr.models.masks import mask_logits
+from dn_detr.models.numbers import Numbers
+
+WIDTHS, STRIDES = [8, 8, 16, 24], [4, 8, 16, 32]
+HEIGHT, WIDTH = 128, 160
+NUM_CLASSES, NUM_POINTS = 7, 48
+LAYERS = 4
+NUMBERS = {
+    "num_classes": NUM_CLASSES,
+    "num_queries": 11,
+    "encoder_layers": 2,
+    "decoder_layers": LAYERS,
+    "feed_forward_dim": 96,
+    "encoder_feed_forward_dim": 64,
+}
+SAMPLING = PointSampling(num_points=NUM_POINTS)
+TERMS = {"class": "loss_ce", "box": "loss_bbox", "giou": "loss_giou"}
+TERMS |= {"mask": "loss_mask", "dice": "loss_dice"}
+
+
+@pytest.fixture
+def features():
+    torch.manual_seed(1)
+    shapes = zip(WIDTHS, STRIDES, strict=True)
+    return [torch.randn(2, c, HEIGHT // s, WIDTH // s) for c, s in shapes]
+
+
+@pytest.fixture
+def fixed_points(monkeypatch):
+    """Both sides draw the same points: theirs by torch.rand, ours by stream."""
+    generator = torch.Generator().manual_seed(8)
+    drawn = {
+        stream: torch.rand(count, 2, generator=generator) * 0.9 + 0.05
+        for stream, count in (
+            (CANDIDATES, 3 * NUM_POINTS),
+            (RANDOM, NUM_POINTS // 4),
+            (MATCHING, NUM_POINTS),
+        )
+    }
+
+    def ours(keys, count, stream):
+        assert drawn[stream].shape[0] == count
+        return drawn[stream].expand(keys.shape[0], -1, -1)
+
+    def theirs(*size, **options):
+        for values in drawn.values():
+            if size[1:] == values.shape:
+                return values.expand(size[0], -1, -1).clone()
+        raise AssertionError(f"unexpected random numbers {size}")
+
+    for room in ("mask_points", "mask_costs"):
+        monkeypatch.setattr(f"dn_detr.losses.{room}.random_points", ours)
+    monkeypatch.setattr(torch, "rand", theirs)
+    assert points.random_points is not ours
+
+
+def with_masks(*counts):
+    """Targets with masks in their form and in ours."""
+    theirs, ours = objects(*counts, num_classes=NUM_CLASSES)
+    masks = []
+    for key, target in enumerate(theirs):
+        generator = torch.Generator().manual_seed(20 + key)
+        coarse = torch.rand(len(target["labels"]), 1, 8, 10, generator=generator)
+        fine = torch.nn.functional.interpolate(coarse, (HEIGHT, WIDTH), mode="bilinear")
+        masks.append(fine[:, 0] > 0.5)
+        target["masks"] = masks[-1]
+    return theirs, replace(ours, masks=tuple(masks))
+
+
+def shapes():
+    from detectron2.layers import ShapeSpec
+
+    names = ("res2", "res3", "res4", "res5")
+    return {
+        name: ShapeSpec(channels=c, stride=s)
+        for name, c, s in zip(names, WIDTHS, STRIDES, strict=True)
+    }
+
+
+class Head(torch.nn.Module):
+    """Their pixel decoder and predictor below the names that their checkpoints have."""
+
+    def __init__(self, pixel_decoder, predictor):
+        super().__init__()
+        self.sem_seg_head = torch.nn.Module()
+        self.sem_seg_head.pixel_decoder = pixel_decoder
+        self.sem_seg_head.predictor = predictor
+        self.criterion = torch.nn.Module()
+        self.criterion.empty_weight = torch.nn.Parameter(torch.ones(NUM_CLASSES + 1))
+
+
+def our_model(method, numbers, theirs, **assists):
+    ours = build_model(
+        method,
+        Numbers(**{**NUMBERS, **numbers}),
+        in_channels=WIDTHS,
+        strides=STRIDES,
+        **assists,
+    )
+    return load(method, ours, theirs, backbone=None)
+
+
+def our_losses(predictions, targets, costs, *, counts_empty=(), **criterion):
+    assignments = assign(predictions, targets, costs)
+    for name in counts_empty:
+        is_real = torch.ones_like(assignments[name].is_real)
+        assignments[name] = replace(assignments[name], is_real=is_real)
+    masks = mask_terms(cross_entropy=1.0, dice=1.0, points=SAMPLING)
+    terms = build_criterion(class_weight=1.0, masks=masks, **criterion)
+    return terms(predictions, targets, assignments, max(1, sum(targets.counts)))
+
+
+def compare_masks(part, theirs, name="pred_masks"):
+    ours = torch.stack(
+        [mask_logits(layer, part.pixel_map.features) for layer in part.mask_embeddings]
+    )
+    return difference(ours, theirs)
+
+
+def compare_losses(ours, theirs, patterns):
+    """patterns: our segment -> their key, with {} for loss_ce and the like."""
+    found = {}
+    for name, value in ours.items():
+        parts = name.removeprefix("loss_").split("_")
+        layer = f"_{parts.pop()}" if parts[-1].isdigit() else ""
+        term = TERMS[parts.pop()]
+        key = patterns["_".join(parts) or "match"].format(term) + layer
+        found[name] = difference(value.reshape(1), theirs[key].reshape(1))
+    print(f"largest relative difference of {len(found)} losses: {max(found.values()):.1e}")
+    assert max(found.values()) < LARGEST, found
+    return found
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (2, 0)])
+def test_mask2former_equals_the_authors(authors, features, fixed_points, monkeypatch, counts):
+    load_theirs = authors("Mask2Former")
+    package = "mask2former.modeling"
+    decoder = load_theirs(f"{package}.pixel_decoder.msdeformattn").MSDeformAttnPixelDecoder
+    pixel_decoder = decoder(
+        shapes(),
+        transformer_dropout=0.0,
+        transformer_nheads=8,
+        transformer_dim_feedforward=64,
+        transformer_enc_layers=2,
+        conv_dim=256,
+        mask_dim=256,
+        norm="GN",
+        transformer_in_features=["res3", "res4", "res5"],
+        common_stride=4,
+    )
+    name = f"{package}.transformer_decoder.mask2former_transformer_decoder"
+    predictor = load_theirs(name).MultiScaleMaskedTransformerDecoder(
+        256,
+        num_classes=NUM_CLASSES,
+        hidden_dim=256,
+        num_queries=11,
+        nheads=8,
+        dim_feedforward=96,
+        dec_layers=LAYERS,
+        pre_norm=False,
+        mask_dim=256,
+        enforce_input_project=False,
+    )
+    theirs = Head(pixel_decoder, predictor).eval()
+    randomize(theirs)
+    given = dict(zip(shapes(), features, strict=True))
+    maps, _, scales = pixel_decoder.forward_features(given)
+    output = predictor(scales, maps)
+
+    ours = our_model("mask2former", {"num_levels": 3, "has_no_object": True}, theirs)
+    their_targets, targets = with_masks(*counts)
+    padding = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
+    predictions = ours(features, padding, targets)
+    found = {
+        "map": difference(predictions.pixel_map.features, maps),
+        "logits": difference(predictions.logits, layers_of(output, "pred_logits")),
+        "masks": compare_masks(predictions, layers_of(output, "pred_masks")),
+    }
+    print(f"largest relative difference: {found}")
+    assert max(found.values()) < LARGEST, found
+
+    matcher = load_theirs(f"{package}.matcher").HungarianMatcher(2.0, 5.0, 5.0, NUM_POINTS)
+    criterion = load_theirs(f"{package}.criterion").SetCriterion(
+        NUM_CLASSES, matcher, {}, 0.1, ["labels", "masks"], NUM_POINTS, 3.0, 0.75
+    )
+    losses = criterion(output, their_targets)
+    costs = Costs(class_cost=2.0, l1=0, giou=0, kind="softmax")
+    compare_losses(
+        our_losses(
+            predictions,
+            targets,
+            MaskCosts(others=costs, num_points=NUM_POINTS),
+            kind="softmax",
+            l1_weight=0,
+            giou_weight=0,
+        ),
+        losses,
+        {"match": "{}"},
+    )
+
+
+@pytest.mark.parametrize("counts", [(3, 3), (2, 4)])
+def test_mask_dino_equals_the_authors(authors, features, fixed_points, monkeypatch, counts):
+    """With denoising, but without noise; empty slots are visible and negatives, as in their code."""
+    load_theirs = authors("MaskDINO")
+    package = "maskdino.modeling"
+    encoder = load_theirs(f"{package}.pixel_decoder.maskdino_encoder").MaskDINOEncoder
+    pixel_decoder = encoder(
+        shapes(),
+        transformer_dropout=0.0,
+        transformer_nheads=8,
+        transformer_dim_feedforward=64,
+        transformer_enc_layers=2,
+        conv_dim=256,
+        mask_dim=256,
+        norm="GN",
+        transformer_in_features=["res3", "res4", "res5"],
+        common_stride=4,
+        num_feature_levels=3,
+        total_num_feature_levels=4,
+        feature_order="low2high",
+    )
+    predictor = load_theirs(f"{package}.transformer_decoder.maskdino_decoder").MaskDINODecoder(
+        256,
+        num_classes=NUM_CLASSES,
+        hidden_dim=256,
+        num_queries=11,
+        nheads=8,
+        dim_feedforward=96,
+        dec_layers=LAYERS,
+        mask_dim=256,
+        enforce_input_project=False,
+        two_stage=True,
+        dn="seg",
+        noise_scale=0.0,
+        dn_num=12,
+        initialize_box_type="bitmask",
+        initial_pred=True,
+        learn_tgt=False,
+        total_num_feature_levels=4,
+    )
+    theirs = Head(pixel_decoder, predictor).train()
+    randomize(theirs)
+    given = dict(zip(shapes(), features, strict=True))
+    their_targets, targets = with_masks(*counts)
+    maps, _, scales = pixel_decoder.forward_features(given, None)
+    output, denoised = predictor(scales, maps, None, targets=their_targets)
+
+    ours = our_model(
+        "mask_dino",
+        {"epsilon": 1e-5},
+        theirs,
+        denoising=Denoising(
+            num_groups=0, max_objects=12, box_noise=0, label_noise=0, hides_empty=False
+        ),
+    )
+    padding = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
+    predictions = ours(features, padding, targets)
+    proposals, found = predictions.proposals, {}
+    for name, part, their_output in (
+        ("match", predictions.of("match"), output),
+        ("denoise", predictions.of("denoise"), denoised["output_known_lbs_bboxes"]),
+    ):
+        found[name] = [
+            difference(part.logits, layers_of(their_output, "pred_logits")),
+            difference(part.boxes, layers_of(their_output, "pred_boxes")),
+            compare_masks(part, layers_of(their_output, "pred_masks")),
+        ]
+    found["proposals"] = [
+        difference(proposals.logits[0], output["interm_outputs"]["pred_logits"]),
+        difference(proposals.boxes[0], output["interm_outputs"]["pred_boxes"]),
+        compare_masks(proposals, output["interm_outputs"]["pred_masks"][None]),
+    ]
+    print(f"largest relative difference of logits, boxes, masks: {found}")
+    assert max(max(values) for values in found.values()) < LARGEST, found
+
+    matcher = load_theirs(f"{package}.matcher").HungarianMatcher(
+        cost_class=4.0, cost_mask=5.0, cost_dice=5.0, num_points=NUM_POINTS, cost_box=5.0,
+        cost_giou=2.0,
+    )  # fmt: skip
+    criterion = load_theirs(f"{package}.criterion").SetCriterion(
+        NUM_CLASSES, matcher, {}, 0.1, ["labels", "masks", "boxes"], NUM_POINTS, 3.0, 0.75,
+        dn="seg", dn_losses=["labels", "masks", "boxes"],
+    )  # fmt: skip
+    losses = criterion(output, their_targets, denoised)
+    compare_losses(
+        our_losses(
+            predictions,
+            targets,
+            MaskCosts(others=Costs(class_cost=4.0), num_points=NUM_POINTS),
+            counts_empty=["denoise"],
+            l1_weight=1.0,
+            giou_weight=1.0,
+        ),
+        losses,
+        {"match": "{}", "denoise": "{}_dn", "encoder": "{}_interm"},
+    )
