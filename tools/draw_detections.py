@@ -27,7 +27,7 @@ from dn_detr.errors import InputError
 
 def draw(cfg: CfgNode, detector: Detector, *, num_images: int, output: Path) -> None:
     """A row for each image: what is there, and what the detector has found."""
-    loaded = records.load(cfg.DATASETS.TEST[0], check="off")
+    loaded = records.load(cfg.DATASETS.TEST[0], check="off", with_masks=cfg.MODEL.MASK_ON)
     step = max(1, len(loaded.records) // num_images)
     chosen = [loaded.records[i] for i in range(0, len(loaded.records), step)][:num_images]
     columns = 2 if len(chosen) > 3 else 1

@@ -34,13 +34,15 @@ class DetectedObjects:
     """What was found in one image, best first.
 
     boxes_xyxy_px float32 [N, 4]: left, top, right, bottom in pixels of the image; scores float32
-    [N] in [0, 1]; labels int64 [N]; class_names: the name of each of the N labels.
+    [N] in [0, 1]; labels int64 [N]; class_names: the name of each of the N labels; masks bool
+    [N, height, width] of the image, or None where the detector predicts none.
     """
 
     boxes_xyxy_px: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
     class_names: list[str]
+    masks: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -148,6 +150,7 @@ class Detector:
             scores=kept.scores.float().numpy(),
             labels=labels,
             class_names=[self.class_names[label] for label in labels],
+            masks=kept.pred_masks.numpy() if kept.has("pred_masks") else None,
         )
 
 

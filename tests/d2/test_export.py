@@ -39,6 +39,7 @@ CASES = [
         ],
     )
     for method in METHODS
+    if method not in ("mask2former", "mask_dino")  # refused, see test_masks.py
     for kind in export.FORMATS
 ]
 

@@ -85,6 +85,12 @@ def open_checkout(path: Path, monkeypatch):
     if importlib.util.find_spec("detectron2"):  # detrex registers its datasets whenever imported
         catalog = importlib.import_module("detectron2.data").DatasetCatalog
         monkeypatch.setattr(type(catalog), "register", lambda *args: None)
+        registry = importlib.import_module("fvcore.common.registry").Registry
+
+        def register_anew(self, name, module):  # the same as in the test before
+            self._obj_map[name] = module
+
+        monkeypatch.setattr(registry, "_do_register", register_anew)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     original = torch.Tensor.to
 

@@ -1,4 +1,4 @@
-"""Boxes with names over images, by Detectron2's visualizer, in colours that follow the class."""
+"""Boxes and masks with names over images, by Detectron2's visualizer, in colours that follow the class."""
 
 from __future__ import annotations
 
@@ -27,15 +27,18 @@ def draw_boxes(
     captions: list[str] | None,
     colors: list,
     *,
+    masks: list | np.ndarray | None = None,
     enlarges: bool = True,
 ) -> np.ndarray:
     """Boxes [N, 4] with N captions and N colours over an image, both uint8 RGB [height, width, 3].
 
+    masks: N masks [height, width] or lists of polygons, as Detectron2's visualizer takes them.
     Captions None: no text. Small images come back enlarged if `enlarges`, others in their own size.
     """
     canvas = Visualizer(image, scale=_scale(image) if enlarges else 1.0)
     canvas.overlay_instances(
         boxes=np.asarray(boxes_xyxy_px, np.float64).reshape(-1, 4),
+        masks=masks,
         labels=captions,
         assigned_colors=colors,
     )
@@ -43,17 +46,19 @@ def draw_boxes(
 
 
 def draw_found(image: np.ndarray, found, *, enlarges: bool = True) -> np.ndarray:
-    """What a `Detector` has found in an image: boxes with class and score."""
+    """What a `Detector` has found in an image: boxes, and masks if any, with class and score."""
     captions = [
         f"{name} {score:.0%}" for name, score in zip(found.class_names, found.scores, strict=True)
     ]
     colors = [class_color(label) for label in found.labels]
-    return draw_boxes(image, found.boxes_xyxy_px, captions, colors, enlarges=enlarges)
+    return draw_boxes(
+        image, found.boxes_xyxy_px, captions, colors, masks=found.masks, enlarges=enlarges
+    )
 
 
 def draw_record(image: np.ndarray, record: dict, class_names: list[str]) -> np.ndarray:
     """The ground truth of a record of `records.load`: boxes with class names, crowd regions named
-    as such."""
+    as such, and masks where every box has one."""
     annotations = record["annotations"]
     boxes = [
         BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations
@@ -62,7 +67,10 @@ def draw_record(image: np.ndarray, record: dict, class_names: list[str]) -> np.n
         f"{class_names[a['category_id']]}{' (crowd)' if a.get('iscrowd', 0) else ''}"
         for a in annotations
     ]
-    return draw_boxes(image, boxes, captions, [class_color(a["category_id"]) for a in annotations])
+    colors = [class_color(a["category_id"]) for a in annotations]
+    has_masks = bool(annotations) and all("segmentation" in a for a in annotations)
+    masks = [a["segmentation"] for a in annotations] if has_masks else None
+    return draw_boxes(image, boxes, captions, colors, masks=masks)
 
 
 def draw_styled(

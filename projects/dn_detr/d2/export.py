@@ -71,7 +71,9 @@ class Detect(nn.Module):
 
 
 def trace(model: DenoisingDETR) -> ExportedProgram:
-    """The inference of `model` as a graph, for any batch and size."""
+    """The inference of `model` as a graph, for any batch and size. InputError if it has masks."""
+    if model.has_masks:
+        raise InputError("detectors with masks cannot be exported: the graph has no masks.")
     batch, height, width = Dim("batch"), Dim("height"), Dim("width")
     images = {0: batch, 2: SIDE_STEP * height, 3: SIDE_STEP * width}
     detect = Detect(model).eval().requires_grad_(False)

@@ -211,7 +211,11 @@ class TokenSource:
 
 class RefinedWithMasks(nn.Module):
     """The box rule of DINO (`models.predictor.Refined` behind a norm, looking forward twice), with
-    masks, and with a prediction before the first layer, whose box is the reference itself."""
+    masks, and with a prediction before the first layer, whose box is the reference itself.
+
+    As in the authors' code, what classes and masks are said by is normed twice behind a layer, with
+    the same norm.
+    """
 
     def __init__(self, *, heads: Heads, epsilon: float):
         super().__init__()
@@ -223,12 +227,12 @@ class RefinedWithMasks(nn.Module):
         return Step(logits, reference, reference, reference, mask_embeddings=embeddings)
 
     def forward(self, layer: int, content: Tensor, step: Step) -> Step:
-        heads = self.heads
-        logits, embeddings = heads(content)
+        heads, normed = self.heads, self.heads.norm(content)
+        logits, embeddings = heads(normed)
         moved = move(step.reference, heads.delta(content), self.epsilon)
         return Step(
             logits=logits,
-            boxes=move(step.base, heads.delta(heads.norm(content)), self.epsilon),
+            boxes=move(step.base, heads.delta(normed), self.epsilon),
             reference=moved.detach(),
             base=moved,
             mask_embeddings=embeddings,
