@@ -22,7 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="the file to read (.pth, .pt, .bin, .safetensors)")
+    parser.add_argument("source", help="the file to read (.pth, .pt, .bin, .safetensors, .pkl)")
     parser.add_argument("destination", help="the file to write (.pth)")
     parser.add_argument("--method", required=True, choices=sorted(TABLES), help="its page")
     parser.add_argument(

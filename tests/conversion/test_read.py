@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import struct
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +52,23 @@ def test_nothing_that_stands_in_the_file_is_executed(tmp_path):
     torch.save({"model": {"a": WEIGHT}, "args": Bomb(trace)}, path)
     assert torch.equal(read_parameters(path)["a"], WEIGHT)
     assert not trace.exists()
+
+
+def test_arrays_of_detectron2s_model_zoo_are_read_without_executing_anything(tmp_path):
+    path, trace = tmp_path / "model_final.pkl", tmp_path / "exploded"
+    arrays = {"a.weight": WEIGHT.numpy(), "count": np.array(3), "scale": np.float32(2)}
+    for content in (
+        {"model": arrays, "__author__": "someone", "bomb": Bomb(trace), "names": [Settings()]},
+        {**arrays, "bomb": Bomb(trace)},
+    ):
+        path.write_bytes(pickle.dumps(content))
+        state = read_parameters(path)
+        assert list(state) == ["a.weight"]
+        assert torch.equal(state["a.weight"], WEIGHT)
+        assert not trace.exists()
+    path.write_bytes(b"no pickle")
+    with pytest.raises(ValueError, match="is not a pickle file"):
+        read_parameters(path)
 
 
 def test_names_of_distributed_training_lose_their_prefix(tmp_path):

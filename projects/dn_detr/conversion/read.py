@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,14 +43,14 @@ class StandIn:
 
 
 def read_parameters(path: str | Path) -> dict[str, Tensor]:
-    """Names and tensors of a model in a .pth, .pt, .bin or .safetensors file.
+    """Names and tensors of a model in a .pth, .pt, .bin, .safetensors or Detectron2's .pkl file.
 
     Looks into "model" and "state_dict" where the file has them, and takes a "module." of
     distributed training off the names. ValueError where there are no parameters.
     """
     if Path(path).suffix == ".safetensors":
         return read_safetensors(path)
-    content = read_pickle(path)
+    content = read_arrays(path) if Path(path).suffix == ".pkl" else read_pickle(path)
     for name in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
@@ -74,6 +76,40 @@ def read_pickle(path: str | Path) -> object:
         allowed = [argparse.Namespace]
     with torch.serialization.safe_globals(allowed):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays and plain containers; other classes and functions are replaced by `StandIn`."""
+
+    ALLOWED = frozenset(
+        [
+            *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("collections", "OrderedDict"),
+            ("_codecs", "encode"),
+        ]
+    )
+
+    def find_class(self, module, name):
+        return super().find_class(module, name) if (module, name) in self.ALLOWED else StandIn
+
+
+def read_arrays(path: str | Path) -> object:
+    """What `pickle` wrote, as Detectron2's model zoo does; floating-point arrays become tensors."""
+    with open(path, "rb") as file:
+        try:
+            content = ArrayUnpickler(file, encoding="latin1").load()
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{path} is not a pickle file: {error}") from error
+
+    def to_tensors(value):
+        if isinstance(value, dict):
+            return {key: to_tensors(inner) for key, inner in value.items()}
+        is_array = isinstance(value, np.ndarray) and value.dtype.kind == "f"
+        return torch.from_numpy(value.copy()) if is_array else value
+
+    return to_tensors(content)
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
