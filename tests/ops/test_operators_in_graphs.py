@@ -1,10 +1,17 @@
 """The operators as torch.library sees them: opcheck, torch.compile, torch.export."""
 
+import deformable_cases
 import pytest
 import torch
 from attention_cases import make_inputs
 
-from dn_detr.ops import ms_deform_attn, ms_deform_attn_plain, noise_objects
+from dn_detr.ops import (
+    deformable_attention,
+    deformable_attention_plain,
+    ms_deform_attn,
+    noise_objects,
+    plain_operators,
+)
 from dn_detr.ops.extension import KERNELS
 
 needs_kernels = pytest.mark.skipif(not KERNELS, reason="dn_detr._C is not built")
@@ -29,7 +36,7 @@ def noise_inputs(batch=2, most=5, device="cpu"):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_opcheck_of_deformable_attention(kernel_device, dtype):
+def test_opcheck_of_ms_deform_attn(kernel_device, dtype):
     value, shapes, locations, weights = make_inputs(dtype=dtype, device=kernel_device)
     sides = [side for shape in shapes for side in shape]
     arguments = (value, sides, locations, weights)
@@ -39,6 +46,37 @@ def test_opcheck_of_deformable_attention(kernel_device, dtype):
     torch.library.opcheck(
         torch.ops.dn_detr.ms_deform_attn_backward.default, (grad_output, *detached)
     )
+
+
+@needs_kernels
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "coordinates", "per_level"),
+    [
+        (torch.float32, 2, False),
+        (torch.float64, 4, False),
+        (torch.bfloat16, 4, True),
+        (torch.float32, 2, True),
+    ],
+)
+def test_opcheck_of_deformable_attention(deform_device, dtype, coordinates, per_level, is_padded):
+    inputs = deformable_cases.make_inputs(
+        dtype=dtype,
+        offset_dtype=dtype,
+        coordinates=coordinates,
+        per_level=per_level,
+        is_padded=is_padded,
+        device=deform_device,
+    )
+    inputs = inputs._replace(shapes=[side for shape in inputs.shapes for side in shape])
+    torch.library.opcheck(torch.ops.dn_detr.deformable_attention.default, tuple(inputs))
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+    grad_output = torch.rand(2, 5, 12, device=deform_device).to(dtype)
+    for needs_reference in (False, True):
+        torch.library.opcheck(
+            torch.ops.dn_detr.deformable_attention_backward.default,
+            (grad_output, *detached, needs_reference),
+        )
 
 
 @needs_kernels
@@ -65,6 +103,36 @@ class Sampler(torch.nn.Module):
         return self.function(value[:, :, None], shapes, locations, weights)
 
 
+class Attention(torch.nn.Module):
+    """Two maps of any size [B, 8, h, w] as levels, of which every cell asks around itself."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, fine, coarse):
+        shapes = [(x.shape[2], x.shape[3]) for x in (fine, coarse)]
+        value = torch.cat([x.flatten(2).transpose(1, 2) for x in (fine, coarse)], dim=1)
+        ones = [torch.ones_like(x[:, 0, :, 0]).sum(1) for x in (fine, coarse)]
+        heights = torch.stack(ones, dim=1)
+        ones = [torch.ones_like(x[:, 0, 0, :]).sum(1) for x in (fine, coarse)]
+        valid_sizes = torch.stack((torch.stack(ones, dim=1), heights), dim=-1)
+        reference = value[:, :, :4].sigmoid()
+        offsets = value.unflatten(2, (1, 2, 2, 2))
+        logits = value[:, :, None, 2:6]
+        padding = value[:, :, 7] < 0.2
+        return self.function(
+            value[:, :, None], shapes, valid_sizes, reference, offsets, logits, padding
+        )
+
+
+MODELS = [
+    pytest.param(Sampler(ms_deform_attn), id="ms_deform_attn"),
+    pytest.param(Attention(deformable_attention), id="deformable_attention"),
+    pytest.param(Attention(deformable_attention_plain), id="deformable_attention_plain"),
+]
+
+
 def make_maps(batch, height, width):
     generator = torch.Generator().manual_seed(0)
     return tuple(
@@ -77,11 +145,10 @@ SIZES = ((2, 6, 10), (5, 13, 9), (3, 32, 64))
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
-@pytest.mark.parametrize("function", [ms_deform_attn, ms_deform_attn_plain])
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_one_compiled_graph_serves_all_image_sizes(function, backend):
+def test_one_compiled_graph_serves_all_image_sizes(model, backend):
     torch._dynamo.reset()
-    model = Sampler(function)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     for size in SIZES:
         maps = make_maps(*size)
@@ -91,9 +158,8 @@ def test_one_compiled_graph_serves_all_image_sizes(function, backend):
         torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("function", [ms_deform_attn, ms_deform_attn_plain])
-def test_exported_graph_serves_all_batches_and_image_sizes(function):
-    model = Sampler(function)
+@pytest.mark.parametrize("model", MODELS)
+def test_exported_graph_serves_all_batches_and_image_sizes(model):
     batch = torch.export.Dim("batch", max=8)
     sides = [torch.export.Dim(name, max=128) for name in ("h0", "w0", "h1", "w1")]
     sizes = ({0: batch, 2: sides[0], 3: sides[1]}, {0: batch, 2: sides[2], 3: sides[3]})
@@ -101,6 +167,22 @@ def test_exported_graph_serves_all_batches_and_image_sizes(function):
     for size in SIZES:
         maps = make_maps(*size)
         torch.testing.assert_close(exported(*maps), model(*maps))
+
+
+@pytest.mark.parametrize("function", [ms_deform_attn, deformable_attention])
+def test_inside_of_plain_operators_a_graph_has_standard_operators_only(function):
+    model = (Sampler if function is ms_deform_attn else Attention)(function)
+    maps = make_maps(*SIZES[0])
+
+    def operators_of_ours():
+        graph = torch.export.export(model, maps).graph
+        return [node for node in graph.nodes if "dn_detr" in str(node.target)]
+
+    with plain_operators():
+        assert not operators_of_ours()
+        inside = model(*maps)
+    assert len(operators_of_ours()) == (1 if "cpu" in KERNELS.get(function.__name__, ()) else 0)
+    torch.testing.assert_close(inside, model(*maps))
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
