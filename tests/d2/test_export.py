@@ -1,6 +1,7 @@
 """Exported graphs give what the model gives, at batches and sizes that were not traced.
 
-Two pages run by default; `-m slow` runs all of them in all formats (minutes).
+Two pages run by default; `-m slow` runs the others in all formats (minutes), and with -s prints the
+table of docs/export.md.
 """
 
 import importlib.util
@@ -98,6 +99,8 @@ def test_an_exported_page_finds_what_the_model_finds(method, kind, tmp_path):
     about = export.metadata(cfg, ["a", "b", "c"])
     path = tmp_path / f"model{export.FORMATS[kind]}"
     differences = export.export(model, path, kind, about)
+    worst = [f"{max(d.scores, d.boxes):.1e} ({d.num_compared})" for d in differences]
+    print(f"\n| {method} | {kind} | {' | '.join(worst)} |")
     for difference in differences:
         assert difference.num_compared >= 5
         assert max(difference.scores, difference.boxes) < 1e-4

@@ -225,7 +225,7 @@ def check(model: DenoisingDETR, exported) -> list[Difference]:
 def export(model: DenoisingDETR, path: Path, kind: str, about: dict) -> list[Difference]:
     """Write, read again and compare; the file is kept only where nothing differs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unchecked = path.with_name(path.name + ".unchecked")
+    unchecked = path.with_suffix(f".unchecked{path.suffix}")
     write(model, unchecked, kind, about)
     try:
         differences = check(model, load(unchecked, kind))

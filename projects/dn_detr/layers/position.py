@@ -28,7 +28,7 @@ def sine_of_reference(reference: Tensor, channels: int, temperature: float = 100
     """
     encoded = sine(reference, channels, temperature)
     x, y = encoded[..., 0, :], encoded[..., 1, :]
-    return torch.cat((y, x, *encoded[..., 2:, :].unbind(-2)), dim=-1)
+    return torch.cat((y, x, encoded[..., 2:, :].flatten(-2)), dim=-1)
 
 
 class SinePosition(nn.Module):

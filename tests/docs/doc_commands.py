@@ -1,0 +1,97 @@
+"""The fenced blocks of the documents, and what becomes of each command in a test."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+RUN = (
+    "python train_net.py",
+    "python -m dn_detr.info",
+    "python tools/check_data.py",
+    "python tools/demo.py",
+    "python tools/draw_detections.py",
+    "python tools/evaluate.py",
+    "python tools/plot_training.py",
+)
+"""Programs that run for real, made small by `reduced`. They see the files of the fixture `world`."""
+
+PARSED = {
+    "python tools/analyze_model.py": "tests/tools run it",
+    "python tools/benchmark.py": "tests/tools run it",
+    "python tools/convert_checkpoint.py": "needs weights of others; tests/conversion run it",
+    "python tools/convert_dataset.py": "needs other formats; tests/data run it",
+    "python tools/export.py": "takes a minute; tests/d2/test_export.py runs it",
+    "python tools/replay_not_finite.py": "needs a training that failed; tests/d2 run it",
+    "python tools/run_exported.py": "needs an exported file; tests/d2/test_export.py runs it",
+    "python tools/visualize.py": "tests/d2 run it",
+    "python tools/visualize_data.py": "tests/d2 run it",
+    "torchrun": "starts processes; tests/d2/test_distributed.py does",
+}
+"""Programs whose command lines are only parsed, and why. Configurations must exist, and their keys."""
+
+NOT_TRIED = {
+    "make": "make demo and make test are the commands of this repository's own checks",
+    "pip": "installs",
+    "export": "sets a variable of the shell",
+}
+"""Commands that are not tried at all, and why."""
+
+NOT_RUN = ("webcam", "coco_2017_train")
+"""Command lines of RUN that need what a test does not have."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a document, its lines joined."""
+
+    document: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.document}: {self.text[:90]}"
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.text, comments=True)
+
+    def begins_with(self, programs) -> str | None:
+        return next((p for p in programs if self.text.startswith(f"{p} ") or self.text == p), None)
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    """The contents of the fenced blocks of a language."""
+    return [text for name, text in BLOCK.findall(document.read_text()) if name == language]
+
+
+def commands() -> list[Command]:
+    """Every command in a bash block of a document."""
+    found = []
+    for document in DOCUMENTS:
+        for block in blocks(document, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                text = " ".join(line.split())
+                if text and not text.startswith("#"):
+                    found.append(Command(str(document.relative_to(ROOT)), text))
+    return found
+
+
+def reduced(words: list[str], tiny: list[str]) -> list[str]:
+    """The words of a command, made small: no GPU, quick configurations, the options `tiny` at its
+    end. KEY and VALUE, which stand for others in a document, are left out."""
+    small = []
+    for word in words:
+        if word.startswith("configs/") and not word.startswith("configs/quick/"):
+            word = word.replace("configs/", "configs/quick/")
+        small.append(word)
+    if "--num-gpus" in small:
+        small[small.index("--num-gpus") + 1] = "0"
+    small = [word for word in small if word not in ("KEY", "VALUE", "...", "[KEY", "VALUE]")]
+    return small + tiny
