@@ -184,9 +184,11 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(0) if device == "cuda" else _cpu_name()
 
 
-def _script() -> str:
+def _command() -> str:
+    """How this was called, without where it was saved."""
     path = Path(sys.argv[0]).resolve()
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+    script = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+    return re.sub(r" --save( [^-]\S*)?", "", " ".join(["python", script, *sys.argv[1:]]))
 
 
 def _cpu_name() -> str:
@@ -233,7 +235,7 @@ def save(
     content = json.loads(path.read_text()) if path.is_file() else {}
     machine = describe_machine(args.device)
     before = content.get(section, {"machine": None})
-    commands, kept = [" ".join(["python", _script(), *sys.argv[1:]])], []
+    commands, kept = [_command()], []
     if before["machine"] == machine:
         new = {tuple(row[key] for key in (*keys, "who")) for row in rows}
         kept = [r for r in before["rows"] if tuple(r[key] for key in (*keys, "who")) not in new]
