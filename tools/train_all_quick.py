@@ -40,8 +40,11 @@ PAIRS = {
         "dn_deformable_encoder_only",
     ),
     "DINO": ("dino_no_dn", "dino"),
+    "Mask2Former": ("mask2former", "dn_mask2former"),
+    "Mask DINO": ("mask_dino_no_dn", "mask_dino"),
 }
-"""Page -> its plain and its denoised configuration in configs/quick/."""
+"""Page -> its plain and its denoised configuration in configs/quick/. Pages with masks are compared by
+the AP50 of their masks."""
 
 WITHOUT_DENOISING = {"dino_no_dn": ("dino", ["MODEL.DN_DETR.DENOISING.ENABLED", "False"])}
 """Plain variants that have no configuration of their own: (configuration, overrides)."""
@@ -141,7 +144,8 @@ def main() -> None:
 
     def ap50(name: str) -> dict[int, float]:
         metrics = train(name, args.output, args.iterations, args.num_gpus, weights)
-        x, y = series(metrics, "bbox/AP50")
+        has_masks = any("segm/AP50" in line for line in metrics.values())
+        x, y = series(metrics, "segm/AP50" if has_masks else "bbox/AP50")
         points = {min(i + 1, args.iterations): ap for i, ap in zip(x, y, strict=True)}
         print(f"{name}: {points}", flush=True)
         return points
