@@ -28,7 +28,7 @@ from detectron2.utils.logger import setup_logger
 from dn_detr.d2.checkpoint import Checkpointer
 from dn_detr.d2.config import read_config
 from dn_detr.d2.datasets import prepare
-from dn_detr.d2.report import check_datasets
+from dn_detr.d2.report import check_once
 from dn_detr.d2.saved_detector import read_evaluation_config
 from dn_detr.d2.trainer import Trainer
 from dn_detr.errors import InputError, sentence_in
@@ -53,8 +53,7 @@ def setup(args) -> CfgNode:
 
 def main(args) -> dict | None:
     """Train, or only evaluate; returns the metrics where there are any."""
-    cfg = setup(args)
-    check_datasets(cfg, eval_only=args.eval_only)
+    cfg = check_once(setup(args), eval_only=args.eval_only)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
@@ -88,6 +87,22 @@ def check_num_gpus(wanted: int) -> None:
         raise InputError(f"{wanted} GPUs were asked for, but this machine has {available}.")
 
 
+def check_machines(args) -> None:
+    """Refuse what `launch` cannot do on several machines, or would do on each of them alone."""
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise InputError(
+            f"--machine-rank must be in [0, {args.num_machines}), one for each of --num-machines, "
+            f"got {args.machine_rank}."
+        )
+    if args.num_gpus == 0:
+        raise InputError("several machines without GPUs need torchrun, see docs/training.md.")
+    if args.dist_url == "auto" or "127.0.0.1" in args.dist_url:
+        raise InputError(
+            "--dist-url must name the first machine as all others reach it, e.g. "
+            f"tcp://10.0.0.1:29500, got {args.dist_url!r}."
+        )
+
+
 def run(args) -> dict | None:
     """Start the processes that the arguments ask for."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -96,6 +111,8 @@ def run(args) -> dict | None:
         print("train_net.py: no GPU was found, so this runs on the CPU", file=sys.stderr)
         args.num_gpus = 0
     check_num_gpus(args.num_gpus)
+    if args.num_machines > 1:
+        check_machines(args)
     return launch(
         main,
         args.num_gpus,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -43,6 +44,36 @@ def test_a_rank_without_objects_trains_in_step_with_the_other(tiny_config, tmp_p
     # Both end when one of them breaks, and each says whose images it was.
     assert "images [2, 3] of rank 1" in second["error"]
     assert "loss_box_0, in iteration 1, but not from rank 0" in first["error"]
+
+
+def test_two_machines_train_as_one(arguments, tmp_path):
+    """Two torchruns, as on two machines: each with a process and a machine rank of its own."""
+    options = arguments("SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}"]
+            + ["--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
+            + [str(TRAIN_NET), *options],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    for machine in machines:
+        _, errors = machine.communicate(timeout=180)
+        assert machine.returncode == 0, errors
+    logs = [(tmp_path / "run" / name).read_text() for name in ("log.txt", "log.txt.rank1")]
+    assert "Rank of current process: 0. World size: 2" in logs[0]
+    assert "Rank of current process: 1. World size: 2" in logs[1]
+    assert "2 x 1 (processes x images)" in logs[0]
+    # The datasets are checked by one process alone.
+    assert "images     10" in logs[0] and "images     10" not in logs[1]
+    assert torch.load(tmp_path / "run" / "model_final.pth")["iteration"] == 1
 
 
 def test_torchrun_trains_and_evaluates_in_two_processes(arguments, tmp_path):

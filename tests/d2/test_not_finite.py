@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.structures import BitMasks
 from samples import sample
 
 from dn_detr.d2.evidence import as_plain, as_sample
@@ -53,10 +54,11 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_learned_from(run, tmp_
 
 def test_a_sample_survives_being_written_down():
     original = sample(4, 3)
+    original["instances"].gt_masks = BitMasks(torch.rand(3, 64, 96) > 0.5)
     again = as_sample(as_plain(original))
     assert again.keys() == original.keys()
     assert torch.equal(again["image"], original["image"])
     assert again["instances"].image_size == original["instances"].image_size
-    for field in ("gt_boxes", "gt_classes"):
+    for field in ("gt_boxes", "gt_classes", "gt_masks"):
         one, other = again["instances"].get(field), original["instances"].get(field)
         assert torch.equal(getattr(one, "tensor", one), getattr(other, "tensor", other))

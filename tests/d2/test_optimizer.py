@@ -1,4 +1,4 @@
-"""Learning-rate groups, clipping and the schedule."""
+"""Learning-rate groups and clipping."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from dn_detr.d2 import add_dn_detr_config
-from dn_detr.d2.optimizer import build_optimizer, parameter_groups
-from dn_detr.d2.trainer import Trainer
+from dn_detr.d2.optimizer import backbone_depths, build_optimizer, parameter_groups
+from dn_detr.errors import InputError
 
 
 @pytest.fixture
@@ -116,13 +116,33 @@ def test_detectron2s_own_clipping_still_works(cfg):
     assert all((parameter.grad == 0.25).all() for parameter in model.parameters())
 
 
-def test_a_step_at_the_very_end_of_the_schedule_is_ignored(cfg):
-    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS = 4, (2, 4), 0
-    optimizer = build_optimizer(cfg, nn.Linear(1, 1))
-    scheduler = Trainer.build_lr_scheduler(cfg, optimizer)
-    rates = []
-    for _ in range(4):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert rates == pytest.approx([1.0, 1.0, 0.1, 0.1])
+def test_layers_of_the_backbone_learn_slower_the_earlier_they_stand(tiny_config):
+    cfg = tiny_config(
+        *("MODEL.BACKBONE.FREEZE_AT", 0, "SOLVER.BASE_LR", 1.0, "SOLVER.BACKBONE_MULTIPLIER", 0.5),
+        *("SOLVER.SAMPLING_MULTIPLIER", 1.0, "SOLVER.BACKBONE_LAYER_DECAY", 0.25),
+    )
+    model = build_model(cfg)
+    groups = build_optimizer(cfg, model).param_groups
+    lr_of = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        stages = ("backbone.res5", "backbone.res4", "backbone.res3", "backbone.res2", "backbone.")
+        behind = next((i for i, stage in enumerate(stages) if name.startswith(stage)), None)
+        assert lr_of[parameter] == (1.0 if behind is None else 0.5 * 0.25**behind), name
+
+
+def test_blocks_of_a_transformer_are_layers_and_what_stands_before_them():
+    trunk = nn.ModuleDict({"patch_embed": nn.Linear(2, 2)})
+    trunk["blocks"] = nn.ModuleList([nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))] * 1)
+    trunk["blocks"].append(nn.Linear(2, 2))
+    depths = backbone_depths(nn.ModuleDict({"backbone": trunk, "core": nn.Linear(2, 2)}))
+    assert depths == {
+        **{f"backbone.patch_embed.{part}": 2 for part in ("weight", "bias")},
+        **{f"backbone.blocks.0.{i}.{part}": 1 for i in (0, 1) for part in ("weight", "bias")},
+        **{f"backbone.blocks.1.{part}": 0 for part in ("weight", "bias")},
+    }
+
+
+def test_a_layer_decay_above_one_is_refused(cfg):
+    cfg.SOLVER.BACKBONE_LAYER_DECAY = 1.5
+    with pytest.raises(InputError, match=r"must be in \(0, 1\], got 1.5"):
+        build_optimizer(cfg, nn.Linear(1, 1))

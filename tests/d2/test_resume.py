@@ -11,10 +11,11 @@ TOOL = Path(__file__).resolve().parents[2] / "dev" / "check_resume.py"
 
 def test_a_killed_and_resumed_training_equals_an_uninterrupted_one(arguments, tmp_path):
     """With all that has a state of its own: dropout, loss scaling, workers, a learning-rate step,
-    batch norm, a moving average, instruments that compare an evaluation with the one before."""
+    batch norm, a moving average, all that compares an evaluation with those before."""
     options = arguments(
         *("MODEL.DN_DETR.DROPOUT", 0.1, "DATALOADER.NUM_WORKERS", 1),
         *("TEST.EVAL_PERIOD", 7, "TEST.INSTABILITY.ENABLED", True),
+        *("TEST.BEST.METRIC", "bbox/AP", "TEST.EARLY_STOP.METRIC", "bbox/AP"),
         *("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "float16"),
         *("SOLVER.WARMUP_ITERS", 9, "SOLVER.STEPS", "(12,)"),
         *("SOLVER.EMA.ENABLED", True, "SOLVER.EMA.WARMUP", 5),

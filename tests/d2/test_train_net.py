@@ -126,3 +126,23 @@ def test_a_log_gets_plain_lines_with_three_sums(run, capfd):
     (line,) = [line for line in printed.splitlines() if "iter 2/3" in line]
     shown = [word for word in line.split() if "loss" in word]
     assert shown == ["total_loss:", "loss_match:", "loss_denoise:"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num-machines", "2", "--machine-rank", "2"], r"must be in \[0, 2\).*, got 2"),
+        (["--num-machines", "2"], "several machines without GPUs need torchrun"),
+    ],
+)
+def test_machines_that_could_not_work_together_are_refused(run, flags, words):
+    with pytest.raises(SystemExit, match=words):
+        run(flags=flags)
+
+
+def test_the_address_of_the_first_machine_must_be_reachable(train_net, arguments):
+    args = train_net.default_argument_parser().parse_args(arguments(flags=["--num-machines", "2"]))
+    for address in (args.dist_url, "auto"):
+        args.dist_url, args.num_gpus = address, 4
+        with pytest.raises(train_net.InputError, match="--dist-url must name the first machine"):
+            train_net.check_machines(args)

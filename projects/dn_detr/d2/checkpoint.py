@@ -21,6 +21,9 @@ TRAINING_ONLY = ("assists", "label_table")
 UNFINISHED = ".unfinished"
 """Part of the name of a file that is being written."""
 
+BEST = "model_best.pth"
+"""The best one by a metric: no training is resumed from it."""
+
 AVERAGED = f"@{EMA}"
 """At the end of a path: the moving average that the checkpoint holds."""
 
@@ -79,6 +82,8 @@ class Checkpointer(DetectionCheckpointer):
         unfinished = os.path.join(self.save_dir, last_filename_basename)
         finished = unfinished.replace(UNFINISHED, "")
         os.replace(unfinished, finished)
+        if os.path.basename(finished) == BEST:
+            return
         super().tag_last_checkpoint(os.path.basename(finished))
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:

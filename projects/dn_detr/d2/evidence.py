@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from torch import nn
 
 
@@ -40,22 +40,23 @@ class Evidence:
         return path
 
 
+FIELDS = {"gt_boxes": Boxes, "gt_classes": None, "gt_masks": BitMasks}
+"""What training samples have of their objects, and the class around its tensor."""
+
+
 def as_plain(sample: dict) -> dict:
     """A training sample as tensors, numbers and names, which any torch.load reads."""
-    instances = sample["instances"]
     plain = {key: value for key, value in sample.items() if isinstance(value, int | str)}
-    return {
-        **plain,
-        "image": sample["image"],
-        "gt_boxes": instances.gt_boxes.tensor,
-        "gt_classes": instances.gt_classes,
-    }
+    fields = sample["instances"].get_fields()
+    objects = {name: fields[name] for name in FIELDS if name in fields}
+    tensors = {name: getattr(value, "tensor", value) for name, value in objects.items()}
+    return {**plain, "image": sample["image"], **tensors}
 
 
 def as_sample(plain: dict) -> dict:
     """The inverse of `as_plain`."""
-    sample = {key: plain[key] for key in plain if key not in ("gt_boxes", "gt_classes")}
     instances = Instances(tuple(plain["image"].shape[-2:]))
-    instances.gt_boxes = Boxes(plain["gt_boxes"])
-    instances.gt_classes = plain["gt_classes"]
-    return {**sample, "instances": instances}
+    for name, kind in FIELDS.items():
+        if name in plain:
+            instances.set(name, kind(plain[name]) if kind else plain[name])
+    return {**{key: plain[key] for key in plain if key not in FIELDS}, "instances": instances}

@@ -20,8 +20,10 @@ def parameter_groups(
     sampling_multiplier: float,
     weight_decay: float,
     weight_decay_norm: float | None,
+    backbone_layer_decay: float = 1.0,
 ) -> list[dict]:
     """One group for each (learning rate, weight decay) in use; every trainable parameter once."""
+    depth = backbone_depths(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen = set()
     for module_name, module in model.named_modules():
@@ -34,6 +36,7 @@ def parameter_groups(
             path = f"{module_name}.{name}".split(".")
             if "backbone" in path:
                 lr *= backbone_multiplier
+                lr *= backbone_layer_decay ** depth[f"{module_name}.{name}"]
             elif any(layer in path for layer in SAMPLING_LAYERS):
                 lr *= sampling_multiplier
             if is_norm and weight_decay_norm is not None:
@@ -45,6 +48,26 @@ def parameter_groups(
     ]
 
 
+def backbone_depths(model: nn.Module) -> dict[str, int]:
+    """How many layers of the backbone stand behind each of its parameters: 0 in the last.
+
+    A layer is what its name has up to the first part that ends with a digit (a stage "res3", a block
+    "blocks.7"), else the module that holds the parameter; layers are counted in the order in which
+    they are registered, that of the forward pass in the backbones of Detectron2, torchvision, timm.
+    """
+    layers: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        parts = name.split(".")
+        if "backbone" not in parts:
+            continue
+        inside = parts[parts.index("backbone") + 1 : -1]
+        numbered = [place for place, part in enumerate(inside) if part[-1:].isdigit()]
+        layer = inside[: numbered[0] + 1] if numbered else inside
+        layers.setdefault(".".join(layer), []).append(name)
+    last = len(layers) - 1
+    return {name: last - place for place, names in enumerate(layers.values()) for name in names}
+
+
 def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
     """SOLVER.OPTIMIZER "ADAMW", with Detectron2's gradient clipping.
 
@@ -54,6 +77,10 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
     solver = cfg.SOLVER
     if solver.OPTIMIZER != "ADAMW":
         raise InputError(f"SOLVER.OPTIMIZER must be 'ADAMW', got {solver.OPTIMIZER!r}.")
+    if not 0 < solver.BACKBONE_LAYER_DECAY <= 1:
+        raise InputError(
+            f"SOLVER.BACKBONE_LAYER_DECAY must be in (0, 1], got {solver.BACKBONE_LAYER_DECAY}."
+        )
     groups = parameter_groups(
         model,
         base_lr=solver.BASE_LR,
@@ -61,6 +88,7 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
         sampling_multiplier=solver.SAMPLING_MULTIPLIER,
         weight_decay=solver.WEIGHT_DECAY,
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        backbone_layer_decay=solver.BACKBONE_LAYER_DECAY,
     )
     clip = solver.CLIP_GRADIENTS
     if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from detectron2.data import MetadataCatalog
+from detectron2.utils import comm
 
 from dn_detr.d2 import records
 from dn_detr.d2.datasets import dataset_names
+from dn_detr.d2.ranks import on_main
 from dn_detr.d2.records import Finding, LoadedDataset, describe
 
 logger = logging.getLogger(__name__)
@@ -155,3 +157,18 @@ def check_datasets(cfg, eval_only: bool = False) -> list[DatasetReport]:
         logger.info(str(report))
         reports.append(report)
     return reports
+
+
+def check_once(cfg, eval_only: bool = False):
+    """`check_datasets` in the first process alone; an InputError reaches all. Every process calls it.
+
+    Returns the configuration that this process shall go on with: in the others it checks no more.
+    """
+    on_main(lambda: bool(check_datasets(cfg, eval_only)))
+    if comm.is_main_process():
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.CHECK = "off"
+    cfg.freeze()
+    return cfg

@@ -49,6 +49,7 @@ class TrainStep(SimpleTrainer):
             )
         self.precision = PRECISIONS.get(precision)
         self.seed = seed
+        self.saved_seed: int | None = None  # that of the checkpoint which was resumed
         self.num_parts = num_parts
         self.evidence = evidence
         self.device = next(model.parameters()).device
@@ -166,7 +167,8 @@ class TrainStep(SimpleTrainer):
         return f"python tools/replay_not_finite.py {path} computes it again"
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+        own = {"grad_scaler": self.grad_scaler.state_dict(), "seed": self.seed}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict) -> None:
         try:
@@ -175,5 +177,6 @@ class TrainStep(SimpleTrainer):
             raise InputError(
                 f"the optimizer of this checkpoint does not fit this configuration: {error}."
             ) from error
+        self.saved_seed = state_dict.get("seed")
         if state_dict["grad_scaler"]:  # empty if it was saved in another precision
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

@@ -7,6 +7,7 @@ import os
 import sys
 import weakref
 
+import torch
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
@@ -14,7 +15,9 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dn_detr.d2.best import StopEarly, build_best
 from dn_detr.d2.checkpoint import Checkpointer, describe
+from dn_detr.d2.compiled import compile_core
 from dn_detr.d2.ema import KEY as EMA
 from dn_detr.d2.ema import FollowWeights, MovingAverage
 from dn_detr.d2.evaluation import Evaluator, build_evaluator
@@ -23,7 +26,10 @@ from dn_detr.d2.evidence import Evidence
 from dn_detr.d2.instability import build_instruments
 from dn_detr.d2.loader import build_test_loader, build_train_loader
 from dn_detr.d2.optimizer import build_optimizer
+from dn_detr.d2.recompute import recompute
+from dn_detr.d2.schedule import build_lr_scheduler
 from dn_detr.d2.train_step import TrainStep
+from dn_detr.d2.wandb_writer import WandbWriter
 from dn_detr.d2.whole_batch import num_parts
 from dn_detr.d2.writers import ProgressBar, ProgressLines
 from dn_detr.errors import InputError, NotFinite
@@ -38,7 +44,10 @@ class Trainer(DefaultTrainer):
         # Not DefaultTrainer's constructor: its steps need CUDA for mixed precision and wait for
         # the device at every loss, and its several processes need a GPU each.
         TrainerBase.__init__(self)
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        self.draws_seed = cfg.SEED < 0
+        cfg = with_drawn_seed(self.auto_scale_workers(cfg, comm.get_world_size()))
+        if cfg.DETERMINISTIC:
+            use_deterministic_algorithms()
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -47,6 +56,9 @@ class Trainer(DefaultTrainer):
         self.average = (
             MovingAverage(model, decay=ema.DECAY, warmup=ema.WARMUP) if ema.ENABLED else None
         )
+        recompute(model, cfg.MODEL.DN_DETR.RECOMPUTE)
+        if cfg.MODEL.DN_DETR.COMPILE:
+            compile_core(model.core, cfg.MODEL.DN_DETR.COMPILE)
         model = across_processes(model)
         self._trainer = TrainStep(
             model,
@@ -88,10 +100,11 @@ class Trainer(DefaultTrainer):
         ]
 
     def build_evaluation_hooks(self) -> list[HookBase | None]:
-        """What acts on evaluations; then the checkpoint is written again, with their outcome."""
+        """What acts on evaluations, and writes the checkpoint again with their outcome."""
         cfg, period = self.cfg, self.cfg.TEST.EVAL_PERIOD
-        actors = [build_instruments(cfg, without_wrapper(self.model))]
-        if not any(actors):
+        instruments = build_instruments(cfg, without_wrapper(self.model))
+        actors = [*([instruments] if instruments else []), *build_best(cfg, self.checkpointer)]
+        if not actors:
             return []
         again = SaveEvaluation(period, self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
         return [*actors, again if comm.is_main_process() else None]
@@ -126,11 +139,19 @@ class Trainer(DefaultTrainer):
             ProgressLines(self.max_iter, period),
             JSONWriter(os.path.join(output, "metrics.json"), period),
             TensorboardXWriter(output, period),
+            *([WandbWriter(self.cfg)] if self.cfg.WANDB.ENABLED else []),
         ]
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
-        self._trainer.data_loader.set_start_iteration(self.start_iter)
+        step = self._trainer
+        step.data_loader.set_start_iteration(self.start_iter)
+        if self.draws_seed and step.saved_seed is not None:
+            model = without_wrapper(self.model)
+            step.seed = step.data_loader.seed = model.seed = step.saved_seed
+            logger.info(
+                f"going on with the seed {step.seed} that was drawn when this training began"
+            )
 
     def state_dict(self) -> dict:
         # Saved behind the last iteration: it has been done, and a longer training goes on after it.
@@ -140,6 +161,9 @@ class Trainer(DefaultTrainer):
         logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_input_error)
         try:
             return super().train()
+        except StopEarly as stop:
+            logger.info(str(stop))
+            return getattr(self, "_last_eval_results", None)
         except NotFinite as error:
             logger.error(str(error))
             raise
@@ -159,11 +183,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_lr_scheduler(cls, cfg, optimizer):
-        # Detectron2 ignores steps after the end of the training but fails on one at its very end.
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.SOLVER.STEPS = tuple(s for s in cfg.SOLVER.STEPS if s != cfg.SOLVER.MAX_ITER)
-        return super().build_lr_scheduler(cfg, optimizer)
+        return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -188,6 +208,24 @@ def across_processes(model: nn.Module) -> nn.Module:
     return create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
 
 
+def with_drawn_seed(cfg):
+    """With a SEED that all processes share, drawn now if the configuration leaves it open."""
+    if cfg.SEED >= 0:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEED = comm.shared_random_seed()
+    cfg.freeze()
+    return cfg
+
+
+def use_deterministic_algorithms() -> None:
+    """PyTorch's switch, and what its CUDA libraries need beside it."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
 def without_wrapper(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, or as it is."""
     return model.module if isinstance(model, DistributedDataParallel) else model
@@ -195,4 +233,4 @@ def without_wrapper(model: nn.Module) -> nn.Module:
 
 def _is_no_input_error(record: logging.LogRecord) -> bool:
     """Detectron2's loop logs every error with its traceback; train_net.py says these itself."""
-    return not (record.exc_info and isinstance(record.exc_info[1], InputError))
+    return not (record.exc_info and isinstance(record.exc_info[1], InputError | StopEarly))
