@@ -58,6 +58,16 @@ def test_yolo_boxes_become_pixels(yolo):
     assert [a["area"] for a in content["annotations"]] == [2500, 400]
 
 
+def test_sizes_are_those_of_the_image_as_it_is_looked_at(yolo, tmp_path):
+    image = Image.new("RGB", (200, 100))
+    exif = image.getexif()
+    exif[274] = 6  # a quarter turn
+    image.save(tmp_path / "images/train/a.png", exif=exif)
+    content = yolo("0 0.5 0.5 0.2 0.1")
+    assert (content["images"][0]["width"], content["images"][0]["height"]) == (100, 200)
+    assert content["annotations"][0]["bbox"] == pytest.approx([40, 90, 20, 20])
+
+
 def test_yolo_outlines_become_polygons_with_their_box_and_area(yolo):
     (annotation,) = yolo("0 0.1 0.1 0.3 0.1 0.3 0.5")["annotations"]
     assert annotation["segmentation"] == [pytest.approx([20, 10, 60, 10, 60, 50])]

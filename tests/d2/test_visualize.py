@@ -1,0 +1,81 @@
+"""tools/visualize_data.py and tools/visualize.py: they show what training and model work with."""
+
+import numpy as np
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from PIL import Image
+
+from dn_detr.assists.denoising import Denoise
+
+
+@pytest.fixture(scope="module")
+def visualize_data(tool):
+    return tool("visualize_data")
+
+
+@pytest.mark.parametrize("is_contrastive", [False, True])
+def test_the_noise_that_is_drawn_is_the_noise_of_the_training(
+    visualize_data, tiny_config, is_contrastive
+):
+    cfg = tiny_config("MODEL.DN_DETR.DENOISING.CONTRASTIVE", is_contrastive)
+    model = visualize_data.Trainer.build_model(cfg).train()
+    (assist,) = (a for a in model.core.assists if isinstance(a, Denoise))
+    seen = []
+    assist.register_forward_hook(lambda module, args, queries: seen.append(queries))
+    number, batch = next(visualize_data.batches(cfg, iteration=5))
+    with EventStorage(number):
+        model(batch)
+        targets = model.targets(batch)
+    assert number == 5
+    noised = visualize_data.noise(assist, targets)
+    segment = next(s for s in seen[0].segments if s.name == "denoise")
+    assert torch.equal(noised.assignment, segment.assignment)
+    assert torch.equal(noised.is_empty, segment.is_empty)
+    reference = seen[0].state.reference[:, : segment.size]
+    there = ~noised.is_empty
+    torch.testing.assert_close(noised.boxes[there], reference[there], atol=2e-3, rtol=0)
+    assert bool((noised.assignment[there] < 0).any()) == is_contrastive
+
+
+@pytest.mark.parametrize("source", ["annotation", "dataloader", "denoising"])
+def test_every_source_gives_pictures(visualize_data, trained, tmp_path, source):
+    visualize_data.main(
+        [
+            *("--source", source, "--config-file", str(trained / "config.yaml")),
+            *("--output-dir", str(tmp_path), "--num-images", "2", "--iteration", "3"),
+        ]
+    )
+    pictures = sorted(tmp_path.iterdir())
+    assert len(pictures) == 2 and all(p.name.startswith(source) for p in pictures)
+    for picture in pictures:
+        assert np.asarray(Image.open(picture)).std() > 10
+
+
+def test_without_denoising_there_is_none_to_see(visualize_data, trained, tmp_path):
+    config = ["--config-file", str(trained / "config.yaml"), "--output-dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="visualize_data.py: .*trains without denoising"):
+        visualize_data.main(
+            ["--source", "denoising", *config, "MODEL.DN_DETR.DENOISING.ENABLED", "False"]
+        )
+
+
+def test_the_layers_of_a_checkpoint_are_drawn_for_a_picture(tool, trained, tmp_path):
+    Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 50).save(tmp_path / "a.png")
+    visualize = tool("visualize")
+    weights = ["--opts", "MODEL.WEIGHTS", str(trained / "model_final.pth")]
+    output = tmp_path / "new" / "layers.png"
+    visualize.main(["--input", str(tmp_path / "a.png"), "--output", str(output), *weights])
+    picture = Image.open(output)
+    assert picture.width == 2 * 320  # two decoder layers
+    with pytest.raises(SystemExit, match="visualize.py: the image 'none.png' does not exist"):
+        visualize.main(["--input", "none.png", *weights])
+
+
+def test_a_page_that_looks_in_a_way_unknown_here_says_so(tool, trained):
+    visualize = tool("visualize")
+    saved = visualize.load_detector(str(trained / "model_final.pth"))
+    for layer in saved.model.core.decoder.layers:
+        layer.cross_attention.forward = lambda content, *others: content
+    with pytest.raises(visualize.InputError, match="no attention to the image"):
+        visualize.look(saved, np.zeros((60, 90, 3), np.uint8))

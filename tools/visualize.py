@@ -1,0 +1,161 @@
+#!/usr/bin/env python
+"""Look into the decoder: for one image, where each layer looks and how its boxes move.
+
+    python tools/visualize.py --input street.jpg --output layers.png --opts MODEL.WEIGHTS model.pth
+
+A row for each object that was found, a column for each decoder layer. White and dashed: the
+reference that the layer starts from (a box or a point; DETR has none). In the colour of the class:
+the box that the layer predicts. Deformable pages: the sampling points of all heads, darker with
+more weight, coloured by level. Dense pages: the attention over the image, averaged over the heads
+(and over the levels, where there are several).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.data import transforms as T
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from dn_detr.d2.drawing import class_color
+from dn_detr.d2.looks import LayerLook, record
+from dn_detr.d2.saved_detector import SavedDetector, load_detector, weights_named
+from dn_detr.detector import to_pixels
+from dn_detr.errors import InputError
+from dn_detr.layers.boxes import cxcywh_to_xyxy
+from dn_detr.structures import Predictions
+
+LEVEL_COLORS = ("#ff4b3e", "#ffb000", "#19c37d", "#2f8fff", "#c05cff")
+
+
+def look(saved: SavedDetector, image: np.ndarray) -> tuple[Predictions, list[LayerLook]]:
+    """Predictions of the matched queries of an image in the model's channel order, and what every
+    decoder layer looked at."""
+    model, inputs = saved.model, saved.cfg.INPUT
+    resize = T.ResizeShortestEdge(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST).get_transform(image)
+    pixels = torch.from_numpy(np.ascontiguousarray(resize.apply_image(image).transpose(2, 0, 1)))
+    with torch.inference_mode(), record(model.core) as looks:
+        images, padding = model.preprocess([{"image": pixels}])
+        features = model.backbone(images.tensor)
+        predictions = model.core([features[name] for name in model.in_features], padding)
+    if not any(entry.samples or entry.maps for entry in looks):
+        raise InputError("this page has no attention to the image that could be shown.")
+    return predictions.of("match"), looks
+
+
+def best_queries(saved: SavedDetector, predictions: Predictions, count: int) -> list[tuple]:
+    """(query, class, score) of the best detections, no query twice."""
+    logits = predictions.logits[-1]
+    if saved.model.has_no_object:
+        scores = logits.softmax(-1)[0, :, :-1]
+    else:
+        scores = logits.sigmoid()[0]
+    best, labels = scores.max(-1)
+    order = best.argsort(descending=True)[:count].tolist()
+    return [(query, int(labels[query]), float(best[query])) for query in order]
+
+
+def draw(
+    saved: SavedDetector,
+    image: np.ndarray,
+    predictions: Predictions,
+    looks: list[LayerLook],
+    *,
+    num_objects: int,
+) -> Figure:
+    """The picture of rows and columns; image: RGB."""
+    height, width = image.shape[:2]
+    queries = best_queries(saved, predictions, num_objects)
+    size = 3.2
+    figure = Figure(
+        figsize=(size * len(looks), (size * height / width + 0.3) * len(queries)),
+        layout="constrained",
+        dpi=100,
+    )
+    axes = figure.subplots(len(queries), len(looks), squeeze=False)
+    for row, (query, label, score) in zip(axes, queries, strict=True):
+        for layer, (axis, entry) in enumerate(zip(row, looks, strict=True)):
+            axis.imshow(image)
+            draw_look(axis, entry, query, width, height)
+            reference = predictions.references[layer]
+            if reference is not None:
+                draw_reference(axis, reference[0, query].float().cpu(), width, height)
+            box = predictions.boxes[layer, 0, query].float().cpu()
+            draw_box(axis, box, width, height, edgecolor=class_color(label), lw=2)
+            axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+            axis.set_title(f"layer {layer + 1}", fontsize=8)
+        name = f"{saved.class_names[label]} {score:.0%}"
+        row[0].set_ylabel(name, fontsize=9)
+    return figure
+
+
+def draw_look(axis: Axes, entry: LayerLook, query: int, width: int, height: int) -> None:
+    """Sampling points, or attention as a heat map."""
+    for samples in entry.samples:
+        points = samples.locations[0, query].float().cpu()  # [H, levels, P, 2]
+        weights = samples.weights[0, query].float().cpu()
+        for level in range(points.shape[1]):
+            x, y = (points[:, level] * torch.tensor([width, height])).flatten(0, 1).unbind(-1)
+            share = (weights[:, level] / weights.max()).flatten().numpy()
+            color = LEVEL_COLORS[level % len(LEVEL_COLORS)]
+            axis.scatter(x, y, s=5 + 20 * share, c=color, alpha=0.2 + 0.8 * share, linewidths=0)
+    for attention in entry.maps:
+        heat = attention.weights[0, query].float().cpu().numpy()
+        valid_width, valid_height = attention.valid_sizes[0].tolist()
+        right, bottom = heat.shape[1] / valid_width * width, heat.shape[0] / valid_height * height
+        axis.imshow(
+            heat / heat.max(),
+            extent=(0, right, bottom, 0),
+            cmap="inferno",
+            alpha=0.65 / len(entry.maps) ** 0.5,
+            interpolation="bilinear",
+        )
+
+
+def draw_reference(axis: Axes, reference: torch.Tensor, width: int, height: int) -> None:
+    if reference.shape[0] == 4:
+        draw_box(axis, reference, width, height, edgecolor="white", lw=1.2, ls="--")
+    else:
+        axis.plot(reference[0] * width, reference[1] * height, "w+", ms=9, mew=1.8)
+
+
+def draw_box(axis: Axes, box: torch.Tensor, width: int, height: int, **style) -> None:
+    """box: cxcywh in [0, 1]."""
+    x0, y0, x1, y1 = (cxcywh_to_xyxy(box) * torch.tensor([width, height] * 2)).tolist()
+    axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **style))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", help="for checkpoints that do not know it")
+    parser.add_argument("--input", required=True, help="a picture")
+    parser.add_argument("--output", type=Path, default=Path("layers.png"))
+    parser.add_argument("--num-objects", type=int, default=4, help="rows: the best detections")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs")
+    args = parser.parse_args(arguments)
+    if args.num_objects < 1:
+        parser.error(f"--num-objects must be at least 1, got {args.num_objects}")
+    try:
+        path = weights_named(args.config_file, args.opts)
+        saved = load_detector(path, config_file=args.config_file, opts=args.opts)
+        image = to_pixels(args.input, "RGB")
+        channels = image if saved.cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1]
+        predictions, looks = look(saved, channels)
+    except InputError as error:
+        sys.exit(f"visualize.py: {error}")
+    figure = draw(saved, image, predictions, looks, num_objects=args.num_objects)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+#!/usr/bin/env python
+"""Look at what a training sees: annotations, augmented batches, and denoising queries.
+
+    python tools/visualize_data.py --source annotation --config-file configs/dn_deformable.yaml
+    python tools/visualize_data.py --source dataloader --config-file config.yaml --output-dir look/
+    python tools/visualize_data.py --source denoising --config-file configs/dino.yaml --iteration 500
+
+Batches and noise are those of the training with this configuration at that iteration, on one
+process. For denoising there is a picture for each image, with a panel for each group: the objects
+white, positives (to be rebuilt) solid, negatives (that must say nothing) dashed, both in the colour
+of the label that they carry; a flipped label is written as "was -> is".
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventStorage
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dn_detr.assists.denoising import Denoise
+from dn_detr.d2 import records
+from dn_detr.d2.config import read_config
+from dn_detr.d2.datasets import class_names, prepare
+from dn_detr.d2.drawing import class_color, draw_boxes, draw_record, draw_styled
+from dn_detr.d2.trainer import Trainer
+from dn_detr.detector import to_pixels
+from dn_detr.errors import InputError
+from dn_detr.layers.boxes import cxcywh_to_xyxy
+from dn_detr.ops import noise_objects
+from dn_detr.structures import NoisedObjects, Targets
+
+MOST_GROUPS = 6  # panels of a picture
+
+Pictures = Iterator[tuple[str, np.ndarray]]
+"""Names and images, uint8 RGB."""
+
+
+def annotations(cfg: CfgNode) -> Pictures:
+    """Ground truth as it is after cleaning."""
+    for name in cfg.DATASETS.TRAIN:
+        loaded = records.load(name)
+        for record in loaded.records:
+            image = to_pixels(record["file_name"], "RGB")
+            yield Path(record["file_name"]).stem, draw_record(image, record, loaded.class_names)
+
+
+def batches(cfg: CfgNode, iteration: int) -> Iterator[tuple[int, list[dict]]]:
+    """The training's batches from an iteration on, with their number."""
+    loader = Trainer.build_train_loader(cfg)
+    loader.set_start_iteration(iteration)
+    yield from enumerate(loader, iteration)
+
+
+def augmented(cfg: CfgNode, iteration: int) -> Pictures:
+    """What the network is given, before normalisation."""
+    names = class_names(cfg.DATASETS.TRAIN[0])
+    for number, batch in batches(cfg, iteration):
+        for sample in batch:
+            instances = sample["instances"]
+            labels = instances.gt_classes.tolist()
+            drawn = draw_boxes(
+                rgb_of(sample, cfg),
+                instances.gt_boxes.tensor.numpy(),
+                [names[label] for label in labels],
+                [class_color(label) for label in labels],
+            )
+            yield f"{number}_{Path(sample['file_name']).stem}", drawn
+
+
+def denoised(cfg: CfgNode, iteration: int) -> Pictures:
+    """The denoising queries of every image, by group."""
+    names = class_names(cfg.DATASETS.TRAIN[0])
+    model = Trainer.build_model(cfg)
+    assist = next((a for a in model.core.assists if isinstance(a, Denoise)), None)
+    if assist is None:
+        raise InputError("this configuration trains without denoising (DENOISING.ENABLED).")
+    for number, batch in batches(cfg, iteration):
+        with EventStorage(number):
+            targets = model.targets(batch).to("cpu")
+        noised = noise(assist, targets)
+        for i, sample in enumerate(batch):
+            image = rgb_of(sample, cfg)
+            yield (
+                f"{number}_{Path(sample['file_name']).stem}",
+                draw_groups(image, targets, noised, i, names),
+            )
+
+
+def noise(assist: Denoise, targets: Targets) -> NoisedObjects:
+    """The noised objects that this assist makes of a batch."""
+    num_groups, slots = assist.groups(targets.labels.shape[1])
+    labels, boxes, assignment, is_empty, _ = noise_objects(
+        targets.labels,
+        targets.boxes,
+        targets.is_object,
+        targets.noise_keys,
+        num_groups=num_groups,
+        slots_per_group=slots,
+        num_classes=assist.num_classes,
+        box_noise=assist.box_noise,
+        label_noise=assist.label_noise,
+        contrastive=assist.is_contrastive,
+        num_matched=1,
+        mask_dtype=torch.float32,
+        hide_empty=assist.hides_empty,
+    )
+    return NoisedObjects(labels, boxes, assignment, is_empty, num_groups)
+
+
+def draw_groups(
+    image: np.ndarray, targets: Targets, noised: NoisedObjects, i: int, names: list[str]
+) -> np.ndarray:
+    """The noised objects of image i of a batch, a panel for each of the first groups."""
+    height, width = image.shape[:2]
+    scale = torch.tensor([width, height, width, height])
+    truth = (cxcywh_to_xyxy(targets.boxes[i]) * scale)[targets.is_object[i]].tolist()
+    shown = min(noised.num_groups, MOST_GROUPS)
+    columns = min(3, shown)
+    rows = -(-shown // columns)
+    figure = Figure(figsize=(5 * columns, 5.4 * rows * height / width), dpi=110)
+    size = noised.labels.shape[1] // noised.num_groups
+    for group, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axis.axis("off")
+        if group >= shown:
+            continue
+        count = len(truth)
+        boxes, captions, colors, styles = (
+            list(truth),
+            [""] * count,
+            ["white"] * count,
+            ["-"] * count,
+        )
+        positives = negatives = 0
+        for slot in range(group * size, (group + 1) * size):
+            if noised.is_empty[i, slot]:
+                continue
+            label, source = int(noised.labels[i, slot]), int(noised.assignment[i, slot])
+            boxes.append((cxcywh_to_xyxy(noised.boxes[i, slot]) * scale).tolist())
+            colors.append(class_color(label))
+            styles.append("-" if source >= 0 else "--")
+            was = int(targets.labels[i, source]) if source >= 0 else label
+            captions.append(names[label] if was == label else f"{names[was]} -> {names[label]}")
+            positives, negatives = positives + (source >= 0), negatives + (source < 0)
+        drawn = draw_styled(
+            image, np.array(boxes), captions=captions, colors=colors, line_styles=styles
+        )
+        axis.imshow(drawn)
+        counts = f"{positives} positives" + (f", {negatives} negatives" if negatives else "")
+        axis.set_title(f"group {group + 1} of {noised.num_groups}: {counts}", fontsize=9)
+    figure.tight_layout()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def rgb_of(sample: dict, cfg: CfgNode) -> np.ndarray:
+    """The image of a training sample as uint8 RGB [height, width, 3]."""
+    image = sample["image"].permute(1, 2, 0).numpy()
+    return np.ascontiguousarray(image if cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1])
+
+
+def run(args: argparse.Namespace) -> None:
+    cfg = read_config(args.config_file, args.opts)
+    cfg.MODEL.DEVICE, cfg.DATALOADER.NUM_WORKERS = "cpu", 0
+    cfg.MODEL.DN_DETR.BACKBONE_PRETRAINED = False
+    prepare(cfg)
+    pictures = {
+        "annotation": lambda: annotations(cfg),
+        "dataloader": lambda: augmented(cfg, args.iteration),
+        "denoising": lambda: denoised(cfg, args.iteration),
+    }[args.source]()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for name, picture in islice(pictures, args.num_images):
+        path = args.output_dir / f"{args.source}_{name}.png"
+        Image.fromarray(picture).save(path)
+        print(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--source", required=True, choices=("annotation", "dataloader", "denoising")
+    )
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--output-dir", type=Path, default=Path("visualized"))
+    parser.add_argument("--num-images", type=int, default=8)
+    parser.add_argument("--iteration", type=int, default=0, help="of the training")
+    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs")
+    args = parser.parse_args(arguments)
+    if args.iteration < 0 or args.num_images < 1:
+        parser.error("--iteration must be at least 0 and --num-images at least 1")
+    try:
+        run(args)
+    except InputError as error:
+        sys.exit(f"visualize_data.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
