@@ -101,6 +101,19 @@ def test_with_other_classes_heads_and_label_table_start_anew_together(model_of, 
     assert "other classes" in line and all(name in line for name in anew)
 
 
+@pytest.mark.parametrize(("names", "is_new"), [(list("abcdef"), False), (list("bacdef"), True)])
+def test_as_many_classes_with_other_names_are_other_classes(model_of, tmp_path, names, is_new):
+    Checkpointer(model_of(seed=1), str(tmp_path), detector={"class_names": list("abcdef")}).save(
+        "a"
+    )
+    model, path = model_of(seed=2), str(tmp_path / "a.pth")
+    checkpointer = Checkpointer(model, is_for_training=True, detector={"class_names": names})
+    checkpointer.load(path, checkpointables=[])
+    anew = differing(model, path)
+    assert bool(anew) == is_new
+    assert all("class_heads" in name or "label_table" in name for name in anew)
+
+
 def test_other_classes_are_refused_in_evaluation_and_on_resuming(model_of, tmp_path):
     path = save(model_of(classes=6), tmp_path)
     with pytest.raises(InputError, match=r"another model: it differs in .* instead of \(5, 15\)"):

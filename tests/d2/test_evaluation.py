@@ -23,6 +23,7 @@ from dn_detr.d2.evaluation import (
     evaluate,
 )
 from dn_detr.d2.evaluation_analysis import Curve, analyse, images_at
+from dn_detr.data.drawing import CLASSES
 from dn_detr.errors import InputError
 
 NAMES = ("cat", "dog", "owl")
@@ -207,11 +208,17 @@ def test_a_checkpoint_is_evaluated_on_any_dataset_that_has_some_of_its_classes(
         if e["category_id"] in renumbered
     ]
     assert [(e["image_id"], e["category_id"], e["score"]) for e in found] == expected
+    renamed = [*CLASSES]
+    renamed[2], renamed[1] = "eel", "emu"
     content["categories"] = [{"id": 1, "name": "eel"}, {"id": 2, "name": "emu"}]
     (tmp_path / "two.json").write_text(json.dumps(content))
     with pytest.raises(SystemExit, match="the model knows none of the classes of the dataset"):
         run_command(command_line)
     forget("two")
+    run_command([*command_line, "MODEL.DN_DETR.CLASS_NAMES", str(renamed)])
+    forget("two")
+    again = json.loads((tmp_path / "run/inference/coco_instances_results.json").read_text())
+    assert again == found
 
 
 # --------------------------------------------------------------------------- thresholds, confusions

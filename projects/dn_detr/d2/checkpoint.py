@@ -55,8 +55,8 @@ class Checkpointer(DetectionCheckpointer):
     detector with other classes.
 
     A checkpoint that lacks parameters of this model, or has others, is an InputError: filling the
-    gaps with random numbers would only show as a low AP. With other classes the class heads and
-    the label table start anew, both. Parameters that only training needs may come or be missing.
+    gaps with random numbers would only show as a low AP. With other classes (another number, or
+    other names) the class heads and the label table start anew, both. Parameters that only training needs may come or be missing.
     """
 
     def __init__(
@@ -126,12 +126,8 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict):
         state, known = checkpoint["model"], self.model.state_dict()
         is_detector = any("core." in key for key in state)
-        has_other_classes = any(
-            tuple(state[key].shape) != tuple(known[key].shape)
-            for key in known.keys() & state.keys()
-            if has_part(key, CLASS_DEPENDENT)
-        )
-        start_anew = CLASS_DEPENDENT if has_other_classes and self.may_start_anew else ()
+        has_other_classes = self.may_start_anew and self._has_other_classes(checkpoint)
+        start_anew = CLASS_DEPENDENT if has_other_classes else ()
         for key in [key for key in state if has_part(key, start_anew)]:
             del state[key]
         incompatible = super()._load_model(checkpoint)
@@ -157,3 +153,17 @@ class Checkpointer(DetectionCheckpointer):
             summary += f"; {because}, so these start anew: {', '.join(missing)}"
         self.logger.info(summary)
         return incompatible
+
+    def _has_other_classes(self, checkpoint: dict) -> bool:
+        """By their names where both sides know them, and by the sizes of what depends on them."""
+        saved, ours = (
+            (about or {}).get("class_names") for about in (checkpoint.get(DETECTOR), self.detector)
+        )
+        if saved and ours and saved != ours:
+            return True
+        state, known = checkpoint["model"], self.model.state_dict()
+        return any(
+            tuple(state[key].shape) != tuple(known[key].shape)
+            for key in known.keys() & state.keys()
+            if has_part(key, CLASS_DEPENDENT)
+        )

@@ -57,10 +57,10 @@ class Evaluator(COCOEvaluator):
         if ours and ours != theirs:
             number = {name: i for i, name in enumerate(theirs)}
             self.to_dataset = torch.tensor([number.get(name, -1) for name in ours])
-            unknown = [name for name in ours if name not in number]
+            unknown = [name for name in theirs if name not in ours]
             self._logger.info(
-                f"classes are found in {dataset_name} by their names; it has {len(ours) - len(unknown)}"
-                f" of the model's {len(ours)}"
+                f"{dataset_name} has {len(theirs) - len(unknown)} of the model's {len(ours)} classes, "
+                f"by their names{f'; the model does not know {unknown}' if unknown else ''}"
             )
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:

@@ -98,16 +98,18 @@ def read_saved_config(
 
 def read_evaluation_config(config_file: str, opts: list[str]) -> CfgNode:
     """The configuration of an evaluation of MODEL.WEIGHTS: that of a file, or where none is named
-    that of the checkpoint, with `opts` on top. The classes are the checkpoint's if it names them."""
+    that of the checkpoint, with `opts` on top. The model's classes are the checkpoint's if it names
+    them and the configuration does not."""
     if config_file:
         cfg = read_config(config_file, opts)
     else:
         cfg, _ = read_saved_config(weights_named(None, opts), opts=opts)
     path = cfg.MODEL.WEIGHTS
-    if os.path.isfile(path.removesuffix(AVERAGED)):
+    node = cfg.MODEL.DN_DETR
+    if not node.CLASS_NAMES and os.path.isfile(path.removesuffix(AVERAGED)):
         about = description_in(path)
         if about is not None:
-            cfg.MODEL.DN_DETR.CLASS_NAMES = list(about["class_names"])
+            node.CLASS_NAMES = list(about["class_names"])
     return cfg
 
 
