@@ -4,10 +4,10 @@
     python tools/visualize.py --input street.jpg --output layers.png --opts MODEL.WEIGHTS model.pth
 
 A row for each object that was found, a column for each decoder layer. White and dashed: the
-reference that the layer starts from (a box or a point; DETR has none). In the colour of the class:
-the box that the layer predicts. Deformable pages: the sampling points of all heads, darker with
-more weight, coloured by level. Dense pages: the attention over the image, averaged over the heads
-(and over the levels, where there are several).
+reference that the layer starts from (a box or a point; DETR and Mask2Former have none). In the
+colour of the class: the box that the layer predicts. Deformable pages: the sampling points of all
+heads, darker with more weight, coloured by level. Dense pages: the attention over the image,
+averaged over the heads (and over the levels, where there are several).
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def draw(
     """The picture of rows and columns; image: RGB."""
     height, width = image.shape[:2]
     queries = best_queries(saved, predictions, num_objects)
+    first = len(predictions.references) - len(looks)  # some pages predict before their first layer
     size = 3.2
     figure = Figure(
         figsize=(size * len(looks), (size * height / width + 0.3) * len(queries)),
@@ -83,11 +84,12 @@ def draw(
         for layer, (axis, entry) in enumerate(zip(row, looks, strict=True)):
             axis.imshow(image)
             draw_look(axis, entry, query, width, height)
-            reference = predictions.references[layer]
+            reference = predictions.references[first + layer]
             if reference is not None:
                 draw_reference(axis, reference[0, query].float().cpu(), width, height)
-            box = predictions.boxes[layer, 0, query].float().cpu()
-            draw_box(axis, box, width, height, edgecolor=class_color(label), lw=2)
+            if predictions.boxes is not None:
+                box = predictions.boxes[first + layer, 0, query].float().cpu()
+                draw_box(axis, box, width, height, edgecolor=class_color(label), lw=2)
             axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
             axis.set_title(f"layer {layer + 1}", fontsize=8)
         name = f"{saved.class_names[label]} {score:.0%}"

@@ -25,17 +25,18 @@ def test_every_page_shows_where_each_of_its_layers_looks(method):
     with torch.no_grad():
         expected = model(tiny_features(2), tiny_padding(SIZES))
     predictions, looks = recorded(model)
-    assert torch.equal(predictions.boxes, expected.boxes)  # looking changes nothing
+    assert torch.equal(predictions.logits, expected.logits)  # looking changes nothing
     assert len(looks) == len(model.decoder.layers)
     for look in looks:
         assert look.samples or look.maps
         for samples in look.samples:
             total = samples.weights.sum((-2, -1))
             torch.testing.assert_close(total, torch.ones_like(total))
-            assert samples.locations.shape[:2] == (2, predictions.boxes.shape[2])
-        assert len(look.maps) in (0, len(look.memory.shapes))
-        for attention, shape in zip(look.maps, look.memory.shapes, strict=False):
-            assert attention.weights.shape[-2:] == shape
+            assert samples.locations.shape[:2] == (2, predictions.logits.shape[2])
+        levels = [attention.level for attention in look.maps]
+        assert len(set(levels)) == len(levels)
+        for attention in look.maps:
+            assert attention.weights.shape[-2:] == look.memory.shapes[attention.level]
             total = attention.weights.sum((-2, -1))
             torch.testing.assert_close(total, torch.ones_like(total))
             width, height = attention.valid_sizes[1].long().tolist()
@@ -55,10 +56,13 @@ def test_sampling_the_recorded_points_gives_the_layers_output(method):
         for module in layer.modules()
         if isinstance(module, DeformableAttention)
     ]
+
+    def keep(module, arguments, output) -> None:
+        inputs.append(arguments)
+        outputs.append(output)
+
     for attention in attentions:
-        attention.register_forward_hook(
-            lambda module, args, output: (inputs.append(args), outputs.append(output))
-        )
+        attention.register_forward_hook(keep)
     _, looks = recorded(model)
     assert len(outputs) == len(looks)
     for attention, (_, _, memory), output, look in zip(

@@ -28,32 +28,35 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class AttentionMap:
-    """Weights [B, Q, h, w] of a level's cells, averaged over the heads; they add up to 1.
-    valid_sizes [B, 2]: (w, h) of the unpadded part in cells."""
+    """Weights [B, Q, h, w] of a level's cells, averaged over the heads. valid_sizes [B, 2]: (w, h)
+    of the unpadded part in cells."""
 
+    level: int
     weights: Tensor
     valid_sizes: Tensor
 
 
 @dataclass(eq=False)
 class LayerLook:
-    """What cross-attention of a decoder layer looked at: samples, or a map for each level."""
+    """What cross-attention of a decoder layer looked at: samples, or maps of one or more levels."""
 
     memory: Memory
     samples: list[Samples] = field(default_factory=list)
     maps: list[AttentionMap] = field(default_factory=list)
 
     def add_dense(self, weights: Tensor) -> None:
-        """weights [B, H, Q, S] over all tokens, or over those of the next level."""
+        """weights [B, H, Q, S] over all tokens, or over those of a level that has none yet."""
         shapes = self.memory.shapes
-        tokens = sum(height * width for height, width in shapes)
-        parts = [weights]
-        if weights.shape[-1] == tokens:
-            parts = weights.split([height * width for height, width in shapes], dim=-1)
-        for part in parts:
-            level = len(self.maps)
+        sizes = [height * width for height, width in shapes]
+        if weights.shape[-1] == sum(sizes):
+            parts = list(enumerate(weights.split(sizes, dim=-1)))
+        else:
+            seen = [entry.level for entry in self.maps]
+            fitting = [i for i, s in enumerate(sizes) if s == weights.shape[-1] and i not in seen]
+            parts = [(fitting[0], weights)]
+        for level, part in parts:
             part = part.mean(1).unflatten(-1, shapes[level])
-            self.maps.append(AttentionMap(part, self.memory.valid_sizes[:, level]))
+            self.maps.append(AttentionMap(level, part, self.memory.valid_sizes[:, level]))
 
 
 @contextmanager
@@ -68,6 +71,7 @@ def record(core: DETR) -> Iterator[list[LayerLook]]:
             register = module.register_forward_pre_hook if before else module.register_forward_hook
             stack.callback(register(function).remove)
 
+        hook(core.decoder, recorder.enter_decoder, before=True)
         for layer in core.decoder.layers:
             hook(layer, recorder.enter_layer, before=True)
             hook(layer, recorder.leave_layer, before=False)
@@ -89,11 +93,14 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.looks = looks
         self.is_recording = False
+        self.memory: Memory | None = None
         self.columns: Tensor | None = None
 
+    def enter_decoder(self, decoder, arguments) -> None:
+        _, self.memory = arguments
+
     def enter_layer(self, layer, arguments) -> None:
-        memory = next(value for value in arguments if isinstance(value, Memory))
-        self.looks.append(LayerLook(memory))
+        self.looks.append(LayerLook(self.memory))
         self.is_recording = True
 
     def leave_layer(self, layer, arguments, output) -> None:
