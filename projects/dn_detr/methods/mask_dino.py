@@ -191,15 +191,14 @@ class TokenSource:
             proposals=None if tables.head is None else proposals,
         )
 
-    @torch.no_grad()
     def _around_masks(self, embeddings: Tensor, boxes: Tensor) -> Tensor:
-        """The box [B, Q, 4] around each mask; `boxes` where there is none."""
+        """The box [B, Q, 4] around each mask; `boxes` where there is none. Without gradient."""
         pixel_map, epsilon = self.memory.pixel_map, self.design.epsilon
-        around, is_empty = boxes_of_masks(
-            mask_logits(embeddings, pixel_map.features), pixel_map.valid_sizes
-        )
-        around = torch.where(is_empty[..., None], boxes, around.to(boxes.dtype))
-        return around.clamp(epsilon, 1 - epsilon)
+        with torch.no_grad():
+            masks = mask_logits(embeddings, pixel_map.features)
+            around, is_empty = boxes_of_masks(masks, pixel_map.valid_sizes)
+            around = torch.where(is_empty[..., None], boxes, around.to(boxes.dtype))
+            return around.clamp(epsilon, 1 - epsilon)
 
     def from_boxes(self, labels: Tensor, boxes: Tensor) -> QueryState:
         """Queries of labels [B, T] at boxes [B, T, 4]."""
