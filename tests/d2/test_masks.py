@@ -1,6 +1,7 @@
 """Detectors with masks, from annotations to detections, as Detectron2 sees them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,15 @@ import two_processes
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
-from detectron2.structures import polygons_to_bitmask
+from detectron2.structures import BoxMode, polygons_to_bitmask
 from detectron2.utils.events import EventStorage
 from samples import sample
 from test_distributed import in_two_processes
 
+from dn_detr import Detector
 from dn_detr.d2 import export
 from dn_detr.d2.convert import to_instances
+from dn_detr.d2.drawing import draw_found, draw_record
 from dn_detr.d2.loader import build_test_loader
 from dn_detr.d2.trainer import Trainer
 from dn_detr.errors import InputError
@@ -205,6 +208,36 @@ def test_masks_are_those_of_the_given_image_in_its_size(model_of):
     assert found.pred_masks.shape == (10, 90, 200) and found.pred_masks.dtype == torch.bool
     assert found.pred_masks.any() and not found.pred_masks.all()
     assert (found.scores.diff() <= 0).all() and found.image_size == (90, 200)
+
+
+def test_a_detector_gives_masks_of_the_image_and_they_are_drawn(model_of):
+    detector = Detector(
+        model_of("dn_mask2former").eval(),
+        class_names=list("abcdef"),
+        input_format="RGB",
+        min_size=64,
+        max_size=96,
+        threshold=0,
+    )
+    image = np.random.default_rng(0).integers(256, size=(480, 500, 3), dtype=np.uint8)
+    found = detector(image, channel_order="RGB")
+    assert found.masks.shape == (len(found), 480, 500) and found.masks.dtype == bool
+    for (x0, y0, x1, y1), mask in zip(found.boxes_xyxy_px, found.masks, strict=True):
+        rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+        if mask.any():
+            assert [x0, x1] == [columns[0], columns[-1] + 1]
+            assert [y0, y1] == [rows[0], rows[-1] + 1]
+    with_masks, without = draw_found(image, found), draw_found(image, replace(found, masks=None))
+    assert with_masks.shape == without.shape and (with_masks != without).mean() > 0.01
+
+
+def test_polygons_of_the_ground_truth_are_drawn():
+    image = np.zeros((480, 480, 3), np.uint8)
+    box = {"bbox": [100, 100, 300, 300], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    polygon = [100, 100, 300, 100, 300, 300, 100, 300]
+    plain = draw_record(image, {"annotations": [box]}, ["a"])
+    drawn = draw_record(image, {"annotations": [{**box, "segmentation": [polygon]}]}, ["a"])
+    assert plain[250, 250].max() == 0 and drawn[250, 250].max() > 0
 
 
 # ----------------------------------------------------------------------------------- what is refused
