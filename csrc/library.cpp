@@ -40,4 +40,12 @@ TORCH_LIBRARY(dn_detr, m) {
       "SymInt num_groups, SymInt slots_per_group, SymInt num_classes, float box_noise, "
       "float label_noise, bool contrastive, SymInt num_matched, ScalarType mask_dtype, "
       "bool hide_empty) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "matching_costs(Tensor logits, Tensor boxes, Tensor image_of, Tensor labels, "
+      "Tensor object_boxes, float class_cost, float l1, float giou, bool is_softmax, float alpha, "
+      "float gamma) -> Tensor");
+  m.def(
+      "assign_objects(Tensor[] costs, Tensor image_of, SymInt batch, Tensor?[] is_empty, "
+      "SymInt[] num_groups, SymInt[] repeats) -> (Tensor[], Tensor[])");
+  m.def("has_nonfinite(Tensor values, Tensor? is_empty) -> Tensor");
 }

@@ -4,11 +4,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define DN_DETR_ANYWHERE __host__ __device__ inline
-#else
-#define DN_DETR_ANYWHERE inline
-#endif
+#include "anywhere.h"
 
 namespace dn_detr {
 

@@ -419,15 +419,19 @@ class Predictions:
 @dataclass(frozen=True, eq=False)
 class Assignment:
     """Who rebuilds what in one segment: object_of [L, B, size] int64, -1 = nothing; is_real
-    [B, size] bool, False = the slot does not exist."""
+    [B, size] bool, False = the slot does not exist; is_bad [L, B] bool or None: what was predicted
+    is not finite, so that the matching means nothing."""
 
     object_of: Tensor
     is_real: Tensor
+    is_bad: Tensor | None = None
 
     def __post_init__(self):
         layers, batch, size = self.object_of.shape
         _check(self.object_of, "object_of", (layers, batch, size), integer=True)
         _check(self.is_real, "is_real", (batch, size), boolean=True)
+        if self.is_bad is not None:
+            _check(self.is_bad, "is_bad", (layers, batch), boolean=True)
 
     def positive_slots(self, limit: int) -> Tensor:
         """Slots that rebuild an object, first and in order: [L, B, limit] int64.

@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from samples import sample
 
+import dn_detr.losses.assign
 from dn_detr.d2.checkpoint import Checkpointer
 from dn_detr.d2.loader import build_test_loader
 from dn_detr.d2.optimizer import build_optimizer
@@ -122,6 +123,19 @@ def test_predictions_that_are_not_finite_name_iteration_and_images(model_of, tin
         step.run_step()
     assert "logits" in str(caught.value) and "in iteration 0" in str(caught.value)
     assert "images [11, 12] of rank 0" in str(caught.value)
+
+
+def test_a_bad_matching_that_only_the_losses_tell_of_names_segment_layer_and_image(
+    model_of, tiny_config, monkeypatch
+):
+    """As on a GPU, where the matcher itself raises nothing."""
+    monkeypatch.setattr(dn_detr.losses.assign, "find_nonfinite", lambda assignments: "")
+    step = step_of(model_of(), tiny_config(), [[sample(11, 2), sample(12, 1)]])
+    step.model.core.decoder.predictor.heads.class_heads[0].bias.data.fill_(torch.nan)
+    with EventStorage(), pytest.raises(FloatingPointError) as caught:
+        step.run_step()
+    assert "segment 'match', layer 0, image 0 of the batch" in str(caught.value)
+    assert "in iteration 0, from the images [11, 12] of rank 0" in str(caught.value)
 
 
 def test_float16_scales_its_gradients_and_skips_steps_that_overflow(model_of, tiny_config):

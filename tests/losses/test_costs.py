@@ -10,6 +10,8 @@ from torch.testing import assert_close
 from dn_detr.losses.costs import Costs, focal_cost, focal_penalty, list_objects
 from dn_detr.structures import Segment
 
+pytestmark = pytest.mark.usefixtures("operators")
+
 
 def test_objects_are_listed_image_after_image_without_padding():
     targets = random_targets(2, 0, 3, multiple_of=8)
@@ -84,6 +86,36 @@ def test_one_cost_covers_the_objects_of_its_own_image_only():
     predictions.logits[:, 1:] = torch.nan
     predictions.boxes[:, 1:] = torch.nan
     assert_close(Costs()(predictions, objects)[:, :2], before[:, :2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("slots", [1, 7, 256, 300, 900])
+@pytest.mark.parametrize("costs", [Costs(), Costs(gamma=1.3, alpha=0.6), Costs(kind="softmax")])
+def test_costs_have_the_same_values_compiled_and_plain(costs, slots, dtype):
+    targets = random_targets(5, 0, 9, 1)
+    predictions = random_predictions(Segment("other", 3), Segment("match", slots), batch=4)
+    extremes = torch.tensor([0.0, 1e-4, -40.0, 40.0, 200.0], dtype=torch.float64)
+    predictions.logits[0, 0, 3 : 3 + slots : 5] = extremes  # one for each class
+    predictions.boxes[1, :, ::4, 2:] = 0  # no area
+    part = predictions.of("match")  # a view with gaps
+    part = replace(part, logits=part.logits.to(dtype), boxes=part.boxes.to(dtype))
+    objects = list_objects(replace(targets, boxes=targets.boxes.to(dtype)))
+    expected = costs.plain(part.logits, part.boxes, objects)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    assert_close(costs(part, objects), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_costs_of_the_class_alone_need_no_boxes():
+    predictions = random_predictions(Segment("match", 4))
+    objects = list_objects(random_targets(2, 0, 3))
+    costs = Costs(l1=0.0, giou=0.0)
+    found = costs(replace(predictions, boxes=None), objects)
+    assert_close(found, costs(predictions, objects))
+
+
+def test_a_batch_without_objects_has_no_costs():
+    predictions = random_predictions(Segment("match", 4))
+    assert Costs()(predictions, list_objects(random_targets(0, 0, 0))).shape == (2, 0, 4)
 
 
 def test_wrong_arguments_are_named():

@@ -297,6 +297,19 @@ def test_the_criterion_compiles_into_one_graph():
         sum(found.values()).backward()
 
 
+def test_a_layer_whose_matching_is_bad_has_the_loss_nan_and_no_other():
+    predictions, targets = everything(2, 0, 4)
+    assignments = assign(predictions, targets, Costs())
+    expected = Criterion(TERMS)(predictions, targets, assignments, 6.0)
+    is_bad = torch.zeros(3, 3, dtype=torch.bool)
+    is_bad[1, 2] = True
+    assignments["match"] = replace(assignments["match"], is_bad=is_bad)
+    losses = Criterion(TERMS)(predictions, targets, assignments, 6.0)
+    for name, value in losses.items():
+        is_of_layer = name in ("loss_class_1", "loss_box_1", "loss_giou_1")
+        assert value.isnan() if is_of_layer else value == expected[name], name
+
+
 def test_matched_slots_stand_beside_their_object():
     predictions, targets = everything(3, 0, 5, has_scores=True)
     part = predictions.of("denoise")

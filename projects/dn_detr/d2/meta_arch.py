@@ -28,7 +28,7 @@ from dn_detr.models.detr import DETR
 from dn_detr.models.mask_postprocess import postprocess_masks
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.postprocess import postprocess
-from dn_detr.structures import Predictions, Targets, pad_targets
+from dn_detr.structures import Assignments, Predictions, Targets, pad_targets
 
 
 @META_ARCH_REGISTRY.register()
@@ -72,6 +72,7 @@ class DenoisingDETR(nn.Module):
         self.has_no_object = has_no_object
         self.pad_objects_to = pad_objects_to
         self.seed = seed
+        self.assignments: Assignments = {}  # of the last training batch
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean)[:, None, None], False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std)[:, None, None], False)
 
@@ -197,8 +198,8 @@ class DenoisingDETR(nn.Module):
             return self.detect(predictions, images, batched_inputs)
         targets = self.targets(batched_inputs, whole)
         predictions = self.core(features, padding, targets)
-        assignments = assign(predictions, targets, self.costs)
-        return self.criterion(predictions, targets, assignments, whole.num_objects)
+        self.assignments = assign(predictions, targets, self.costs)
+        return self.criterion(predictions, targets, self.assignments, whole.num_objects)
 
     def detect(
         self, predictions: Predictions, images: ImageList, batched_inputs: list[dict]

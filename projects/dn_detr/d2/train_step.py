@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dn_detr.d2.evidence import Evidence
 from dn_detr.d2.whole_batch import Whole, whole_batch
 from dn_detr.errors import InputError, NotFinite
+from dn_detr.losses.assign import find_nonfinite
 from dn_detr.losses.criterion import summarize
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,6 +73,11 @@ class TrainStep(SimpleTrainer):
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
+    @property
+    def detector(self):
+        """The model without what distributes it."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
     def device_seed(self) -> int:
         """Where this process's random numbers of this iteration come from."""
         return hash((self.seed, self.iter, comm.get_rank())) & 0x7FFFFFFF
@@ -79,6 +85,7 @@ class TrainStep(SimpleTrainer):
     def backward(self, data: list[dict], whole: Whole) -> dict[str, torch.Tensor]:
         """Add up the gradients of all parts of the batch; returns its losses."""
         losses: dict[str, torch.Tensor] = {}
+        self.assignments = []  # of each part
         size = len(data) // self.num_parts
         for part in range(self.num_parts):
             is_last = part == self.num_parts - 1
@@ -87,6 +94,7 @@ class TrainStep(SimpleTrainer):
                 wait = self.model.no_sync()  # the processes add their gradients up once
             with wait:
                 some = self.forward(data[part * size : (part + 1) * size], whole, data)
+                self.assignments.append(self.detector.assignments)
                 total = torch.stack(list(some.values())).sum()
                 self.grad_scaler.scale(total).backward()
             for name, value in some.items():
@@ -125,7 +133,7 @@ class TrainStep(SimpleTrainer):
         if self.grad_scaler.is_enabled() and broken == ["grad_norm"]:
             broken = []  # gradient scaling skips such a step and takes a smaller scale
         if broken:
-            where = f"{self.whereabouts(data)}; {self.advice(data, whole)}"
+            where = f"{self.bad_matching()}{self.whereabouts(data)}; {self.advice(data, whole)}"
             if all(map(math.isfinite, own)):
                 where = f"in iteration {self.iter}, but not from rank {comm.get_rank()}"
             raise NotFinite(f"not finite: {', '.join(broken)}, {where}; all losses: {losses}")
@@ -134,6 +142,14 @@ class TrainStep(SimpleTrainer):
         storage.put_scalar("total_loss", sum(losses.values()))
         storage.put_scalars(**losses)
         storage.put_scalars(**summarize(losses))
+
+    def bad_matching(self) -> str:
+        """Where the matcher met no finite numbers: on a GPU the losses say only that it did."""
+        for part, assignments in enumerate(self.assignments):
+            if sentence := find_nonfinite(assignments):
+                which = f" (part {part} of {self.num_parts})" if self.num_parts > 1 else ""
+                return f"{sentence}{which}, "
+        return ""
 
     def gradient_norm(self) -> torch.Tensor:
         """Of all gradients together, before clipping; a scalar."""
@@ -155,7 +171,7 @@ class TrainStep(SimpleTrainer):
         if self.evidence is None:
             return "a smaller learning rate or float32 may help"
         path = self.evidence.keep(
-            self.model.module if isinstance(self.model, DistributedDataParallel) else self.model,
+            self.detector,
             data,
             iteration=self.iter,
             rank=comm.get_rank(),

@@ -1,28 +1,25 @@
 """Who rebuilds what: bipartite matching (2005.12872, sec. 3.1) of all layers and segments at once.
 
-The costs of all layers, segments, images and proposals travel to the host in one copy, so that a
-step waits for the device once. `costs` computes them and `solve` answers them; operators with the
-same signatures may replace both.
+Nothing here waits for a GPU: costs, assignments and the places where numbers are not finite stay on
+the device. Only without the compiled operators the costs travel to the host, in one copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dn_detr.losses.costs import Costs, Objects, list_objects
 from dn_detr.losses.segments import split_segments
 from dn_detr.losses.solve import solve
-from dn_detr.structures import Assignment, Assignments, Predictions, Segment, Targets
+from dn_detr.ops.extension import use_kernel
+from dn_detr.ops.matching import has_nonfinite
+from dn_detr.structures import Assignment, Assignments, Predictions, Targets
 
-__all__ = ["Costs", "assign"]
-
-SLOTS_PER_CANDIDATE = 32
-"""Objects bring only their cheapest slots to the host if that shrinks the copy so many times."""
+__all__ = ["Costs", "assign", "find_nonfinite"]
 
 
 @torch.no_grad()
@@ -37,22 +34,58 @@ def assign(
     Segments with a fixed assignment get that; in the others each group of slots takes each object
     at most `repeats` times at the least total cost. Empty slots are never matched; objects that
     find no slot stay without. Proposals are answered under "encoder/<name>". only: names of the
-    segments wanted, None = all. FloatingPointError where logits, boxes or costs are not finite.
+    segments wanted, None = all.
+
+    Where logits, boxes or costs are not finite, `Assignment.is_bad` is set. On the CPU that is a
+    FloatingPointError; on a GPU, which nobody waits for here, the losses of such layers become NaN
+    (`Criterion`), and whoever notices may ask `find_nonfinite`.
     """
     objects = list_objects(targets)
     parts = split_segments(predictions, only)
-    is_real = {name: _is_real(part) for name, part in parts.items()}
-    problems = {
-        name: _pose(part, objects, is_real[name], costs, max(targets.counts))
-        for name, part in parts.items()
-        if part.segments[0].assignment is None
-    }
-    object_of = _solve_all(problems, targets.counts, predictions.logits.device)
+    matched = {name: part for name, part in parts.items() if part.segments[0].assignment is None}
+    segments = [part.segments[0] for part in matched.values()]
+    object_of, has_bad_cost = solve(
+        [_costs(part, objects, costs) for part in matched.values()],
+        objects.image_of,
+        targets.labels.shape[0],
+        [segment.is_empty for segment in segments],
+        [segment.num_groups for segment in segments],
+        [segment.repeats for segment in segments],
+    )
+    found = dict(zip(matched, zip(object_of, has_bad_cost, strict=True), strict=True))
+    assignments = {}
     for name, part in parts.items():
-        if name not in problems:
-            layers = part.logits.shape[0]
-            object_of[name] = part.segments[0].assignment.expand(layers, -1, -1)
-    return {name: Assignment(object_of[name], is_real[name]) for name in parts}
+        if name in found:
+            object_of, is_bad = found[name]
+            assignment = Assignment(object_of, _is_real(part), is_bad | _is_nonfinite(part))
+        else:
+            fixed = part.segments[0].assignment.expand(part.logits.shape[0], -1, -1)
+            assignment = Assignment(fixed, _is_real(part))
+        assignments[name] = assignment
+    if predictions.logits.device.type == "cpu" and (sentence := find_nonfinite(assignments)):
+        raise FloatingPointError(sentence)
+    return assignments
+
+
+def find_nonfinite(assignments: Assignments) -> str:
+    """A sentence that names segment, layer and image where `is_bad` is set, else "". Waits for the
+    device."""
+    for name, assignment in assignments.items():
+        places = [] if assignment.is_bad is None else assignment.is_bad.nonzero().tolist()
+        if places:
+            layer, image = places[0]
+            return (
+                f"NaN or infinity in the logits, boxes or matching costs of segment {name!r}, "
+                f"layer {layer}, image {image} of the batch ({len(places)} such places in all)"
+            )
+    return ""
+
+
+def _costs(part: Predictions, objects: Objects, costs: Callable) -> Tensor:
+    """[L, T, size] of a single segment."""
+    if part.is_class_agnostic:
+        objects = replace(objects, labels=torch.zeros_like(objects.labels))
+    return costs(part, objects)
 
 
 def _is_real(part: Predictions) -> Tensor:
@@ -63,86 +96,13 @@ def _is_real(part: Predictions) -> Tensor:
     return ~is_empty
 
 
-@dataclass(frozen=True, eq=False)
-class _Problem:
-    """Costs of one segment on the device: is_bad [L, B], 0 where all is finite; cost [L, T, G, q],
-    infinite at empty slots; candidates [L, T, G, q]: the slots of `cost` in their group, None: all.
-    """
-
-    segment: Segment
-    is_bad: Tensor
-    cost: Tensor
-    candidates: Tensor | None
-
-    def tensors(self) -> list[Tensor]:
-        parts = [self.is_bad, self.cost]
-        return parts if self.candidates is None else [*parts, self.candidates]
-
-
-def _pose(
-    part: Predictions, objects: Objects, is_real: Tensor, costs: Callable, most_objects: int
-) -> _Problem:
-    segment = part.segments[0]
-    labels = torch.zeros_like(objects.labels) if part.is_class_agnostic else objects.labels
-    cost = costs(part, replace(objects, labels=labels))  # [L, T, size]
-    is_finite = part.logits.isfinite().all(-1)  # [L, B, size]
-    if part.boxes is not None:
-        is_finite &= part.boxes.isfinite().all(-1)
-    is_bad = (is_real & ~is_finite).any(-1).to(cost.dtype)
-    can_match = is_real[objects.image_of]  # [T, size]
-    has_bad_cost = (can_match & ~cost.isfinite()).any(-1).to(cost.dtype)
-    is_bad = is_bad.index_add(1, objects.image_of, has_bad_cost)
-    cost = torch.where(can_match, cost, torch.inf)
-    cost = cost.unflatten(-1, (segment.num_groups, segment.size // segment.num_groups))
-    # Some best assignment uses only the n cheapest slots of each of n objects: of those, the other
-    # objects occupy at most n - 1, so an object elsewhere could move in without paying more.
-    enough = most_objects * segment.repeats
-    candidates = None
-    if 0 < enough * SLOTS_PER_CANDIDATE <= cost.shape[-1]:
-        cost, candidates = cost.topk(enough, largest=False, sorted=False)
-    return _Problem(segment, is_bad, cost, candidates)
-
-
-def _solve_all(
-    problems: dict[str, _Problem], counts: tuple[int, ...], device: torch.device
-) -> dict[str, Tensor]:
-    """object_of [L, B, size] of every problem: one copy to the host, one back."""
-    if not problems:
-        return {}
-    # Slot numbers stay exact as float32: they are far below 2^24.
-    tensors = [tensor for problem in problems.values() for tensor in problem.tensors()]
-    flat = torch.cat([tensor.reshape(-1).to(tensors[0].dtype) for tensor in tensors]).cpu().numpy()
-    pieces = np.split(flat, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
-    arrays = iter(
-        piece.reshape(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)
-    )
-    solved = {}
-    for name, problem in problems.items():
-        _check_finite(name, next(arrays))
-        cost = next(arrays)
-        candidates = None if problem.candidates is None else next(arrays).astype(np.int64)
-        segment = problem.segment
-        object_of = solve(
-            cost,
-            counts,
-            num_slots=segment.size // segment.num_groups,
-            repeats=segment.repeats,
-            candidates=candidates,
-        )
-        solved[name] = object_of.reshape(*object_of.shape[:2], segment.size)
-    joined = torch.from_numpy(np.concatenate([array.reshape(-1) for array in solved.values()]))
-    parts = joined.to(device, non_blocking=True).split([array.size for array in solved.values()])
-    return {
-        name: part.view(array.shape)
-        for (name, array), part in zip(solved.items(), parts, strict=True)
-    }
-
-
-def _check_finite(name: str, is_bad: np.ndarray) -> None:
-    places = np.argwhere(is_bad)
-    if places.size:
-        layer, image = places[0]
-        raise FloatingPointError(
-            f"NaN or infinity in the logits, boxes or matching costs of segment {name!r}, "
-            f"layer {layer}, image {image} of the batch ({len(places)} such places in all)"
-        )
+def _is_nonfinite(part: Predictions) -> Tensor:
+    """[L, B] bool: whether logits or boxes of slots that exist hold NaN or infinity."""
+    is_bad = torch.zeros(part.logits.shape[:2], dtype=torch.bool, device=part.logits.device)
+    for values in (part.logits, part.boxes) if part.boxes is not None else (part.logits,):
+        if use_kernel("has_nonfinite", values.device):
+            values = values.to(torch.promote_types(values.dtype, torch.float32))
+            is_bad |= has_nonfinite(values, part.segments[0].is_empty)
+        else:
+            is_bad |= (_is_real(part) & ~values.isfinite().all(-1)).any(-1)
+    return is_bad

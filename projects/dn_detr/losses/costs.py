@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dn_detr.layers.boxes import at_least_float32, cxcywh_to_xyxy, elementwise_generalized_iou
+from dn_detr.ops.extension import use_kernel
+from dn_detr.ops.matching import matching_costs
 from dn_detr.structures import Predictions, Targets
 
 
@@ -29,14 +31,12 @@ class Objects:
 
 
 def list_objects(targets: Targets) -> Objects:
-    """Objects on the device of `targets`; sizes come from the host, nothing waits for a device."""
-    device = targets.labels.device
-    images = [image for image, count in enumerate(targets.counts) for _ in range(count)]
-    places = [place for count in targets.counts for place in range(count)]
-    image_of = torch.tensor(images, dtype=torch.int64).to(device, non_blocking=True)
-    place_of = torch.tensor(places, dtype=torch.int64).to(device, non_blocking=True)
+    """Objects on the device of `targets`; their number comes from the host, nothing waits for a
+    device."""
+    places = targets.is_object.nonzero_static(size=sum(targets.counts))  # [T, 2]
+    image_of, place_of = places.unbind(1)
     return Objects(
-        image_of=image_of,
+        image_of=image_of.contiguous(),
         labels=targets.labels[image_of, place_of],
         boxes=targets.boxes[image_of, place_of],
         masks=targets.masks,
@@ -103,21 +103,45 @@ class Costs:
             raise ValueError(f'kind of class cost must be "focal" or "softmax", got {self.kind!r}')
 
     def __call__(self, predictions: Predictions, objects: Objects) -> Tensor:
-        """Cost of every slot for every object of its image: [L, T, Q], float32 or float64."""
-        logits, image_of, labels = predictions.logits, objects.image_of, objects.labels
+        """Cost of every slot for every object of its image: [L, T, Q], float32 or float64.
+
+        Not differentiable. Without the compiled operator as `plain`, with the same values.
+        """
+        logits, boxes = predictions.logits.detach(), predictions.boxes
+        if boxes is None or not use_kernel("matching_costs", logits.device):
+            return self.plain(logits, boxes, objects)
+        boxes = boxes.detach()
+        dtype = torch.promote_types(at_least_float32(logits).dtype, boxes.dtype)
+        return matching_costs(
+            logits.to(dtype),
+            boxes.to(dtype),
+            objects.image_of,
+            objects.labels,
+            objects.boxes.to(dtype),
+            class_cost=self.class_cost,
+            l1=self.l1,
+            giou=self.giou,
+            is_softmax=self.kind == "softmax",
+            alpha=self.alpha,
+            gamma=self.gamma,
+        )
+
+    def plain(self, logits: Tensor, boxes: Tensor | None, objects: Objects) -> Tensor:
+        """The costs in plain PyTorch: logits [L, B, Q, K], boxes [L, B, Q, 4] -> [L, T, Q]."""
+        image_of, labels = objects.image_of, objects.labels
         if self.kind == "focal":
             class_cost = focal_cost(logits, image_of, labels, self.alpha, self.gamma)
         else:
             class_cost = softmax_cost(logits, image_of, labels)
         if self.l1 == self.giou == 0:
             return self.class_cost * class_cost
-        if predictions.boxes is None:
+        if boxes is None:
             raise ValueError(
                 "these predictions have no boxes: the costs of L1 and GIoU must be 0, got "
                 f"{self.l1} and {self.giou}"
             )
         return (
             self.class_cost * class_cost
-            + self.l1 * l1_cost(predictions.boxes, image_of, objects.boxes)
-            + self.giou * giou_cost(predictions.boxes, image_of, objects.boxes)
+            + self.l1 * l1_cost(boxes, image_of, objects.boxes)
+            + self.giou * giou_cost(boxes, image_of, objects.boxes)
         )

@@ -59,7 +59,8 @@ class Criterion:
         """Scalar losses, times the weights of term and segment, in float32 whatever autocast says.
 
         num_objects: of the batch, averaged over the processes and at least 1. Terms without any
-        object are 0 and still part of the graph.
+        object are 0 and still part of the graph. Layers whose matching is bad have the loss NaN:
+        so whoever reads the losses learns of it without another wait for the device.
         """
         losses = {}
         with torch.autocast(predictions.logits.device.type, enabled=False):
@@ -70,6 +71,7 @@ class Criterion:
                         f"segment {name!r} has no assignment, only {sorted(assignments)} have"
                     )
                 matched = look_up(part, targets, assignments[name])
+                is_bad = assignments[name].is_bad
                 terms = self.terms
                 if sampled is not None and name not in self.masks.without:
                     points = sampled.of(part, assignments[name], matched.target_scores)
@@ -77,6 +79,8 @@ class Criterion:
                     terms = {**terms, **self.masks.terms}
                 for term_name, (term, weight) in terms.items():
                     values = term(matched, num_objects) * (weight * part.segments[0].weight)
+                    if is_bad is not None:
+                        values = torch.where(is_bad.any(1), torch.nan, values)
                     key = "_".join(filter(None, ("loss", self.prefix, _label(name), term_name)))
                     last = values.shape[0] - 1
                     for layer, value in enumerate(values.unbind()):

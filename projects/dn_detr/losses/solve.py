@@ -2,49 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
+import torch
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from dn_detr.ops.extension import use_kernel
+from dn_detr.ops.matching import assign_objects
 
 
 def solve(
-    cost: np.ndarray,
-    counts: Sequence[int],
-    *,
-    num_slots: int,
-    repeats: int = 1,
-    candidates: np.ndarray | None = None,
-) -> np.ndarray:
-    """The object of each slot for every layer, image and group: [L, B, G, num_slots], -1 = none.
-
-    cost [L, T, G, q]: object t (image after image, counts[b] of them) at each of q slots; infinite
-    where forbidden, which must hold for all objects of the image or, with candidates, leave each
-    object as many slots as the image has objects to place. candidates [L, T, G, q]: which slots
-    these are; None: all, q = num_slots. repeats: how often each object is placed (2207.13080).
-    If there are more objects than slots, those get none whose absence costs least in all.
-    """
-    layers, _, groups, _ = cost.shape
-    object_of = np.full((layers, len(counts), groups, num_slots), -1, dtype=np.int64)
-    first = 0
-    for image, count in enumerate(counts):
-        for layer in range(layers) if count else ():
-            for group in range(groups):
-                matrix = cost[layer, first : first + count, group]
-                slots = np.arange(num_slots)
-                if candidates is not None:
-                    chosen = candidates[layer, first : first + count, group]
-                    matrix, slots = _spread(matrix, chosen)
-                allowed = np.isfinite(matrix).any(axis=0)
-                rows, columns = linear_sum_assignment(np.tile(matrix[:, allowed], (repeats, 1)))
-                object_of[layer, image, group, slots[allowed][columns]] = rows % count
-        first += count
-    return object_of
+    costs: list[Tensor],
+    image_of: Tensor,
+    batch: int,
+    is_empty: list[Tensor | None],
+    num_groups: list[int],
+    repeats: list[int],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Objects of the slots of several segments, and where there was none to be found, as
+    `ops.matching.assign_objects` says; without its kernel by SciPy, with one copy to the host."""
+    if use_kernel("assign_objects", image_of.device):
+        return assign_objects(costs, image_of, batch, is_empty, num_groups, repeats)
+    return solve_plain(costs, image_of, batch, is_empty, num_groups, repeats)
 
 
-def _spread(cost: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Costs [n, q] of each object's own candidates [n, q] as a matrix [n, u] over their union."""
-    slots, columns = np.unique(candidates, return_inverse=True)
-    matrix = np.full((cost.shape[0], slots.size), np.inf, dtype=cost.dtype)
-    np.put_along_axis(matrix, columns.reshape(cost.shape), cost, axis=1)
-    return matrix, slots
+def solve_plain(
+    costs: list[Tensor],
+    image_of: Tensor,
+    batch: int,
+    is_empty: list[Tensor | None],
+    num_groups: list[int],
+    repeats: list[int],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`solve` by SciPy, one problem after the other."""
+    if not costs:
+        return [], []
+    is_empty = [
+        cost.new_zeros(batch, cost.shape[2]) if empty is None else empty.to(cost.dtype)
+        for cost, empty in zip(costs, is_empty, strict=True)
+    ]
+    # Image numbers stay exact as float32: they are far below 2^24.
+    arrays = _to_host([image_of.to(costs[0].dtype), *costs, *is_empty])
+    starts = np.searchsorted(arrays[0], np.arange(batch + 1))
+    found = [
+        _solve_segment(*arguments, starts)
+        for arguments in zip(
+            arrays[1 : 1 + len(costs)], arrays[1 + len(costs) :], num_groups, repeats, strict=True
+        )
+    ]
+    object_of, is_bad = zip(*found, strict=True)
+    return _to_device(object_of, image_of.device), _to_device(is_bad, image_of.device)
+
+
+def _solve_segment(
+    cost: np.ndarray, is_empty: np.ndarray, num_groups: int, repeats: int, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """object_of [L, B, slots] and is_bad [L, B] for cost [L, T, slots], is_empty [B, slots]."""
+    layers, _, slots = cost.shape
+    batch = starts.size - 1
+    object_of = np.full((layers, batch, slots), -1, dtype=np.int64)
+    is_bad = np.zeros((layers, batch), dtype=bool)
+    for layer, image, group in np.ndindex(layers, batch, num_groups):
+        first, end = starts[image], starts[image + 1]
+        width = slots // num_groups
+        real = group * width + np.flatnonzero(is_empty[image, group * width :][:width] == 0)
+        matrix = cost[layer, first:end][:, real]
+        if not np.isfinite(matrix).all():
+            is_bad[layer, image] = True
+        elif end > first:
+            rows, columns = linear_sum_assignment(np.tile(matrix, (repeats, 1)))
+            object_of[layer, image, real[columns]] = rows % (end - first)
+    return object_of, is_bad
+
+
+def _to_host(tensors: list[Tensor]) -> list[np.ndarray]:
+    """Tensors of one type, in one copy."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu().numpy()
+    pieces = np.split(flat, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
+    return [piece.reshape(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+def _to_device(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[Tensor]:
+    """Arrays of one type, in one copy."""
+    joined = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
+    parts = joined.to(device, non_blocking=True).split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]

@@ -18,6 +18,9 @@ OPERATORS = (
     "ms_deform_attn",
     "ms_deform_attn_backward",
     "noise_objects",
+    "matching_costs",
+    "assign_objects",
+    "has_nonfinite",
 )
 IS_SWITCHED_OFF = os.environ.get("DN_DETR_NO_EXTENSION") == "1"
 REBUILD = "rebuild with `pip install --no-build-isolation -e .`"

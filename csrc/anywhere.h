@@ -1,0 +1,8 @@
+// What runs on the host and, compiled by nvcc, on the device.
+#pragma once
+
+#if defined(__CUDACC__)
+#define DN_DETR_ANYWHERE __host__ __device__ inline
+#else
+#define DN_DETR_ANYWHERE inline
+#endif
