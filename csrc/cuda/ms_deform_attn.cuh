@@ -8,6 +8,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+#include <cuda_fp16.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -114,6 +115,34 @@ template <typename T>
 struct Pair {
   T x, y;
 };
+
+// Two numbers in a word.
+__device__ __forceinline__ Pair<float> unpack(uint32_t word, c10::BFloat16) {
+  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+
+__device__ __forceinline__ Pair<float> unpack(uint32_t word, c10::Half) {
+  const float2 two = __half22float2(*reinterpret_cast<const __half2*>(&word));
+  return {two.x, two.y};
+}
+
+template <typename S, int VECTOR, typename T>
+__device__ __forceinline__ void unpack(const Pack<S, VECTOR>& pack, T (&number)[VECTOR]) {
+  if constexpr (sizeof(S) == 2 && VECTOR % 2 == 0) {
+    const uint32_t* word = reinterpret_cast<const uint32_t*>(&pack);
+#pragma unroll
+    for (int k = 0; k < VECTOR; k += 2) {
+      const Pair<float> two = unpack(word[k / 2], S());
+      number[k] = two.x;
+      number[k + 1] = two.y;
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < VECTOR; ++k) {
+      number[k] = static_cast<T>(pack.number[k]);
+    }
+  }
+}
 
 template <typename T>
 __device__ __forceinline__ Pair<T> load_pair(const T* from) {

@@ -1,84 +1,19 @@
-// Deformable attention on the GPU, backward. grad_value is summed by atomics: of float32, four at a
-// time where the GPU can; or, where deterministic algorithms are asked for, of 64-bit integers,
-// whose sum is the same in any order.
+// Deformable attention on the GPU, backward.
 
 #include <ATen/Context.h>
 #include <ATen/Dispatch.h>
-#include <ATen/Functions.h>
-#include <ATen/TensorOperators.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <cmath>
 #include <tuple>
 
 #include "ms_deform_attn.cuh"
+#include "ms_deform_attn_sums.cuh"
 
 namespace dn_detr {
 namespace {
-
-// Sums in floating point.
-template <typename T>
-struct FloatingSum {
-  using Number = T;
-  T* sums;
-
-  template <typename S, int VECTOR>
-  __device__ __forceinline__ void add(int64_t at, T weight, const Pack<S, VECTOR>& grad) const {
-    T* to = sums + at;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if constexpr (sizeof(T) == 4 && VECTOR % 4 == 0) {
-#pragma unroll
-      for (int k = 0; k < VECTOR; k += 4) {
-        float x[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          x[i] = weight * static_cast<float>(grad.number[k + i]);
-        }
-        // No "memory" clobber: nothing in the kernel reads the sums, and loads may move past.
-        asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
-                         __cvta_generic_to_global(to + k)),
-                     "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
-      }
-    } else
-#endif
-    {
-#pragma unroll
-      for (int k = 0; k < VECTOR; ++k) {
-        atomicAdd(to + k, weight * static_cast<T>(grad.number[k]));
-      }
-    }
-  }
-};
-
-// Sums in units of 1 / scale, see `scale_of`.
-template <typename T>
-struct FixedPointSum {
-  using Number = int64_t;
-  int64_t* sums;
-  const T* scale;
-
-  template <typename S, int VECTOR>
-  __device__ __forceinline__ void add(int64_t at, T weight, const Pack<S, VECTOR>& grad) const {
-    const T factor = __ldg(scale);
-#pragma unroll
-    for (int k = 0; k < VECTOR; ++k) {
-      // Scaled last: grad may be too small, weight times scale too large for T.
-      const T scaled = weight * static_cast<T>(grad.number[k]) * factor;
-      long long units;
-      if constexpr (sizeof(T) == 4) {
-        units = __float2ll_rn(scaled);
-      } else {
-        units = __double2ll_rn(scaled);
-      }
-      atomicAdd(
-          reinterpret_cast<unsigned long long*>(sums + at + k),
-          static_cast<unsigned long long>(units));
-    }
-  }
-};
 
 // Sum over the lanes of a group, on all of them.
 template <int LANES, typename T>
@@ -115,11 +50,13 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(
     const int64_t row = static_cast<int64_t>(image) * g.queries * g.heads + group;
     const int64_t base = static_cast<int64_t>(image) * g.tokens * stride + head * g.channels;
     const S* grads = grad_output + row * g.channels;
-    Pack<S, VECTOR> grad;
-    grad.clear();
+    Pack<S, VECTOR> pack;
+    T grad[VECTOR];
+    pack.clear();
     if (is_single && first < g.channels) {
-      grad.load(grads + first);
+      pack.load(grads + first);
     }
+    unpack(pack, grad);
     int64_t sample = row * samples;
     for (int32_t l = 0; l < g.levels; ++l) {
       const Level level = g.level[l];
@@ -130,7 +67,8 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(
         T dot[4] = {}; // of grad_output with each corner, this lane's channels
         for (int32_t c = first; c < g.channels; c += LANES * VECTOR) {
           if (!is_single) {
-            grad.load(grads + c);
+            pack.load(grads + c);
+            unpack(pack, grad);
           }
           Pack<S, VECTOR> corner[4];
 #pragma unroll
@@ -142,12 +80,13 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(
           }
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            if (place.has[i]) {
-              grad_value.add(base + place.corner(i) + c, weight * place.weight(i), grad);
-            }
+            const T share = place.has[i] ? weight * place.weight(i) : T(0);
+            grad_value.add(grad_value.sums + base + place.corner(i) + c, share, grad);
+            T number[VECTOR];
+            unpack(corner[i], number);
 #pragma unroll
             for (int k = 0; k < VECTOR; ++k) {
-              dot[i] += static_cast<T>(grad.number[k]) * static_cast<T>(corner[i].number[k]);
+              dot[i] += grad[k] * number[k];
             }
           }
           if (is_single) {
@@ -171,20 +110,6 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(
   }
 }
 
-// How many units one is in fixed point, a tensor on the device: nothing waits for it. No cell gets
-// more than Q * P contributions, none larger than the largest weight times the largest gradient, so
-// that all of them together stay below 2^62; 2^45 units are left for the largest one where a
-// hundred thousand queries and points meet. If there is an infinity or NaN, scale is 0, and the
-// result, divided by it, NaN: loud, as it would be in floating point.
-at::Tensor scale_of(const at::Tensor& grad, const at::Tensor& weights, const Sizes& sizes) {
-  const auto dtype = weights.scalar_type();
-  const auto largest = grad.abs().amax().to(at::kDouble) * weights.abs().amax().to(at::kDouble);
-  const double count = static_cast<double>(sizes.queries * sizes.points);
-  const double most = dtype == at::kDouble ? 1000 : 120; // of the exponent
-  const auto exponent = (62 - std::ceil(std::log2(count)) - largest.log2().ceil()).clamp_max(most);
-  return at::where(largest.isfinite(), exponent.exp2(), 0.0).to(dtype);
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward(
     const at::Tensor& grad_output_,
     const at::Tensor& value_,
@@ -205,7 +130,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward(
   const Geometry g = geometry_of(sizes);
   const auto grad_output = aligned(grad_output_), value = aligned(value_);
   const auto locations = aligned(locations_), weights = aligned(weights_);
-  const auto scale = is_fixed ? scale_of(grad_output, weights, sizes) : at::Tensor();
+  at::Tensor scale;
+  if (is_fixed) {
+    const auto largest =
+        grad_output.abs().amax().to(at::kDouble) * weights.abs().amax().to(at::kDouble);
+    scale = scale_of(largest, sizes.queries * sizes.points, weights.scalar_type());
+  }
   const auto stream = c10::cuda::getCurrentCUDAStream();
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, value.scalar_type(), "ms_deform_attn_backward", [&] {

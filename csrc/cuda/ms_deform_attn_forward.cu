@@ -50,9 +50,11 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const T share = weight * place.weight(i);
+            T number[VECTOR];
+            unpack(corner[i], number);
 #pragma unroll
             for (int k = 0; k < VECTOR; ++k) {
-              sum[k] += share * static_cast<T>(corner[i].number[k]);
+              sum[k] += share * number[k];
             }
           }
         }
