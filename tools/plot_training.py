@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Plot losses and AP of one or several runs from their metrics.json.
 
-    python tools/plot_training.py output/demo --output curves.png
-    python tools/plot_training.py denoised=output/a plain=output/b --output comparison.png
+python tools/plot_training.py output/demo --output curves.png
+python tools/plot_training.py denoised=output/a plain=output/b --output comparison.png
 """
 
 from __future__ import annotations
@@ -48,10 +48,14 @@ def plot(runs: dict[str, dict[int, dict]], output: Path) -> None:
     """A panel of losses, one of AP, one for each instrument; a colour for each run where there are
     several."""
     present = [n for n in INSTRUMENTS if any(series(entries, n)[0] for entries in runs.values())]
-    num_panels = 2 + len(present)
-    figure, panels = plt.subplots(
-        1, num_panels, figsize=(5.5 * num_panels, 4), constrained_layout=True
+    rows = 2 if present else 1
+    figure, grid = plt.subplots(
+        rows, 2, figsize=(11, 4 * rows), squeeze=False, constrained_layout=True
     )
+    panels = list(grid.flat)
+    for empty in panels[2 + len(present) :]:
+        empty.remove()
+    panels = panels[: 2 + len(present)]
     for index, (label, entries) in enumerate(runs.items()):
         prefix = f"{label}: " if len(runs) > 1 else ""
         color = f"C{index}" if len(runs) > 1 else None
