@@ -4,7 +4,8 @@
     python benchmarks/matcher.py --device cpu
     python benchmarks/matcher.py --device cuda --save
 
-"dn_detr": `losses.assign`, all layers and images at once; "published style": per layer a dense matrix
+"dn_detr": `losses.assign`, all layers and images at once; "plain": the same without compiled operators,
+by PyTorch and SciPy; "published style": per layer a dense matrix
 of costs between all queries and all objects of the batch, also those of other images, then one call
 of SciPy for each image, as most published code does it, written here. Both must find assignments of
 the same total cost before anything is timed. On CUDA also how many kernels are launched, and how
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from dn_detr.layers.boxes import cxcywh_to_xyxy, elementwise_generalized_iou
 from dn_detr.losses.assign import Costs, assign
+from dn_detr.ops import plain_operators
 from dn_detr.structures import Predictions, Segment, Target, Targets, pad_targets
 
 CLASSES = 80
@@ -117,6 +119,11 @@ def check(predictions: Predictions, targets: Targets, lists: list, case: Case) -
             torch.testing.assert_close(total, cost[rows, columns].sum(), rtol=1e-4, atol=1e-4)
 
 
+def assign_plainly(predictions: Predictions, targets: Targets):
+    with plain_operators():
+        return assign(predictions, targets, Costs())
+
+
 def measure(case: Case, device: str, seconds: float) -> list[dict]:
     predictions, targets = make_inputs(case, device)
     lists = [
@@ -126,6 +133,7 @@ def measure(case: Case, device: str, seconds: float) -> list[dict]:
     check(predictions, targets, lists, case)
     candidates = {
         "dn_detr": lambda: assign(predictions, targets, Costs()),
+        "plain": lambda: assign_plainly(predictions, targets),
         "published style": lambda: published_style(predictions, lists),
     }
     timings = time_side_by_side(

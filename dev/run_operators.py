@@ -17,7 +17,9 @@ import sys
 import torch
 
 from dn_detr import ops
+from dn_detr.losses.assign import Costs, assign
 from dn_detr.ops.extension import KERNELS
+from dn_detr.structures import Predictions, Segment, Target, pad_targets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = (((5, 7), (3, 2), (1, 1)), ((9, 4), (0, 3), (4, 4), (2, 2)))
@@ -104,6 +106,39 @@ def run_noise(device: str) -> None:
                 sys.exit(f"noise_objects: another result for {counts} {numbers}")
 
 
+def run_matching(device: str) -> None:
+    """By `losses.assign`, with and without operators; random costs have one best assignment."""
+    generator = torch.Generator().manual_seed(0)
+    for counts, queries, num_groups, repeats in (
+        ((3, 1, 0, 5), 12, 1, 1), ((40, 2), 66, 3, 1), ((1,), 1, 1, 1), ((4, 7), 30, 2, 2)
+    ):  # fmt: skip
+        targets = pad_targets(
+            [
+                Target(
+                    torch.randint(7, (count,), generator=generator),
+                    torch.rand(count, 4, generator=generator) * 0.4 + 0.1,
+                )
+                for count in counts
+            ]
+        ).to(device)
+        shape = (3, len(counts), queries)
+        is_empty = torch.rand(shape[1:], generator=generator) < 0.1
+        segment = Segment(
+            "match", queries, num_groups=num_groups, repeats=repeats, is_empty=is_empty.to(device)
+        )
+        predictions = Predictions(
+            logits=torch.randn(*shape, 7, generator=generator).to(device),
+            boxes=(torch.rand(*shape, 4, generator=generator) * 0.4 + 0.1).to(device),
+            references=(None,) * 3,
+            segments=(segment,),
+        )
+        got = assign(predictions, targets, Costs())["match"].object_of
+        with ops.plain_operators():
+            expected = assign(predictions, targets, Costs())["match"].object_of
+        if not torch.equal(got, expected):
+            sys.exit(f"matching: another assignment for {counts} {queries} {num_groups} {repeats}")
+
+
 def _noise(function, inputs, numbers):
     names = ("num_groups", "slots_per_group", "num_classes", "box_noise", "label_noise",
              "contrastive", "num_matched", "mask_dtype", "hide_empty")  # fmt: skip
@@ -121,6 +156,7 @@ def main():
         run_deformable_attention(device)
     torch.use_deterministic_algorithms(False)
     run_noise(device)
+    run_matching(device)
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"all operators agree with their twins; without a kernel: {missing or 'none'}")
