@@ -70,6 +70,8 @@ def render_section(section: dict) -> list[str]:
         body = [[str(row[column]) for column in columns] for row in counted]
         lines += ["", "Launches, and how often the host waits for the device:", ""]
         lines.append(markdown(columns, body))
+    if section.get("note"):
+        lines += ["", section["note"]]
     if section.get("missing"):
         lines += ["", f"Not measured: {'; '.join(section['missing'])}."]
     return lines
