@@ -48,7 +48,7 @@ Pictures = Iterator[tuple[str, np.ndarray]]
 def annotations(cfg: CfgNode) -> Pictures:
     """Ground truth as it is after cleaning."""
     for name in cfg.DATASETS.TRAIN:
-        loaded = records.load(name)
+        loaded = records.load(name, with_masks=cfg.MODEL.MASK_ON)
         for record in loaded.records:
             image = to_pixels(record["file_name"], "RGB")
             yield Path(record["file_name"]).stem, draw_record(image, record, loaded.class_names)
@@ -73,6 +73,7 @@ def augmented(cfg: CfgNode, iteration: int) -> Pictures:
                 instances.gt_boxes.tensor.numpy(),
                 [names[label] for label in labels],
                 [class_color(label) for label in labels],
+                masks=instances.gt_masks.tensor.numpy() if instances.has("gt_masks") else None,
             )
             yield f"{number}_{Path(sample['file_name']).stem}", drawn
 

@@ -52,6 +52,21 @@ def test_every_source_gives_pictures(visualize_data, trained, tmp_path, source):
         assert np.asarray(Image.open(picture)).std() > 10
 
 
+@pytest.mark.parametrize("source", ["annotations", "augmented"])
+def test_masks_are_drawn_where_they_are_trained_on(visualize_data, tiny_config, source):
+    draw = {
+        "annotations": visualize_data.annotations,
+        "augmented": lambda cfg: visualize_data.augmented(cfg, 0),
+    }[source]
+    cfg, pictures = tiny_config(), []
+    for has_masks in (False, True):
+        cfg.MODEL.MASK_ON = has_masks
+        name, picture = next(draw(cfg))
+        pictures.append(picture.astype(int))
+    changed = (np.abs(pictures[1] - pictures[0]).max(-1) > 30).mean()
+    assert 0.01 < changed < 0.7
+
+
 def test_without_denoising_there_is_none_to_see(visualize_data, trained, tmp_path):
     config = ["--config-file", str(trained / "config.yaml"), "--output-dir", str(tmp_path)]
     with pytest.raises(SystemExit, match="visualize_data.py: .*trains without denoising"):
