@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxruntime or onnxs
 
 BY_DEFAULT = {("detr", "torch-export")}
 """ONNX by default: the runner's test."""
+
+WITH_MASKS = {"mask2former", "mask_dino"}
 
 CASES = [
     pytest.param(
@@ -107,6 +110,12 @@ def test_an_exported_page_finds_what_the_model_finds(method, kind, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_detectors_of_masks_are_refused(tmp_path):
+    model = SimpleNamespace(has_masks=True)
+    with pytest.raises(InputError, match="a detector of masks cannot be exported"):
+        export.export(model, tmp_path / "model.onnx", "onnx", {})
+
+
 # ----------------------------------------------------------------------------------- the comparison
 
 
@@ -170,6 +179,7 @@ def test_what_stands_beside_an_image_changes_nothing(model):
 def test_the_runner_finds_what_the_model_finds_without_this_project(tmp_path):
     """DINO has it all: deformable attention, proposals, empty slots. On an image of a size that needs
     no padding, after resizing."""
+    import onnx
     from PIL import Image
 
     model, cfg = small_model("dino")
@@ -177,6 +187,9 @@ def test_the_runner_finds_what_the_model_finds_without_this_project(tmp_path):
     pixels = torch.randint(256, (96, 128, 3), generator=torch.Generator().manual_seed(0))
     pixels = pixels.to(torch.uint8)
     Image.fromarray(pixels.numpy()).save(tmp_path / "picture.png")
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    assert {node.domain for node in nodes} == {""}  # operators of the standard
+    assert "CastLike" not in {node.op_type for node in nodes}  # not every runtime has it
     blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'dn_detr', 'detectron2']));"
     script = ROOT / "tools" / "run_exported.py"
     code = f"{blocked} import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"

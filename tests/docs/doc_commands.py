@@ -33,6 +33,7 @@ PARSED = {
     "python tools/run_exported.py": "needs an exported file; tests/d2/test_export.py runs it",
     "python tools/visualize.py": "tests/d2 run it",
     "python tools/visualize_data.py": "tests/d2 run it",
+    "python -m pytest": "tests within a test",
     "torchrun": "starts processes; tests/d2/test_distributed.py does",
 }
 """Programs whose command lines are only parsed, and why. Configurations must exist, and their keys."""

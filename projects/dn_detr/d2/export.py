@@ -124,7 +124,7 @@ def write(model: DenoisingDETR, path: Path, kind: str, about: dict) -> None:
             program = trace(model)
         torch.export.save(program, path, extra_files={METADATA: json.dumps(about)})
         return
-    from dn_detr.d2.onnx_operators import translations
+    from dn_detr.d2.onnx_operators import simplify, translations
 
     onnx_program = torch.onnx.export(
         trace(model),
@@ -133,9 +133,10 @@ def write(model: DenoisingDETR, path: Path, kind: str, about: dict) -> None:
         input_names=INPUTS,
         output_names=OUTPUTS,
         custom_translation_table=translations(),
-        optimize=False,  # takes minutes, and runtimes do it when they load the file
+        optimize=False,  # takes minutes
         verbose=False,
     )
+    simplify(onnx_program.model)
     onnx_program.model.metadata_props[METADATA] = json.dumps(about)
     onnx_program.save(path)
 
@@ -224,6 +225,8 @@ def check(model: DenoisingDETR, exported) -> list[Difference]:
 
 def export(model: DenoisingDETR, path: Path, kind: str, about: dict) -> list[Difference]:
     """Write, read again and compare; the file is kept only where nothing differs."""
+    if model.has_masks:
+        raise InputError("a detector of masks cannot be exported: the file would give boxes alone.")
     path.parent.mkdir(parents=True, exist_ok=True)
     unchecked = path.with_suffix(f".unchecked{path.suffix}")
     write(model, unchecked, kind, about)

@@ -6,8 +6,9 @@ level of one attention; traced through their plain PyTorch form it would be seve
 
 from __future__ import annotations
 
+import onnx_ir
 import torch
-from onnxscript import BOOL, FLOAT, INT64
+from onnxscript import BOOL, FLOAT, INT64, optimizer
 from onnxscript.onnx_opset import opset18 as op
 
 FLOAT32 = 1
@@ -100,3 +101,17 @@ def translations() -> dict:
     return {
         getattr(ours, name).default: form for name, form in forms.items() if hasattr(ours, name)
     }
+
+
+def simplify(model: onnx_ir.Model) -> None:
+    """Compute what is constant and drop what nobody uses, in place.
+
+    Of the rest of the exporter's optimiser, which takes minutes, runtimes do the same on loading. A
+    CastLike of a float32 number changes nothing, as all numbers are float32; not every runtime has
+    it.
+    """
+    optimizer.fold_constants(model)
+    for node in model.graph:
+        if node.op_type == "CastLike" and node.inputs[0].dtype == onnx_ir.DataType.FLOAT:
+            onnx_ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+    optimizer.remove_unused_nodes(model)
