@@ -3,7 +3,8 @@
 
     python tools/train_all_quick.py --iterations 800 --output output/all_quick
     python tools/train_all_quick.py --only dn_detr dino --num-gpus 1
-    python tools/train_all_quick.py --backbone output/quick/dn_deformable/model_final.pth
+    python tools/train_all_quick.py --backbone output/quick/dn_deformable/model_final.pth \\
+        MODEL.BACKBONE.FREEZE_AT 5 SOLVER.BASE_LR 0.0004
 
 Same seed, same data, same number of iterations for all. With --backbone all of them start from the
 backbone of that detector, as published ones start from ImageNet's. Writes results.md, results.json
@@ -59,9 +60,12 @@ def save_backbone(checkpoint: Path, path: Path) -> Path:
 
 
 def train(
-    name: str, output: Path, iterations: int, num_gpus: int, weights: Path | None
+    name: str, output: Path, iterations: int, num_gpus: int, common: list[str]
 ) -> dict[int, dict]:
-    """metrics.json of a run of configuration `name`, trained now unless it is there."""
+    """metrics.json of a run of configuration `name`, trained now unless it is there.
+
+    common: KEY VALUE pairs that all runs share.
+    """
     folder = output / name
     if not (folder / "model_final.pth").is_file():
         config, overrides = WITHOUT_DENOISING.get(name, (name, []))
@@ -81,7 +85,7 @@ def train(
                 "1000000",
             ),
             *("OUTPUT_DIR", str(folder.resolve())),
-            *("MODEL.WEIGHTS", str(weights.resolve()) if weights else ""),
+            *common,
         ]
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "console.txt", "w") as console:
@@ -135,15 +139,19 @@ def main() -> None:
         "--backbone", type=Path, help="checkpoint of a quick detector to start from"
     )
     parser.add_argument("--only", nargs="+", help="configurations; their pages are trained")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides for all of them")
     args = parser.parse_args()
     pages = {
         page: pair for page, pair in PAIRS.items() if not args.only or set(args.only) & set(pair)
     }
 
-    weights = save_backbone(args.backbone, args.output / "backbone.pth") if args.backbone else None
+    common = args.opts
+    if args.backbone:
+        weights = save_backbone(args.backbone, args.output / "backbone.pth")
+        common = ["MODEL.WEIGHTS", str(weights.resolve()), *common]
 
     def ap50(name: str) -> dict[int, float]:
-        metrics = train(name, args.output, args.iterations, args.num_gpus, weights)
+        metrics = train(name, args.output, args.iterations, args.num_gpus, common)
         has_masks = any("segm/AP50" in line for line in metrics.values())
         x, y = series(metrics, "segm/AP50" if has_masks else "bbox/AP50")
         points = {min(i + 1, args.iterations): ap for i, ap in zip(x, y, strict=True)}
