@@ -37,9 +37,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # ------------------------------------------------------------------------------- evaluation
     # Also write a report on every test dataset: OUTPUT_DIR/inference/report_<name>/report.html.
     cfg.TEST.REPORT = False
-    # Detections of a class in an image that count; 0: TEST.DETECTIONS_PER_IMAGE, at least 100. COCO's
-    # own AP counts 100.
-    cfg.TEST.COCO_LIMIT = 0
+    # Detections of a class in an image that count: 100 in COCO's own AP, and so in published ones; 0:
+    # all TEST.DETECTIONS_PER_IMAGE, for datasets with more objects in an image.
+    cfg.TEST.COCO_LIMIT = 100
     # Who computes AP: "detectron2" (its C++), "pycocotools" (slow), or "faster_coco_eval", to install
     # by pip; they agree to rounding.
     cfg.TEST.COCO_EVAL = "detectron2"
