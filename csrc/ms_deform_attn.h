@@ -26,6 +26,10 @@ struct Sizes {
   int64_t samples() const { // of one query and head
     return static_cast<int64_t>(levels.size()) * points;
   }
+
+  int64_t first_token(int64_t level) const { // or, behind the last level, the number of tokens
+    return level < static_cast<int64_t>(levels.size()) ? levels[level].start : tokens;
+  }
 };
 
 // Values may be half precision, what is computed with them is not.

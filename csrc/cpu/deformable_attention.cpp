@@ -1,9 +1,11 @@
 // deformable_attention on the CPU: the loops of ms_deform_attn with softmax, references and padding
 // inside of them. Nothing of the size of the samples is stored but their gradients.
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
@@ -134,7 +136,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> deformable_attention_
   const auto& z = p.sizes;
   check_grad_output(grad_output, value, z);
   const auto grad = without_half(grad_output);
-  auto grad_value = at::zeros(value.sizes(), reference.options());
+  auto grad_value = at::empty_like(p.value);
   auto grad_reference =
       needs_reference ? at::empty_like(p.reference) : at::empty({0}, reference.options());
   auto grad_offsets = at::empty_like(p.offsets), grad_logits = at::empty_like(p.logits);
@@ -150,7 +152,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> deformable_attention_
     const Gradients<T, O> out{
         needs_reference ? grad_reference.mutable_data_ptr<T>() : nullptr,
         grad_offsets.mutable_data_ptr<O>(), grad_logits.mutable_data_ptr<O>()};
-    T* to = grad_value.mutable_data_ptr<T>();
+    S* to = grad_value.mutable_data_ptr<S>();
     for_rows(z, [&](int64_t begin, int64_t end) {
       differentiate(z, in, from, grad_from, out, begin, end);
     });

@@ -185,7 +185,7 @@ void scatter(
     const DeformableSizes& z,
     const Inputs<T, O>& in,
     const S* grad_output,
-    T* grad_value,
+    S* grad_value,
     int64_t parts,
     int64_t begin,
     int64_t end) {

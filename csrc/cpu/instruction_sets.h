@@ -44,11 +44,6 @@ namespace avx512 {
 #else
 #pragma GCC pop_options
 #endif
-#define KERNEL_FOR_THIS_CPU(...) \
-  choose(portable::__VA_ARGS__, avx2::__VA_ARGS__, avx512::__VA_ARGS__)
-#else
-#define KERNEL_FOR_THIS_CPU(...) (&portable::__VA_ARGS__)
-#endif
 
 // ATEN_CPU_CAPABILITY decides, as it does for PyTorch's own kernels.
 template <typename F>
@@ -59,3 +54,8 @@ F* choose(F* portable, F* avx2, F* avx512) {
   }
   return capability == "AVX2" ? avx2 : portable;
 }
+#define KERNEL_FOR_THIS_CPU(...) \
+  choose(portable::__VA_ARGS__, avx2::__VA_ARGS__, avx512::__VA_ARGS__)
+#else
+#define KERNEL_FOR_THIS_CPU(...) (&portable::__VA_ARGS__)
+#endif

@@ -6,7 +6,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
@@ -74,7 +73,7 @@ void run_backward(
   const auto scatter = KERNEL_FOR_THIS_CPU(scatter<T, S>);
   const auto in = p.inputs<T, S>();
   const S* grad = grad_output.const_data_ptr<S>();
-  T* value = grad_value.mutable_data_ptr<T>();
+  S* value = grad_value.mutable_data_ptr<S>();
   T* locations = grad_locations.mutable_data_ptr<T>();
   T* weights = grad_weights.mutable_data_ptr<T>();
   for_rows(p.sizes, [&](int64_t begin, int64_t end) {
@@ -115,7 +114,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward(
   const Prepared p(value, spatial_shapes, locations, weights);
   check_grad_output(grad_output, value, p.sizes);
   const auto grad = without_half(grad_output);
-  auto grad_value = at::zeros(value.sizes(), locations.options());
+  auto grad_value = at::empty_like(p.value);
   auto grad_locations = at::empty_like(p.locations), grad_weights = at::empty_like(p.weights);
   switch (p.value.scalar_type()) {
     case at::kDouble:

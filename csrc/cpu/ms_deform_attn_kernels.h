@@ -73,7 +73,7 @@ void scatter(
     const Sizes& z,
     const Inputs<T, S>& in,
     const S* grad_output,
-    T* grad_value,
+    S* grad_value,
     int64_t parts,
     int64_t begin,
     int64_t end) {

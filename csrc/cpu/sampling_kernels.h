@@ -25,10 +25,10 @@ struct Samples {
     const int64_t n = count + lanes_of<T>();
     for (auto* numbers :
          {&scale_x, &scale_y, &shift_x, &shift_y, &width, &height, &x, &y, &right, &below, &grad_x,
-          &grad_y, &grad_attention, weight, weight + 1, weight + 2, weight + 3, dot, dot + 1, dot + 2,
-          dot + 3}) {
+          &grad_y, &grad_attention, weight, weight + 1, weight + 2, weight + 3}) {
       numbers->resize(n);
     }
+    dots.resize(4 * n);
     for (auto* integers : {&columns, &rows, &start, &token, &corners}) {
       integers->resize(n);
     }
@@ -101,13 +101,17 @@ struct Samples {
     }
   }
 
-  // From `dot` to the gradients of the cells' x and y and of attention.
+  // From `dots` to the gradients of the cells' x and y and of attention.
   void differentiate() {
     for (int64_t i = 0; i < count; i += lanes_of<T>()) {
       V d[4], px, py, a;
       I corners_;
       for (int corner = 0; corner < 4; ++corner) {
-        load(d[corner], &dot[corner][i]);
+        T turned[lanes_of<T>()];
+        for (int64_t lane = 0; lane < lanes_of<T>(); ++lane) {
+          turned[lane] = dots[4 * (i + lane) + corner];
+        }
+        load(d[corner], turned);
       }
       load(px, &right[i]);
       load(py, &below[i]);
@@ -137,7 +141,7 @@ struct Samples {
   // others could hold NaN, which a weight of zero would not remove.
   std::vector<Integer> corners;
   std::vector<T> weight[4]; // bilinear times attention
-  std::vector<T> dot[4]; // of each corner's value and the output's gradient
+  std::vector<T> dots; // of the value of each sample's four corners and the output's gradient
   std::vector<T> grad_x, grad_y, grad_attention;
 };
 
@@ -179,7 +183,7 @@ inline void sum_samples(const Samples<T>& s, const S* value, int64_t stride, S* 
   }
 }
 
-// Adds to `dot` of each sample the products of the output's gradient and its corners' values.
+// Adds to `dots` the products of the output's gradient and the corners' values.
 template <typename T, typename V, int N, typename S>
 inline void multiply_samples(Samples<T>& s, const S* value, int64_t stride, const S* grad_output) {
   constexpr int lanes = sizeof(V) / sizeof(T);
@@ -192,25 +196,34 @@ inline void multiply_samples(Samples<T>& s, const S* value, int64_t stride, cons
     const int64_t down = s.columns[i] * stride;
     const S* const rows[4] = {row, row + stride, row + down, row + down + stride};
     const auto corners = s.corners[i];
-    for (int corner = 0; corner < 4; ++corner) {
-      if (corners >> corner & 1) {
-        V product = {};
-        for (int v = 0; v < N; ++v) {
+    V products[4] = {};
+    if (corners == 15) {
+      for (int v = 0; v < N; ++v) {
+        for (int corner = 0; corner < 4; ++corner) {
           V a;
           load(a, rows[corner] + v * lanes);
-          product += a * grad[v];
+          products[corner] += a * grad[v];
         }
-        s.dot[corner][i] += fold_lanes<T, Add>(product);
+      }
+    } else {
+      for (int corner = 0; corner < 4; ++corner) {
+        for (int v = 0; v < (corners >> corner & 1 ? N : 0); ++v) {
+          V a;
+          load(a, rows[corner] + v * lanes);
+          products[corner] += a * grad[v];
+        }
       }
     }
+    add_sums(&s.dots[4 * i], products);
   }
 }
 
-// Adds the output's gradient, weighted, to the corners in grad_value.
+// Adds the output's gradient, weighted, to the corners in grad_value, which begins at first_token.
 template <typename T, typename V, int N, typename S>
 inline void scatter_samples(
     const Samples<T>& s,
     const S* grad_output,
+    int64_t first_token,
     int64_t stride,
     T* grad_value) {
   constexpr int lanes = sizeof(V) / sizeof(T);
@@ -219,7 +232,7 @@ inline void scatter_samples(
     load(grad[v], grad_output + v * lanes);
   }
   for (int64_t i = 0; i < s.count; ++i) {
-    T* row = grad_value + s.token[i] * stride;
+    T* row = grad_value + (s.token[i] - first_token) * stride;
     const int64_t down = s.columns[i] * stride;
     T* const rows[4] = {row, row + stride, row + down, row + down + stride};
     const auto corners = s.corners[i];
@@ -294,12 +307,12 @@ template <typename T, typename S>
 struct ScatterSamples {
   const Samples<T>& samples;
   const S* grad_output;
-  int64_t stride;
+  int64_t first_token, stride;
   T* grad_value;
 
   template <typename V, int N>
   inline void run(int64_t c) const {
-    scatter_samples<T, V, N>(samples, grad_output + c, stride, grad_value + c);
+    scatter_samples<T, V, N>(samples, grad_output + c, first_token, stride, grad_value + c);
   }
 };
 
@@ -346,9 +359,7 @@ void differentiate_rows(
     for (int64_t head = 0; head < z.heads; ++head) {
       source.put(samples, row, head);
       samples.locate(source.padding_of(image));
-      for (auto& numbers : samples.dot) {
-        std::fill(numbers.begin(), numbers.end(), T(0));
-      }
+      std::fill(samples.dots.begin(), samples.dots.end(), T(0));
       const int64_t channel = head * z.channels;
       for_channels<T>(
           z.channels,
@@ -363,30 +374,39 @@ void differentiate_rows(
 
 // The gradient of the value, of tasks [begin, end) of B * H * parts, where a part is levels / parts
 // levels. A task owns its head and levels of grad_value and scans all queries in order: no atomics,
-// and the same result for any number of parts and threads.
+// and the same result for any number of parts and threads. It adds up in a buffer, where the tokens
+// of its head lie side by side: as far apart as in grad_value, they would share few cache lines.
 template <typename T, typename S, typename Source>
 void scatter_parts(
     const Sizes& z,
     Source source,
     const S* grad_output,
-    T* grad_value,
+    S* grad_value,
     int64_t parts,
     int64_t begin,
     int64_t end) {
   const int64_t stride = z.heads * z.channels;
   const int64_t part_levels = static_cast<int64_t>(z.levels.size()) / parts;
+  std::vector<T> buffer;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task % parts, head = task / parts % z.heads;
     const int64_t image = task / parts / z.heads, channel = head * z.channels;
     Samples<T> samples(z, part * part_levels, (part + 1) * part_levels);
+    const int64_t first_token = z.first_token(samples.first_level);
+    const int64_t tokens = z.first_token(samples.last_level) - first_token;
+    buffer.assign(tokens * z.channels, T(0));
     for (int64_t row = image * z.queries; row < (image + 1) * z.queries; ++row) {
       source.start(samples, row);
       source.put(samples, row, head);
       samples.locate(source.padding_of(image));
       for_channels<T>(
           z.channels,
-          ScatterSamples<T, S>{samples, grad_output + row * stride + channel, stride,
-                               grad_value + image * z.tokens * stride + channel});
+          ScatterSamples<T, S>{samples, grad_output + row * stride + channel, first_token,
+                               z.channels, buffer.data()});
+    }
+    S* to = grad_value + (image * z.tokens + first_token) * stride + channel;
+    for (int64_t token = 0; token < tokens; ++token) {
+      std::copy_n(buffer.data() + token * z.channels, z.channels, to + token * stride);
     }
   }
 }

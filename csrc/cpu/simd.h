@@ -117,6 +117,40 @@ inline T fold_lanes(const V& vector) {
   }
 }
 
+// to[i] += the sum of the lanes of x[i], pairwise as in fold_lanes.
+template <typename T, typename V>
+inline void add_sums(T* to, const V (&x)[4]) {
+#if defined(VECTOR_BYTES) && defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+  if constexpr (sizeof(V) == 4 * sizeof(T)) {
+    const V a = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5) +
+        __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7);
+    const V b = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5) +
+        __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
+    V sums;
+    load(sums, to);
+    sums += __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    store(to, sums);
+    return;
+  } else if constexpr (sizeof(V) > 4 * sizeof(T)) {
+    using Half = typename Vector<T, sizeof(V) / 2>::type;
+    Half halves[4];
+    for (int i = 0; i < 4; ++i) {
+      Half low, high;
+      std::memcpy(&low, &x[i], sizeof(low));
+      std::memcpy(&high, reinterpret_cast<const char*>(&x[i]) + sizeof(low), sizeof(high));
+      halves[i] = low + high;
+    }
+    add_sums(to, halves);
+    return;
+  }
+#endif
+#endif
+  for (int i = 0; i < 4; ++i) {
+    to[i] += fold_lanes<T, Add>(x[i]);
+  }
+}
+
 // exp(x) for x <= 0 or NaN, within 2 units of the last place; 0 below the normal numbers.
 template <typename T>
 inline typename Simd<T>::vector exp_of_negative(const typename Simd<T>::vector& x) {
