@@ -16,7 +16,7 @@ demo: $(READY)
 	$(PYTHON) tools/run_demo.py
 
 test: $(READY)
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 $(VENV)/ready: setup.py pyproject.toml dev/setup_venv.sh $(wildcard csrc/* csrc/*/*)
 	bash dev/setup_venv.sh $(VENV)

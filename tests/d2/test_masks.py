@@ -111,12 +111,12 @@ def test_real_images_train_and_are_evaluated_with_polygons_and_codes(run, real_d
         kept = {image["id"] for image in source["images"]}
         source["annotations"] = [a for a in source["annotations"] if a["image_id"] in kept]
         (tmp_path / f"{split}.json").write_text(json.dumps(source))
-        names = f"real_{split}", str(tmp_path / f"{split}.json"), str(coco / f"{split}2017")
+        names = f"real_masks_{split}", str(tmp_path / f"{split}.json"), str(coco / f"{split}2017")
         entries.append(list(names))
     run(
         *FEW_POINTS,
         *("DATASETS.COCO_FORMAT", str(entries)),
-        *("DATASETS.TRAIN", "('real_train',)", "DATASETS.TEST", "('real_val',)"),
+        *("DATASETS.TRAIN", "('real_masks_train',)", "DATASETS.TEST", "('real_masks_val',)"),
         *("SOLVER.MAX_ITER", 2, "INPUT.SCALE_JITTER.ENABLED", True, "INPUT.SCALE_JITTER.SIZE", 96),
         config_file=CONFIGS["dn_mask2former"],
     )

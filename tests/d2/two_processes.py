@@ -39,11 +39,16 @@ def train_with_an_empty_rank(rank: int, folder: Path, cfg) -> None:
         }
         seen["weights"] = model.module.state_dict()
         if rank == 1:
-            broken = (lambda *_: torch.tensor([torch.inf, 1.0]), 1.0)
-            model.module.criterion.terms["box"] = broken
+            model.module.criterion.terms["box"] = (infinite_in_the_first_layer, 1.0)
         try:
             step.run_step()
         except FloatingPointError as error:
             seen["error"] = str(error)
     torch.save(seen, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def infinite_in_the_first_layer(matched, num_objects):
+    values = matched.logits.new_ones(matched.logits.shape[0])
+    values[0] = torch.inf
+    return values

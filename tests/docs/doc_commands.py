@@ -31,6 +31,7 @@ PARSED = {
     "python tools/export.py": "takes a minute; tests/d2/test_export.py runs it",
     "python tools/replay_not_finite.py": "needs a training that failed; tests/d2 run it",
     "python tools/run_exported.py": "needs an exported file; tests/d2/test_export.py runs it",
+    "python tools/train_all_quick.py": "trains for an hour",
     "python tools/visualize.py": "tests/d2 run it",
     "python tools/visualize_data.py": "tests/d2 run it",
     "python -m pytest": "tests within a test",

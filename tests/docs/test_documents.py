@@ -64,6 +64,7 @@ def test_a_command_line_is_understood(command, in_world, monkeypatch):
     if is_module:
         importlib.import_module(words[0])
         return
+    monkeypatch.syspath_prepend(str((ROOT / words[0]).parent))
     with pytest.raises(Parsed) as caught:
         runpy.run_path(str(ROOT / words[0]), run_name="__main__")
     args = caught.value.args[0]
