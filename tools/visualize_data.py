@@ -36,7 +36,6 @@ from dn_detr.d2.trainer import Trainer
 from dn_detr.detector import to_pixels
 from dn_detr.errors import InputError
 from dn_detr.layers.boxes import cxcywh_to_xyxy
-from dn_detr.ops import noise_objects
 from dn_detr.structures import NoisedObjects, Targets
 
 MOST_GROUPS = 6  # panels of a picture
@@ -88,34 +87,13 @@ def denoised(cfg: CfgNode, iteration: int) -> Pictures:
     for number, batch in batches(cfg, iteration):
         with EventStorage(number):
             targets = model.targets(batch).to("cpu")
-        noised = noise(assist, targets)
+        noised, _ = assist.noise(targets, num_matched=1, mask_dtype=torch.float32)
         for i, sample in enumerate(batch):
             image = rgb_of(sample, cfg)
             yield (
                 f"{number}_{Path(sample['file_name']).stem}",
                 draw_groups(image, targets, noised, i, names),
             )
-
-
-def noise(assist: Denoise, targets: Targets) -> NoisedObjects:
-    """The noised objects that this assist makes of a batch."""
-    num_groups, slots = assist.groups(targets.labels.shape[1])
-    labels, boxes, assignment, is_empty, _ = noise_objects(
-        targets.labels,
-        targets.boxes,
-        targets.is_object,
-        targets.noise_keys,
-        num_groups=num_groups,
-        slots_per_group=slots,
-        num_classes=assist.num_classes,
-        box_noise=assist.box_noise,
-        label_noise=assist.label_noise,
-        contrastive=assist.is_contrastive,
-        num_matched=1,
-        mask_dtype=torch.float32,
-        hide_empty=assist.hides_empty,
-    )
-    return NoisedObjects(labels, boxes, assignment, is_empty, num_groups)
 
 
 def draw_groups(

@@ -28,7 +28,7 @@ def test_the_noise_that_is_drawn_is_the_noise_of_the_training(
         model(batch)
         targets = model.targets(batch)
     assert number == 5
-    noised = visualize_data.noise(assist, targets)
+    noised, _ = assist.noise(targets, num_matched=1, mask_dtype=torch.float32)
     segment = next(s for s in seen[0].segments if s.name == "denoise")
     assert torch.equal(noised.assignment, segment.assignment)
     assert torch.equal(noised.is_empty, segment.is_empty)

@@ -7,6 +7,19 @@ from torch.nn import functional as F
 
 SHAPES = ((5, 7), (3, 2), (1, 1))
 
+BORDER = [
+    (1.0, 1.0, 6.0, 1.0),  # on a cell of [[1, 2, 3, 4], [5, 6, 7, 8]]: right-sided difference
+    (3.0, 0.0, 4.0, -4.0),  # last column: its right neighbour is 0
+    (-0.5, 0.0, 0.5, 1.0),  # half outside
+    (3.5, 1.0, 4.0, -8.0),
+    (0.0, -0.5, 0.5, 0.5),
+    (-1.0, 0.0, 0.0, 0.0),  # exactly one cell outside: outside
+    (4.0, 0.0, 0.0, 0.0),
+    (0.0, -1.0, 0.0, 0.0),
+    (0.0, 2.0, 0.0, 0.0),
+]
+"""(x, y, output, gradient for x) of a sample at (x, y), in cells of two rows of four that hold 1 to 8."""
+
 
 def make_inputs(
     batch=2,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_cases import BORDER
 from deformable_cases import (
     Inputs,
     away_from_whole_cells,
@@ -255,20 +256,7 @@ def test_autocast_changes_nothing_but_the_types_that_it_is_given(deform):
 # ---------------------------------------------------------------------------- boundaries
 
 
-@pytest.mark.parametrize(
-    ("x", "y", "output", "grad_x"),
-    [
-        (1.0, 1.0, 6.0, 1.0),  # on a cell of [[1, 2, 3, 4], [5, 6, 7, 8]]: right-sided difference
-        (3.0, 0.0, 4.0, -4.0),  # last column: its right neighbour is 0
-        (-0.5, 0.0, 0.5, 1.0),  # half outside
-        (3.5, 1.0, 4.0, -8.0),
-        (0.0, -0.5, 0.5, 0.5),
-        (-1.0, 0.0, 0.0, 0.0),  # exactly one cell outside: outside
-        (4.0, 0.0, 0.0, 0.0),
-        (0.0, -1.0, 0.0, 0.0),
-        (0.0, 2.0, 0.0, 0.0),
-    ],
-)
+@pytest.mark.parametrize(("x", "y", "output", "grad_x"), BORDER)
 def test_values_and_gradients_at_the_border(deform, x, y, output, grad_x):
     function, device = deform
     result, _, grad_reference, grad_offsets, _ = run(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import SHAPES, by_grid_sample, by_loops, make_inputs, run
+from attention_cases import BORDER, SHAPES, by_grid_sample, by_loops, make_inputs, run
 
 from dn_detr.ops import ms_deform_attn, ms_deform_attn_plain
 from dn_detr.ops.extension import KERNELS
@@ -160,20 +160,7 @@ def test_autocast_does_not_touch_the_locations(attend):
 # ---------------------------------------------------------------------------- boundaries
 
 
-@pytest.mark.parametrize(
-    ("x", "y", "output", "grad_x"),
-    [
-        (1.0, 1.0, 6.0, 1.0),  # on a cell of [[1, 2, 3, 4], [5, 6, 7, 8]]: right-sided difference
-        (3.0, 0.0, 4.0, -4.0),  # last column: its right neighbour is 0
-        (-0.5, 0.0, 0.5, 1.0),  # half outside
-        (3.5, 1.0, 4.0, -8.0),
-        (0.0, -0.5, 0.5, 0.5),
-        (-1.0, 0.0, 0.0, 0.0),  # exactly one cell outside: outside
-        (4.0, 0.0, 0.0, 0.0),
-        (0.0, -1.0, 0.0, 0.0),
-        (0.0, 2.0, 0.0, 0.0),
-    ],
-)
+@pytest.mark.parametrize(("x", "y", "output", "grad_x"), BORDER)
 def test_values_and_gradients_at_the_border(attend, x, y, output, grad_x):
     function, device = attend
     # A power of two wide and high: the locations are exact.

@@ -96,8 +96,36 @@ class Denoise(nn.Module):
 
     def forward(self, queries: Queries, source, targets: Targets) -> Queries:
         """source: has `from_boxes(labels [B, T], boxes [B, T, 4]) -> QueryState`."""
-        num_groups, slots = self.groups(targets.labels.shape[1])
         match = next(segment for segment in queries.segments if segment.name == "match")
+        noised, mask = self.noise(
+            targets, num_matched=match.size, mask_dtype=attention_dtype(queries.state.content)
+        )
+        state = self.describe(noised, source, targets)
+        if not self.hides_empty:
+            content = state.content.masked_fill(noised.is_empty[..., None], 0)
+            state = replace(state, content=content)
+        segment = Segment(
+            name="denoise",
+            size=noised.labels.shape[1],
+            num_groups=noised.num_groups,
+            sees=("match",),
+            assignment=noised.assignment,
+            is_empty=noised.is_empty,
+            copies=noised.num_groups,
+        )
+        return Queries(
+            state=QueryState.cat([state, queries.state]),
+            segments=(segment, *queries.segments),
+            proposals=queries.proposals,
+            mask=mask if match.is_empty is None else hide_last(mask, match.is_empty),
+        )
+
+    def noise(
+        self, targets: Targets, *, num_matched: int, mask_dtype: torch.dtype
+    ) -> tuple[NoisedObjects, Tensor]:
+        """T noised objects for each image, and the additive mask of their slots and the matched ones
+        after them, [B or 1, 1, T + num_matched, T + num_matched]; see `ops.noise_objects`."""
+        num_groups, slots = self.groups(targets.labels.shape[1])
         labels, boxes, assignment, is_empty, mask = noise_objects(
             targets.labels,
             targets.boxes,
@@ -109,30 +137,11 @@ class Denoise(nn.Module):
             box_noise=self.box_noise,
             label_noise=self.label_noise,
             contrastive=self.is_contrastive,
-            num_matched=match.size,
-            mask_dtype=attention_dtype(queries.state.content),
+            num_matched=num_matched,
+            mask_dtype=mask_dtype,
             hide_empty=self.hides_empty,
         )
-        noised = NoisedObjects(labels, boxes, assignment, is_empty, num_groups)
-        state = self.describe(noised, source, targets)
-        if not self.hides_empty:
-            content = state.content.masked_fill(noised.is_empty[..., None], 0)
-            state = replace(state, content=content)
-        segment = Segment(
-            name="denoise",
-            size=noised.labels.shape[1],
-            num_groups=num_groups,
-            sees=("match",),
-            assignment=noised.assignment,
-            is_empty=noised.is_empty,
-            copies=num_groups,
-        )
-        return Queries(
-            state=QueryState.cat([state, queries.state]),
-            segments=(segment, *queries.segments),
-            proposals=queries.proposals,
-            mask=mask if match.is_empty is None else hide_last(mask, match.is_empty),
-        )
+        return NoisedObjects(labels, boxes, assignment, is_empty, num_groups), mask
 
     def describe(self, noised: NoisedObjects, source, targets: Targets) -> QueryState:
         """The queries of noised objects."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dn_detr.ops.extension import KERNELS, use_kernel
-from dn_detr.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_plain
+from dn_detr.ops.ms_deform_attn import ms_deform_attn_plain
 
 
 def deformable_attention(
@@ -44,7 +44,9 @@ def deformable_attention(
         return torch.ops.dn_detr.deformable_attention(
             value, sides, valid_sizes, reference, offsets, logits, padding
         )
-    return _compose(ms_deform_attn, value, shapes, valid_sizes, reference, offsets, logits, padding)
+    return deformable_attention_plain(
+        value, shapes, valid_sizes, reference, offsets, logits, padding
+    )
 
 
 def deformable_attention_plain(
@@ -91,7 +93,7 @@ def _compose(sample, value, shapes, valid_sizes, reference, offsets, logits, pad
     x = torch.stack([cells[..., i, :, 0] / w for i, (_, w) in enumerate(sides)], dim=-2)
     y = torch.stack([cells[..., i, :, 1] / h for i, (h, _) in enumerate(sides)], dim=-2)
     weights = logits.to(precise).softmax(dim=-1).unflatten(-1, (levels, points))
-    return sample(value, shapes, torch.stack((x, y), dim=-1), weights)
+    return ms_deform_attn_plain(value, shapes, torch.stack((x, y), dim=-1), weights)
 
 
 def _check(value, shapes, valid_sizes, reference, offsets, logits, padding):
