@@ -31,6 +31,8 @@ DETECTRON2 = (
     "detectron2 @ git+https://github.com/facebookresearch/detectron2.git"
     "@02b5c4e295e990042a714712c21dc79b731e8833"
 )
+EXPORT = ["onnx", "onnxruntime", "onnxscript"]
+EVALUATION = ["faster-coco-eval"]
 NO_TORCH = (
     "dn_detr is built against the torch that you have, and there is none: install torch first "
     "(https://pytorch.org), then run `pip install --no-build-isolation -e .`"
@@ -251,9 +253,9 @@ setup(
         # Detectron2's visualizer imports OpenCV without declaring it.
         "detectron2": [DETECTRON2, "opencv-python-headless"],
         # tools/export.py --format onnx; to run the file, onnxruntime is enough.
-        "export": ["onnx", "onnxruntime", "onnxscript"],
-        "evaluation": ["faster-coco-eval"],
-        "test": ["pytest", "pytest-xdist"],
+        "export": EXPORT,
+        "evaluation": EVALUATION,
+        "test": ["pytest", "pytest-xdist", *EXPORT, *EVALUATION],
     },
     **extension_arguments(),
 )

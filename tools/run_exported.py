@@ -14,8 +14,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from PIL import Image, ImageDraw, ImageOps
+
+try:
+    import onnxruntime
+except ImportError:
+    onnxruntime = None
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
@@ -42,9 +46,12 @@ def prepare(image: Image.Image, about: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def detect(
-    session: onnxruntime.InferenceSession, about: dict, image: Image.Image, threshold: float
+    session, about: dict, image: Image.Image, threshold: float
 ) -> list[tuple[str, float, list[float]]]:
-    """(class name, score, box) of every detection; boxes are left, top, right, bottom in pixels."""
+    """(class name, score, box) of every detection; boxes are left, top, right, bottom in pixels.
+
+    session: onnxruntime.InferenceSession of the exported file.
+    """
     images, sizes = prepare(image, about)
     boxes, scores, labels = session.run(
         ["boxes", "scores", "labels"], {"images": images, "sizes": sizes}
@@ -81,6 +88,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for pictures with boxes drawn")
     parser.add_argument("--threshold", type=float, default=0.5)
     args = parser.parse_args()
+    if onnxruntime is None:
+        parser.error("this needs onnxruntime: pip install onnxruntime")
     session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
     about = json.loads(session.get_modelmeta().custom_metadata_map["dn_detr"])
     for path in files(args.images):
