@@ -13,7 +13,7 @@ from dn_detr.layers.content import QueryContent
 from dn_detr.losses.criterion import Criterion
 from dn_detr.losses.mask_points import PointSampling
 from dn_detr.losses.mask_terms import Dice, MaskCrossEntropy, MaskTerms
-from dn_detr.losses.terms import L1, Focal, GIoU, Softmax
+from dn_detr.losses.terms import L1, Focal, GIoU, MatchabilityAware, Softmax
 from dn_detr.methods import METHODS
 from dn_detr.methods.mask2former import MaskQueries
 from dn_detr.models.detr import DETR
@@ -132,22 +132,32 @@ def build_criterion(
     giou_weight: float = 2.0,
     focal_alpha: float = 0.25,
     focal_gamma: float = 2.0,
+    mal_gamma: float = 1.5,
     kind: str = "focal",
     no_object_weight: float = 0.1,
     masks: MaskTerms | None = None,
 ) -> Criterion:
     """Class, L1 and GIoU losses with the weights of DAB-DETR and its descendants.
 
-    Without weights of L1 and GIoU (0), predictions need no boxes. kind: of the class loss, "focal"
-    or "softmax" (of logits with a last column for "no object", whose slots weigh
-    `no_object_weight`). masks: see `mask_terms`.
+    Without weights of L1 and GIoU (0), predictions need no boxes. kind: of the class loss, "focal",
+    "mal" (matchability-aware) or "softmax" (of logits with a last column for "no object", whose
+    slots weigh `no_object_weight`). masks: see `mask_terms`.
     """
-    if kind not in ("focal", "softmax"):
-        raise ValueError(f'kind of class loss must be "focal" or "softmax", got {kind!r}')
-    focal = Focal(alpha=focal_alpha, gamma=focal_gamma)
-    softmax = Softmax(unmatched_weight=no_object_weight)
-    terms = {"class": (focal if kind == "focal" else softmax, class_weight)}
-    if l1_weight or giou_weight:
+    class_terms = {
+        "focal": Focal(alpha=focal_alpha, gamma=focal_gamma),
+        "mal": MatchabilityAware(gamma=mal_gamma),
+        "softmax": Softmax(unmatched_weight=no_object_weight),
+    }
+    if kind not in class_terms:
+        raise ValueError(f"kind of class loss must be one of {list(class_terms)}, got {kind!r}")
+    has_boxes = l1_weight or giou_weight
+    if kind == "mal" and not has_boxes:
+        raise ValueError(
+            'the class loss "mal" asks for the overlap of boxes, which are not trained without a '
+            "weight of L1 or GIoU"
+        )
+    terms = {"class": (class_terms[kind], class_weight)}
+    if has_boxes:
         terms |= {"box": (L1(), l1_weight), "giou": (GIoU(), giou_weight)}
     return Criterion(terms, masks=masks)
 

@@ -8,6 +8,7 @@ from random_values import random_mask, random_predictions, random_targets
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.testing import assert_close
 
+from dn_detr.build import build_criterion
 from dn_detr.losses.criterion import look_up
 from dn_detr.losses.terms import L1, Focal, GIoU, MatchabilityAware, Softmax
 from dn_detr.structures import Assignment, Matched, Segment
@@ -87,6 +88,37 @@ def test_matchability_aware_loss_by_hand():
     # No overlap at all: even the object's own class must be silent, -ln 0.25 = 1.3862944.
     matched = one_slot([math.log(3)], [0.1, 0.1, 0.1, 0.1], 0, (0.9, 0.9, 0.1, 0.1))
     assert MatchabilityAware()(matched, 1.0).item() == pytest.approx(1.3862944, abs=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [1.5, 2.0])
+def test_matchability_aware_loss_agrees_with_a_loop_over_slots_and_classes(gamma):
+    matched = random_matched()
+    expected = [0.0, 0.0]
+    for layer, image, slot in matched.is_real.nonzero().tolist():
+        at = layer, image, slot
+        overlap = plain_loops.iou(matched.boxes[at].tolist(), matched.target_boxes[at].tolist())
+        for k, logit in enumerate(matched.logits[at].tolist()):
+            is_target = bool(matched.is_positive[at]) and matched.labels[at].item() == k
+            loss = plain_loops.matchability_aware_loss(logit, overlap if is_target else None, gamma)
+            expected[layer] += loss / (2.0 * 4.0)
+    found = MatchabilityAware(gamma=gamma)(matched, 4.0)
+    assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_the_class_loss_is_chosen_by_its_name():
+    matched = random_matched()
+    for kind, term in (
+        ("focal", Focal(alpha=0.3, gamma=1.7)),
+        ("mal", MatchabilityAware(gamma=1.3)),
+        ("softmax", Softmax(unmatched_weight=0.2)),
+    ):
+        numbers = {"focal_alpha": 0.3, "focal_gamma": 1.7, "mal_gamma": 1.3}
+        criterion = build_criterion(kind=kind, no_object_weight=0.2, **numbers)
+        assert_close(criterion.terms["class"][0](matched, 2.0), term(matched, 2.0))
+    with pytest.raises(ValueError, match="must be one of .*'mal'.*, got 'vfl'"):
+        build_criterion(kind="vfl")
+    with pytest.raises(ValueError, match='"mal" asks for the overlap of boxes'):
+        build_criterion(kind="mal", l1_weight=0.0, giou_weight=0.0)
 
 
 def test_matchability_aware_loss_has_no_gradient_through_its_weights():

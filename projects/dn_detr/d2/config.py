@@ -130,8 +130,10 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Weights of the loss; the matching costs are COST_*.
     node.LOSS = CfgNode()
     # Class loss and matching cost: "focal", or "softmax" with a further logit for "no object", whose
-    # slots weigh NO_OBJECT_WEIGHT (DETR).
+    # slots weigh NO_OBJECT_WEIGHT (DETR), or "mal", the matchability-aware loss (DEIM, 2412.04234)
+    # with the exponent MAL_GAMMA, matched as with "focal".
     node.LOSS.KIND = "focal"
+    node.LOSS.MAL_GAMMA = 1.5
     node.LOSS.NO_OBJECT_WEIGHT = 0.1
     node.LOSS.CLASS_WEIGHT = 1.0
     node.LOSS.L1_WEIGHT = 5.0

@@ -126,7 +126,7 @@ class DenoisingDETR(nn.Module):
             class_cost=loss.COST_CLASS,
             l1=loss.COST_L1,
             giou=loss.COST_GIOU,
-            kind=loss.KIND,
+            kind="softmax" if loss.KIND == "softmax" else "focal",
             alpha=loss.FOCAL_ALPHA,
             gamma=loss.FOCAL_GAMMA,
         )
@@ -168,6 +168,7 @@ class DenoisingDETR(nn.Module):
                 focal_alpha=loss.FOCAL_ALPHA,
                 focal_gamma=loss.FOCAL_GAMMA,
                 kind=loss.KIND,
+                mal_gamma=loss.MAL_GAMMA,
                 no_object_weight=loss.NO_OBJECT_WEIGHT,
                 masks=masks,
             ),

@@ -66,8 +66,8 @@ def num_parts(cfg) -> int:
         )
     if parts > 1 and cfg.MODEL.DN_DETR.LOSS.KIND == "softmax":
         raise InputError(
-            "SOLVER.ACCUMULATE needs MODEL.DN_DETR.LOSS.KIND 'focal': the softmax loss is a mean over "
-            "the slots of a whole batch, which its parts cannot know."
+            "SOLVER.ACCUMULATE needs MODEL.DN_DETR.LOSS.KIND 'focal' or 'mal': the softmax loss is a "
+            "mean over the slots of a whole batch, which its parts cannot know."
         )
     logger.info(
         f"{cfg.SOLVER.IMS_PER_BATCH} images for each step of the optimizer: {processes} x {images} "
