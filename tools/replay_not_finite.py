@@ -74,7 +74,8 @@ def main() -> None:
     )
     model.seed = kept["seed"]
     step.iter = kept["iteration"]
-    whole = replace(whole_batch(samples, step.device), num_objects=kept["num_objects"])
+    normalisers = {name: kept[name] for name in ("num_objects", "num_teacher_boxes")}
+    whole = replace(whole_batch(samples, step.device), **normalisers)
     broken = watch(model)
     print(f"weights and statistics that are not finite: {unhealthy or 'none'}")
     torch.manual_seed(kept["device_seed"])

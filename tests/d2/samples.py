@@ -24,3 +24,16 @@ def sample(image_id: int, num_objects: int, *, height: int = 64, width: int = 96
         "height": height,
         "width": width,
     }
+
+
+def with_teacher(sample: dict, num_boxes: int, *, classes: int = 3) -> dict:
+    """`sample` with boxes of a teacher, which follow from its image_id."""
+    height, width = sample["image"].shape[1:]
+    generator = torch.Generator().manual_seed(1000 + sample["image_id"])
+    taught = Instances((height, width))
+    corners = torch.rand(num_boxes, 2, 2, generator=generator).sort(dim=1).values
+    boxes = corners.flatten(1) * torch.tensor([width - 9, height - 9] * 2)
+    taught.gt_boxes = Boxes(boxes + torch.tensor([0, 0, 8, 8]))
+    taught.gt_classes = torch.randint(classes, (num_boxes,), generator=generator)
+    taught.scores = 0.1 + 0.9 * torch.rand(num_boxes, generator=generator)
+    return {**sample, "teacher_instances": taught}

@@ -22,12 +22,12 @@ def unequal_batch() -> list[dict]:
     return [sample(i, n, height=h, width=w) for i, (h, w, n) in enumerate(sizes)]
 
 
-def gradients_and_losses(cfg, num_parts):
+def gradients_and_losses(cfg, num_parts, batch=None):
     torch.manual_seed(0)
     model = build_model(cfg)
     step = TrainStep(
         model,
-        [unequal_batch()],
+        [unequal_batch() if batch is None else batch],
         build_optimizer(cfg, model),
         precision=None,
         seed=0,

@@ -7,7 +7,7 @@ import torch
 import yaml
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from samples import sample
+from samples import sample, with_teacher
 
 from dn_detr.d2 import add_dn_detr_config
 from dn_detr.d2.checkpoint import CLASS_DEPENDENT, has_part
@@ -66,7 +66,8 @@ def test_a_configuration_trains_and_detects(name):
 
     keys = []
     for counts in ((3, 1), (0, 2), (0, 0)):
-        losses = model([sample(image, count) for image, count in enumerate(counts)])
+        batch = [sample(image, count) for image, count in enumerate(counts)]
+        losses = model([with_teacher(sample, len(sample["instances"])) for sample in batch])
         optimizer.zero_grad()
         sum(losses.values()).backward()
         keys.append(list(losses))
@@ -78,6 +79,7 @@ def test_a_configuration_trains_and_detects(name):
                 assert parameter.grad.isfinite().all(), parameter_name
     assert keys[0] == keys[1] == keys[2]
     assert any("denoise" in key for key in keys[0]) == cfg.MODEL.DN_DETR.DENOISING.ENABLED
+    assert any("teacher" in key for key in keys[0]) == cfg.MODEL.DN_DETR.TEACH.ENABLED
     optimizer.step()
 
     model.eval()

@@ -251,6 +251,53 @@ def test_only_numpy_gives_random_numbers(tmp_path):
     assert torch.equal(torch.get_rng_state(), torch_state)
 
 
+AUGMENTATIONS = {
+    "flip": {"crop": None, "flip": "vertical"},
+    "resize": {"crop": None, "flip": "none", "min_sizes": (50, 64, 90)},
+    "crop": {"crop": ((100, 140), "absolute_range", (40, 80)), "min_sizes": (70, 90)},
+    "jitter": {"jitter": (0.4, 2.0, 96)},
+}
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_a_teachers_boxes_move_with_the_objects(tmp_path, name):
+    """A teacher who sees just the ground truth, in another order, and one thing more."""
+    boxes = [(8, 10, 20, 30), (50, 40, 30, 44), (90, 6, 25, 20)]
+    record = make_record(tmp_path, 100, 120, boxes)
+    corners = [[x, y, x + w, y + h] for x, y, w, h in boxes]
+    seen = [(corners[2], 2, 0.5), ([0, 0, 120, 100], 7, 0.125), (corners[0], 0, 1.0)]
+    record["annotations"] += [
+        {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label, "score": score}
+        for box, label, score in (*seen, (corners[1], 1, 0.75))
+    ]
+    scores = {2: 0.5, 7: 0.125, 0: 1.0, 1: 0.75}
+    mapper = train_mapper(**AUGMENTATIONS[name])
+    assert "teacher_instances" not in seeded(mapper, record, 0)
+    mapper.with_teacher = True
+    counts = set()
+    for seed in range(16):
+        sample = seeded(mapper, record, seed)
+        truth, taught = sample["instances"], sample["teacher_instances"]
+        assert taught.image_size == truth.image_size == tuple(sample["image"].shape[1:])
+        assert taught.scores.tolist() == [scores[label] for label in taught.gt_classes.tolist()]
+        frame = taught[taught.gt_classes == 7].gt_boxes.tensor[0].tolist()
+        assert frame == pytest.approx([0, 0, *sample["image"].shape[:0:-1]], abs=1e-4)
+        same = taught[taught.gt_classes != 7]
+        order = same.gt_classes.argsort()
+        assert torch.equal(same.gt_classes[order], truth.gt_classes)
+        assert torch.equal(same.gt_boxes.tensor[order], truth.gt_boxes.tensor)
+        counts.add(len(truth))
+    assert len(counts) > 1 or name in ("flip", "resize")
+
+
+def test_a_teacher_who_sees_nothing_says_so(tmp_path):
+    mapper = train_mapper()
+    mapper.with_teacher = True
+    taught = mapper(make_record(tmp_path, 60, 50, [(0, 0, 10, 10)]))["teacher_instances"]
+    assert len(taught) == 0
+    assert taught.gt_boxes.tensor.shape == (0, 4) and taught.scores.shape == (0,)
+
+
 def test_unreadable_images_are_named_in_one_sentence(tmp_path):
     record = make_record(tmp_path, 60, 50, [(0, 0, 10, 10)])
     mapper = train_mapper()

@@ -55,6 +55,8 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_learned_from(run, tmp_
 def test_a_sample_survives_being_written_down():
     original = sample(4, 3)
     original["instances"].gt_masks = BitMasks(torch.rand(3, 64, 96) > 0.5)
+    original["teacher_instances"] = sample(5, 2)["instances"]
+    original["teacher_instances"].scores = torch.tensor([0.5, 0.25])
     again = as_sample(as_plain(original))
     assert again.keys() == original.keys()
     assert torch.equal(again["image"], original["image"])
@@ -62,3 +64,6 @@ def test_a_sample_survives_being_written_down():
     for field in ("gt_boxes", "gt_classes", "gt_masks"):
         one, other = again["instances"].get(field), original["instances"].get(field)
         assert torch.equal(getattr(one, "tensor", one), getattr(other, "tensor", other))
+    one, other = again["teacher_instances"], original["teacher_instances"]
+    assert torch.equal(one.scores, other.scores)
+    assert torch.equal(one.gt_boxes.tensor, other.gt_boxes.tensor)

@@ -17,6 +17,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Datasets in COCO format, without any Python: a list of [name, json, image_root]. The names can
     # then be used in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_FORMAT = []
+    # Boxes of teachers for MODEL.DN_DETR.TEACH: a list of [dataset, json], one for each training
+    # dataset: results in COCO's format, as tools/make_teacher_boxes.py makes them.
+    cfg.DATASETS.TEACHER_BOXES = []
     # What is checked before the first iteration: "full" (annotations and images) or "off".
     cfg.DATASETS.CHECK = "full"
     # Images are not grouped by aspect ratio, as in the published code: a sample depends on its
@@ -125,6 +128,18 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.HYBRID.NUM_QUERIES = 1500
     node.HYBRID.REPEATS = 6
     node.HYBRID.WEIGHT = 1.0
+
+    # --------------------------------------------------------------------------------- teaching
+    # Teach-DETR (2211.11953): the boxes of DATASETS.TEACHER_BOXES as a second set of targets for the
+    # matched queries. Each weighs as much as its score; slots without one weigh UNMATCHED_WEIGHT in
+    # the class loss. WEIGHT: of all these losses.
+    node.TEACH = CfgNode()
+    node.TEACH.ENABLED = False
+    node.TEACH.WEIGHT = 1.0
+    node.TEACH.UNMATCHED_WEIGHT = 0.5
+    node.TEACH.CLASS_WEIGHT = 2.0
+    node.TEACH.L1_WEIGHT = 5.0
+    node.TEACH.GIOU_WEIGHT = 2.0
 
     # ------------------------------------------------------------------------------------- loss
     # Weights of the loss; the matching costs are COST_*.

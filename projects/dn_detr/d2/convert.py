@@ -31,7 +31,7 @@ def to_target(
     instances: Instances, *, num_classes: int, noise_key: int, with_masks: bool = False
 ) -> Target:
     """Ground truth of one image: gt_boxes in pixels of the (augmented) image, gt_classes and, if
-    asked for, gt_masks.
+    asked for, gt_masks. A teacher's boxes have scores too.
 
     ValueError if a class is not in [0, num_classes).
     """
@@ -52,7 +52,8 @@ def to_target(
             f"gt_classes must be in [0, {num_classes}), got {sorted(set(labels.tolist()))}"
         )
     masks = instances.gt_masks.tensor if with_masks else None
-    return Target(labels=labels, boxes=boxes, masks=masks, noise_key=noise_key)
+    scores = instances.scores if instances.has("scores") else None
+    return Target(labels=labels, boxes=boxes, masks=masks, scores=scores, noise_key=noise_key)
 
 
 def to_instances(detections: Detections, image_size: tuple[int, int]) -> Instances:

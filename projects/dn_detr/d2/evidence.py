@@ -40,23 +40,29 @@ class Evidence:
         return path
 
 
-FIELDS = {"gt_boxes": Boxes, "gt_classes": None, "gt_masks": BitMasks}
+FIELDS = {"gt_boxes": Boxes, "gt_classes": None, "gt_masks": BitMasks, "scores": None}
 """What training samples have of their objects, and the class around its tensor."""
 
 
 def as_plain(sample: dict) -> dict:
     """A training sample as tensors, numbers and names, which any torch.load reads."""
     plain = {key: value for key, value in sample.items() if isinstance(value, int | str)}
-    fields = sample["instances"].get_fields()
-    objects = {name: fields[name] for name in FIELDS if name in fields}
-    tensors = {name: getattr(value, "tensor", value) for name, value in objects.items()}
-    return {**plain, "image": sample["image"], **tensors}
+    plain["image"] = sample["image"]
+    for key, value in sample.items():
+        if isinstance(value, Instances):
+            fields = value.get_fields()
+            objects = {name: fields[name] for name in FIELDS if name in fields}
+            plain[key] = {name: getattr(v, "tensor", v) for name, v in objects.items()}
+    return plain
 
 
 def as_sample(plain: dict) -> dict:
     """The inverse of `as_plain`."""
-    instances = Instances(tuple(plain["image"].shape[-2:]))
-    for name, kind in FIELDS.items():
-        if name in plain:
-            instances.set(name, kind(plain[name]) if kind else plain[name])
-    return {**{key: plain[key] for key in plain if key not in FIELDS}, "instances": instances}
+    sample = dict(plain)
+    for key, tensors in plain.items():
+        if isinstance(tensors, dict):
+            sample[key] = Instances(tuple(plain["image"].shape[-2:]))
+            for name, values in tensors.items():
+                kind = FIELDS[name]
+                sample[key].set(name, kind(values) if kind else values)
+    return sample

@@ -21,6 +21,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from dn_detr.d2 import records
 from dn_detr.d2.mapper import DetrMapper
+from dn_detr.d2.teacher_boxes import WithTeacher, load_teacher_boxes, teacher_files
 from dn_detr.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -167,15 +168,20 @@ def _without_lingering_workers(iterator):
     raise InputError(sentence)
 
 
-def training_set(names, *, check: str, filters_empty: bool, with_masks: bool = False):
+def training_set(
+    names, *, check: str, filters_empty: bool, with_masks: bool, teachers: dict[str, str]
+):
     """The records of one or several datasets as one, without images without objects if so asked.
 
+    teachers: dataset -> file of a teacher's boxes, which come among its annotations; empty: none.
     InputError where none of them has an object.
     """
     parts = []
     for name in names:
         loaded = records.load(name, check=check, with_masks=with_masks)
         part = loaded.records
+        if name in teachers:
+            part = WithTeacher(part, load_teacher_boxes(loaded, teachers[name]).boxes)
         if filters_empty:
             part = Subset(part, np.flatnonzero(loaded.num_objects).tolist())
         if not loaded.num_objects.any():
@@ -202,6 +208,7 @@ def build_train_loader(cfg, mapper=None) -> TrainLoader:
         check=cfg.DATASETS.CHECK,
         filters_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         with_masks=cfg.MODEL.MASK_ON,
+        teachers=teacher_files(cfg),
     )
     loader = TrainLoader(
         dataset,

@@ -96,17 +96,21 @@ class DetrMapper:
     "image_id", and with `with_instances` also "instances": gt_boxes (xyxy pixels of "image"),
     gt_classes and, if asked for, gt_masks. Crowd annotations are left out, and boxes and masks that
     a crop leaves nothing of; an image without objects is a negative, not an error. With masks, the
-    box of an object that was cut is that of what is still visible. The record is not changed.
-    Random numbers come from numpy's global generator.
+    box of an object that was cut is that of what is still visible. Annotations with a "score" are a
+    teacher's boxes: `with_teacher` they make "teacher_instances", with scores beside gt_boxes and
+    gt_classes. The record is not changed. Random numbers come from numpy's global generator.
     """
 
     @configurable
-    def __init__(self, *, augmentations, image_format, with_instances, with_masks=False):
+    def __init__(
+        self, *, augmentations, image_format, with_instances, with_masks=False, with_teacher=False
+    ):
         """`augmentations`: Detectron2's, in order; `image_format`: "RGB" or "BGR"."""
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
         self.with_instances = with_instances
         self.with_masks = with_masks
+        self.with_teacher = with_teacher
 
     @classmethod
     def from_config(cls, cfg, is_train=True):
@@ -131,6 +135,7 @@ class DetrMapper:
             "image_format": cfg.INPUT.FORMAT,
             "with_instances": is_train,
             "with_masks": cfg.MODEL.MASK_ON,
+            "with_teacher": is_train and cfg.MODEL.DN_DETR.TEACH.ENABLED,
         }
 
     def __call__(self, record):
@@ -140,27 +145,43 @@ class DetrMapper:
         image = np.ascontiguousarray(aug_input.image.transpose(2, 0, 1))
         sample["image"] = torch.from_numpy(image)
         if self.with_instances:
-            objects = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
+            annotations = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
+            objects = [a for a in annotations if "score" not in a]
             size_before = (sample["height"], sample["width"])
             sample["instances"] = self._instances(objects, transforms, size_before, image.shape[1:])
+            if self.with_teacher:
+                taught = [a for a in annotations if "score" in a]
+                sample["teacher_instances"] = _taught(taught, transforms, image.shape[1:])
         return sample
 
     def _instances(self, objects, transforms, size_before, size):
-        height, width = size
-        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
-        boxes = transforms.apply_box(np.array(boxes, np.float64).reshape(-1, 4))
-        inside = boxes.clip(0, [width, height, width, height])
-        instances = Instances((height, width))
-        instances.gt_boxes = Boxes(inside)
-        instances.gt_classes = torch.tensor([a["category_id"] for a in objects], dtype=torch.int64)
+        instances, is_cut = _boxes(objects, transforms, size)
         if self.with_masks:
-            masks = np.zeros((len(objects), height, width), bool)
+            masks = np.zeros((len(objects), *size), bool)
             for i, annotation in enumerate(objects):
                 mask = _bitmask(annotation["segmentation"], *size_before)
                 masks[i] = transforms.apply_segmentation(mask.astype(np.uint8))
             instances.gt_masks = BitMasks(torch.from_numpy(masks))
-            is_cut = np.abs(inside - boxes).max(axis=1, initial=0) > ROUNDING
             visible = instances.gt_masks[is_cut].get_bounding_boxes().tensor
             instances.gt_boxes.tensor[is_cut] = visible
             instances = instances[instances.gt_masks.nonempty()]
         return instances[instances.gt_boxes.nonempty(threshold=1e-5)]
+
+
+def _boxes(annotations, transforms, size):
+    """Instances of the augmented image of `size` with gt_boxes and gt_classes; which were cut."""
+    height, width = size
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    boxes = transforms.apply_box(np.array(boxes, np.float64).reshape(-1, 4))
+    inside = boxes.clip(0, [width, height, width, height])
+    instances = Instances((height, width))
+    instances.gt_boxes = Boxes(inside)
+    instances.gt_classes = torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64)
+    return instances, np.abs(inside - boxes).max(axis=1, initial=0) > ROUNDING
+
+
+def _taught(annotations, transforms, size):
+    """A teacher's boxes of the augmented image of `size`, with their scores."""
+    instances, _ = _boxes(annotations, transforms, size)
+    instances.scores = torch.tensor([a["score"] for a in annotations], dtype=torch.float32)
+    return instances[instances.gt_boxes.nonempty(threshold=1e-5)]

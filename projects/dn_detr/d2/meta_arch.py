@@ -24,6 +24,7 @@ from dn_detr.losses.assign import Costs, assign
 from dn_detr.losses.criterion import Criterion
 from dn_detr.losses.mask_costs import MaskCosts
 from dn_detr.losses.mask_points import PointSampling
+from dn_detr.losses.teaching import Teaching
 from dn_detr.models.detr import DETR
 from dn_detr.models.mask_postprocess import postprocess_masks
 from dn_detr.models.numbers import Numbers
@@ -38,7 +39,8 @@ class DenoisingDETR(nn.Module):
     Takes Detectron2's list of dicts: "image" [3, H, W] in 0..255, "instances" in training, and the
     output size "height", "width". Gives a dict of scalar losses in training, and in evaluation a
     list of {"instances": pred_boxes in pixels of the output size, scores, pred_classes}; pages with
-    masks need gt_masks, and give pred_masks bool [N, height, width].
+    masks need gt_masks, and give pred_masks bool [N, height, width]. With `teaching`, training needs
+    "teacher_instances" too (gt_boxes, gt_classes, scores).
     """
 
     @configurable
@@ -58,6 +60,7 @@ class DenoisingDETR(nn.Module):
         has_no_object: bool,
         pad_objects_to: int,
         seed: int,
+        teaching: Teaching | None = None,
     ):
         super().__init__()
         self.backbone = backbone
@@ -72,6 +75,7 @@ class DenoisingDETR(nn.Module):
         self.has_no_object = has_no_object
         self.pad_objects_to = pad_objects_to
         self.seed = seed
+        self.teaching = teaching
         self.assignments: Assignments = {}  # of the last training batch
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean)[:, None, None], False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std)[:, None, None], False)
@@ -130,6 +134,17 @@ class DenoisingDETR(nn.Module):
             alpha=loss.FOCAL_ALPHA,
             gamma=loss.FOCAL_GAMMA,
         )
+        teach, teaching = node.TEACH, None
+        if teach.ENABLED:
+            teaching = Teaching(
+                costs=costs,
+                weight=teach.WEIGHT,
+                class_weight=teach.CLASS_WEIGHT,
+                l1_weight=teach.L1_WEIGHT,
+                giou_weight=teach.GIOU_WEIGHT,
+                unmatched_weight=teach.UNMATCHED_WEIGHT,
+                no_object_weight=loss.NO_OBJECT_WEIGHT,
+            )
         masks, size_divisibility = None, backbone.size_divisibility
         if cfg.MODEL.MASK_ON != (core.mask_head is not None):
             raise ValueError(
@@ -179,6 +194,7 @@ class DenoisingDETR(nn.Module):
             "has_no_object": loss.KIND == "softmax",
             "pad_objects_to": node.PAD_OBJECTS_TO,
             "seed": cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+            "teaching": teaching,
         }
 
     @property
@@ -200,7 +216,11 @@ class DenoisingDETR(nn.Module):
         targets = self.targets(batched_inputs, whole)
         predictions = self.core(features, padding, targets)
         self.assignments = assign(predictions, targets, self.costs)
-        return self.criterion(predictions, targets, self.assignments, whole.num_objects)
+        losses = self.criterion(predictions, targets, self.assignments, whole.num_objects)
+        if self.teaching is not None:
+            boxes = self.teacher_boxes(batched_inputs)
+            losses.update(self.teaching(predictions, boxes, whole.num_teacher_boxes))
+        return losses
 
     def detect(
         self, predictions: Predictions, images: ImageList, batched_inputs: list[dict]
@@ -265,3 +285,11 @@ class DenoisingDETR(nn.Module):
         if whole is not None:  # rounding a part up to the slots of the whole gives just these
             multiple_of *= -(-whole.most_objects // multiple_of)
         return pad_targets(targets, multiple_of).to(self.device)
+
+    def teacher_boxes(self, batched_inputs: list[dict]) -> Targets:
+        """What a teacher saw in the images of a training batch, with its scores."""
+        targets = [
+            to_target(sample["teacher_instances"], num_classes=self.num_classes, noise_key=0)
+            for sample in batched_inputs
+        ]
+        return pad_targets(targets).to(self.device)

@@ -111,7 +111,9 @@ def clean(records, *, name: str, class_names: list[str], with_masks: bool = Fals
     Makes new records; their number is the image id of those without. Raises InputError where a
     class is not in [0, K), or where a segmentation is missing `with_masks`.
     """
-    unused = {"keypoints"} if with_masks else {"keypoints", "segmentation"}
+    unused = {"keypoints", "score"}  # a score would make a teacher's box of an object
+    if not with_masks:
+        unused.add("segmentation")
     no_size, outside, clipped = Finding(), Finding(), Finding()
     cleaned, num_objects, num_crowd = [], [], 0
     class_counts = np.zeros(len(class_names), np.int64)

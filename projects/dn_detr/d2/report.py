@@ -13,6 +13,7 @@ from dn_detr.d2 import records
 from dn_detr.d2.datasets import dataset_names
 from dn_detr.d2.ranks import on_main
 from dn_detr.d2.records import Finding, LoadedDataset, describe
+from dn_detr.d2.teacher_boxes import load_teacher_boxes, teacher_files
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +144,7 @@ def check_datasets(cfg, eval_only: bool = False) -> list[DatasetReport]:
     if cfg.DATASETS.CHECK == "off":
         return []
     node = cfg.MODEL.DN_DETR
+    teachers = {} if eval_only else teacher_files(cfg)
     reports = []
     for name in dataset_names(cfg, eval_only):
         loaded = records.load(name, check=cfg.DATASETS.CHECK, with_masks=cfg.MODEL.MASK_ON)
@@ -156,6 +158,8 @@ def check_datasets(cfg, eval_only: bool = False) -> list[DatasetReport]:
         )
         logger.info(str(report))
         reports.append(report)
+        if name in teachers:
+            logger.info(load_teacher_boxes(loaded, teachers[name]).report(node.NUM_QUERIES))
     return reports
 
 

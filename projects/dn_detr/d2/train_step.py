@@ -178,6 +178,7 @@ class TrainStep(SimpleTrainer):
             seed=self.seed,
             device_seed=self.device_seed(),
             num_objects=float(whole.num_objects),
+            num_teacher_boxes=float(whole.num_teacher_boxes),
             num_parts=self.num_parts,
         )
         return f"python tools/replay_not_finite.py {path} computes it again"

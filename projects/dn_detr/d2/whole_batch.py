@@ -21,13 +21,14 @@ class Whole:
 
     num_objects: in this process's images, averaged over the processes and at least 1: the losses'
     normaliser. most_objects: in one of this process's images, at least 1. height, width: of its
-    tallest and of its widest image.
+    tallest and of its widest image. num_teacher_boxes: as num_objects, of a teacher's boxes.
     """
 
     num_objects: float | Tensor
     most_objects: int
     height: int
     width: int
+    num_teacher_boxes: float | Tensor = 1.0
 
     def pad(self, images: Tensor, multiple_of: int) -> Tensor:
         """Images [B, C, h, w] on the canvas of the whole batch, with zeros below and to the right.
@@ -42,13 +43,15 @@ class Whole:
 def whole_batch(samples: list[dict], device: torch.device) -> Whole:
     """Of the training samples of this process. Every process must call it together."""
     counts = [len(sample["instances"]) for sample in samples]
-    num_objects: float | Tensor = max(1.0, float(sum(counts)))
+    num_taught = sum(len(sample.get("teacher_instances", ())) for sample in samples)
+    normalisers: tuple | Tensor = max(1.0, float(sum(counts))), max(1.0, float(num_taught))
     if comm.get_world_size() > 1:
-        total = torch.tensor([float(sum(counts))], device=device)
+        total = torch.tensor([float(sum(counts)), float(num_taught)], device=device)
         torch.distributed.all_reduce(total)
-        num_objects = (total[0] / comm.get_world_size()).clamp(min=1)
+        normalisers = (total / comm.get_world_size()).clamp(min=1)
     return Whole(
-        num_objects=num_objects,
+        num_objects=normalisers[0],
+        num_teacher_boxes=normalisers[1],
         most_objects=max(1, *counts),
         height=max(sample["image"].shape[-2] for sample in samples),
         width=max(sample["image"].shape[-1] for sample in samples),
