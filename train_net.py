@@ -33,6 +33,9 @@ from dn_detr.d2.saved_detector import read_evaluation_config
 from dn_detr.d2.trainer import Trainer
 from dn_detr.errors import InputError, sentence_in
 
+INTERRUPTED = 130
+"""The exit status that shells give to what Ctrl-C has ended."""
+
 
 def setup(args) -> CfgNode:
     """The frozen configuration of this run; datasets are registered, logging is set up."""
@@ -129,6 +132,11 @@ def invoke_main(arguments: list[str] | None = None) -> None:
         run(default_argument_parser().parse_args(arguments))
     except InputError as error:
         sys.exit(f"train_net.py: {error}")
+    except KeyboardInterrupt:
+        print(
+            "train_net.py: stopped; --resume goes on from the newest checkpoint.", file=sys.stderr
+        )
+        sys.exit(INTERRUPTED)
     except torch.multiprocessing.ProcessRaisedException as error:
         # A process started by `launch` failed; its exception arrives as text.
         sentence = sentence_in(str(error))

@@ -6,7 +6,7 @@
     python tools/check_data.py coco_2017_train --config-file configs/dn_deformable.yaml
 
 With a configuration, its datasets are known by name, and the report says whether its queries and
-denoising groups are enough.
+denoising groups are enough; without one it speaks of the data alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def configuration(config_file: str | None, opts: list[str]) -> CfgNode:
     return cfg
 
 
-def report(cfg: CfgNode, name: str) -> str:
+def report(cfg: CfgNode, name: str, *, knows_model: bool) -> str:
     """Loads and checks a dataset; InputError for what is wrong with its files."""
     node = cfg.MODEL.DN_DETR
     return str(
@@ -44,7 +44,7 @@ def report(cfg: CfgNode, name: str) -> str:
             records.load(name),
             is_for_training=name not in cfg.DATASETS.TEST,
             filters_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            num_queries=node.NUM_QUERIES,
+            num_queries=node.NUM_QUERIES if knows_model else 0,
             num_groups=node.DENOISING.NUM_GROUPS,
             max_noised=node.DENOISING.MAX_OBJECTS if node.DENOISING.ENABLED else 0,
         )
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     if args.write_cleaned and len(names) != 1:
         raise InputError(f"--write-cleaned is for one dataset, got {len(names)}.")
     for name in names:
-        print(report(cfg, name))
+        print(report(cfg, name, knows_model=args.config_file is not None))
     if args.write_cleaned:
         print(write_cleaned(names[0], args.write_cleaned))
 

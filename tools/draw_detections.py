@@ -32,13 +32,15 @@ def draw(cfg: CfgNode, detector: Detector, *, num_images: int, output: Path) -> 
     chosen = [loaded.records[i] for i in range(0, len(loaded.records), step)][:num_images]
     columns = 2 if len(chosen) > 3 else 1
     rows = -(-len(chosen) // columns)
+    images = [to_pixels(record["file_name"], "RGB") for record in chosen]
+    tallest = max(image.shape[0] / image.shape[1] for image in images)
+    size = (6 * columns, (3 * tallest + 0.3) * rows)  # inches; 0.3 for the titles
     figure, axes = plt.subplots(
-        rows, 2 * columns, figsize=(6 * columns, 3 * rows), squeeze=False, constrained_layout=True
+        rows, 2 * columns, figsize=size, squeeze=False, constrained_layout=True
     )
     for axis in axes.flat:
         axis.axis("off")
-    for index, record in enumerate(chosen):
-        image = to_pixels(record["file_name"], "RGB")
+    for index, (record, image) in enumerate(zip(chosen, images, strict=True)):
         found = detector(image, channel_order="RGB")
         row, column = divmod(index, columns)
         for offset, (picture, title) in enumerate(

@@ -13,14 +13,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 from dn_detr.d2 import export
 from dn_detr.d2.saved_detector import load_detector
 from dn_detr.errors import InputError
 
+OF_TORCH = (r"`isinstance\(treespec, LeafSpec\)` is deprecated", "The given buffer is not writable")
+"""Warnings of what torch does itself while it writes and reads the file."""
+
 
 def main() -> None:
+    for message in OF_TORCH:
+        warnings.filterwarnings("ignore", message=message)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", required=True, help="checkpoint")
     parser.add_argument("--config-file", help="where the checkpoint holds no configuration")

@@ -64,11 +64,17 @@ def detect(
     ]
 
 
-def draw(image: Image.Image, found: list[tuple[str, float, list[float]]]) -> Image.Image:
+def draw(
+    image: Image.Image, found: list[tuple[str, float, list[float]]], class_names: list[str]
+) -> Image.Image:
+    """Boxes with names over an image, in a colour for each class, the best on top."""
     pen = ImageDraw.Draw(image)
-    for name, score, box in found:
-        pen.rectangle(box, outline="red", width=2)
-        pen.text((box[0] + 3, box[1] + 1), f"{name} {score:.2f}", fill="red")
+    for name, score, box in reversed(found):
+        color = f"hsl({137 * class_names.index(name) % 360}, 100%, 60%)"
+        pen.rectangle(box, outline=color, width=2)
+        text, place = f"{name} {score:.2f}", (box[0] + 3, box[1] + 2)
+        pen.rectangle(pen.textbbox(place, text), fill="black")
+        pen.text(place, text, fill=color)
     return image
 
 
@@ -86,7 +92,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="file made by tools/export.py --format onnx")
     parser.add_argument("images", type=Path, nargs="+", help="images, or folders of images")
     parser.add_argument("--output", type=Path, help="folder for pictures with boxes drawn")
-    parser.add_argument("--threshold", type=float, default=0.5)
+    parser.add_argument("--confidence-threshold", type=float, default=0.3)
     args = parser.parse_args()
     if onnxruntime is None:
         parser.error("this needs onnxruntime: pip install onnxruntime")
@@ -94,13 +100,13 @@ def main() -> None:
     about = json.loads(session.get_modelmeta().custom_metadata_map["dn_detr"])
     for path in files(args.images):
         image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        found = detect(session, about, image, args.threshold)
+        found = detect(session, about, image, args.confidence_threshold)
         print(f"{path}: {len(found)} found")
         for name, score, box in found:
             print(f"  {name} {score:.2f} at {' '.join(f'{side:.1f}' for side in box)}")
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
-            draw(image, found).save(args.output / f"{path.stem}.png")
+            draw(image, found, about["class_names"]).save(args.output / f"{path.stem}.png")
 
 
 if __name__ == "__main__":

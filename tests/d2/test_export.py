@@ -193,7 +193,7 @@ def test_the_runner_finds_what_the_model_finds_without_this_project(tmp_path):
     blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'dn_detr', 'detectron2']));"
     script = ROOT / "tools" / "run_exported.py"
     code = f"{blocked} import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
-    arguments = ["model.onnx", "picture.png", "--output", "drawn", "--threshold", "0"]
+    arguments = ["model.onnx", "picture.png", "--output", "drawn", "--confidence-threshold", "0"]
     printed = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=tmp_path, capture_output=True, text=True, check=True,

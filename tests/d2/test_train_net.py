@@ -16,6 +16,17 @@ def metrics(folder) -> list[dict]:
 # ------------------------------------------------------------------------------- what a run leaves
 
 
+def test_ctrl_c_ends_a_training_in_one_sentence(train_net, monkeypatch, capsys):
+    def is_stopped(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_net, "run", is_stopped)
+    with pytest.raises(SystemExit) as caught:
+        train_net.invoke_main([])
+    assert caught.value.code == 130
+    assert "--resume goes on from the newest checkpoint" in capsys.readouterr().err
+
+
 def test_a_training_leaves_what_detectron2_users_look_for(run, tmp_path):
     run("TEST.EVAL_PERIOD", 2)
     folder = tmp_path / "run"

@@ -33,6 +33,7 @@ CHECKPOINTS = (
     "model.pth",
     "model_final.pth",
     "dn_detr_r50.pth",
+    "output/bccd/model_final.pth",
     "output/cells/model_final.pth",
     "output/demo/model_final.pth",
     "output/dn_deformable/model_final.pth",
@@ -100,7 +101,7 @@ def world(tmp_path_factory):
         (folder / name).mkdir()
         Image.open(pictures[1]).save(folder / name / f"{name}.png")
     write_yaml_of_documents(folder)
-
+    write_files_of_the_walk(folder, pictures[1])
     write_video(folder / "drive.mp4", pictures[:3])
     made = World(folder)
     before = os.getcwd()
@@ -162,3 +163,17 @@ def write_yaml_of_documents(folder: Path) -> None:
     """The configuration that docs/custom_data.md tells its reader to write, on a quick one."""
     (text,) = blocks(ROOT / "docs" / "custom_data.md", "yaml")
     (folder / "cells.yaml").write_text(text.replace("configs/", "configs/quick/"))
+    (text,) = blocks(ROOT / "docs" / "walkthrough.md", "yaml")
+    (folder / "bccd.yaml").write_text(text)
+
+
+def write_files_of_the_walk(folder: Path, picture: Path) -> None:
+    """What docs/walkthrough.md calls BCCD, in all of its formats, are the drawn pictures."""
+    for name in ("bccd/annotations", "bccd/test", "converted"):
+        (folder / name).mkdir(parents=True)
+    (folder / "bccd" / "images").symlink_to(folder / "cells" / "images")
+    shutil.copy(picture, folder / "bccd" / "test" / "BloodImage_00007.jpg")
+    write_video(folder / "bccd" / "test.mp4", [picture])
+    for split, source in (("train", "train"), ("val", "val"), ("test", "val")):
+        for name in ("bccd/annotations/instances", "converted/voc", "converted/yolo"):
+            shutil.copy(folder / "cells" / f"{source}.json", folder / f"{name}_{split}.json")

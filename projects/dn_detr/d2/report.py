@@ -24,8 +24,8 @@ _NUM_NAMES = 10  # as many ids or classes are listed, of more only some
 class DatasetReport:
     """Counts of one dataset, and what they mean for the model that reads it.
 
-    num_groups and max_noised are those of denoising (num_groups 0: as many as fit; max_noised 0: no
-    denoising). Boxes are counted as they are trained on: without crowd regions and dropped ones.
+    num_queries 0: no model is known, and only the data are spoken of. num_groups and max_noised are
+    those of denoising (num_groups 0: as many as fit; max_noised 0: no denoising). Boxes are counted as they are trained on: without crowd regions and dropped ones.
     """
 
     name: str
@@ -49,8 +49,9 @@ class DatasetReport:
     unused_classes: list[str]
 
     def __str__(self) -> str:
+        purpose = "training" if self.is_for_training else "evaluation"
         lines = [
-            f"dataset {self.name} ({'training' if self.is_for_training else 'evaluation'})",
+            f"dataset {self.name}{f' ({purpose})' if self.num_queries else ''}",
             f"  images     {self.num_images}, {self.num_empty} without objects"
             f"{self._fate_of_empty()}",
             f"  boxes      {self.num_boxes}, beside {self.num_crowd} crowd regions",
@@ -66,7 +67,7 @@ class DatasetReport:
         return "\n".join(lines)
 
     def _fate_of_empty(self) -> str:
-        if not self.is_for_training or not self.num_empty:
+        if not self.is_for_training or not self.num_queries or not self.num_empty:
             return ""
         if self.filters_empty:
             return " (left out; DATALOADER.FILTER_EMPTY_ANNOTATIONS False trains on them)"
@@ -74,6 +75,8 @@ class DatasetReport:
 
     def _room_for_boxes(self) -> str:
         """What the fullest image means for queries and, in training, for denoising."""
+        if not self.num_queries:
+            return ""
         queries = f"; {self.num_queries} queries"
         if self.most_boxes > self.num_queries:
             queries += f" can find only {self.num_queries} of them"
