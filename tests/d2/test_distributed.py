@@ -26,15 +26,16 @@ def in_two_processes(function, *args, timeout: float) -> None:
 
 
 def test_a_rank_without_objects_trains_in_step_with_the_other(tiny_config, tmp_path):
-    cfg = tiny_config()
+    cfg = tiny_config("MODEL.DN_DETR.TEACH.ENABLED", True)
     in_two_processes(two_processes.train_with_an_empty_rank, tmp_path, cfg, timeout=120)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert first["normaliser"] == second["normaliser"] == 2.0  # (4 + 0) objects / 2 processes
+    # (4 + 0) objects and (5 + 0) boxes of the teacher, by 2 processes
+    assert first["normalisers"] == second["normalisers"] == (2.0, 2.5)
     for name, value in first["losses"].items():
         if name != "data_time":
             assert second["losses"][name] == value, name
     assert first["losses"].keys() == second["losses"].keys()
-    assert first["losses"]["loss_denoise_box"] > 0
+    assert first["losses"]["loss_denoise_box"] > 0 and first["losses"]["loss_teacher_box"] > 0
     for kind in ("gradients", "weights"):
         assert first[kind].keys() == second[kind].keys()
         for name, value in first[kind].items():

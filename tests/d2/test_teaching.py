@@ -1,19 +1,18 @@
 """Teach-DETR through Detectron2: from result files to losses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import two_processes
 from coco_files import forget, make_content, write
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from samples import sample, with_teacher
 from test_accumulation import FROZEN, gradients_and_losses, unequal_batch
-from test_distributed import in_two_processes
 
 from dn_detr.d2 import add_dn_detr_config, records
 from dn_detr.d2.datasets import prepare
@@ -103,8 +102,8 @@ def test_the_report_says_what_was_left_out(tmp_path, caplog):
         check_datasets(cfg)
     text = caplog.messages[-1]
     for part in (
-        "4 of 9 are used, in 2 of 4 images",
-        "median 1, most 2; 300 queries",
+        "read       9 boxes",
+        "4 boxes in 2 of 4 images; in an image: median 1, most 2",
         "zero, negative or not finite size: 1 (",
         "12.png [1, 2, 0, 4])",
         "outside of their image: 1 (",
@@ -241,9 +240,18 @@ def test_mixed_precision_gives_finite_losses_and_gradients(model_of, precision):
     assert gradients and all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_the_normaliser_is_the_number_of_teacher_boxes():
-    whole = whole_batch(taught_batch(), torch.device("cpu"))
-    assert (whole.num_objects, whole.num_teacher_boxes) == (8, 8)
+def test_losses_are_divided_by_the_number_of_teacher_boxes(model_of):
+    model, batch = model_of(*TEACH), taught_batch()[:3]
+    whole = whole_batch(batch, torch.device("cpu"))
+    assert (whole.num_objects, whole.num_teacher_boxes) == (6, 7)
+    with EventStorage():
+        losses, halved = model(batch, whole), model(batch, replace(whole, num_teacher_boxes=14.0))
+    for key, value in losses.items():
+        expected = value / 2 if "teacher" in key else value
+        torch.testing.assert_close(halved[key], expected)
+
+
+def test_there_is_a_normaliser_where_no_teacher_has_a_box():
     assert whole_batch(unequal_batch(), torch.device("cpu")).num_teacher_boxes == 1
     assert whole_batch([with_teacher(sample(1, 3), 0)], torch.device("cpu")).num_teacher_boxes == 1
 
@@ -257,20 +265,6 @@ def test_parts_have_the_losses_and_gradients_of_the_whole(tiny_config):
     for name, gradient in whole.items():
         scale = gradient.abs().max()
         assert (parts[name] - gradient).abs().max() <= 2e-4 * scale + 1e-7, name
-
-
-def test_two_processes_share_the_normaliser(tiny_config, tmp_path):
-    """Rank 0 has five boxes of a teacher, rank 1 none and no objects either."""
-    in_two_processes(two_processes.teach_one_rank, tmp_path, tiny_config(*TEACH), timeout=120)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert first["normaliser"] == second["normaliser"] == 2.5
-    assert first["losses"].keys() == second["losses"].keys()
-    own, alone = first["own"], first["alone"]  # losses of the same images, divided by 2.5 and 5
-    for key in ("loss_teacher_class", "loss_teacher_box", "loss_teacher_giou"):
-        assert own[key] == pytest.approx(2 * alone[key], rel=1e-4)
-        assert first["losses"][key] == second["losses"][key] > 0
-    for name, gradient in first["gradients"].items():
-        assert torch.equal(gradient, second["gradients"][name]), name
 
 
 # -------------------------------------------------------------------------------------- trainings
@@ -301,4 +295,4 @@ def test_a_taught_training_resumes_bit_for_bit(run, tiny_data, tmp_path):
         losses = {key for key in one if key.startswith("loss_")}
         assert {key: one[key] for key in losses} == {key: other[key] for key in losses}
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert f"{len(results)} of {len(results)} are used" in log
+    assert f"{len(results)} boxes in " in log

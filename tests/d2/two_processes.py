@@ -1,6 +1,5 @@
 """What each of two processes does in test_distributed.py; importable where a process starts anew."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +15,8 @@ from dn_detr.d2.whole_batch import whole_batch
 
 
 def train_with_an_empty_rank(rank: int, folder: Path, cfg) -> None:
-    """Rank 0 has four objects, rank 1 none; then rank 1's loss breaks. Saves what it saw."""
+    """Rank 0 has four objects and five boxes of a teacher, rank 1 none; then rank 1's loss breaks.
+    Saves what it saw."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
@@ -25,10 +25,12 @@ def train_with_an_empty_rank(rank: int, folder: Path, cfg) -> None:
     torch.manual_seed(rank)  # DistributedDataParallel must give both the weights of rank 0
     model = across_processes(build_model(cfg))
     batch = [sample(0, 3), sample(1, 1)] if rank == 0 else [sample(2, 0), sample(3, 0)]
+    batch = [with_teacher(one, m) for one, m in zip(batch, (2, 3) if rank == 0 else (0, 0))]
     step = TrainStep(
         model, [batch] * 3, build_optimizer(cfg, model), precision=None, seed=0, num_parts=2
     )
-    seen = {"normaliser": float(whole_batch(batch, torch.device("cpu")).num_objects)}
+    whole = whole_batch(batch, torch.device("cpu"))
+    seen = {"normalisers": (float(whole.num_objects), float(whole.num_teacher_boxes))}
     with EventStorage() as storage:
         for step.iter in range(2):
             step.run_step()
@@ -53,36 +55,3 @@ def infinite_in_the_first_layer(matched, num_objects):
     values = matched.logits.new_ones(matched.logits.shape[0])
     values[0] = torch.inf
     return values
-
-
-def teach_one_rank(rank: int, folder: Path, cfg) -> None:
-    """Rank 0 has five boxes of a teacher and three objects, rank 1 neither. Saves what it saw."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
-    )
-    comm.create_local_process_group(2)
-    torch.manual_seed(0)
-    model = build_model(cfg)
-    counts = [(3, 4), (0, 1)] if rank == 0 else [(0, 0), (0, 0)]
-    batch = [with_teacher(sample(2 * rank + i, n), m) for i, (n, m) in enumerate(counts)]
-    whole = whole_batch(batch, torch.device("cpu"))
-    seen = {"normaliser": float(whole.num_teacher_boxes)}
-    with torch.no_grad():
-        alone = replace(whole, num_teacher_boxes=5.0)
-        for name, normalisers in (("own", whole), ("alone", alone)):
-            losses = model(batch, normalisers)
-            seen[name] = {key: float(value) for key, value in losses.items()}
-    model = across_processes(model)
-    step = TrainStep(model, [batch], build_optimizer(cfg, model), precision=None, seed=0)
-    with EventStorage() as storage:
-        step.iter = 0
-        step.run_step()
-        seen["losses"] = {name: value for name, (value, _) in storage.latest().items()}
-    seen["gradients"] = {
-        name: parameter.grad.clone()
-        for name, parameter in model.module.named_parameters()
-        if parameter.requires_grad
-    }
-    torch.save(seen, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()

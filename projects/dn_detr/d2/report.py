@@ -162,7 +162,7 @@ def check_datasets(cfg, eval_only: bool = False) -> list[DatasetReport]:
         logger.info(str(report))
         reports.append(report)
         if name in teachers:
-            logger.info(load_teacher_boxes(loaded, teachers[name]).report(node.NUM_QUERIES))
+            logger.info(load_teacher_boxes(loaded, teachers[name]).report())
     return reports
 
 

@@ -47,6 +47,13 @@ class TeacherBoxes:
         """[images]: boxes of each."""
         return np.diff(self.starts)
 
+    def summary(self) -> str:
+        counts = self.counts
+        return (
+            f"{counts.sum()} boxes in {np.count_nonzero(counts)} of {len(counts)} images; "
+            f"in an image: median {np.median(counts):g}, most {counts.max()}"
+        )
+
     def of(self, image: int) -> list[dict]:
         """As annotations of the image's record, with a score."""
         here = slice(self.starts[image], self.starts[image + 1])
@@ -80,14 +87,12 @@ class LoadedTeacher:
     outside: Finding
     clipped: Finding
 
-    def report(self, num_queries: int) -> str:
-        """A few lines for the log, before the first iteration."""
-        counts = self.boxes.counts
+    def report(self) -> str:
+        """A few lines for the log."""
         lines = [
-            f"teacher boxes {self.file}",
-            f"  boxes      {counts.sum()} of {self.num_read} are used, in {np.count_nonzero(counts)} "
-            f"of {len(counts)} images",
-            f"  per image  median {np.median(counts):g}, most {counts.max()}; {num_queries} queries",
+            f"teacher {self.file}",
+            f"  read       {self.num_read} boxes",
+            f"  used       {self.boxes.summary()}",
             *(f"  {line}" for line in describe(self.no_size, self.outside, self.clipped)),
         ]
         if self.num_unscored:

@@ -1,0 +1,163 @@
+#!/usr/bin/env python
+"""Make the boxes that a training learns from beside the ground truth (MODEL.DN_DETR.TEACH).
+
+    python tools/make_teacher_boxes.py --dataset coco_2017_train --weights teacher.pth \\
+        --output output/teacher_boxes.json
+    python tools/make_teacher_boxes.py --coco cells/train.json cells/images \\
+        --weights one.pth other.pth --results retinanet.json --output teacher_boxes.json
+
+Teachers are trained detectors of this project, and results in COCO's format of whatever detector.
+Their boxes are merged as the authors of Teach-DETR (2211.11953) do it: sorted by score, without those
+that overlap a better one of the same class, and the best of each image kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.utils.logger import setup_logger
+from pycocotools.coco import COCO
+from torchvision.ops import batched_nms
+
+from dn_detr.d2 import records
+from dn_detr.d2.datasets import prepare, register_coco_format, register_shapes
+from dn_detr.d2.evaluation import evaluate, number_from_one
+from dn_detr.d2.records import LoadedDataset
+from dn_detr.d2.saved_detector import load_detector
+from dn_detr.d2.teacher_boxes import TeacherBoxes, load_teacher_boxes
+from dn_detr.d2.trainer import Trainer
+from dn_detr.errors import InputError
+
+
+def detect(weights: str, dataset: str, folder: Path, opts: list[str]) -> str:
+    """The file of what a trained detector finds in a dataset; prints its AP too."""
+    detector = load_detector(weights, opts=opts)
+    cfg = detector.cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = str(folder)
+    cfg.DATASETS.TEST = (dataset,)
+    cfg.MODEL.DN_DETR.CLASS_NAMES = detector.class_names
+    prepare(cfg, eval_only=True)
+    Trainer.test(cfg, detector.model)
+    return str(folder / "inference" / "coco_instances_results.json")
+
+
+def merge(
+    teachers: list[TeacherBoxes], *, iou: float, most: int, threshold: float = 0.0
+) -> TeacherBoxes:
+    """The boxes of several teachers as one's, those of each image by falling score.
+
+    Without those whose score is below `threshold`, those that overlap a better one of their class by
+    more than `iou`, and what comes behind the first `most` of an image.
+    """
+    counts = sum(teacher.counts for teacher in teachers)
+    images = [np.repeat(np.arange(len(counts)), teacher.counts) for teacher in teachers]
+    fields = [
+        np.concatenate([getattr(teacher, name) for teacher in teachers])
+        for name in ("boxes", "labels", "scores")
+    ]
+    both = TeacherBoxes.sort(np.concatenate(images), *fields, num_images=len(counts))
+    kept = []
+    for start, end in zip(both.starts[:-1], both.starts[1:], strict=True):
+        here = start + np.flatnonzero(both.scores[start:end] >= threshold)
+        boxes, scores, labels = (
+            torch.from_numpy(values[here]) for values in (both.boxes, both.scores, both.labels)
+        )
+        kept.append(here[batched_nms(boxes, scores, labels, iou)[:most].numpy()])
+    order = np.concatenate(kept)
+    starts = np.concatenate(([0], np.cumsum([len(few) for few in kept])))
+    return TeacherBoxes(starts, both.boxes[order], both.labels[order], both.scores[order])
+
+
+def as_results(boxes: TeacherBoxes, loaded: LoadedDataset) -> list[dict]:
+    """In COCO's format, with the ids of the dataset; hundredths of a pixel are kept."""
+    ids = MetadataCatalog.get(loaded.name).get("thing_dataset_id_to_contiguous_id") or {}
+    category_of = {label: category for category, label in ids.items()}
+    results = []
+    for image, record in enumerate(loaded.records):
+        for found in boxes.of(image):
+            x0, y0, x1, y1 = found["bbox"]
+            results.append(
+                {
+                    "image_id": record["image_id"],
+                    "category_id": category_of.get(found["category_id"], found["category_id"]),
+                    "bbox": [round(value, 2) for value in (x0, y0, x1 - x0, y1 - y0)],
+                    "score": round(found["score"], 4),
+                }
+            )
+    return results
+
+
+def print_ap(results: list[dict], dataset: str) -> None:
+    """Whether the boxes are where the objects are: AP against the ground truth."""
+    json_file = MetadataCatalog.get(dataset).get("json_file")
+    if json_file is None:
+        print("no AP: this dataset has no annotation file in COCO's format")
+        return
+    coco = COCO(json_file)
+    number_from_one(coco)
+    evaluate(coco, results, "bbox")
+
+
+def run(args: argparse.Namespace) -> None:
+    register_shapes()
+    if args.coco:
+        args.dataset = str(args.output)
+        register_coco_format([args.dataset, *args.coco])
+    if not (args.weights or args.results):
+        raise InputError("name at least one teacher, by --weights or --results.")
+    loaded = records.load(args.dataset)
+    folder = args.output.with_suffix("")
+    found = [
+        detect(weights, args.dataset, folder / str(number), args.opts)
+        for number, weights in enumerate(args.weights)
+    ]
+    teachers = []
+    for file_name in [*args.results, *found]:
+        teacher = load_teacher_boxes(loaded, file_name)
+        print(teacher.report())
+        teachers.append(teacher.boxes)
+    merged = merge(teachers, iou=args.iou, most=args.most, threshold=args.threshold)
+    results = as_results(merged, loaded)
+    if not results:
+        raise InputError(f"no teacher has a box with a score of {args.threshold:g} or more.")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(results))
+    print(f"{args.output}: {merged.summary()}")
+    print_ap(results, args.dataset)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--coco", nargs=2, metavar=("JSON", "IMAGES"), help="the training data")
+    source.add_argument("--dataset", help="the training data, by the name of a dataset")
+    parser.add_argument("--weights", nargs="+", default=[], help="checkpoints of this project")
+    parser.add_argument(
+        "--results", nargs="+", default=[], help="image_id, category_id, bbox, score"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the file that is written")
+    parser.add_argument("--threshold", type=float, default=0.05, help="least score of a box")
+    parser.add_argument("--iou", type=float, default=0.2, help="overlap with a better box")
+    parser.add_argument("--most", type=int, default=50, help="boxes of an image")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs for the detectors"
+    )
+    args = parser.parse_args(arguments)
+    setup_logger()  # shows how far a detector is
+    try:
+        run(args)
+    except InputError as error:
+        sys.exit(f"make_teacher_boxes.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
