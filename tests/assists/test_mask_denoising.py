@@ -10,7 +10,9 @@ from dn_detr.assists.denoising import Denoise, FixedGroups
 from dn_detr.build import Denoising
 from dn_detr.structures import QueryState, pad_targets
 
-SIZES = [(96, 128), (64, 96)]
+SIZES = [(768, 1024), (512, 768)]
+CANVAS = SIZES[0]
+"""Large enough for a coarsest level that tells masks apart."""
 
 
 class Probe(torch.nn.Module):
@@ -45,11 +47,12 @@ def test_a_query_looks_where_the_mask_of_its_object_was_moved_to(box_noise):
     model = tiny_model("mask2former", denoising=denoising)
     model.assists.append(Probe())
     targets = pad_targets([tiny_target(2, key=4), tiny_target(3, key=5)])
-    model(tiny_features(2), tiny_padding(SIZES), targets)
+    model(tiny_features(2, *CANVAS), tiny_padding(SIZES, *CANVAS), targets)
     probe = model.assists[1]
     segment, state, memory = probe.queries.segments[0], probe.queries.state, probe.memory
     boxes = noised_boxes(probe.queries, targets, box_noise)
     height, width = memory.shapes[-1]
+    assert (height, width) == (6, 8)
     num_moved = 0
     for image, slot in torch.cartesian_prod(torch.arange(2), torch.arange(9)).tolist():
         seen = state.reference[image, slot].unflatten(0, (height, width)) > 0
@@ -81,4 +84,4 @@ def test_targets_without_masks_are_refused():
     target = tiny_target(2)
     bare = pad_targets([type(target)(target.labels, target.boxes)] * 2)
     with pytest.raises(ValueError, match="needs targets with masks, got None"):
-        model(tiny_features(2), tiny_padding(SIZES), bare)
+        model(tiny_features(2, *CANVAS), tiny_padding(SIZES, *CANVAS), bare)
