@@ -80,7 +80,16 @@ def test_two_machines_train_as_one(arguments, tmp_path):
 def test_torchrun_trains_and_evaluates_in_two_processes(arguments, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, str(TRAIN_NET), *arguments("SOLVER.MAX_ITER", 2)],
+        [*command, str(TRAIN_NET), *arguments("SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 4)]
+        + [
+            "INPUT.SCHEDULE",
+            "[1, 2, 2]",
+            "INPUT.MOSAIC.ENABLED",
+            "True",
+            "INPUT.MIXUP.ENABLED",
+            "True",
+        ]
+        + ["INPUT.MOSAIC.PROBABILITY", "1.0", "INPUT.MIXUP.PROBABILITY", "1.0"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -92,5 +101,6 @@ def test_torchrun_trains_and_evaluates_in_two_processes(arguments, tmp_path):
     assert "bbox/AP" in lines[-1]
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "Rank of current process: 0. World size: 2" in log
+    assert "iterations 1 to 1: 100.0% mosaics, 100.0% mixed" in log
     results = json.loads((tmp_path / "run/inference/coco_instances_results.json").read_text())
     assert len(results) == 40  # ten of each of the four images, whichever rank had it

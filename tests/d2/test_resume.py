@@ -11,7 +11,8 @@ TOOL = Path(__file__).resolve().parents[2] / "dev" / "check_resume.py"
 
 def test_a_killed_and_resumed_training_equals_an_uninterrupted_one(arguments, tmp_path):
     """With all that has a state of its own: dropout, loss scaling, workers, a learning-rate step,
-    batch norm, a moving average, all that compares an evaluation with those before."""
+    batch norm, a moving average, mosaics and mixed images, all that compares an evaluation with those
+    before."""
     options = arguments(
         *("MODEL.DN_DETR.DROPOUT", 0.1, "DATALOADER.NUM_WORKERS", 1),
         *("TEST.EVAL_PERIOD", 7, "TEST.INSTABILITY.ENABLED", True),
@@ -19,6 +20,8 @@ def test_a_killed_and_resumed_training_equals_an_uninterrupted_one(arguments, tm
         *("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "float16"),
         *("SOLVER.WARMUP_ITERS", 9, "SOLVER.STEPS", "(12,)"),
         *("SOLVER.EMA.ENABLED", True, "SOLVER.EMA.WARMUP", 5),
+        *("INPUT.MOSAIC.ENABLED", True, "INPUT.MOSAIC.SIZE", 40, "INPUT.MIXUP.ENABLED", True),
+        *("INPUT.SCHEDULE", "[4, 30, 36]", "MODEL.DN_DETR.LOSS.KIND", "mal"),
     )
     done = subprocess.run(
         [sys.executable, TOOL, tmp_path / "runs", "--iterations", "40", "--checkpoint", "7", "--"]

@@ -36,6 +36,27 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.INPUT.SCALE_JITTER.ENABLED = False
     cfg.INPUT.SCALE_JITTER.RANGE = (0.1, 2.0)
     cfg.INPUT.SCALE_JITTER.SIZE = 1024
+    # Dense O2O (DEIM, 2412.04234): more objects in an image, by mosaics and mixed images. When:
+    # iterations [first, flat, last]. Mosaics and mixed images from first to flat, crops from first to
+    # last; before and behind that, images are only flipped and resized. []: all of it, always.
+    cfg.INPUT.SCHEDULE = []
+    # With this probability a mosaic in place of an image: of four images with SIZE pixels at their
+    # shorter side, turned by up to ROTATION degrees, moved by up to TRANSLATION of its sides, and
+    # scaled by a factor from SCALE. Objects of whose box less than MIN_VISIBLE is left are dropped.
+    cfg.INPUT.MOSAIC = CfgNode()
+    cfg.INPUT.MOSAIC.ENABLED = False
+    cfg.INPUT.MOSAIC.PROBABILITY = 0.5
+    cfg.INPUT.MOSAIC.SIZE = 320
+    cfg.INPUT.MOSAIC.ROTATION = 10.0
+    cfg.INPUT.MOSAIC.TRANSLATION = 0.1
+    cfg.INPUT.MOSAIC.SCALE = (0.5, 1.5)
+    cfg.INPUT.MOSAIC.MIN_VISIBLE = 0.1
+    # With this probability a batch (of each process) in which every image is laid over the one before
+    # it: its own share is from BLEND, and it has the objects of both.
+    cfg.INPUT.MIXUP = CfgNode()
+    cfg.INPUT.MIXUP.ENABLED = False
+    cfg.INPUT.MIXUP.PROBABILITY = 0.5
+    cfg.INPUT.MIXUP.BLEND = (0.45, 0.55)
 
     # ------------------------------------------------------------------------------- evaluation
     # Also write a report on every test dataset: OUTPUT_DIR/inference/report_<name>/report.html.

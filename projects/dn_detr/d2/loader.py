@@ -2,8 +2,9 @@
 
 The sample at position p of the training stream depends on (seed, p) alone: which image follows from
 a permutation of each epoch, drawn from (seed, epoch), and every random number of its augmentation
-from (seed, p). Iteration i of rank r takes positions i * batch + r * per_rank and following,
-however many workers there are.
+from (seed, p), the other images of a mosaic too. Whether and how the images of a process are mixed
+follows from (seed, position of the first). Iteration i of rank r takes positions
+i * batch + r * per_rank and following, however many workers there are.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from detectron2.utils import comm
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from dn_detr.d2 import records
+from dn_detr.d2.dense_o2o import DenseO2O, build_dense_o2o
 from dn_detr.d2.mapper import DetrMapper
 from dn_detr.d2.teacher_boxes import WithTeacher, load_teacher_boxes, teacher_files
 from dn_detr.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-_ORDER, _AUGMENTATION = 0, 1  # first word of the seeds: the two never share random numbers
+_ORDER, _AUGMENTATION = 0, 1
+"""First words of seeds, beside those of `dense_o2o`: no two kinds share random numbers."""
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
@@ -55,17 +58,29 @@ def random_numbers_from(seed: int, position: int):
 
 
 class _Samples(Dataset):
-    """(position, image index) -> the augmented sample at that position of the stream."""
+    """The (position, image index) of a process's batch -> its samples."""
 
-    def __init__(self, dataset, mapper, seed: int):
+    def __init__(self, dataset, *, mapper, dense: DenseO2O | None, batch_size: int, seed: int):
         self.dataset = dataset
         self.mapper = mapper
+        self.dense = dense
+        self.batch_size = batch_size
         self.seed = seed
 
-    def __getitem__(self, place: tuple[int, int]) -> dict:
-        position, index = place
+    def __getitems__(self, places: list[tuple[int, int]]) -> list[dict]:
+        first = places[0][0]
+        iteration = first // self.batch_size
+        samples = [self._sample(iteration, *place) for place in places]
+        if self.dense is None:
+            return samples
+        return self.dense.batch(samples, iteration, seed=self.seed, first_position=first)
+
+    def _sample(self, iteration: int, position: int, index: int) -> dict:
         with random_numbers_from(self.seed, position):
-            return self.mapper(self.dataset[index])
+            if self.dense is None:
+                return self.mapper(self.dataset[index])
+            stream = {"seed": self.seed, "position": position}
+            return self.dense.sample(self.mapper, self.dataset, index, iteration, **stream)
 
 
 class _Places:
@@ -94,8 +109,9 @@ class _Places:
 class TrainLoader:
     """Endless lists of samples for this rank, `batch_size` on all ranks together.
 
-    dataset: records by index; mapper: record -> sample. Every iterator starts at the iteration last
-    given to `set_start_iteration`, 0 at first; one that has begun is not affected by it.
+    dataset: records by index; mapper: record -> sample; dense: mosaics and mixed images. Every
+    iterator starts at the iteration last given to `set_start_iteration`, 0 at first; one that has
+    begun is not affected by it.
     """
 
     def __init__(
@@ -105,6 +121,7 @@ class TrainLoader:
         mapper,
         batch_size: int,
         seed: int,
+        dense: DenseO2O | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
         rank: int = 0,
@@ -121,6 +138,7 @@ class TrainLoader:
         self.mapper = mapper
         self.batch_size = batch_size
         self.seed = seed
+        self.dense = dense
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.rank = rank
@@ -143,7 +161,13 @@ class TrainLoader:
             first_iteration=self.start_iteration,
         )
         loader = DataLoader(
-            _Samples(self.dataset, self.mapper, self.seed),
+            _Samples(
+                self.dataset,
+                mapper=self.mapper,
+                dense=self.dense,
+                batch_size=self.batch_size,
+                seed=self.seed,
+            ),
             batch_sampler=places,
             num_workers=self.num_workers,
             collate_fn=list,
@@ -195,6 +219,8 @@ def training_set(
 def build_train_loader(cfg, mapper=None) -> TrainLoader:
     """The training loader of a configuration, for the process that calls it.
 
+    A mapper of one's own takes the place of `DetrMapper` in all iterations, but does not make mosaics.
+
     A negative SEED takes a random one, the same in all processes: then a resumed training sees
     other samples.
     """
@@ -214,6 +240,7 @@ def build_train_loader(cfg, mapper=None) -> TrainLoader:
         dataset,
         mapper=DetrMapper(cfg, True) if mapper is None else mapper,
         batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        dense=build_dense_o2o(cfg, mapper),
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available(),
@@ -224,6 +251,8 @@ def build_train_loader(cfg, mapper=None) -> TrainLoader:
         f"training on {len(dataset)} images, {loader.batch_size} an iteration: "
         f"{len(dataset) / loader.batch_size:.1f} iterations an epoch; seed {loader.seed}"
     )
+    if loader.dense is not None:
+        logger.info(loader.dense.describe(cfg.SOLVER.MAX_ITER))
     return loader
 
 

@@ -89,6 +89,55 @@ def _bitmask(segmentation, height, width):
     return polygons_to_bitmask(segmentation, height, width)
 
 
+def make_instances(
+    annotations, transforms, *, size_before, size, with_masks, with_teacher, min_visible=0.0
+):
+    """What `transforms` make of the annotations of an image: the "instances" of a sample and, with
+    a teacher, its "teacher_instances".
+
+    size_before, size: (height, width) of the image before and after. Crowd regions are left out, and
+    boxes of which less than the share min_visible is inside.
+    """
+    annotations = [a for a in annotations if not a.get("iscrowd", 0)]
+    objects = [a for a in annotations if "score" not in a]
+    instances, is_cut, is_kept = _boxes(objects, transforms, size, min_visible)
+    if with_masks:
+        masks = np.zeros((len(objects), *size), bool)
+        for i, annotation in enumerate(objects):
+            mask = _bitmask(annotation["segmentation"], *size_before)
+            masks[i] = transforms.apply_segmentation(mask.astype(np.uint8))
+        instances.gt_masks = BitMasks(torch.from_numpy(masks))
+        visible = instances.gt_masks[is_cut].get_bounding_boxes().tensor
+        instances.gt_boxes.tensor[is_cut] = visible
+        is_kept = is_kept & instances.gt_masks.nonempty()
+    made = {"instances": instances[is_kept & instances.gt_boxes.nonempty(threshold=1e-5)]}
+    if with_teacher:
+        taught = [a for a in annotations if "score" in a]
+        instances, _, is_kept = _boxes(taught, transforms, size, min_visible)
+        instances.scores = torch.tensor([a["score"] for a in taught], dtype=torch.float32)
+        is_kept &= instances.gt_boxes.nonempty(threshold=1e-5)
+        made["teacher_instances"] = instances[is_kept]
+    return made
+
+
+def _boxes(annotations, transforms, size, min_visible):
+    """Instances with gt_boxes, inside the image of `size`, and gt_classes; which of them were cut;
+    and of which at least the share min_visible is left."""
+    height, width = size
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    boxes = transforms.apply_box(np.array(boxes, np.float64).reshape(-1, 4))
+    inside = boxes.clip(0, [width, height, width, height])
+    instances = Instances((height, width))
+    instances.gt_boxes = Boxes(inside)
+    instances.gt_classes = torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64)
+    is_cut = np.abs(inside - boxes).max(axis=1, initial=0) > ROUNDING
+    return instances, is_cut, torch.from_numpy(_area(inside) >= min_visible * _area(boxes))
+
+
+def _area(boxes_xyxy):
+    return (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(axis=1)
+
+
 class DetrMapper:
     """Reads the image, augments it, and makes `instances` of its annotations.
 
@@ -145,43 +194,12 @@ class DetrMapper:
         image = np.ascontiguousarray(aug_input.image.transpose(2, 0, 1))
         sample["image"] = torch.from_numpy(image)
         if self.with_instances:
-            annotations = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
-            objects = [a for a in annotations if "score" not in a]
-            size_before = (sample["height"], sample["width"])
-            sample["instances"] = self._instances(objects, transforms, size_before, image.shape[1:])
-            if self.with_teacher:
-                taught = [a for a in annotations if "score" in a]
-                sample["teacher_instances"] = _taught(taught, transforms, image.shape[1:])
+            sample |= make_instances(
+                record["annotations"],
+                transforms,
+                size_before=(sample["height"], sample["width"]),
+                size=image.shape[1:],
+                with_masks=self.with_masks,
+                with_teacher=self.with_teacher,
+            )
         return sample
-
-    def _instances(self, objects, transforms, size_before, size):
-        instances, is_cut = _boxes(objects, transforms, size)
-        if self.with_masks:
-            masks = np.zeros((len(objects), *size), bool)
-            for i, annotation in enumerate(objects):
-                mask = _bitmask(annotation["segmentation"], *size_before)
-                masks[i] = transforms.apply_segmentation(mask.astype(np.uint8))
-            instances.gt_masks = BitMasks(torch.from_numpy(masks))
-            visible = instances.gt_masks[is_cut].get_bounding_boxes().tensor
-            instances.gt_boxes.tensor[is_cut] = visible
-            instances = instances[instances.gt_masks.nonempty()]
-        return instances[instances.gt_boxes.nonempty(threshold=1e-5)]
-
-
-def _boxes(annotations, transforms, size):
-    """Instances of the augmented image of `size` with gt_boxes and gt_classes; which were cut."""
-    height, width = size
-    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
-    boxes = transforms.apply_box(np.array(boxes, np.float64).reshape(-1, 4))
-    inside = boxes.clip(0, [width, height, width, height])
-    instances = Instances((height, width))
-    instances.gt_boxes = Boxes(inside)
-    instances.gt_classes = torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64)
-    return instances, np.abs(inside - boxes).max(axis=1, initial=0) > ROUNDING
-
-
-def _taught(annotations, transforms, size):
-    """A teacher's boxes of the augmented image of `size`, with their scores."""
-    instances, _ = _boxes(annotations, transforms, size)
-    instances.scores = torch.tensor([a["score"] for a in annotations], dtype=torch.float32)
-    return instances[instances.gt_boxes.nonempty(threshold=1e-5)]

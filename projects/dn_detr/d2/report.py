@@ -11,6 +11,7 @@ from detectron2.utils import comm
 
 from dn_detr.d2 import records
 from dn_detr.d2.datasets import dataset_names
+from dn_detr.d2.dense_o2o import build_dense_o2o
 from dn_detr.d2.ranks import on_main
 from dn_detr.d2.records import Finding, LoadedDataset, describe
 from dn_detr.d2.teacher_boxes import load_teacher_boxes, teacher_files
@@ -146,6 +147,8 @@ def check_datasets(cfg, eval_only: bool = False) -> list[DatasetReport]:
     """
     if cfg.DATASETS.CHECK == "off":
         return []
+    if not eval_only:
+        build_dense_o2o(cfg)  # refuses a schedule that cannot be followed, before images are read
     node = cfg.MODEL.DN_DETR
     teachers = {} if eval_only else teacher_files(cfg)
     reports = []
