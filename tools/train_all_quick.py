@@ -8,7 +8,8 @@
 
 Same seed, same data, same number of iterations for all. With --backbone all of them start from the
 backbone of that detector, as published ones start from ImageNet's. Writes results.md, results.json
-and curves.png; a run that is complete already is not repeated.
+and curves.png; a run that is complete already is not repeated, and results of other pages that stand
+in results.json stay.
 """
 
 from __future__ import annotations
@@ -95,8 +96,25 @@ def train(
     return read_metrics(folder)
 
 
-def write(results: dict[str, dict[str, dict[int, float]]], output: Path) -> None:
-    """results: page -> {"plain", "denoised"} -> iteration -> AP50."""
+Results = dict[str, dict[str, dict[int, float]]]
+"""Page -> {"plain", "denoised"} -> iteration -> AP50."""
+
+
+def read(path: Path) -> Results:
+    """What stands in a results.json; nothing if there is none."""
+    if not path.is_file():
+        return {}
+
+    def points(run: dict[str, float]) -> dict[int, float]:
+        return {int(iteration): ap for iteration, ap in run.items()}
+
+    return {
+        page: {label: points(run) for label, run in runs.items()}
+        for page, runs in json.loads(path.read_text()).items()
+    }
+
+
+def write(results: Results, output: Path) -> None:
     (output / "results.json").write_text(json.dumps(results, indent=1))
     lines = [
         "| page | iterations | AP50 plain | AP50 denoised | gain |",
@@ -164,7 +182,8 @@ def main() -> None:
             page: {"plain": runs[plain].result(), "denoised": runs[denoised].result()}
             for page, (plain, denoised) in pages.items()
         }
-    write(results, args.output)
+    results = {**read(args.output / "results.json"), **results}
+    write({page: results[page] for page in PAIRS if page in results}, args.output)
 
 
 if __name__ == "__main__":
