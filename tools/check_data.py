@@ -6,7 +6,8 @@
     python tools/check_data.py coco_2017_train --config-file configs/dn_deformable.yaml
 
 With a configuration, its datasets are known by name, and the report says whether its queries and
-denoising groups are enough; without one it speaks of the data alone.
+denoising groups are enough, and when images are mosaics or mixed (INPUT.SCHEDULE); without one it
+speaks of the data alone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dn_detr.d2.cleaning import clean_content
 from dn_detr.d2.coco_check import read_json
 from dn_detr.d2.config import add_dn_detr_config, read_config
 from dn_detr.d2.datasets import dataset_names, register_coco_format, register_shapes
+from dn_detr.d2.dense_o2o import build_dense_o2o
 from dn_detr.d2.report import report_on
 from dn_detr.errors import InputError
 
@@ -81,6 +83,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--write-cleaned is for one dataset, got {len(names)}.")
     for name in names:
         print(report(cfg, name, knows_model=args.config_file is not None))
+    if (dense := build_dense_o2o(cfg)) is not None:
+        print(dense.describe(cfg.SOLVER.MAX_ITER))
     if args.write_cleaned:
         print(write_cleaned(names[0], args.write_cleaned))
 

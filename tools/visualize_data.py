@@ -1,14 +1,17 @@
 #!/usr/bin/env python
-"""Look at what a training sees: annotations, augmented batches, and denoising queries.
+"""Look at what a training sees: annotations, augmented batches, denoising queries, and the schedule of
+mosaics and mixed images.
 
     python tools/visualize_data.py --source annotation --config-file configs/dn_deformable.yaml
     python tools/visualize_data.py --source dataloader --config-file config.yaml --output-dir look/
     python tools/visualize_data.py --source denoising --config-file configs/dino.yaml --iteration 500
+    python tools/visualize_data.py --source schedule --config-file configs/deim_dino.yaml
 
 Batches and noise are those of the training with this configuration at that iteration, on one
 process. For denoising there is a picture for each image, with a panel for each group: the objects
 white, positives (to be rebuilt) solid, negatives (that must say nothing) dashed, both in the colour
 of the label that they carry; a flipped label is written as "was -> is".
+The schedule (INPUT.SCHEDULE) is counted: which share of the images are mosaics, and which are mixed.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from dn_detr.d2 import records
 from dn_detr.d2.config import read_config
 from dn_detr.d2.datasets import class_names, prepare
 from dn_detr.d2.drawing import class_color, draw_boxes, draw_record, draw_styled
+from dn_detr.d2.loader import TrainLoader
 from dn_detr.d2.trainer import Trainer
 from dn_detr.detector import to_pixels
 from dn_detr.errors import InputError
@@ -39,6 +43,7 @@ from dn_detr.layers.boxes import cxcywh_to_xyxy
 from dn_detr.structures import NoisedObjects, Targets
 
 MOST_GROUPS = 6  # panels of a picture
+MOST_ITERATIONS = 5000  # of a schedule that are counted, evenly spread
 
 Pictures = Iterator[tuple[str, np.ndarray]]
 """Names and images, uint8 RGB."""
@@ -136,16 +141,64 @@ def draw_groups(
         axis.imshow(drawn)
         counts = f"{positives} positives" + (f", {negatives} negatives" if negatives else "")
         axis.set_title(f"group {group + 1} of {noised.num_groups}: {counts}", fontsize=9)
-    figure.tight_layout()
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
+    return rgb_of_figure(figure)
+
+
+def scheduled(cfg: CfgNode) -> Pictures:
+    """Which share of the images are mosaics and mixed, over the iterations; also printed."""
+    loader = Trainer.build_train_loader(cfg)
+    if loader.dense is None:
+        raise InputError("this configuration has no INPUT.SCHEDULE, INPUT.MOSAIC or INPUT.MIXUP.")
+    total = cfg.SOLVER.MAX_ITER
+    iterations = np.linspace(0, total, min(total, MOST_ITERATIONS), endpoint=False, dtype=int)
+    shares = dense_shares(loader, iterations)
+    print(loader.dense.describe(total))
+    print(f"counted in {len(iterations)} of {total} iterations, one process:")
+    figure = Figure(figsize=(7, 3), dpi=110)
+    axis = figure.subplots()
+    for name, share in shares.items():
+        print(f"  {name}: {share.mean():.1%} of all images")
+        windows = np.array_split(np.arange(len(share)), min(len(share), 50))
+        middle = [iterations[window].mean() for window in windows]
+        axis.plot(middle, [share[window].mean() for window in windows], label=name)
+    axis.set(xlabel="iteration", ylabel="share of images", ylim=(0, 1))
+    axis.legend()
+    yield "shares", rgb_of_figure(figure)
+
+
+def dense_shares(loader: TrainLoader, iterations: np.ndarray) -> dict[str, np.ndarray]:
+    """Shares of the images of each iteration, drawn as the training will draw them."""
+    dense, seed, size, num_images = (
+        loader.dense,
+        loader.seed,
+        loader.batch_size,
+        len(loader.dataset),
+    )
+    mosaic, mixed = np.zeros(len(iterations)), np.zeros(len(iterations), bool)
+    for i, iteration in enumerate(iterations.tolist()):
+        first = iteration * size
+        drawn = [
+            dense.partners(iteration, num_images, seed=seed, position=position)
+            for position in range(first, first + size)
+        ]
+        mosaic[i] = sum(partners is not None for partners in drawn) / size
+        mixed[i] = dense.share(iteration, seed=seed, first_position=first) is not None
+    either = np.where(mixed, 1, mosaic)
+    return {"mosaics": mosaic, "mixed": mixed, "mosaics or mixed": either}
 
 
 def rgb_of(sample: dict, cfg: CfgNode) -> np.ndarray:
     """The image of a training sample as uint8 RGB [height, width, 3]."""
     image = sample["image"].permute(1, 2, 0).numpy()
     return np.ascontiguousarray(image if cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1])
+
+
+def rgb_of_figure(figure: Figure) -> np.ndarray:
+    """A figure as uint8 RGB."""
+    figure.tight_layout()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -157,6 +210,7 @@ def run(args: argparse.Namespace) -> None:
         "annotation": lambda: annotations(cfg),
         "dataloader": lambda: augmented(cfg, args.iteration),
         "denoising": lambda: denoised(cfg, args.iteration),
+        "schedule": lambda: scheduled(cfg),
     }[args.source]()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for name, picture in islice(pictures, args.num_images):
@@ -170,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--source", required=True, choices=("annotation", "dataloader", "denoising")
+        "--source", required=True, choices=("annotation", "dataloader", "denoising", "schedule")
     )
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--output-dir", type=Path, default=Path("visualized"))

@@ -67,6 +67,31 @@ def test_masks_are_drawn_where_they_are_trained_on(visualize_data, tiny_config, 
     assert 0.01 < changed < 0.7
 
 
+def test_the_schedule_is_counted_and_drawn(visualize_data, trained, tmp_path, capsys):
+    config = ["--config-file", str(trained / "config.yaml"), "--output-dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="visualize_data.py: .*has no INPUT.SCHEDULE"):
+        visualize_data.main(["--source", "schedule", *config])
+    changed = ["SOLVER.MAX_ITER", "40", "INPUT.SCHEDULE", "[10, 20, 30]"]
+    changed += ["INPUT.MOSAIC.ENABLED", "True", "INPUT.MOSAIC.PROBABILITY", "1.0"]
+    changed += ["INPUT.MIXUP.ENABLED", "True", "INPUT.MIXUP.PROBABILITY", "0.0"]
+    visualize_data.main(["--source", "schedule", *config, *changed])
+    printed = capsys.readouterr().out
+    assert "iterations 10 to 19: 100.0% mosaics\n" in printed
+    assert "  mosaics: 25.0% of all images\n  mixed: 0.0% of all images\n" in printed
+    assert np.asarray(Image.open(tmp_path / "schedule_shares.png")).std() > 10
+
+
+def test_the_drawn_shares_are_those_of_the_training(visualize_data, tiny_config):
+    cfg = tiny_config("INPUT.MOSAIC.ENABLED", True, "INPUT.MIXUP.ENABLED", True)
+    loader = visualize_data.Trainer.build_train_loader(cfg)
+    shares = visualize_data.dense_shares(loader, np.arange(6, 12))
+    for i, (_, batch) in zip(range(6), visualize_data.batches(cfg, 6)):
+        names = [str(sample["image_id"]) for sample in batch]
+        assert shares["mixed"][i] == ("&" in names[0])
+        own = [name.split("&")[0] for name in names]
+        assert shares["mosaics"][i] == np.mean(["+" in name for name in own])
+
+
 def test_without_denoising_there_is_none_to_see(visualize_data, trained, tmp_path):
     config = ["--config-file", str(trained / "config.yaml"), "--output-dir", str(tmp_path)]
     with pytest.raises(SystemExit, match="visualize_data.py: .*trains without denoising"):

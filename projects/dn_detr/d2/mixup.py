@@ -16,7 +16,7 @@ def mix_batch(samples: list[dict], share: float, fill: Sequence[int]) -> list[di
 
 
 def mix(one: dict, other: dict, share: float, fill: Sequence[int]) -> dict:
-    """share x one + (1 - share) x other, with the objects (and teachers' boxes) of both, unweighted.
+    """share x one + (1 - share) x other, with the objects and teachers' boxes of both, unweighted.
 
     Images of different size share the upper left corner; where there is only one, the other has the
     colour `fill`. "image_id" names both.
