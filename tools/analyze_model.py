@@ -7,7 +7,8 @@
 
 A multiply-add counts as one operation, as in the papers. They average over the first 100 images of
 COCO val2017, and so does --annotations. Activations are the outputs of convolutions and linear
-layers. The model is made of tensors without data, so that this takes seconds and no memory.
+layers. Faster R-CNN is counted with as many proposals as it keeps at most, without choosing and
+cutting them out. The model is made of tensors without data, so that this takes seconds and no memory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -27,6 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dn_detr.d2  # noqa: F401
 from dn_detr.d2.config import read_config
+from dn_detr.d2.faster_rcnn import DenoisingRCNN
+from dn_detr.models.detr import DETR
 
 PUBLISHED = {
     "dab_detr": (44, 94),
@@ -38,8 +42,9 @@ PUBLISHED = {
     "conditional_detr": (44, 90),
     "dab_deformable_encoder_only": (48, 195),
     "dn_deformable_encoder_only": (48, 195),
+    "faster_rcnn_fpn": (42, 180),
 }
-"""Millions of parameters and GFLOPs: 2203.01305, tables 1 and 4; 2108.06152, table 1."""
+"""Millions of parameters and GFLOPs: 2203.01305, tables 1 and 4; 2108.06152 and 2005.12872, table 1."""
 
 LINEAR = {
     torch.ops.aten.convolution.default,
@@ -148,6 +153,8 @@ def is_trained(parameter: Tensor) -> bool:
 
 def infer(model: nn.Module, height: int, width: int) -> Inference:
     """What the inference of one image of this size takes, room by room."""
+    step = max(1, model.backbone.size_divisibility)  # Detectron2 pads images to a multiple of it
+    height, width = (-(-side // step) * step for side in (height, width))
     result = Inference()
     flops = FlopCounterMode(display=False, custom_mapping=counts())
     activations = Activations()
@@ -164,14 +171,6 @@ def infer(model: nn.Module, height: int, width: int) -> Inference:
         )
         result.gflops, result.activations = gflops, millions
 
-    core = model.core
-    hooks = [
-        getattr(core, name).register_forward_hook(lambda m, x, out, name=name: enter(name, out))
-        for name in ("neck", "flatten", "encoder", "decoder")
-    ]
-    hooks.append(
-        core.decoder.register_forward_pre_hook(lambda m, inputs: enter("queries", inputs[0]))
-    )
     trained = list(filter(is_trained, model.parameters()))
     for parameter in trained:  # the counter cannot track learned rows that go into a module
         parameter.requires_grad_(False)
@@ -179,13 +178,39 @@ def infer(model: nn.Module, height: int, width: int) -> Inference:
     with mode, flops, activations:
         features = model.backbone(torch.zeros(1, 3, height, width))
         enter("backbone", features)
-        padding = torch.zeros(1, height, width, dtype=torch.bool)
-        core([features[name] for name in model.in_features], padding)
-    for hook in hooks:
-        hook.remove()
+        if isinstance(model, DenoisingRCNN):
+            find_regions(model, features, enter)
+        else:
+            padding = torch.zeros(1, height, width, dtype=torch.bool)
+            decode(model.core, [features[name] for name in model.in_features], padding, enter)
     for parameter in trained:
         parameter.requires_grad_(True)
     return result
+
+
+def decode(core: DETR, features: list[Tensor], padding: Tensor, enter: Callable) -> None:
+    """The inference of a page; enter(name, value) is called behind every room."""
+    hooks = [
+        getattr(core, name).register_forward_hook(lambda m, x, out, name=name: enter(name, out))
+        for name in ("neck", "flatten", "encoder", "decoder")
+    ]
+    hooks.append(
+        core.decoder.register_forward_pre_hook(lambda m, inputs: enter("queries", inputs[0]))
+    )
+    core(features, padding)
+    for hook in hooks:
+        hook.remove()
+
+
+def find_regions(model: DenoisingRCNN, features: dict[str, Tensor], enter: Callable) -> None:
+    """The same of Faster R-CNN, but for what depends on the image."""
+    proposer, heads = model.proposal_generator, model.roi_heads
+    logits, deltas = proposer.rpn_head([features[name] for name in proposer.in_features])
+    enter("proposals", {"logits": tuple(logits), "deltas": tuple(deltas)})
+    side, channels = heads.box_pooler.output_size, features[heads.box_in_features[0]].shape[1]
+    regions = torch.zeros(proposer.post_nms_topk[False], channels, *side)
+    logits, deltas = heads.box_predictor(heads.box_head(regions))
+    enter("regions", {"logits": logits, "deltas": deltas})
 
 
 def describe(value) -> str:

@@ -26,7 +26,7 @@ from dn_detr.d2.coco_check import read_json
 from dn_detr.d2.config import add_dn_detr_config, read_config
 from dn_detr.d2.datasets import dataset_names, register_coco_format, register_shapes
 from dn_detr.d2.dense_o2o import build_dense_o2o
-from dn_detr.d2.report import report_on
+from dn_detr.d2.report import num_queries_of, report_on
 from dn_detr.errors import InputError
 
 
@@ -46,7 +46,7 @@ def report(cfg: CfgNode, name: str, *, knows_model: bool) -> str:
             records.load(name),
             is_for_training=name not in cfg.DATASETS.TEST,
             filters_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            num_queries=node.NUM_QUERIES if knows_model else 0,
+            num_queries=num_queries_of(cfg) if knows_model else 0,
             num_groups=node.DENOISING.NUM_GROUPS,
             max_noised=node.DENOISING.MAX_OBJECTS if node.DENOISING.ENABLED else 0,
         )

@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 
 from dn_detr.d2 import export
+from dn_detr.d2.meta_arch import core_of
 from dn_detr.d2.saved_detector import load_detector
 from dn_detr.errors import InputError
 
@@ -40,6 +41,7 @@ def main() -> None:
         saved = load_detector(
             args.weights, config_file=args.config_file, opts=args.opts, device="cpu"
         )
+        core_of(saved.model, "export")
         output = args.output or Path(args.weights).with_suffix(export.FORMATS[args.format])
         about = export.metadata(saved.cfg, saved.class_names)
         differences = export.export(saved.model, output, args.format, about)

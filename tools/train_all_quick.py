@@ -42,6 +42,7 @@ PAIRS = {
         "dn_deformable_encoder_only",
     ),
     "DINO": ("dino_no_dn", "dino"),
+    "Faster R-CNN": ("faster_rcnn_fpn", "dn_faster_rcnn_fpn"),
     "Mask2Former": ("mask2former", "dn_mask2former"),
     "Mask DINO": ("mask_dino_no_dn", "mask_dino"),
 }
@@ -53,10 +54,15 @@ WITHOUT_DENOISING = {"dino_no_dn": ("dino", ["MODEL.DN_DETR.DENOISING.ENABLED", 
 
 
 def save_backbone(checkpoint: Path, path: Path) -> Path:
-    """Write what `checkpoint` holds of its backbone, and nothing else, to `path`."""
+    """Write what `checkpoint` holds of its backbone, and nothing else, to `path`.
+
+    By names without "backbone.": Detectron2 then finds their place also inside a feature pyramid.
+    """
     model = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
+    name = "backbone."
+    weights = {k.removeprefix(name): v for k, v in model.items() if k.startswith(name)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": {k: v for k, v in model.items() if k.startswith("backbone.")}}, path)
+    torch.save({"model": weights, "matching_heuristics": True}, path)
     return path
 
 

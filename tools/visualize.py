@@ -25,6 +25,7 @@ from matplotlib.patches import Rectangle
 
 from dn_detr.d2.drawing import class_color
 from dn_detr.d2.looks import LayerLook, record
+from dn_detr.d2.meta_arch import core_of
 from dn_detr.d2.saved_detector import SavedDetector, load_detector, weights_named
 from dn_detr.detector import to_pixels
 from dn_detr.errors import InputError
@@ -40,7 +41,7 @@ def look(saved: SavedDetector, image: np.ndarray) -> tuple[Predictions, list[Lay
     model, inputs = saved.model, saved.cfg.INPUT
     resize = T.ResizeShortestEdge(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST).get_transform(image)
     pixels = torch.from_numpy(np.ascontiguousarray(resize.apply_image(image).transpose(2, 0, 1)))
-    with torch.inference_mode(), record(model.core) as looks:
+    with torch.inference_mode(), record(core_of(model, "visualize.py")) as looks:
         images, padding = model.preprocess([{"image": pixels}])
         features = model.backbone(images.tensor)
         predictions = model.core([features[name] for name in model.in_features], padding)

@@ -36,6 +36,7 @@ from dn_detr.d2.config import read_config
 from dn_detr.d2.datasets import class_names, prepare
 from dn_detr.d2.drawing import class_color, draw_boxes, draw_record, draw_styled
 from dn_detr.d2.loader import TrainLoader
+from dn_detr.d2.meta_arch import core_of
 from dn_detr.d2.trainer import Trainer
 from dn_detr.detector import to_pixels
 from dn_detr.errors import InputError
@@ -86,7 +87,8 @@ def denoised(cfg: CfgNode, iteration: int) -> Pictures:
     """The denoising queries of every image, by group."""
     names = class_names(cfg.DATASETS.TRAIN[0])
     model = Trainer.build_model(cfg)
-    assist = next((a for a in model.core.assists if isinstance(a, Denoise)), None)
+    core = core_of(model, "--source denoising")
+    assist = next((a for a in core.assists if isinstance(a, Denoise)), None)
     if assist is None:
         raise InputError("this configuration trains without denoising (DENOISING.ENABLED).")
     for number, batch in batches(cfg, iteration):

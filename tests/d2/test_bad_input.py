@@ -130,7 +130,7 @@ def test_boxes_without_size_are_no_error_but_dropped_and_reported(run, tmp_path)
         (["MODEL.DN_DETR.METHOD", "yolo"], ("no method 'yolo'", "dab_deformable")),
         (["MODEL.DN_DETR.NUM_HEADS", 3], ("num_heads 3",)),
         (["MODEL.META_ARCHITECTURE", "Detector"], ("Detector", "META_ARCH")),
-        (["SOLVER.OPTIMIZER", "SGD"], ("'ADAMW'", "'SGD'")),
+        (["SOLVER.OPTIMIZER", "LION"], ("'ADAMW' or 'SGD'", "'LION'")),
         (["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "half"], ("bfloat16", "'half'")),
         (["DATASETS.TRAIN", "('tiny_trian',)"], ("tiny_trian", "did you mean 'tiny_train'")),
         (["MODEL.WEIGHTS", "nowhere.pth"], ("no checkpoint 'nowhere.pth'",)),

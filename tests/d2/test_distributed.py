@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 import two_processes
 
-TRAIN_NET = Path(__file__).resolve().parents[2] / "train_net.py"
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN_NET, QUICK = ROOT / "train_net.py", ROOT / "configs" / "quick"
 
 
 def in_two_processes(function, *args, timeout: float) -> None:
@@ -27,7 +28,10 @@ def in_two_processes(function, *args, timeout: float) -> None:
 
 def test_a_rank_without_objects_trains_in_step_with_the_other(tiny_config, tmp_path):
     cfg = tiny_config("MODEL.DN_DETR.TEACH.ENABLED", True)
-    in_two_processes(two_processes.train_with_an_empty_rank, tmp_path, cfg, timeout=120)
+    faster_rcnn = tiny_config(config_file=QUICK / "dn_faster_rcnn_fpn.yaml")
+    in_two_processes(
+        two_processes.train_with_an_empty_rank, tmp_path, cfg, faster_rcnn, timeout=120
+    )
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     # (4 + 0) objects and (5 + 0) boxes of the teacher, by 2 processes
     assert first["normalisers"] == second["normalisers"] == (2.0, 2.5)
@@ -45,6 +49,11 @@ def test_a_rank_without_objects_trains_in_step_with_the_other(tiny_config, tmp_p
     # Both end when one of them breaks, and each says whose images it was.
     assert "images [2, 3] of rank 1" in second["error"]
     assert "loss_box_0, in iteration 1, but not from rank 0" in first["error"]
+    # Faster R-CNN, whose rank 1 has no noised regions.
+    first, second = (torch.load(tmp_path / f"faster_rcnn_{rank}.pt") for rank in (0, 1))
+    assert first["losses"] == second["losses"] and first["losses"]["loss_denoise_box"] > 0
+    for name, gradient in first["gradients"].items():
+        assert torch.equal(gradient, second["gradients"][name]), name
 
 
 def test_two_machines_train_as_one(arguments, tmp_path):

@@ -146,3 +146,18 @@ def test_a_layer_decay_above_one_is_refused(cfg):
     cfg.SOLVER.BACKBONE_LAYER_DECAY = 1.5
     with pytest.raises(InputError, match=r"must be in \(0, 1\], got 1.5"):
         build_optimizer(cfg, nn.Linear(1, 1))
+
+
+def test_sgd_adds_up_what_it_remembers_of_earlier_gradients(cfg):
+    """Detectron2's default momentum of 0.9; weight decay 0.125, clipped to a norm of 2."""
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 2.0
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(8.0)
+    optimizer = build_optimizer(cfg, model)
+    for gradient, expected in ((1.0, 8 - (1 + 1)), (40.0, 6 - (0.9 * 2 + 2 + 0.75))):
+        model.weight.grad = torch.full_like(model.weight, gradient)
+        optimizer.step()
+        assert model.weight.item() == pytest.approx(expected, rel=1e-5)

@@ -14,9 +14,9 @@ from dn_detr.d2.trainer import across_processes
 from dn_detr.d2.whole_batch import whole_batch
 
 
-def train_with_an_empty_rank(rank: int, folder: Path, cfg) -> None:
+def train_with_an_empty_rank(rank: int, folder: Path, cfg, faster_rcnn) -> None:
     """Rank 0 has four objects and five boxes of a teacher, rank 1 none; then rank 1's loss breaks.
-    Saves what it saw."""
+    Saves what it saw. Then one step of another configuration."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
@@ -48,7 +48,21 @@ def train_with_an_empty_rank(rank: int, folder: Path, cfg) -> None:
         except FloatingPointError as error:
             seen["error"] = str(error)
     torch.save(seen, folder / f"{rank}.pt")
+    train_one_step(rank, folder, faster_rcnn)
     torch.distributed.destroy_process_group()
+
+
+def train_one_step(rank: int, folder: Path, cfg) -> None:
+    """Rank 0 has three objects, rank 1 none. Saves losses and gradients."""
+    model = across_processes(build_model(cfg))
+    batch = [sample(rank, 0 if rank else 3)]
+    step = TrainStep(model, [batch], build_optimizer(cfg, model), precision=None, seed=0)
+    step.iter = 0
+    with EventStorage() as storage:
+        step.run_step()
+        losses = {name: v for name, (v, _) in storage.latest().items() if name.startswith("loss_")}
+    trained = {name: p.grad for name, p in model.module.named_parameters() if p.requires_grad}
+    torch.save({"losses": losses, "gradients": trained}, folder / f"faster_rcnn_{rank}.pt")
 
 
 def infinite_in_the_first_layer(matched, num_objects):

@@ -57,6 +57,17 @@ def test_the_neck_costs_what_its_convolutions_cost(model):
     assert f"tokens 1x{sum(cells)}x96" in rooms["encoder"].gives
 
 
+def test_faster_rcnn_is_counted_with_the_proposals_that_it_keeps():
+    """100 regions of 64 channels and 7 x 7 cells, 256 wide, 81 logits and 80 boxes; the image is
+    padded to 128 x 192."""
+    model = tool["build"](str(ROOT / "configs" / "quick" / "dn_faster_rcnn_fpn.yaml"))
+    rooms = {room.name: room for room in tool["infer"](model, 100, 170).rooms}
+    assert list(rooms) == ["backbone", "proposals", "regions"]
+    operations = 100 * (64 * 7 * 7 * 256 + 256 * 256 + 256 * (81 + 320))
+    assert rooms["regions"].gflops == pytest.approx(operations / 1e9)
+    assert "p2 1x64x32x48" in rooms["backbone"].gives
+
+
 def test_the_average_is_over_the_sizes_of_the_images(model, tmp_path):
     images = [
         {"id": 3, "height": 9, "width": 9},

@@ -1,5 +1,5 @@
 """The Detectron2 side: configuration, meta-architecture, data, training. Importing it registers the
-meta-architecture and the synthetic dataset."""
+meta-architectures and the synthetic dataset."""
 
 try:
     import detectron2  # noqa: F401
@@ -9,7 +9,7 @@ except ImportError as error:
         'pip install --no-build-isolation -e ".[detectron2]"'
     ) from error
 
-from dn_detr.d2 import backbones, meta_arch, named_backbones  # noqa: F401  (registering)
+from dn_detr.d2 import backbones, faster_rcnn, meta_arch, named_backbones  # noqa: F401  (registering)
 from dn_detr.d2.config import add_dn_detr_config
 from dn_detr.d2.datasets import register_shapes
 

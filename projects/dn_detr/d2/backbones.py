@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import (
     BasicBlock,
     BasicStem,
@@ -40,6 +41,19 @@ def build_thin_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
         inside = outside
     model = ResNet(stem, stages, out_features=node.OUT_FEATURES)
     return model.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
+
+
+@BACKBONE_REGISTRY.register()
+def build_thin_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """The same with a feature pyramid, as Detectron2's build_resnet_fpn_backbone. Reads MODEL.FPN."""
+    return FPN(
+        bottom_up=build_thin_resnet_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelMaxPool(),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
 
 
 @BACKBONE_REGISTRY.register()

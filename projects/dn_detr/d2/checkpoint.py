@@ -12,7 +12,7 @@ from dn_detr.d2.datasets import class_names
 from dn_detr.d2.ema import KEY as EMA
 from dn_detr.errors import InputError
 
-CLASS_DEPENDENT = ("class_head", "class_heads", "label_table")
+CLASS_DEPENDENT = ("class_head", "class_heads", "label_table", "cls_score", "bbox_pred")
 """Parameters whose size is the number of classes: start anew together when it changes."""
 
 TRAINING_ONLY = ("assists", "label_table")
@@ -125,7 +125,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict):
         state, known = checkpoint["model"], self.model.state_dict()
-        is_detector = any("core." in key for key in state)
+        is_detector = any(has_part(key, ("core", "roi_heads")) for key in state)
         has_other_classes = self.may_start_anew and self._has_other_classes(checkpoint)
         start_anew = CLASS_DEPENDENT if has_other_classes else ()
         for key in [key for key in state if has_part(key, start_anew)]:

@@ -7,7 +7,8 @@ from detectron2.config import CfgNode
 
 def add_training_config(cfg: CfgNode) -> None:
     """Add the keys of training, with the published 50-epoch values; everything further is off."""
-    # AdamW and the published schedule: 50 epochs of COCO at 16 images, 0.1x after 40.
+    # "ADAMW", or "SGD" with Detectron2's MOMENTUM and NESTEROV; the published schedule: 50 epochs of
+    # COCO at 16 images, 0.1x after 40.
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     cfg.SOLVER.BASE_LR = 1e-4
     cfg.SOLVER.WEIGHT_DECAY = 1e-4

@@ -6,9 +6,10 @@ import zlib
 
 import torch
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import get_event_storage, has_event_storage
 
 from dn_detr.models.postprocess import Detections
-from dn_detr.structures import Target
+from dn_detr.structures import Target, Targets, pad_targets
 
 
 def noise_key(seed: int, iteration: int, image_id: int | str) -> int:
@@ -54,6 +55,29 @@ def to_target(
     masks = instances.gt_masks.tensor if with_masks else None
     scores = instances.scores if instances.has("scores") else None
     return Target(labels=labels, boxes=boxes, masks=masks, scores=scores, noise_key=noise_key)
+
+
+def to_targets(
+    samples: list[dict],
+    *,
+    seed: int,
+    num_classes: int,
+    with_masks: bool = False,
+    multiple_of: int = 1,
+) -> Targets:
+    """Ground truth of the training samples of a batch, on the host, with noise keys for the current
+    iteration; multiple_of: see `pad_targets`."""
+    iteration = get_event_storage().iter if has_event_storage() else 0
+    targets = [
+        to_target(
+            sample["instances"],
+            num_classes=num_classes,
+            noise_key=noise_key(seed, iteration, sample.get("image_id", position)),
+            with_masks=with_masks,
+        )
+        for position, sample in enumerate(samples)
+    ]
+    return pad_targets(targets, multiple_of)
 
 
 def to_instances(detections: Detections, image_size: tuple[int, int]) -> Instances:

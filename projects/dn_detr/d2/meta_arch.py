@@ -8,7 +8,6 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from dn_detr.build import (
@@ -18,8 +17,9 @@ from dn_detr.build import (
     build_model,
     mask_terms,
 )
-from dn_detr.d2.convert import noise_key, to_instances, to_target
+from dn_detr.d2.convert import to_instances, to_target, to_targets
 from dn_detr.d2.whole_batch import Whole, whole_batch
+from dn_detr.errors import InputError
 from dn_detr.losses.assign import Costs, assign
 from dn_detr.losses.criterion import Criterion
 from dn_detr.losses.mask_costs import MaskCosts
@@ -271,20 +271,17 @@ class DenoisingDETR(nn.Module):
     def targets(self, batched_inputs: list[dict], whole: Whole | None = None) -> Targets:
         """Ground truth of a training batch, with noise keys for the current iteration, padded to as
         many objects as the whole batch where there is one."""
-        iteration = get_event_storage().iter if has_event_storage() else 0
-        targets = [
-            to_target(
-                sample["instances"],
-                num_classes=self.num_classes,
-                noise_key=noise_key(self.seed, iteration, sample.get("image_id", position)),
-                with_masks=self.has_masks,
-            )
-            for position, sample in enumerate(batched_inputs)
-        ]
         multiple_of = self.pad_objects_to
         if whole is not None:  # rounding a part up to the slots of the whole gives just these
             multiple_of *= -(-whole.most_objects // multiple_of)
-        return pad_targets(targets, multiple_of).to(self.device)
+        targets = to_targets(
+            batched_inputs,
+            seed=self.seed,
+            num_classes=self.num_classes,
+            with_masks=self.has_masks,
+            multiple_of=multiple_of,
+        )
+        return targets.to(self.device)
 
     def teacher_boxes(self, batched_inputs: list[dict]) -> Targets:
         """What a teacher saw in the images of a training batch, with its scores."""
@@ -293,3 +290,13 @@ class DenoisingDETR(nn.Module):
             for sample in batched_inputs
         ]
         return pad_targets(targets).to(self.device)
+
+
+def core_of(model: nn.Module, asked: str) -> DETR:
+    """The core of a detector. InputError, which says what was asked for, where it has none."""
+    if not isinstance(model, DenoisingDETR):
+        raise InputError(
+            f"{asked} works on the pages of dn_detr.methods alone: this model is a "
+            f"{type(model).__name__} and has no encoder and decoder."
+        )
+    return model.core

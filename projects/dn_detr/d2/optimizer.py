@@ -1,4 +1,4 @@
-"""AdamW with the learning-rate groups of the DETR family."""
+"""AdamW, or SGD, with the learning-rate groups of the DETR family."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def backbone_depths(model: nn.Module) -> dict[str, int]:
 
 
 def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
-    """SOLVER.OPTIMIZER "ADAMW", with Detectron2's gradient clipping.
+    """SOLVER.OPTIMIZER, "ADAMW" or "SGD", with Detectron2's gradient clipping.
 
     CLIP_TYPE "full_model" clips the norm of all gradients together, as the DETR family does;
     Detectron2's own types clip each parameter alone.
     """
     solver = cfg.SOLVER
-    if solver.OPTIMIZER != "ADAMW":
-        raise InputError(f"SOLVER.OPTIMIZER must be 'ADAMW', got {solver.OPTIMIZER!r}.")
+    if solver.OPTIMIZER not in ("ADAMW", "SGD"):
+        raise InputError(f"SOLVER.OPTIMIZER must be 'ADAMW' or 'SGD', got {solver.OPTIMIZER!r}.")
     if not 0 < solver.BACKBONE_LAYER_DECAY <= 1:
         raise InputError(
             f"SOLVER.BACKBONE_LAYER_DECAY must be in (0, 1], got {solver.BACKBONE_LAYER_DECAY}."
@@ -90,21 +90,25 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         backbone_layer_decay=solver.BACKBONE_LAYER_DECAY,
     )
+    kind, options = torch.optim.AdamW, {"fused": True}
+    if solver.OPTIMIZER == "SGD":
+        kind = torch.optim.SGD
+        options = {"fused": True, "momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
     clip = solver.CLIP_GRADIENTS
-    if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
-        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return optimizer(groups, lr=solver.BASE_LR, fused=True)
-    return FullModelClippedAdamW(groups, lr=solver.BASE_LR, max_norm=clip.CLIP_VALUE)
+    if clip.ENABLED and clip.CLIP_TYPE == "full_model":
+        kind = clipping_full_model(kind, clip.CLIP_VALUE)
+    else:
+        kind = maybe_add_gradient_clipping(cfg, kind)
+    return kind(groups, lr=solver.BASE_LR, **options)
 
 
-class FullModelClippedAdamW(torch.optim.AdamW):
-    """AdamW after clipping the norm of all gradients together to `max_norm`."""
-
-    def __init__(self, groups: list[dict], *, lr: float, max_norm: float):
-        super().__init__(groups, lr=lr, fused=True)
-        self.max_norm = max_norm
+def clipping_full_model(kind: type, max_norm: float) -> type:
+    """The optimizer `kind`, after clipping the norm of all gradients together to `max_norm`."""
 
     def step(self, closure=None):
         parameters = [p for group in self.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
-        return super().step(closure)
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        return super(clipped, self).step(closure)
+
+    clipped = type(f"FullModelClipped{kind.__name__}", (kind,), {"step": step})
+    return clipped

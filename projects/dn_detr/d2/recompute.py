@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from dn_detr.d2.meta_arch import core_of
 from dn_detr.errors import InputError
 
 PARTS = ("backbone", "encoder", "decoder")
@@ -20,8 +21,8 @@ CONTAINERS = (nn.Sequential, nn.ModuleList)
 def recompute(model: nn.Module, parts: list[str]) -> None:
     """Let the layers of these parts keep only their inputs for the backward pass, in place.
 
-    model: has `backbone` and `core`. Losses, gradients, random numbers, parameters and their names
-    stay what they are.
+    model: has a `backbone`, and for the other parts a core. Losses, gradients, random numbers,
+    parameters and their names stay what they are.
     """
     unknown = set(parts) - set(PARTS)
     if unknown:
@@ -32,7 +33,7 @@ def recompute(model: nn.Module, parts: list[str]) -> None:
         if name == "backbone":
             layers = list(blocks(model.backbone))
         else:
-            layers = list(getattr(model.core, name).layers)
+            layers = list(getattr(core_of(model, f"MODEL.DN_DETR.RECOMPUTE {name!r}"), name).layers)
         if not layers:
             raise InputError(
                 f"MODEL.DN_DETR.RECOMPUTE: this {name} has no blocks that could be computed again."

@@ -25,8 +25,9 @@ _NUM_NAMES = 10  # as many ids or classes are listed, of more only some
 class DatasetReport:
     """Counts of one dataset, and what they mean for the model that reads it.
 
-    num_queries 0: no model is known, and only the data are spoken of. num_groups and max_noised are
-    those of denoising (num_groups 0: as many as fit; max_noised 0: no denoising). Boxes are counted as they are trained on: without crowd regions and dropped ones.
+    num_queries 0: no model is known, and only the data are spoken of; None: it has no queries.
+    num_groups and max_noised are those of denoising (num_groups 0: as many as fit; max_noised 0: no
+    denoising). Boxes are counted as they are trained on: without crowd regions and dropped ones.
     """
 
     name: str
@@ -39,7 +40,7 @@ class DatasetReport:
     median_boxes: float
     most_boxes: int
     fullest_image: str
-    num_queries: int
+    num_queries: int | None
     num_groups: int
     max_noised: int
     no_size: Finding
@@ -52,7 +53,7 @@ class DatasetReport:
     def __str__(self) -> str:
         purpose = "training" if self.is_for_training else "evaluation"
         lines = [
-            f"dataset {self.name}{f' ({purpose})' if self.num_queries else ''}",
+            f"dataset {self.name}{f' ({purpose})' if self.num_queries != 0 else ''}",
             f"  images     {self.num_images}, {self.num_empty} without objects"
             f"{self._fate_of_empty()}",
             f"  boxes      {self.num_boxes}, beside {self.num_crowd} crowd regions",
@@ -68,7 +69,7 @@ class DatasetReport:
         return "\n".join(lines)
 
     def _fate_of_empty(self) -> str:
-        if not self.is_for_training or not self.num_queries or not self.num_empty:
+        if not self.is_for_training or self.num_queries == 0 or not self.num_empty:
             return ""
         if self.filters_empty:
             return " (left out; DATALOADER.FILTER_EMPTY_ANNOTATIONS False trains on them)"
@@ -76,10 +77,10 @@ class DatasetReport:
 
     def _room_for_boxes(self) -> str:
         """What the fullest image means for queries and, in training, for denoising."""
-        if not self.num_queries:
+        if self.num_queries == 0:
             return ""
-        queries = f"; {self.num_queries} queries"
-        if self.most_boxes > self.num_queries:
+        queries = "" if self.num_queries is None else f"; {self.num_queries} queries"
+        if self.num_queries is not None and self.most_boxes > self.num_queries:
             queries += f" can find only {self.num_queries} of them"
         if not self.is_for_training or not self.max_noised or not self.most_boxes:
             return queries
@@ -108,7 +109,7 @@ def report_on(
     *,
     is_for_training: bool,
     filters_empty: bool,
-    num_queries: int,
+    num_queries: int | None,
     num_groups: int,
     max_noised: int,
 ) -> DatasetReport:
@@ -139,6 +140,12 @@ def report_on(
     )
 
 
+def num_queries_of(cfg) -> int | None:
+    """Number of queries of the model; None where it has none."""
+    has_none = cfg.MODEL.META_ARCHITECTURE == "DenoisingRCNN"
+    return None if has_none else cfg.MODEL.DN_DETR.NUM_QUERIES
+
+
 def check_datasets(cfg, eval_only: bool = False) -> list[DatasetReport]:
     """Load, check and log a report on every dataset of this run; loaders reuse what was loaded.
 
@@ -158,7 +165,7 @@ def check_datasets(cfg, eval_only: bool = False) -> list[DatasetReport]:
             loaded,
             is_for_training=not eval_only and name in cfg.DATASETS.TRAIN,
             filters_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            num_queries=node.NUM_QUERIES,
+            num_queries=num_queries_of(cfg),
             num_groups=node.DENOISING.NUM_GROUPS,
             max_noised=node.DENOISING.MAX_OBJECTS if node.DENOISING.ENABLED else 0,
         )

@@ -25,6 +25,7 @@ from dn_detr.d2.evaluation_hooks import SaveEvaluation
 from dn_detr.d2.evidence import Evidence
 from dn_detr.d2.instability import build_instruments
 from dn_detr.d2.loader import build_test_loader, build_train_loader
+from dn_detr.d2.meta_arch import core_of
 from dn_detr.d2.optimizer import build_optimizer
 from dn_detr.d2.recompute import recompute
 from dn_detr.d2.schedule import build_lr_scheduler
@@ -58,7 +59,7 @@ class Trainer(DefaultTrainer):
         )
         recompute(model, cfg.MODEL.DN_DETR.RECOMPUTE)
         if cfg.MODEL.DN_DETR.COMPILE:
-            compile_core(model.core, cfg.MODEL.DN_DETR.COMPILE)
+            compile_core(core_of(model, "MODEL.DN_DETR.COMPILE"), cfg.MODEL.DN_DETR.COMPILE)
         model = across_processes(model)
         self._trainer = TrainStep(
             model,
@@ -103,6 +104,8 @@ class Trainer(DefaultTrainer):
         """What acts on evaluations, and writes the checkpoint again with their outcome."""
         cfg, period = self.cfg, self.cfg.TEST.EVAL_PERIOD
         instruments = build_instruments(cfg, without_wrapper(self.model))
+        if instruments:
+            core_of(without_wrapper(self.model), "TEST.INSTABILITY")
         actors = [*([instruments] if instruments else []), *build_best(cfg, self.checkpointer)]
         if not actors:
             return []

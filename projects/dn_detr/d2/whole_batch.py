@@ -72,6 +72,11 @@ def num_parts(cfg) -> int:
             "SOLVER.ACCUMULATE needs MODEL.DN_DETR.LOSS.KIND 'focal' or 'mal': the softmax loss is a "
             "mean over the slots of a whole batch, which its parts cannot know."
         )
+    if parts > 1 and cfg.MODEL.META_ARCHITECTURE == "DenoisingRCNN":
+        raise InputError(
+            "SOLVER.ACCUMULATE works on the pages of dn_detr.methods alone: the losses of Faster R-CNN "
+            "are means over the regions of a whole batch."
+        )
     logger.info(
         f"{cfg.SOLVER.IMS_PER_BATCH} images for each step of the optimizer: {processes} x {images} "
         f"(processes x images), {images // parts} at a time"
