@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from common import count_launches, make_parser, markdown, save, table, time_side_by_side
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from peak_memory import peak_mib
 
 from dn_detr.d2.config import read_config
@@ -40,9 +40,14 @@ class Case:
     precision: str = "float32"
     is_denoised: bool = True
     is_plain: bool = False
+    opts: tuple[str, ...] = ()
+    objects: int = OBJECTS
+    name: str = ""
 
     @property
     def who(self) -> str:
+        if self.name:
+            return self.name
         if self.is_plain:
             return "plain operators"
         kind = "denoised" if self.is_denoised else "without denoising"
@@ -54,27 +59,41 @@ def row_of(case: Case) -> dict:
 
 
 def make_batch(case: Case) -> list[dict]:
-    """Images of noise, every second one a tenth narrower; with 7 objects, then 5, 7, 5, ..."""
+    """Images of noise, every second one a tenth narrower; with 7 objects, then 5, 7, 5, ... A teacher
+    saw the same objects, and masks fill their boxes."""
     generator = torch.Generator().manual_seed(0)
     samples = []
     for image_id in range(case.batch):
         height, width = case.size[0], case.size[1] - image_id % 2 * case.size[1] // 10
-        count = OBJECTS - image_id % 2 * 2
+        count = case.objects - image_id % 2 * 2
         corners = torch.rand(count, 2, 2, generator=generator).sort(dim=1).values.flatten(1)
         instances = Instances((height, width))
         boxes = corners * torch.tensor([width - 9, height - 9] * 2) + torch.tensor([0, 0, 8, 8])
         instances.gt_boxes = Boxes(boxes)
         instances.gt_classes = torch.randint(NUM_CLASSES, (count,), generator=generator)
+        taught = Instances((height, width), **instances.get_fields(), scores=torch.ones(count))
+        instances.gt_masks = filled(instances.gt_boxes, height, width)
         image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
         samples.append(
-            {"image": image.to(case.device), "instances": instances, "image_id": image_id}
+            {
+                "image": image.to(case.device),
+                "image_id": image_id,
+                "instances": instances,
+                "teacher_instances": taught,
+            }
         )
     return samples
 
 
+def filled(boxes: Boxes, height: int, width: int) -> BitMasks:
+    x0, y0, x1, y1 = boxes.tensor[..., None, None].unbind(1)
+    x, y = torch.arange(width), torch.arange(height)[:, None]
+    return BitMasks((x0 <= x) & (x < x1) & (y0 <= y) & (y < y1))
+
+
 def make_step(case: Case):
     """A function that trains one step."""
-    cfg = read_config(case.config, [])
+    cfg = read_config(case.config, list(case.opts))
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.SEED = case.device, "", 0
     cfg.MODEL.DN_DETR.NUM_CLASSES = NUM_CLASSES
     if not case.is_denoised:
