@@ -50,6 +50,13 @@ def test_flat_cosine_may_be_a_cosine_alone():
     assert rates(**FLAT) == pytest.approx(rates(**{**FLAT, "LR_SCHEDULER_NAME": "WarmupCosineLR"}))
 
 
+@pytest.mark.parametrize(("total", "flat", "final"), [(1000, 580, 80), (100, 0, 7), (30, 3, 0)])
+def test_flat_cosine_lasts_to_the_end(total, flat, final):
+    """Detectron2 asks once more behind the last iteration."""
+    found = rates(**{**FLAT, "MAX_ITER": total}, FLAT_ITERS=flat, FINAL_ITERS=final)
+    assert len(found) == total and found[-1] == pytest.approx(0.5, abs=0.01)
+
+
 @pytest.mark.parametrize(("method", "power"), [("linear", 1), ("quadratic", 2)])
 def test_the_warm_up_rises_from_its_factor(method, power):
     warm = {"WARMUP_ITERS": 4, "WARMUP_FACTOR": 0.2, "WARMUP_METHOD": method}

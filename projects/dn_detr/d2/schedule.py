@@ -64,7 +64,7 @@ def flat_cosine(solver) -> ParamScheduler:
     parts = [
         (ConstantParamScheduler(1.0), flat),
         (CosineParamScheduler(1.0, end), total - flat - final),
-        (ConstantParamScheduler(end), final),
+        (CosineParamScheduler(end, end), final),  # a constant one fails behind the last iteration
     ]
     return _in_turn([(part, iterations / total) for part, iterations in parts if iterations])
 
