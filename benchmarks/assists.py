@@ -24,6 +24,10 @@ HOSTS = {
         "denoised, matchability": (DN, ("MODEL.DN_DETR.LOSS.KIND", "mal"), OBJECTS),
         "denoised, 4 x objects": (DN, (), 4 * OBJECTS),
     },
+    "Faster R-CNN": {
+        "plain": ("faster_rcnn_fpn.yaml", (), OBJECTS),
+        "denoised": ("dn_faster_rcnn_fpn.yaml", (), OBJECTS),
+    },
     "Mask2Former": {
         "plain": ("mask2former.yaml", (), OBJECTS),
         "denoised": ("dn_mask2former.yaml", (), OBJECTS),
