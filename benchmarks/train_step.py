@@ -22,6 +22,7 @@ import torch
 from common import count_launches, make_parser, markdown, save, table, time_side_by_side
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
 from peak_memory import peak_mib
 
 from dn_detr.d2.config import read_config
@@ -105,7 +106,7 @@ def make_step(case: Case):
     has_amp = case.precision != "float32"
 
     def step():
-        with torch.autocast(case.device, torch.bfloat16, enabled=has_amp):
+        with EventStorage(), torch.autocast(case.device, torch.bfloat16, enabled=has_amp):
             losses = model(batch)
         total = torch.stack(list(losses.values())).sum()
         optimizer.zero_grad()
