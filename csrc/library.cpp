@@ -6,6 +6,8 @@
 
 #include <torch/library.h>
 
+#include <string>
+
 extern "C" {
 #if defined(_WIN32)
 __declspec(dllexport)
@@ -35,11 +37,14 @@ TORCH_LIBRARY(dn_detr, m) {
       "Tensor valid_sizes, Tensor reference, Tensor offsets, Tensor logits, Tensor? padding, "
       "bool needs_reference) -> (Tensor grad_value, Tensor grad_reference, Tensor grad_offsets, "
       "Tensor grad_logits)");
-  m.def(
-      "noise_objects(Tensor labels, Tensor boxes, Tensor is_object, Tensor noise_keys, "
-      "SymInt num_groups, SymInt slots_per_group, SymInt num_classes, float box_noise, "
-      "float label_noise, bool contrastive, SymInt num_matched, ScalarType mask_dtype, "
-      "bool hide_empty) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  for (const std::string name : {"noise_objects", "noise_objects_in_old_memory"}) {
+    const std::string schema = name +
+        "(Tensor labels, Tensor boxes, Tensor is_object, Tensor noise_keys, SymInt num_groups, "
+        "SymInt slots_per_group, SymInt num_classes, float box_noise, float label_noise, "
+        "bool contrastive, SymInt num_matched, ScalarType mask_dtype, bool hide_empty) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor)";
+    m.def(schema.c_str());
+  }
   m.def(
       "matching_costs(Tensor logits, Tensor boxes, Tensor image_of, Tensor labels, "
       "Tensor object_boxes, float class_cost, float l1, float giou, bool is_softmax, float alpha, "
@@ -48,4 +53,10 @@ TORCH_LIBRARY(dn_detr, m) {
       "assign_objects(Tensor[] costs, Tensor image_of, SymInt batch, Tensor?[] is_empty, "
       "SymInt[] num_groups, SymInt[] repeats) -> (Tensor[], Tensor[])");
   m.def("has_nonfinite(Tensor values, Tensor? is_empty) -> Tensor");
+}
+
+// Noise has no gradient: without this, PyTorch would prepare a warning in every call.
+TORCH_LIBRARY_IMPL(dn_detr, Autograd, m) {
+  m.impl("noise_objects", torch::CppFunction::makeFallthrough());
+  m.impl("noise_objects_in_old_memory", torch::CppFunction::makeFallthrough());
 }

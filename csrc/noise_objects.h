@@ -147,6 +147,41 @@ DN_DETR_ANYWHERE int64_t slot_of_object(
   return rank < o.slots ? rank : -1;
 }
 
+// Slot t of the image, where there is no object for it.
+template <typename T>
+DN_DETR_ANYWHERE void leave_empty(const NoiseImage<T>& image, int64_t t) {
+  image.is_empty[t] = true;
+  image.assignment[t] = -1;
+  image.out_labels[t] = 0;
+  for (int i = 0; i < 4; ++i) {
+    image.out_boxes[4 * t + i] = T(0.5);
+  }
+}
+
+// Slot t of the image, of a kind and made of object `m`, from its two draws.
+template <typename T>
+DN_DETR_ANYWHERE void noise_slot(
+    const NoiseOptions& o,
+    const NoiseImage<T>& image,
+    int64_t t,
+    int64_t kind,
+    int64_t m,
+    const Words& moves,
+    const Words& other) {
+  image.is_empty[t] = false;
+  image.assignment[t] = kind == 0 ? m : -1;
+  const bool is_flipped = uniform<double>(other.word[0]) < o.label_noise;
+  const auto random_class =
+      static_cast<int64_t>(static_cast<uint64_t>(other.word[1]) * o.num_classes >> 32);
+  image.out_labels[t] = is_flipped ? random_class : image.labels[m];
+  const T noise = static_cast<T>(o.box_noise);
+  if (o.kinds == 1) {
+    move_box(image.boxes + 4 * m, moves, noise, image.out_boxes + 4 * t);
+  } else {
+    move_sides(image.boxes + 4 * m, moves, other.word[2], kind == 1, noise, image.out_boxes + 4 * t);
+  }
+}
+
 // Writes the slots (of all kinds) that belong to place `m` in [0, M) of a group: those of object m,
 // or where there is no such object, empty slots number m.
 template <typename T>
@@ -163,25 +198,13 @@ DN_DETR_ANYWHERE void noise_place(
   }
   for (int64_t kind = 0; kind < o.kinds; ++kind) {
     const int64_t t = (group * o.kinds + kind) * o.slots + slot;
-    image.is_empty[t] = !is_object;
-    image.assignment[t] = is_object && kind == 0 ? m : -1;
-    T* box = image.out_boxes + 4 * t;
-    if (!is_object) {
-      image.out_labels[t] = 0;
-      box[0] = box[1] = box[2] = box[3] = T(0.5);
-      continue;
-    }
-    const Words moves = draw(image.key, m, 2 * group + kind, BOX_DRAW);
-    const Words other = draw(image.key, m, 2 * group + kind, LABEL_DRAW);
-    const bool is_flipped = uniform<double>(other.word[0]) < o.label_noise;
-    const auto random_class =
-        static_cast<int64_t>(static_cast<uint64_t>(other.word[1]) * o.num_classes >> 32);
-    image.out_labels[t] = is_flipped ? random_class : image.labels[m];
-    const T noise = static_cast<T>(o.box_noise);
-    if (o.kinds == 1) {
-      move_box(image.boxes + 4 * m, moves, noise, box);
+    if (is_object) {
+      const int64_t stream = 2 * group + kind;
+      noise_slot(
+          o, image, t, kind, m, draw(image.key, m, stream, BOX_DRAW),
+          draw(image.key, m, stream, LABEL_DRAW));
     } else {
-      move_sides(image.boxes + 4 * m, moves, other.word[2], kind == 1, noise, box);
+      leave_empty(image, t);
     }
   }
 }

@@ -5,7 +5,6 @@
 #include <ATen/ops/empty.h>
 
 #include <limits>
-#include <tuple>
 
 #include "checks.h"
 #include "noise_objects.h"
@@ -45,26 +44,20 @@ inline void check_noise_objects(
       "expected mask_dtype to be a floating point type, got ", mask_dtype);
 }
 
+// Of each slot, all but the mask.
 struct NoisedSlots {
   at::Tensor labels, boxes, assignment, is_empty;
-  at::Tensor mask; // [B, 1, side, pitch]
-
-  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> result() const {
-    return {labels, boxes, assignment, is_empty, mask.narrow(-1, 0, mask.size(2))};
-  }
 };
 
 inline NoisedSlots empty_noised_slots(
     const NoiseOptions& o,
     const at::Tensor& labels,
-    const at::Tensor& boxes,
-    at::ScalarType mask_dtype) {
+    const at::Tensor& boxes) {
   const int64_t slots = o.total_slots();
   return {at::empty({o.batch, slots}, labels.options()),
           at::empty({o.batch, slots, 4}, boxes.options()),
           at::empty({o.batch, slots}, labels.options()),
-          at::empty({o.batch, slots}, labels.options().dtype(at::kBool)),
-          at::empty({o.batch, 1, o.side(), o.pitch()}, boxes.options().dtype(mask_dtype))};
+          at::empty({o.batch, slots}, labels.options().dtype(at::kBool))};
 }
 
 } // namespace dn_detr

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -144,8 +145,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> deformable_attention_
     using T = decltype(t);
     using S = decltype(s);
     using O = decltype(o);
-    const auto differentiate = KERNEL_FOR_THIS_CPU(differentiate<T, S, O>);
-    const auto scatter = KERNEL_FOR_THIS_CPU(scatter<T, S, O>);
     const auto in = p.inputs<T, O>();
     const S* from = p.value.const_data_ptr<S>();
     const S* grad_from = grad.const_data_ptr<S>();
@@ -153,11 +152,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> deformable_attention_
         needs_reference ? grad_reference.mutable_data_ptr<T>() : nullptr,
         grad_offsets.mutable_data_ptr<O>(), grad_logits.mutable_data_ptr<O>()};
     S* to = grad_value.mutable_data_ptr<S>();
+    const auto order = order_of_queries(z);
+    if (has_heads_for_all_threads(z) && !needs_reference) {
+      const auto backward = KERNEL_FOR_THIS_CPU(backward<T, S, O>);
+      for_heads(z, [&](int64_t begin, int64_t end) {
+        backward(z, in, from, grad_from, to, out, order.data(), begin, end);
+      });
+      return;
+    }
+    const auto differentiate = KERNEL_FOR_THIS_CPU(differentiate<T, S, O>);
+    const auto scatter = KERNEL_FOR_THIS_CPU(scatter<T, S, O>);
     for_rows(z, [&](int64_t begin, int64_t end) {
       differentiate(z, in, from, grad_from, out, begin, end);
     });
     for_parts(z, [&](int64_t parts, int64_t begin, int64_t end) {
-      scatter(z, in, grad_from, to, parts, begin, end);
+      scatter(z, in, grad_from, to, order.data(), parts, begin, end);
     });
   });
   return {grad_value.to(value.scalar_type()), grad_reference, grad_offsets.to(offsets.scalar_type()),

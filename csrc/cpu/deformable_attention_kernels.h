@@ -3,6 +3,7 @@
 // O is the type in which offsets and logits are stored.
 
 #include "sampling_kernels.h"
+#include "sampling_gradients.h"
 
 // exp(x[i]) over their sum, of n numbers; behind them must be room for a vector.
 template <typename T>
@@ -102,6 +103,9 @@ struct OffsetGradients : Offsets<T, O> {
 
   void start(Samples<T>& s, int64_t row) {
     Offsets<T, O>::start(s, row);
+    if (out.reference == nullptr) {
+      return;
+    }
     for (auto* sum : {&shift_x, &shift_y, &scale_x, &scale_y}) {
       std::fill(sum->begin(), sum->end(), T(0));
     }
@@ -152,6 +156,14 @@ struct OffsetGradients : Offsets<T, O> {
     }
   }
 
+  void prefetch_head(int64_t row, int64_t head) const {
+    const int64_t n = z.samples(), first = (row * z.heads + head) * n;
+    prefetch(in.offsets + 2 * first, 2 * n);
+    prefetch(in.logits + first, n);
+    prefetch_to_write(out.offsets + 2 * first, 2 * n);
+    prefetch_to_write(out.logits + first, n);
+  }
+
   const Gradients<T, O>& out;
   std::vector<T> shift_x, shift_y, scale_x, scale_y; // gradients, summed over heads
 };
@@ -186,8 +198,25 @@ void scatter(
     const Inputs<T, O>& in,
     const S* grad_output,
     S* grad_value,
+    const int32_t* order,
     int64_t parts,
     int64_t begin,
     int64_t end) {
-  scatter_parts<T>(z, Offsets<T, O>(z, in), grad_output, grad_value, parts, begin, end);
+  scatter_parts<T>(z, Offsets<T, O>(z, in), grad_output, grad_value, order, parts, begin, end);
+}
+
+// Without the gradient of the reference, which is a sum over heads.
+template <typename T, typename S, typename O>
+void backward(
+    const DeformableSizes& z,
+    const Inputs<T, O>& in,
+    const S* value,
+    const S* grad_output,
+    S* grad_value,
+    const Gradients<T, O>& out,
+    const int32_t* order,
+    int64_t begin,
+    int64_t end) {
+  differentiate_heads<T>(
+      z, OffsetGradients<T, O>(z, in, out), value, grad_output, grad_value, order, begin, end);
 }

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -69,18 +70,26 @@ void run_backward(
     const at::Tensor& grad_value,
     const at::Tensor& grad_locations,
     const at::Tensor& grad_weights) {
-  const auto differentiate = KERNEL_FOR_THIS_CPU(differentiate<T, S>);
-  const auto scatter = KERNEL_FOR_THIS_CPU(scatter<T, S>);
   const auto in = p.inputs<T, S>();
   const S* grad = grad_output.const_data_ptr<S>();
   S* value = grad_value.mutable_data_ptr<S>();
   T* locations = grad_locations.mutable_data_ptr<T>();
   T* weights = grad_weights.mutable_data_ptr<T>();
+  const auto order = order_of_queries(p.sizes);
+  if (has_heads_for_all_threads(p.sizes)) {
+    const auto backward = KERNEL_FOR_THIS_CPU(backward<T, S>);
+    for_heads(p.sizes, [&](int64_t begin, int64_t end) {
+      backward(p.sizes, in, grad, value, locations, weights, order.data(), begin, end);
+    });
+    return;
+  }
+  const auto differentiate = KERNEL_FOR_THIS_CPU(differentiate<T, S>);
+  const auto scatter = KERNEL_FOR_THIS_CPU(scatter<T, S>);
   for_rows(p.sizes, [&](int64_t begin, int64_t end) {
     differentiate(p.sizes, in, grad, locations, weights, begin, end);
   });
   for_parts(p.sizes, [&](int64_t parts, int64_t begin, int64_t end) {
-    scatter(p.sizes, in, grad, value, parts, begin, end);
+    scatter(p.sizes, in, grad, value, order.data(), parts, begin, end);
   });
 }
 

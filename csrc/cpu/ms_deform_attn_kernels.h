@@ -2,6 +2,7 @@
 // source of the shared loops, and the entries. No include guard.
 
 #include "sampling_kernels.h"
+#include "sampling_gradients.h"
 
 template <typename T>
 struct GivenSamples {
@@ -40,6 +41,14 @@ struct GivenSamples {
 
   void finish(Samples<T>&, int64_t) const {}
 
+  void prefetch_head(int64_t row, int64_t head) const {
+    const int64_t n = z.samples(), first = (row * z.heads + head) * n;
+    prefetch(locations + 2 * first, 2 * n);
+    prefetch(weights + first, n);
+    prefetch_to_write(grad_locations + 2 * first, 2 * n);
+    prefetch_to_write(grad_weights + first, n);
+  }
+
   const bool* padding_of(int64_t) const {
     return nullptr;
   }
@@ -74,9 +83,25 @@ void scatter(
     const Inputs<T, S>& in,
     const S* grad_output,
     S* grad_value,
+    const int32_t* order,
     int64_t parts,
     int64_t begin,
     int64_t end) {
   const GivenSamples<T> source{z, in.locations, in.weights, nullptr, nullptr};
-  scatter_parts<T>(z, source, grad_output, grad_value, parts, begin, end);
+  scatter_parts<T>(z, source, grad_output, grad_value, order, parts, begin, end);
+}
+
+template <typename T, typename S>
+void backward(
+    const Sizes& z,
+    const Inputs<T, S>& in,
+    const S* grad_output,
+    S* grad_value,
+    T* grad_locations,
+    T* grad_weights,
+    const int32_t* order,
+    int64_t begin,
+    int64_t end) {
+  const GivenSamples<T> source{z, in.locations, in.weights, grad_locations, grad_weights};
+  differentiate_heads<T>(z, source, in.value, grad_output, grad_value, order, begin, end);
 }

@@ -5,9 +5,7 @@
 // What is sampled comes from a source, an operator's inputs:
 //   source.start(samples, row)      the query: sets how `samples` turns its x and y into cells
 //   source.put(samples, row, head)  x, y and attention of the samples of a head
-// and where gradients are asked for:
-//   source.take(samples, row, head) the gradients of those
-//   source.finish(samples, row)     all heads are taken
+//   source.padding_of(image)        which of its tokens are padding, or null
 
 // The samples of one query and head, on the levels [first_level, last_level).
 template <typename T>
@@ -183,73 +181,6 @@ inline void sum_samples(const Samples<T>& s, const S* value, int64_t stride, S* 
   }
 }
 
-// Adds to `dots` the products of the output's gradient and the corners' values.
-template <typename T, typename V, int N, typename S>
-inline void multiply_samples(Samples<T>& s, const S* value, int64_t stride, const S* grad_output) {
-  constexpr int lanes = sizeof(V) / sizeof(T);
-  V grad[N];
-  for (int v = 0; v < N; ++v) {
-    load(grad[v], grad_output + v * lanes);
-  }
-  for (int64_t i = 0; i < s.count; ++i) {
-    const S* row = value + s.token[i] * stride;
-    const int64_t down = s.columns[i] * stride;
-    const S* const rows[4] = {row, row + stride, row + down, row + down + stride};
-    const auto corners = s.corners[i];
-    V products[4] = {};
-    if (corners == 15) {
-      for (int v = 0; v < N; ++v) {
-        for (int corner = 0; corner < 4; ++corner) {
-          V a;
-          load(a, rows[corner] + v * lanes);
-          products[corner] += a * grad[v];
-        }
-      }
-    } else {
-      for (int corner = 0; corner < 4; ++corner) {
-        for (int v = 0; v < (corners >> corner & 1 ? N : 0); ++v) {
-          V a;
-          load(a, rows[corner] + v * lanes);
-          products[corner] += a * grad[v];
-        }
-      }
-    }
-    add_sums(&s.dots[4 * i], products);
-  }
-}
-
-// Adds the output's gradient, weighted, to the corners in grad_value, which begins at first_token.
-template <typename T, typename V, int N, typename S>
-inline void scatter_samples(
-    const Samples<T>& s,
-    const S* grad_output,
-    int64_t first_token,
-    int64_t stride,
-    T* grad_value) {
-  constexpr int lanes = sizeof(V) / sizeof(T);
-  V grad[N];
-  for (int v = 0; v < N; ++v) {
-    load(grad[v], grad_output + v * lanes);
-  }
-  for (int64_t i = 0; i < s.count; ++i) {
-    T* row = grad_value + (s.token[i] - first_token) * stride;
-    const int64_t down = s.columns[i] * stride;
-    T* const rows[4] = {row, row + stride, row + down, row + down + stride};
-    const auto corners = s.corners[i];
-    for (int corner = 0; corner < 4; ++corner) {
-      if (corners >> corner & 1) {
-        const T weight = s.weight[corner][i];
-        for (int v = 0; v < N; ++v) {
-          V g;
-          load(g, rows[corner] + v * lanes);
-          g += grad[v] * weight;
-          store(rows[corner] + v * lanes, g);
-        }
-      }
-    }
-  }
-}
-
 // Calls f.template run<V, N>(first channel) until all channels are covered: any D is a sum of
 // 8, 4, 2 and 1 vectors and single numbers.
 template <typename T, typename F>
@@ -290,32 +221,6 @@ struct SumSamples {
   }
 };
 
-template <typename T, typename S>
-struct MultiplySamples {
-  Samples<T>& samples;
-  const S* value;
-  int64_t stride;
-  const S* grad_output;
-
-  template <typename V, int N>
-  inline void run(int64_t c) const {
-    multiply_samples<T, V, N>(samples, value + c, stride, grad_output + c);
-  }
-};
-
-template <typename T, typename S>
-struct ScatterSamples {
-  const Samples<T>& samples;
-  const S* grad_output;
-  int64_t first_token, stride;
-  T* grad_value;
-
-  template <typename V, int N>
-  inline void run(int64_t c) const {
-    scatter_samples<T, V, N>(samples, grad_output + c, first_token, stride, grad_value + c);
-  }
-};
-
 // Rows [begin, end) of the B * Q rows of the output.
 template <typename T, typename S, typename Source>
 void sample_rows(
@@ -338,75 +243,6 @@ void sample_rows(
           z.channels,
           SumSamples<T, S>{samples, value + image * z.tokens * stride + channel, stride,
                            output + row * stride + channel});
-    }
-  }
-}
-
-// The gradients of everything but the value, of rows [begin, end) of B * Q.
-template <typename T, typename S, typename Source>
-void differentiate_rows(
-    const Sizes& z,
-    Source source,
-    const S* value,
-    const S* grad_output,
-    int64_t begin,
-    int64_t end) {
-  const int64_t stride = z.heads * z.channels;
-  Samples<T> samples(z, 0, z.levels.size());
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t image = row / z.queries;
-    source.start(samples, row);
-    for (int64_t head = 0; head < z.heads; ++head) {
-      source.put(samples, row, head);
-      samples.locate(source.padding_of(image));
-      std::fill(samples.dots.begin(), samples.dots.end(), T(0));
-      const int64_t channel = head * z.channels;
-      for_channels<T>(
-          z.channels,
-          MultiplySamples<T, S>{samples, value + image * z.tokens * stride + channel, stride,
-                                grad_output + row * stride + channel});
-      samples.differentiate();
-      source.take(samples, row, head);
-    }
-    source.finish(samples, row);
-  }
-}
-
-// The gradient of the value, of tasks [begin, end) of B * H * parts, where a part is levels / parts
-// levels. A task owns its head and levels of grad_value and scans all queries in order: no atomics,
-// and the same result for any number of parts and threads. It adds up in a buffer, where the tokens
-// of its head lie side by side: as far apart as in grad_value, they would share few cache lines.
-template <typename T, typename S, typename Source>
-void scatter_parts(
-    const Sizes& z,
-    Source source,
-    const S* grad_output,
-    S* grad_value,
-    int64_t parts,
-    int64_t begin,
-    int64_t end) {
-  const int64_t stride = z.heads * z.channels;
-  const int64_t part_levels = static_cast<int64_t>(z.levels.size()) / parts;
-  std::vector<T> buffer;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t part = task % parts, head = task / parts % z.heads;
-    const int64_t image = task / parts / z.heads, channel = head * z.channels;
-    Samples<T> samples(z, part * part_levels, (part + 1) * part_levels);
-    const int64_t first_token = z.first_token(samples.first_level);
-    const int64_t tokens = z.first_token(samples.last_level) - first_token;
-    buffer.assign(tokens * z.channels, T(0));
-    for (int64_t row = image * z.queries; row < (image + 1) * z.queries; ++row) {
-      source.start(samples, row);
-      source.put(samples, row, head);
-      samples.locate(source.padding_of(image));
-      for_channels<T>(
-          z.channels,
-          ScatterSamples<T, S>{samples, grad_output + row * stride + channel, first_token,
-                               z.channels, buffer.data()});
-    }
-    S* to = grad_value + (image * z.tokens + first_token) * stride + channel;
-    for (int64_t token = 0; token < tokens; ++token) {
-      std::copy_n(buffer.data() + token * z.channels, z.channels, to + token * stride);
     }
   }
 }

@@ -86,6 +86,25 @@ inline void store(c10::BFloat16* to, float number) {
   *to = number;
 }
 
+// Asks for n numbers that will be read, or written, some time later.
+template <typename T>
+inline void prefetch(const T* numbers, int64_t n) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < n; i += 64 / sizeof(T)) {
+    __builtin_prefetch(numbers + i);
+  }
+#endif
+}
+
+template <typename T>
+inline void prefetch_to_write(const T* numbers, int64_t n) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < n; i += 64 / sizeof(T)) {
+    __builtin_prefetch(numbers + i, 1);
+  }
+#endif
+}
+
 struct Add {
   template <typename V>
   V operator()(const V& a, const V& b) const {

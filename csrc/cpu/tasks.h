@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <numeric>
+#include <vector>
 
 #include "../ms_deform_attn.h"
 
@@ -15,11 +17,46 @@ inline at::Tensor without_half(const at::Tensor& x) {
   return (x.scalar_type() == at::kHalf ? x.to(at::kFloat) : x).contiguous();
 }
 
+// The order in which a task takes the queries. Where they are the cells (as in encoders), tiles of
+// 16 x 16: neighbours sample the same places, which should still be in the cache.
+inline std::vector<int32_t> order_of_queries(const Sizes& z) {
+  constexpr int32_t side = 16;
+  std::vector<int32_t> order(z.queries);
+  if (z.queries != z.tokens) {
+    std::iota(order.begin(), order.end(), 0);
+    return order;
+  }
+  auto next = order.begin();
+  for (const auto& level : z.levels) {
+    for (int32_t top = 0; top < level.height; top += side) {
+      for (int32_t left = 0; left < level.width; left += side) {
+        for (int32_t y = top; y < std::min(top + side, level.height); ++y) {
+          const int32_t width = std::min(side, level.width - left);
+          std::iota(next, next + width, level.start + y * level.width + left);
+          next += width;
+        }
+      }
+    }
+  }
+  return order;
+}
+
 // f(begin, end) on the B * Q rows.
 template <typename F>
 void for_rows(const Sizes& z, const F& f) {
   // A row is a few microseconds of work.
   at::parallel_for(0, z.batch * z.queries, 16, f);
+}
+
+// Whether there is a head for each thread.
+inline bool has_heads_for_all_threads(const Sizes& z) {
+  return z.batch * z.heads >= at::get_num_threads();
+}
+
+// f(begin, end) on B * H tasks, heads.
+template <typename F>
+void for_heads(const Sizes& z, const F& f) {
+  at::parallel_for(0, z.batch * z.heads, 1, f);
 }
 
 // f(parts, begin, end) on B * H * parts tasks, each of levels / parts levels of one head.

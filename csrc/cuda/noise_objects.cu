@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <limits>
+#include <tuple>
 
 #include "../noise_objects.h"
 #include "../noise_objects_checks.h"
@@ -105,14 +106,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> noise_obj
   const c10::cuda::CUDAGuard guard(labels_.device());
   const auto labels = labels_.contiguous(), boxes = boxes_.contiguous();
   const auto is_object = is_object_.contiguous(), noise_keys = noise_keys_.contiguous();
-  const NoisedSlots out = empty_noised_slots(o, labels, boxes, mask_dtype);
+  const NoisedSlots out = empty_noised_slots(o, labels, boxes);
+  const auto mask = at::empty({o.batch, 1, o.side(), o.pitch()}, boxes.options().dtype(mask_dtype));
 
   const int64_t place_blocks = blocks_for(o.slots == 0 ? 0 : o.groups * o.most_objects);
-  const int64_t mask_chunks = o.side() * o.pitch() * out.mask.element_size() / 16;
+  const int64_t mask_chunks = o.side() * o.pitch() * mask.element_size() / 16;
   const int64_t blocks = place_blocks + blocks_for(mask_chunks);
   TORCH_CHECK_VALUE(
       blocks < std::numeric_limits<int32_t>::max(), "expected a smaller mask, got ",
-      out.mask.sizes());
+      mask.sizes());
   if (blocks * o.batch > 0) {
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(o.batch));
     const auto stream = c10::cuda::getCurrentCUDAStream();
@@ -126,12 +128,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> noise_obj
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, mask_dtype, "noise_objects", [&] {
         noise_kernel<<<grid, THREADS, 0, stream>>>(
             o, batch, static_cast<unsigned>(place_blocks),
-            -std::numeric_limits<scalar_t>::infinity(), out.mask.mutable_data_ptr<scalar_t>());
+            -std::numeric_limits<scalar_t>::infinity(), mask.mutable_data_ptr<scalar_t>());
         C10_CUDA_KERNEL_LAUNCH_CHECK();
       });
     });
   }
-  return out.result();
+  return {out.labels, out.boxes, out.assignment, out.is_empty, mask.narrow(-1, 0, o.side())};
 }
 
 } // namespace

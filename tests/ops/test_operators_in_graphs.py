@@ -88,6 +88,19 @@ def test_opcheck_of_noise(kernel_device, slots):
     )
 
 
+@needs_kernels
+def test_compiled_noise_keeps_off_the_memory_of_earlier_masks():
+    """A compiled graph writes into results that it no longer needs, and nobody would notice."""
+
+    class Noised(torch.nn.Module):
+        def forward(self, *inputs):
+            return noise_objects(*inputs, num_groups=2, slots_per_group=5, **NOISE)
+
+    exported = torch.export.export(Noised(), noise_inputs())
+    names = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert "dn_detr.noise_objects.default" in names
+
+
 class Sampler(torch.nn.Module):
     """Two maps of any size [B, 8, h, w] as levels, sampled at one place per cell and level."""
 

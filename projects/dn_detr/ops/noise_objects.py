@@ -68,14 +68,20 @@ def noise_objects(
     The noise of an object is a function of the image's key, the object's index and the group:
     equal on all devices, whatever the batch, M, or the image's place. No host synchronisation.
     Not differentiable.
+
+    On a CPU the memory of masks outlives them: a later call changes a mask that nobody holds any
+    more into its own, instead of writing all of it. The last four masks are kept.
     """
     arguments = (
-        labels, boxes.detach(), is_object, noise_keys, num_groups, slots_per_group, num_classes,
-        float(box_noise), float(label_noise), contrastive, num_matched, mask_dtype, hide_empty,
+        labels, boxes.detach() if boxes.requires_grad else boxes, is_object, noise_keys, num_groups,
+        slots_per_group, num_classes, float(box_noise), float(label_noise), contrastive,
+        num_matched, mask_dtype, hide_empty,
     )  # fmt: skip
-    if use_kernel("noise_objects", labels.device):
-        return NoisedSlots(*torch.ops.dn_detr.noise_objects(*arguments))
-    return noise_objects_plain(*arguments)
+    if not use_kernel("noise_objects", labels.device):
+        return noise_objects_plain(*arguments)
+    if labels.is_cpu and not torch.compiler.is_compiling():
+        return NoisedSlots(*_IN_OLD_MEMORY(*arguments))
+    return NoisedSlots(*torch.ops.dn_detr.noise_objects(*arguments))
 
 
 @torch.no_grad()
@@ -224,3 +230,5 @@ def _fake(
 
 if KERNELS:
     torch.library.register_fake("dn_detr::noise_objects", _fake)
+    torch.library.register_fake("dn_detr::noise_objects_in_old_memory", _fake)
+    _IN_OLD_MEMORY = torch.ops.dn_detr.noise_objects_in_old_memory.default
