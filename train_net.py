@@ -28,10 +28,11 @@ from detectron2.utils.logger import setup_logger
 from dn_detr.d2.checkpoint import Checkpointer
 from dn_detr.d2.config import read_config
 from dn_detr.d2.datasets import prepare
+from dn_detr.d2.ranks import together
 from dn_detr.d2.report import check_once
 from dn_detr.d2.saved_detector import read_evaluation_config
 from dn_detr.d2.trainer import Trainer
-from dn_detr.errors import InputError, sentence_in
+from dn_detr.errors import InputError, ToldElsewhere, sentence_in
 
 INTERRUPTED = 130
 """The exit status that shells give to what Ctrl-C has ended."""
@@ -56,7 +57,7 @@ def setup(args) -> CfgNode:
 
 def main(args) -> dict | None:
     """Train, or only evaluate; returns the metrics where there are any."""
-    cfg = check_once(setup(args), eval_only=args.eval_only)
+    cfg = check_once(together(lambda: setup(args)), eval_only=args.eval_only)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
@@ -130,6 +131,8 @@ def invoke_main(arguments: list[str] | None = None) -> None:
     """Run with these arguments of the command line; the user's mistakes end it in one sentence."""
     try:
         run(default_argument_parser().parse_args(arguments))
+    except ToldElsewhere:
+        sys.exit(1)
     except InputError as error:
         sys.exit(f"train_net.py: {error}")
     except KeyboardInterrupt:

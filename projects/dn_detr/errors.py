@@ -28,3 +28,7 @@ class InputError(ValueError):
 
 class NotFinite(InputError, FloatingPointError):
     """A loss of a training was not a finite number; the sentence says where, and what to do."""
+
+
+class ToldElsewhere(InputError):
+    """An InputError of another process, which says it: this one only ends."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import two_processes
+from coco_files import make_content, write
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_NET, QUICK = ROOT / "train_net.py", ROOT / "configs" / "quick"
@@ -54,6 +55,46 @@ def test_a_rank_without_objects_trains_in_step_with_the_other(tiny_config, tmp_p
     assert first["losses"] == second["losses"] and first["losses"]["loss_denoise_box"] > 0
     for name, gradient in first["gradients"].items():
         assert torch.equal(gradient, second["gradients"][name]), name
+
+
+def test_an_error_of_one_process_ends_all_and_is_told_once(tiny_config, tmp_path):
+    cfg = tiny_config("WANDB.ENABLED", True)
+    in_two_processes(two_processes.meet_errors_of_one, tmp_path, cfg, timeout=120)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    told, heard = "InputError", "ToldElsewhere"
+    wandb = "WANDB.ENABLED needs wandb: pip install wandb."
+    assert first[:2] == ["read by 0", "read by 0"] and second[:2] == ["read by 0", "read by 1"]
+    zero, one = ("the file of 0 is broken.", "the file of 1 is broken.")
+    assert first[2:] == [(told, zero), (heard, one), (told, wandb)]
+    assert second[2:] == [(heard, zero), (told, one), (heard, wandb)]
+
+
+def test_a_faulty_dataset_ends_a_training_of_two_processes_in_one_sentence(arguments, tmp_path):
+    """Rank 0 alone looks at the images."""
+    json_file, images = write(tmp_path, make_content())
+    (tmp_path / "images" / "12.png").unlink()
+    entry = str([["broken", json_file, images]])
+    options = (
+        "DATASETS.COCO_FORMAT",
+        entry,
+        "DATASETS.TRAIN",
+        "('broken',)",
+        "DATASETS.TEST",
+        "()",
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(TRAIN_NET), *arguments(*options)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    (sentence,) = (line for line in done.stderr.splitlines() if line.startswith("train_net.py: "))
+    assert "1 of the 4 image files of the dataset 'broken' do not exist" in sentence
+    for noise in ("RuntimeError", "terminate called", "SIGABRT", "Aborted"):
+        assert noise not in done.stderr
 
 
 def test_two_machines_train_as_one(arguments, tmp_path):

@@ -1,5 +1,6 @@
 """What each of two processes does in test_distributed.py; importable where a process starts anew."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -8,10 +9,13 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from samples import sample, with_teacher
 
+from dn_detr.d2.datasets import prepare
 from dn_detr.d2.optimizer import build_optimizer
+from dn_detr.d2.ranks import on_main, together
 from dn_detr.d2.train_step import TrainStep
-from dn_detr.d2.trainer import across_processes
+from dn_detr.d2.trainer import Trainer, across_processes
 from dn_detr.d2.whole_batch import whole_batch
+from dn_detr.errors import InputError
 
 
 def train_with_an_empty_rank(rank: int, folder: Path, cfg, faster_rcnn) -> None:
@@ -63,6 +67,36 @@ def train_one_step(rank: int, folder: Path, cfg) -> None:
         losses = {name: v for name, (v, _) in storage.latest().items() if name.startswith("loss_")}
     trained = {name: p.grad for name, p in model.module.named_parameters() if p.requires_grad}
     torch.save({"losses": losses, "gradients": trained}, folder / f"faster_rcnn_{rank}.pt")
+
+
+def meet_errors_of_one(rank: int, folder: Path, cfg) -> None:
+    """Errors of one process, in three places; saves what each process raised."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    comm.create_local_process_group(2)
+
+    def fails_in(other: int) -> str:
+        if rank == other:
+            raise InputError(f"the file of {rank} is broken.")
+        return f"read by {rank}"
+
+    raised = [on_main(lambda: f"read by {rank}"), together(lambda: fails_in(2))]
+    prepare(cfg)
+    Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
+    sys.modules["wandb"] = None  # not installed
+    for attempt in (
+        lambda: on_main(lambda: fails_in(0)),
+        lambda: together(lambda: fails_in(1)),
+        lambda: Trainer(cfg),
+    ):
+        try:
+            attempt()
+        except InputError as error:
+            raised.append((type(error).__name__, str(error)))
+    torch.save(raised, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def infinite_in_the_first_layer(matched, num_objects):

@@ -1,4 +1,4 @@
-"""What one process does for all."""
+"""What one process does for all, and how an error of one becomes an error of all."""
 
 from __future__ import annotations
 
@@ -7,23 +7,36 @@ from typing import TypeVar
 
 from detectron2.utils import comm
 
-from dn_detr.errors import InputError
+from dn_detr.errors import InputError, ToldElsewhere
 
 T = TypeVar("T")
+
+
+def together(function: Callable[[], T]) -> T:
+    """The result of `function`, which every process calls; every process must come here.
+
+    If it raises an InputError in one of them, every process raises one, so that none waits for
+    another that has ended: the first that has one its own, all others ToldElsewhere. While one
+    process may have raised, `function` must not wait for others.
+    """
+    result, error = None, None
+    try:
+        result = function()
+    except InputError as caught:
+        error = caught
+    sentences = comm.all_gather(None if error is None else str(error))
+    failed = [rank for rank, sentence in enumerate(sentences) if sentence is not None]
+    if not failed:
+        return result
+    if failed[0] == comm.get_rank():
+        raise error
+    raise ToldElsewhere(sentences[failed[0]])
 
 
 def on_main(function: Callable[[], T]) -> T:
     """The result of `function`, which the first process alone calls; every process must come here.
 
-    If it raises an InputError, every process does, so that none waits for another that has ended.
+    If it raises an InputError, every process does, as in `together`.
     """
-    outcome: tuple[T | None, InputError | None] = (None, None)
-    if comm.is_main_process():
-        try:
-            outcome = (function(), None)
-        except InputError as error:
-            outcome = (None, error)
-    result, error = comm.all_gather(outcome)[0]
-    if error is not None:
-        raise error
-    return result
+    result = together(lambda: function() if comm.is_main_process() else None)
+    return comm.all_gather(result)[0]

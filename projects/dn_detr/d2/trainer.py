@@ -27,6 +27,7 @@ from dn_detr.d2.instability import build_instruments
 from dn_detr.d2.loader import build_test_loader, build_train_loader
 from dn_detr.d2.meta_arch import core_of
 from dn_detr.d2.optimizer import build_optimizer
+from dn_detr.d2.ranks import together
 from dn_detr.d2.recompute import recompute
 from dn_detr.d2.schedule import build_lr_scheduler
 from dn_detr.d2.train_step import TrainStep
@@ -86,6 +87,7 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks in its order, so that evaluation sees what was saved."""
         cfg, is_main = self.cfg, comm.is_main_process()
+        writers = together(lambda: self.build_writers() if is_main else [])
         return [
             ProgressBar() if is_main and sys.stdout.isatty() else None,
             hooks.IterationTimer(),
@@ -97,7 +99,7 @@ class Trainer(DefaultTrainer):
             else None,
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate),
             *self.build_evaluation_hooks(),
-            hooks.PeriodicWriter(self.build_writers(), cfg.LOG_PERIOD) if is_main else None,
+            hooks.PeriodicWriter(writers, cfg.LOG_PERIOD) if is_main else None,
         ]
 
     def build_evaluation_hooks(self) -> list[HookBase | None]:
