@@ -95,11 +95,16 @@ def test_a_rank_without_objects_trains_in_step_with_the_other(tiny_config, tmp_p
 
 @both
 def test_training_ends_with_the_ap_of_boxes_and_masks(name, run, tmp_path):
-    run(*FEW_POINTS, "SOLVER.MAX_ITER", 2, config_file=CONFIGS[name])
+    run(*FEW_POINTS, "SOLVER.MAX_ITER", 2, "TEST.REPORT", True, config_file=CONFIGS[name])
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.json").read_text().splitlines()]
     assert "bbox/AP" in lines[-1] and "segm/AP" in lines[-1]
     found = json.loads((tmp_path / "run/inference/coco_instances_results.json").read_text())
     assert len(found) == 40 and all("segmentation" in entry for entry in found)
+    folder = tmp_path / "run/inference/report_tiny_val"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["mask_metrics"]["AP"] == pytest.approx(lines[-1]["segm/AP"])
+    assert report["metrics"]["AP"] == pytest.approx(lines[-1]["bbox/AP"])
+    assert "<td>masks</td>" in (folder / "report.html").read_text()
 
 
 def test_real_images_train_and_are_evaluated_with_polygons_and_codes(run, real_data, tmp_path):

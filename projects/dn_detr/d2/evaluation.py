@@ -106,6 +106,7 @@ class Evaluator(COCOEvaluator):
                 results,
                 name=self.dataset_name,
                 image_root=self._metadata.get("image_root"),
+                masks=evaluated.get("segm"),
             )
             self._logger.info(f"wrote the report {page}")
 

@@ -54,13 +54,15 @@ class Curve:
 
 @dataclass(frozen=True, eq=False)
 class ClassResult:
-    """ap: of IoU 0.5 to 0.95; NaN, like ap50 and ap75, for a class without objects."""
+    """ap: of IoU 0.5 to 0.95; NaN, like ap50 and ap75, for a class without objects. mask_ap: ap of
+    the masks, None where none were evaluated."""
 
     name: str
     ap: float
     ap50: float
     ap75: float
     curve: Curve
+    mask_ap: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +83,8 @@ class ImageResult:
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """metrics: COCO's, in percent; overall: one curve over all classes, its best point gives the
+    """metrics: COCO's, in percent, of boxes; mask_metrics: of masks, None where none were evaluated.
+    All else is about boxes. overall: one curve over all classes, its best point gives the
     threshold of the confusion matrix and of `images` (those with most errors first).
 
     confusion [K + 1, K + 1]: rows are classes of the annotations, columns of the results; the last
@@ -89,6 +92,7 @@ class Analysis:
     """
 
     metrics: dict[str, float]
+    mask_metrics: dict[str, float] | None
     classes: list[ClassResult]
     overall: Curve
     threshold: float
@@ -96,8 +100,9 @@ class Analysis:
     images: list[ImageResult]
 
 
-def analyse(evaluated: COCOeval, results: list[dict]) -> Analysis:
-    """evaluated: by `evaluation.evaluate`, of boxes; results: those that it evaluated."""
+def analyse(evaluated: COCOeval, results: list[dict], masks: COCOeval | None = None) -> Analysis:
+    """evaluated: by `evaluation.evaluate`, of boxes; results: those that it evaluated; masks: the
+    same of their masks, if they have some."""
     coco, params = evaluated.cocoGt, evaluated.params
     matched = match(coco, results, image_ids=params.imgIds, max_detections=params.maxDets[-1])
     by_class = [_curve([m for m in matched if m["category_id"] == c]) for c in params.catIds]
@@ -106,12 +111,18 @@ def analyse(evaluated: COCOeval, results: list[dict]) -> Analysis:
     threshold = best.threshold if best is not None else 0.5
     names = [coco.cats[category]["name"] for category in params.catIds]
     classes = [
-        ClassResult(name, *_average_precisions(evaluated, k), curve)
+        ClassResult(
+            name,
+            *_average_precisions(evaluated, k),
+            curve,
+            mask_ap=None if masks is None else _average_precisions(masks, k)[0],
+        )
         for k, (name, curve) in enumerate(zip(names, by_class, strict=True))
     ]
     images = images_at(coco, results, threshold=threshold, image_ids=params.imgIds)
     return Analysis(
         metrics=_metrics(evaluated),
+        mask_metrics=None if masks is None else _metrics(masks),
         classes=classes,
         overall=overall,
         threshold=threshold,

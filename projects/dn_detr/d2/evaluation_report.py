@@ -39,16 +39,20 @@ figcaption { color: #444 } .images { columns: 2 } .images figure { break-inside:
 <h1>{{ name }}</h1>
 <p>{{ num_images }} images, {{ num_objects }} objects.</p>
 <h2>Average precision</h2>
-<table><tr>{% for key in metrics %}<th>{{ key }}</th>{% endfor %}</tr>
-<tr>{% for value in metrics.values() %}<td>{{ value|number }}</td>{% endfor %}</tr></table>
-<p>COCO's, in percent, over all scores; up to {{ limit }} detections of a class in an image count.</p>
+<table><tr><th></th>{% for key in metrics %}<th>{{ key }}</th>{% endfor %}</tr>
+{% for what, values in (("boxes", metrics), ("masks", mask_metrics)) if values %}<tr><td>{{ what }}</td>
+{% for value in values.values() %}<td>{{ value|number }}</td>{% endfor %}</tr>{% endfor %}</table>
+<p>COCO's, in percent, over all scores; up to {{ limit }} detections of a class in an image count.
+{% if mask_metrics %}All that follows is about boxes, but for the AP of masks.{% endif %}</p>
 <h2>Classes</h2>
 <p>Threshold: the score with the best F1 at IoU {{ iou }}; precision, recall and F1 are those of the
 detections scored at least that.</p>
-<table><tr><th>class</th><th>objects</th><th>AP</th><th>AP50</th><th>AP75</th><th>threshold</th>
+<table><tr><th>class</th><th>objects</th><th>AP</th><th>AP50</th><th>AP75</th>
+{% if mask_metrics %}<th>mask AP</th>{% endif %}<th>threshold</th>
 <th>precision</th><th>recall</th><th>F1</th></tr>
 {% for row in classes %}<tr><td>{{ row.name }}</td><td>{{ row.num_objects }}</td>
 <td>{{ row.AP|number }}</td><td>{{ row.AP50|number }}</td><td>{{ row.AP75|number }}</td>
+{% if mask_metrics %}<td>{{ row.mask_AP|number }}</td>{% endif %}
 {% if row.best %}<td>{{ "%.3f"|format(row.best.threshold) }}</td>
 <td>{{ "%.1f"|format(100 * row.best.precision) }}</td><td>{{ "%.1f"|format(100 * row.best.recall) }}</td>
 <td>{{ "%.1f"|format(100 * row.best.f1) }}</td>{% else %}<td></td><td></td><td></td><td></td>{% endif %}
@@ -70,16 +74,22 @@ are matched with objects of any class at IoU {{ iou }}.</p>
 
 
 def write_report(
-    folder: str, evaluated: COCOeval, results: list[dict], *, name: str, image_root: str | None
+    folder: str,
+    evaluated: COCOeval,
+    results: list[dict],
+    *,
+    name: str,
+    image_root: str | None,
+    masks: COCOeval | None = None,
 ) -> str:
     """Writes report.html, report.json, curves.png and confusion.png to a folder; returns the path
     of the page, which holds all pictures itself.
 
     evaluated: boxes, by `evaluation.evaluate`; results: those that it evaluated; image_root: the
-    folder of the images, without which the page shows none.
+    folder of the images, without which the page shows none; masks: like evaluated, of masks.
     """
     os.makedirs(folder, exist_ok=True)
-    analysis = analyse(evaluated, results)
+    analysis = analyse(evaluated, results, masks)
     content = to_json(analysis, name)
     pictures = {"curves": plot_curves(analysis), "confusion": plot_confusion(analysis)}
     for key, figure in pictures.items():
@@ -118,12 +128,14 @@ def to_json(analysis: Analysis, name: str) -> dict:
             "AP": result.ap,
             "AP50": result.ap50,
             "AP75": result.ap75,
+            **({} if result.mask_ap is None else {"mask_AP": result.mask_ap}),
             "best": None if best is None else vars(best),
         }
     return {
         "name": name,
         "num_images": len(analysis.images),
         "metrics": analysis.metrics,
+        "mask_metrics": analysis.mask_metrics,
         "classes": classes,
         "threshold": analysis.threshold,
         "confusion": analysis.confusion.tolist(),
