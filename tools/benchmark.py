@@ -28,10 +28,12 @@ from detectron2.utils.events import EventStorage
 
 import dn_detr.d2  # noqa: F401
 from dn_detr.d2 import export
+from dn_detr.d2.compiled import compile_core
 from dn_detr.d2.config import read_config
 from dn_detr.d2.datasets import prepare
 from dn_detr.d2.loader import build_train_loader
 from dn_detr.d2.optimizer import build_optimizer
+from dn_detr.d2.recompute import recompute
 from dn_detr.d2.train_step import TrainStep
 from dn_detr.errors import InputError
 
@@ -56,6 +58,9 @@ def train_task(cfg, args) -> Callable[[], None]:
         for index in range(args.batch)
     ]
     model = build_model(cfg).train()
+    recompute(model, cfg.MODEL.DN_DETR.RECOMPUTE)
+    if cfg.MODEL.DN_DETR.COMPILE:
+        compile_core(model.core, cfg.MODEL.DN_DETR.COMPILE)
     step = TrainStep(
         model,
         [batch] * (args.warmup + args.iterations),

@@ -33,6 +33,18 @@ def test_a_task_is_measured_and_written(task, tmp_path, monkeypatch, capsys):
     assert f"median_ms: {result['median_ms']:.2f}" in capsys.readouterr().out
 
 
+def test_a_core_is_compiled_as_the_configuration_says(monkeypatch):
+    compiled = []
+    names = tool["train_task"].__globals__
+    monkeypatch.setitem(names, "compile_core", lambda core, backend: compiled.append(backend))
+    few = ["--size", "64x96", "--warmup", "0", "--iterations", "1"]
+    options = ["MODEL.DN_DETR.COMPILE", "inductor", *SMALL]
+    command = ["benchmark.py", "--task", "train", "--config-file", QUICK, *few, *options]
+    monkeypatch.setattr(sys, "argv", command)
+    tool["main"]()
+    assert compiled == ["inductor"]
+
+
 def test_warm_up_is_run_but_not_counted():
     calls = []
     seconds = tool["measure"](lambda: calls.append(1), warmup=2, iterations=3, is_cuda=False)
