@@ -35,9 +35,11 @@ from dn_detr.d2.trainer import Trainer
 from dn_detr.errors import InputError
 
 
-def detect(weights: str, dataset: str, folder: Path, opts: list[str]) -> str:
+def detect(
+    weights: str, dataset: str, folder: Path, *, config_file: str | None, opts: list[str]
+) -> str:
     """The file of what a trained detector finds in a dataset; prints its AP too."""
-    detector = load_detector(weights, opts=opts)
+    detector = load_detector(weights, config_file=config_file, opts=opts)
     cfg = detector.cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR = str(folder)
@@ -115,7 +117,13 @@ def run(args: argparse.Namespace) -> None:
     loaded = records.load(args.dataset)
     folder = args.output.with_suffix("")
     found = [
-        detect(weights, args.dataset, folder / str(number), args.opts)
+        detect(
+            weights,
+            args.dataset,
+            folder / str(number),
+            config_file=args.config_file,
+            opts=args.opts,
+        )
         for number, weights in enumerate(args.weights)
     ]
     teachers = []
@@ -141,6 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     source.add_argument("--coco", nargs=2, metavar=("JSON", "IMAGES"), help="the training data")
     source.add_argument("--dataset", help="the training data, by the name of a dataset")
     parser.add_argument("--weights", nargs="+", default=[], help="checkpoints of this project")
+    parser.add_argument("--config-file", help="of the checkpoints, where they do not hold it")
     parser.add_argument(
         "--results", nargs="+", default=[], help="image_id, category_id, bbox, score"
     )

@@ -1,16 +1,18 @@
 #!/usr/bin/env python
-"""Look at what a training sees: annotations, augmented batches, denoising queries, and the schedule of
-mosaics and mixed images.
+"""Look at what a training sees: annotations, augmented batches, denoising queries, teachers' boxes, and
+the schedule of mosaics and mixed images.
 
     python tools/visualize_data.py --source annotation --config-file configs/dn_deformable.yaml
     python tools/visualize_data.py --source dataloader --config-file config.yaml --output-dir look/
     python tools/visualize_data.py --source denoising --config-file configs/dino.yaml --iteration 500
     python tools/visualize_data.py --source schedule --config-file configs/deim_dino.yaml
+    python tools/visualize_data.py --source teacher --config-file configs/teach_dn_deformable.yaml
 
 Batches and noise are those of the training with this configuration at that iteration, on one
 process. For denoising there is a picture for each image, with a panel for each group: the objects
 white, positives (to be rebuilt) solid, negatives (that must say nothing) dashed, both in the colour
-of the label that they carry; a flipped label is written as "was -> is".
+of the label that they carry; a flipped label is written as "was -> is". Teachers' boxes are dashed,
+with their scores, and the objects white.
 The schedule (INPUT.SCHEDULE) is counted: which share of the images are mosaics, and which are mixed.
 """
 
@@ -101,6 +103,29 @@ def denoised(cfg: CfgNode, iteration: int) -> Pictures:
                 f"{number}_{Path(sample['file_name']).stem}",
                 draw_groups(image, targets, noised, i, names),
             )
+
+
+def taught(cfg: CfgNode, iteration: int) -> Pictures:
+    """The teachers' boxes of every augmented image, beside its objects."""
+    if not cfg.MODEL.DN_DETR.TEACH.ENABLED:
+        raise InputError("this configuration trains without teachers (TEACH.ENABLED).")
+    names = class_names(cfg.DATASETS.TRAIN[0])
+    for number, batch in batches(cfg, iteration):
+        for sample in batch:
+            objects, found = sample["instances"], sample["teacher_instances"]
+            labels, count = found.gt_classes.tolist(), len(objects)
+            captions = [
+                f"{names[label]} {score:.0%}"
+                for label, score in zip(labels, found.scores.tolist(), strict=True)
+            ]
+            drawn = draw_styled(
+                rgb_of(sample, cfg),
+                torch.cat((objects.gt_boxes.tensor, found.gt_boxes.tensor)).numpy(),
+                captions=[""] * count + captions,
+                colors=["white"] * count + [class_color(label) for label in labels],
+                line_styles=["-"] * count + ["--"] * len(found),
+            )
+            yield f"{number}_{Path(sample['file_name']).stem}", drawn
 
 
 def draw_groups(
@@ -213,6 +238,7 @@ def run(args: argparse.Namespace) -> None:
         "dataloader": lambda: augmented(cfg, args.iteration),
         "denoising": lambda: denoised(cfg, args.iteration),
         "schedule": lambda: scheduled(cfg),
+        "teacher": lambda: taught(cfg, args.iteration),
     }[args.source]()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for name, picture in islice(pictures, args.num_images):
@@ -226,7 +252,9 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--source", required=True, choices=("annotation", "dataloader", "denoising", "schedule")
+        "--source",
+        required=True,
+        choices=("annotation", "dataloader", "denoising", "schedule", "teacher"),
     )
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--output-dir", type=Path, default=Path("visualized"))

@@ -116,6 +116,28 @@ def test_boxes_and_masks_stay_on_their_objects_when_turned_moved_and_scaled(tmp_
     assert num_whole > 60 and num_cut > 5
 
 
+def test_a_teacher_who_sees_the_ground_truth_still_does_so_on_mosaics(tmp_path):
+    records = make_records(tmp_path)
+    for record in records:
+        seen = [{**a, "score": 0.125 * (1 + a["category_id"])} for a in record["annotations"]]
+        record["annotations"] = seen[::-1] + record["annotations"]
+    mosaic = make_mosaic(published(), with_teacher=True)
+    counts = set()
+    for seed in range(8):
+        np.random.seed(seed)
+        sample = mosaic(records)
+        truth, taught = sample["instances"], sample["teacher_instances"]
+        order = taught.gt_classes.argsort()
+        assert torch.equal(taught.gt_classes[order], truth.gt_classes)
+        assert torch.equal(taught.gt_boxes.tensor[order], truth.gt_boxes.tensor)
+        assert torch.equal(taught.scores, 0.125 * (1 + taught.gt_classes))
+        assert taught.image_size == truth.image_size and not truth.has("scores")
+        counts.add(len(truth))
+    assert len(counts) > 1
+    np.random.seed(0)
+    assert "teacher_instances" not in make_mosaic(published())(records)
+
+
 def test_an_affine_transform_moves_points_as_it_moves_pixels():
     image = np.zeros((50, 70, 3), np.uint8)
     image[20:31, 40:51] = 200  # centre (45.5, 25.5)

@@ -251,6 +251,20 @@ def test_losses_are_divided_by_the_number_of_teacher_boxes(model_of):
         torch.testing.assert_close(halved[key], expected)
 
 
+def test_a_box_teaches_as_much_as_its_score_says(model_of):
+    model, batch = model_of(*TEACH), taught_batch()
+    with EventStorage():
+        losses = model(batch)
+        for one in batch:
+            one["teacher_instances"].scores *= 0.5
+        doubtful = model(batch)
+    for name in ("box", "giou", "box_0", "giou_0"):
+        torch.testing.assert_close(
+            doubtful[f"loss_teacher_{name}"], losses[f"loss_teacher_{name}"] / 2
+        )
+    assert doubtful["loss_teacher_class"] != losses["loss_teacher_class"]
+
+
 def test_there_is_a_normaliser_where_no_teacher_has_a_box():
     assert whole_batch(unequal_batch(), torch.device("cpu")).num_teacher_boxes == 1
     assert whole_batch([with_teacher(sample(1, 3), 0)], torch.device("cpu")).num_teacher_boxes == 1

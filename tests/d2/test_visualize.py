@@ -1,5 +1,7 @@
 """tools/visualize_data.py and tools/visualize.py: they show what training and model work with."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from detectron2.utils.events import EventStorage
 from PIL import Image
 
 from dn_detr.assists.denoising import Denoise
+from dn_detr.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,27 @@ def test_without_denoising_there_is_none_to_see(visualize_data, trained, tmp_pat
         visualize_data.main(
             ["--source", "denoising", *config, "MODEL.DN_DETR.DENOISING.ENABLED", "False"]
         )
+
+
+def test_a_teachers_boxes_are_drawn_beside_the_objects(visualize_data, tiny_config, tmp_path):
+    """As many boxes more, as many coloured pixels more."""
+    cfg = tiny_config("MODEL.DN_DETR.TEACH.ENABLED", True)
+    (name,) = cfg.DATASETS.TRAIN
+    coloured = []
+    for count in (1, 4):
+        boxes = [
+            {"image_id": image, "category_id": 1, "bbox": [9 + 20 * i, 9, 12, 40], "score": 0.5}
+            for image in range(1, 11)
+            for i in range(count)
+        ]
+        cfg.DATASETS.TEACHER_BOXES = [[name, str(tmp_path / f"{count}.json")]]
+        (tmp_path / f"{count}.json").write_text(json.dumps(boxes))
+        _, picture = next(visualize_data.taught(cfg, 0))
+        coloured.append(picture.astype(int))
+    assert (np.abs(coloured[1] - coloured[0]).max(-1) > 30).mean() > 0.002
+    cfg.MODEL.DN_DETR.TEACH.ENABLED = False
+    with pytest.raises(InputError, match="trains without teachers"):
+        next(visualize_data.taught(cfg, 0))
 
 
 def test_the_layers_of_a_checkpoint_are_drawn_for_a_picture(tool, trained, tmp_path):
