@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What does each training assist cost, in time and in memory?
 
-    python benchmarks/assists.py --device cpu --size 256 320 --save
+    python benchmarks/assists.py --configs configs/quick --batch 4 --size 160 213 --save
     python benchmarks/assists.py --device cuda --host DAB-Deformable --batch 8
 
 Steps and memory as in train_step.py, a detector beside what trains with it. Mosaics and mixed images
@@ -9,6 +9,9 @@ Steps and memory as in train_step.py, a detector beside what trains with it. Mos
 """
 
 from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
 
 from common import make_parser, save, table
 from train_step import OBJECTS, Case, measure
@@ -46,16 +49,16 @@ def main():
     parser.add_argument("--host", nargs="+", choices=HOSTS, default=list(HOSTS))
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1066), help="height and width")
+    parser.add_argument("--configs", type=Path, default=Path("configs"), help="their folder")
     args = parser.parse_args()
     seconds = args.seconds if args.seconds is not None else (0.0 if args.quick else 5.0)
     size = (64, 96) if args.quick else tuple(args.size)
-    folder = "configs/quick/" if args.quick else "configs/"
+    folder = Path("configs/quick") if args.quick else args.configs
+    make = partial(Case, batch=args.batch, size=size, device=args.device)
     rows = []
     for host in args.host:
         cases = [
-            Case(
-                folder + config, args.batch, size, args.device, opts=opts, objects=objects, name=who
-            )
+            make(str(folder / config), opts=opts, objects=objects, name=who)
             for who, (config, opts, objects) in HOSTS[host].items()
         ]
         measured = measure(cases, seconds, with_memory=not args.quick)
