@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dn_detr.build import Denoising, HybridMatching, build_criterion, build_model, mask_terms
+from dn_detr.build import (
+    Denoising,
+    HybridMatching,
+    KnownObjects,
+    build_criterion,
+    build_model,
+    mask_terms,
+)
 from dn_detr.layers.boxes import cxcywh_to_xyxy
 from dn_detr.losses.assign import Costs, assign
 from dn_detr.losses.mask_costs import MaskCosts
@@ -45,6 +52,7 @@ def tiny_model(
     denoising: Denoising | None = None,
     num_groups: int = 1,
     hybrid: HybridMatching | None = None,
+    known: KnownObjects | None = None,
     seed: int = 0,
     **numbers,
 ):
@@ -70,6 +78,7 @@ def tiny_model(
         denoising=denoising,
         num_groups=num_groups,
         hybrid=hybrid,
+        known=known,
     ).double()
     for parameter in model.parameters():
         # Zero-initialised heads and offsets would hide leaks and dead paths.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dn_detr.assists.denoising import Denoise, FixedGroups, ObjectBudget
 from dn_detr.assists.groups import Groups
 from dn_detr.assists.hybrid import Hybrid
+from dn_detr.assists.known import Known
 from dn_detr.assists.mask_denoising import DenoiseMasks
 from dn_detr.layers.content import QueryContent
 from dn_detr.losses.criterion import Criterion
@@ -47,6 +48,16 @@ class HybridMatching:
     weight: float = 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class KnownObjects:
+    """Which objects are given in training (2203.01305, TPAMI version, sec. 5.7): the share of images
+    that have any, the share of them without label, and how far their boxes are noised."""
+
+    probability: float = 0.5
+    hidden_labels: float = 0.2
+    box_noise: float = 0.1
+
+
 def build_model(
     method: str,
     numbers: Numbers,
@@ -56,6 +67,7 @@ def build_model(
     denoising: Denoising | None = None,
     num_groups: int = 1,
     hybrid: HybridMatching | None = None,
+    known: KnownObjects | None = None,
 ) -> DETR:
     """The core of a detector: (features, padding, targets=None) -> Predictions.
 
@@ -74,7 +86,7 @@ def build_model(
     content = QueryContent(
         channels=numbers.channels,
         num_classes=numbers.num_classes,
-        has_labels=denoising is not None,
+        has_labels=denoising is not None or known is not None,
         has_indicator=True,
     )
     model = METHODS[method](numbers, in_channels, strides, content)
@@ -103,6 +115,19 @@ def build_model(
                 label_noise=denoising.label_noise,
                 is_contrastive=denoising.is_contrastive,
                 hides_empty=denoising.hides_empty,
+            )
+        )
+    if known is not None:
+        if model.mask_head is not None:
+            raise ValueError(f"{method} finds masks: only boxes can be given, not masks")
+        if denoising is not None and not denoising.hides_empty:
+            raise ValueError("given objects need the empty slots of denoising to be hidden")
+        model.assists.append(
+            Known(
+                num_classes=numbers.num_classes,
+                probability=known.probability,
+                hidden_labels=known.hidden_labels,
+                box_noise=known.box_noise,
             )
         )
     if num_groups > 1:

@@ -6,6 +6,7 @@
     found = detector("street.jpg")
     for box, score, name in zip(found.boxes_xyxy_px, found.scores, found.class_names):
         ...
+    found = detector("street.jpg", known=KnownObjects([[10, 20, 90, 150]], ["dog"]))
 
 Detectron2 is needed; `dn_detr.Detector` says so where it is missing.
 """
@@ -20,9 +21,11 @@ import numpy as np
 import torch
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.structures import Boxes, Instances
 from PIL import Image, ImageOps
 
 from dn_detr.d2.coco_check import UNREADABLE, reason
+from dn_detr.d2.meta_arch import check_promptable
 from dn_detr.d2.saved_detector import load_detector
 from dn_detr.errors import InputError
 
@@ -46,6 +49,33 @@ class DetectedObjects:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+
+@dataclass(frozen=True, eq=False)
+class KnownObjects:
+    """Objects of an image that are known already, so that the detector need not find them.
+
+    boxes_xyxy_px [N, 4]: as in `DetectedObjects`; class_names: of each, None where it is not known;
+    without them, of none.
+    """
+
+    boxes_xyxy_px: np.ndarray | Sequence[Sequence[float]]
+    class_names: Sequence[str | None] | None = None
+
+    def __post_init__(self):
+        boxes = np.asarray(self.boxes_xyxy_px, np.float32)
+        boxes = boxes.reshape(0, 4) if boxes.size == 0 else boxes
+        if boxes.ndim != 2 or boxes.shape[1] != 4:
+            raise InputError(
+                f"known boxes must be [N, 4], left, top, right, bottom, got {list(boxes.shape)}."
+            )
+        if not (np.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all()):
+            raise InputError("known boxes must have left < right and top < bottom.")
+        names = [None] * len(boxes) if self.class_names is None else list(self.class_names)
+        if len(names) != len(boxes):
+            raise InputError(f"there are {len(boxes)} known boxes, but {len(names)} class names.")
+        object.__setattr__(self, "boxes_xyxy_px", boxes)
+        object.__setattr__(self, "class_names", names)
 
 
 class Detector:
@@ -113,6 +143,7 @@ class Detector:
         threshold: float | None = None,
         channel_order: str | None = None,
         batch_size: int = 8,
+        known: KnownObjects | Sequence[KnownObjects | None] | None = None,
     ) -> DetectedObjects | list[DetectedObjects]:
         """Detect objects in one image, or in every image of a list or tuple.
 
@@ -123,6 +154,10 @@ class Detector:
         Images that get the same size before the network go through it together, at most
         `batch_size` of them; none is ever padded because of another, so that a list gives what its
         images give one by one, up to float rounding.
+
+        known: what is known of the image, or of each image of the list. Known objects come first in
+        what is found: boxes as they were given, names too, with a score of 1; a name that was not
+        given is the detector's, with its score.
         """
         is_many = isinstance(images, (list, tuple))
         threshold = self.threshold if threshold is None else _checked(threshold)
@@ -132,15 +167,71 @@ class Detector:
             to_pixels(image, self.input_format, channel_order)
             for image in (images if is_many else [images])
         ]
+        given = self._given(known, len(pixels))
         transforms = [self.resize.get_transform(image) for image in pixels]
         found: list[DetectedObjects | None] = [None] * len(pixels)
         for batch in _batches([(t.new_h, t.new_w) for t in transforms], batch_size):
             samples = [_sample(pixels[i], transforms[i].apply_image(pixels[i])) for i in batch]
+            for i, sample in zip(batch, samples, strict=True):
+                if given[i] is not None:
+                    sample["known"] = self._prompt(given[i], transforms[i])
             with torch.inference_mode():
                 outputs = self.model(samples)
             for i, output in zip(batch, outputs, strict=True):
                 found[i] = self._named(output["instances"], threshold)
+                if given[i] is not None:
+                    found[i] = self._with_known(given[i], output["known"].to("cpu"), found[i])
         return found if is_many else found[0]
+
+    def _given(
+        self, known: KnownObjects | Sequence[KnownObjects | None] | None, num_images: int
+    ) -> list[KnownObjects | None]:
+        """What is known of each image; InputError where this detector cannot use it."""
+        known = [None] * num_images if known is None else known
+        known = [known] if isinstance(known, KnownObjects) else list(known)
+        if len(known) != num_images:
+            raise InputError(f"there are {num_images} images, but known objects of {len(known)}.")
+        given = [one for one in known if one is not None]
+        names = {name for one in given for name in one.class_names}
+        if given:
+            check_promptable(self.model, asks_names=None in names)
+        if unknown := names - {None, *self.class_names}:
+            raise InputError(
+                f"known objects have classes that this detector has not: {', '.join(sorted(unknown))}."
+            )
+        return known
+
+    def _prompt(self, known: KnownObjects, transform) -> Instances:
+        """Known objects in pixels of the resized image; see `d2.known.prompt_in`."""
+        prompt = Instances((transform.new_h, transform.new_w))
+        boxes = (
+            transform.apply_box(known.boxes_xyxy_px)
+            if len(known.boxes_xyxy_px)
+            else np.zeros((0, 4))
+        )
+        prompt.gt_boxes = Boxes(torch.from_numpy(boxes).float())
+        prompt.gt_boxes.clip(prompt.image_size)
+        if not prompt.gt_boxes.nonempty().all():
+            raise InputError("known boxes must lie in the image.")
+        names = [*self.class_names, None]
+        labels = [names.index(name) for name in known.class_names]
+        prompt.gt_classes = torch.tensor(labels, dtype=torch.int64)
+        return prompt
+
+    def _with_known(
+        self, known: KnownObjects, told: Instances, others: DetectedObjects
+    ) -> DetectedObjects:
+        """Known objects, then the others. told: what the model takes the known ones for."""
+        labels, scores = told.pred_classes.tolist(), told.scores.tolist()
+        for i, name in enumerate(known.class_names):
+            if name is not None:
+                labels[i], scores[i] = self.class_names.index(name), 1.0
+        return DetectedObjects(
+            boxes_xyxy_px=np.concatenate((known.boxes_xyxy_px, others.boxes_xyxy_px)),
+            scores=np.concatenate((np.array(scores, np.float32), others.scores)),
+            labels=np.concatenate((np.array(labels, np.int64), others.labels)),
+            class_names=[self.class_names[label] for label in labels] + others.class_names,
+        )
 
     def _named(self, instances, threshold: float) -> DetectedObjects:
         kept = instances[instances.scores >= threshold].to("cpu")

@@ -271,6 +271,7 @@ class Segment:
 
     name: unique, also the prefix of its losses (none for "match"); num_groups equal groups that do
     not see each other; sees: names of other segments whose slots (of all groups) it attends to.
+    leaves_out [B, M] bool: a slot that the matcher gives one of these objects must say nothing.
     assignment [B, size] int64: object that a slot must rebuild, -1 = must say nothing; None = the
     matcher decides. is_empty [B, size] bool: the slot does not exist: no key, no loss, no match.
     repeats: how often an object may be matched inside one group (H-DETR, 2207.13080). copies: how
@@ -287,6 +288,7 @@ class Segment:
     repeats: int = 1
     copies: float = 1.0
     weight: float = 1.0
+    leaves_out: Tensor | None = None
 
     def __post_init__(self):
         if self.num_groups < 1 or self.size % self.num_groups:
@@ -298,6 +300,8 @@ class Segment:
             _check(self.assignment, f"{self.name}.assignment", (None, self.size), integer=True)
         if self.is_empty is not None:
             _check(self.is_empty, f"{self.name}.is_empty", (None, self.size), boolean=True)
+        if self.leaves_out is not None:
+            _check(self.leaves_out, f"{self.name}.leaves_out", (None, None), boolean=True)
 
 
 def check_segments(segments: tuple[Segment, ...], num_queries: int) -> None:

@@ -102,11 +102,22 @@ def run_command(train_net):
 
 
 @pytest.fixture(scope="session")
-def trained(train_net, tiny_data, tmp_path_factory):
+def train_tiny(train_net, tiny_data):
+    """A tiny training into a folder, for fixtures that several tests share; see `arguments`."""
+
+    def train_tiny(folder, *opts, flags=(), config_file=QUICK):
+        command_line = ["--config-file", str(config_file), "--num-gpus", "0", *flags]
+        options = ["OUTPUT_DIR", str(folder), *TINY, *tiny_data, *map(str, opts)]
+        run_quietly(train_net, [*command_line, *options])
+
+    return train_tiny
+
+
+@pytest.fixture(scope="session")
+def trained(train_tiny, tmp_path_factory):
     """The folder of a tiny training of three iterations, which all tests may read."""
     folder = tmp_path_factory.mktemp("trained")
-    command_line = ["--config-file", str(QUICK), "--num-gpus", "0", "OUTPUT_DIR", str(folder)]
-    run_quietly(train_net, [*command_line, *TINY, *tiny_data])
+    train_tiny(folder)
     return folder
 
 

@@ -22,9 +22,9 @@ def compile_core(core: nn.Module, backend: str) -> None:
         )
     plain = type(core).forward
 
-    def forward(self, features, padding, targets=None):
+    def forward(self, features, padding, targets=None, prompt=None):
         function = plain if targets is None else compiled
-        return function(self, features, padding, targets)
+        return function(self, features, padding, targets, prompt)
 
     compiled = torch.compile(plain, backend=backend)
     core.__class__ = type(type(core).__name__, (type(core),), {"forward": forward})

@@ -134,6 +134,14 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.DENOISING.HIDES_EMPTY = True
     # Methods with masks: denoising queries must rebuild masks too, not only boxes.
     node.DENOISING.MASKS = True
+    # Known objects (2203.01305, TPAMI version): in training, random objects of the share PROBABILITY of
+    # the images are given as queries that all matched queries see, the share HIDDEN_LABELS of them
+    # without label, their boxes noised as in denoising. The detector can then be prompted.
+    node.KNOWN = CfgNode()
+    node.KNOWN.ENABLED = False
+    node.KNOWN.PROBABILITY = 0.5
+    node.KNOWN.HIDDEN_LABELS = 0.2
+    node.KNOWN.BOX_NOISE = 0.1
     # The batch's largest object count is rounded up to a multiple of this: 1 as published, 8 for
     # few distinct shapes.
     node.PAD_OBJECTS_TO = 1

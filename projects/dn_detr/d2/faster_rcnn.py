@@ -52,8 +52,10 @@ class DenoisingRCNN(GeneralizedRCNN):
     @classmethod
     def from_config(cls, cfg) -> dict:
         node = cfg.MODEL.DN_DETR
-        if node.TEACH.ENABLED:
-            raise ValueError("DenoisingRCNN has no queries to teach: MODEL.DN_DETR.TEACH must be off")
+        if node.TEACH.ENABLED or node.KNOWN.ENABLED:
+            raise ValueError(
+                "DenoisingRCNN has no queries: MODEL.DN_DETR.TEACH and KNOWN must be off"
+            )
         cfg = cfg.clone()
         cfg.defrost()
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = node.NUM_CLASSES

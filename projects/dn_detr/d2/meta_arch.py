@@ -10,14 +10,17 @@ from detectron2.structures import ImageList
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from dn_detr.assists.known import Known
 from dn_detr.build import (
     Denoising,
     HybridMatching,
+    KnownObjects,
     build_criterion,
     build_model,
     mask_terms,
 )
 from dn_detr.d2.convert import to_instances, to_target, to_targets
+from dn_detr.d2.known import classify_known, prompt_in
 from dn_detr.d2.whole_batch import Whole, whole_batch
 from dn_detr.errors import InputError
 from dn_detr.losses.assign import Costs, assign
@@ -40,7 +43,8 @@ class DenoisingDETR(nn.Module):
     output size "height", "width". Gives a dict of scalar losses in training, and in evaluation a
     list of {"instances": pred_boxes in pixels of the output size, scores, pred_classes}; pages with
     masks need gt_masks, and give pred_masks bool [N, height, width]. With `teaching`, training needs
-    "teacher_instances" too (gt_boxes, gt_classes, scores).
+    "teacher_instances" too (gt_boxes, gt_classes, scores). In evaluation a sample may have "known"
+    objects, see `prompt_in`; its answer then has "known" too: pred_classes and scores of them.
     """
 
     @configurable
@@ -116,6 +120,11 @@ class DenoisingDETR(nn.Module):
             repeats=node.HYBRID.REPEATS,
             weight=node.HYBRID.WEIGHT,
         )
+        known = KnownObjects(
+            probability=node.KNOWN.PROBABILITY,
+            hidden_labels=node.KNOWN.HIDDEN_LABELS,
+            box_noise=node.KNOWN.BOX_NOISE,
+        )
         core = build_model(
             node.METHOD,
             numbers,
@@ -124,6 +133,7 @@ class DenoisingDETR(nn.Module):
             denoising=denoising if node.DENOISING.ENABLED else None,
             num_groups=node.NUM_GROUPS,
             hybrid=hybrid if node.HYBRID.ENABLED else None,
+            known=known if node.KNOWN.ENABLED else None,
         )
         loss = node.LOSS
         costs = Costs(
@@ -135,6 +145,11 @@ class DenoisingDETR(nn.Module):
             gamma=loss.FOCAL_GAMMA,
         )
         teach, teaching = node.TEACH, None
+        if teach.ENABLED and node.KNOWN.ENABLED:
+            raise ValueError(
+                "MODEL.DN_DETR.TEACH and KNOWN exclude each other: boxes of a teacher do not say "
+                "which of them are given"
+            )
         if teach.ENABLED:
             teaching = Teaching(
                 costs=costs,
@@ -211,7 +226,8 @@ class DenoisingDETR(nn.Module):
         features = self.backbone(images.tensor)
         features = [features[name] for name in self.in_features]
         if not self.training:
-            predictions = self.core(features, padding)
+            prompt = prompt_in(batched_inputs, self.num_classes, self.device)
+            predictions = self.core(features, padding, prompt=prompt)
             return self.detect(predictions, images, batched_inputs)
         targets = self.targets(batched_inputs, whole)
         predictions = self.core(features, padding, targets)
@@ -246,7 +262,11 @@ class DenoisingDETR(nn.Module):
                 detector_postprocess(to_instances(detected, size), *output_size)
                 for detected, size, output_size in zip(detections, sizes, wanted, strict=True)
             ]
-        return [{"instances": instances} for instances in found]
+        outputs = [{"instances": instances} for instances in found]
+        if any("known" in sample for sample in batched_inputs):
+            known = classify_known(predictions, batched_inputs, has_no_object=self.has_no_object)
+            outputs = [{**output, "known": one} for output, one in zip(outputs, known, strict=True)]
+        return outputs
 
     def preprocess(
         self, batched_inputs: list[dict], whole: Whole | None = None
@@ -300,3 +320,20 @@ def core_of(model: nn.Module, asked: str) -> DETR:
             f"{type(model).__name__} and has no encoder and decoder."
         )
     return model.core
+
+
+def check_promptable(model: nn.Module, *, asks_names: bool) -> None:
+    """InputError unless objects can be given to this detector; asks_names: also ones without label."""
+    core = core_of(model, "known objects")
+    if core.mask_head is not None:
+        raise InputError("known objects need a detector of boxes: this one finds masks.")
+    if not any("label_table" in name for name, _ in core.named_parameters()):
+        raise InputError(
+            "known objects need label embeddings, which this detector has not: it was trained without "
+            "denoising and without MODEL.DN_DETR.KNOWN."
+        )
+    if asks_names and not any(isinstance(assist, Known) for assist in core.assists):
+        raise InputError(
+            "known boxes without a class name need a detector trained with MODEL.DN_DETR.KNOWN: give "
+            "a name for each."
+        )

@@ -57,6 +57,7 @@ def assign(
     for name, part in parts.items():
         if name in found:
             object_of, is_bad = found[name]
+            object_of = _leave_out(object_of, part.segments[0].leaves_out)
             assignment = Assignment(object_of, _is_real(part), is_bad | _is_nonfinite(part))
         else:
             fixed = part.segments[0].assignment.expand(part.logits.shape[0], -1, -1)
@@ -79,6 +80,14 @@ def find_nonfinite(assignments: Assignments) -> str:
                 f"layer {layer}, image {image} of the batch ({len(places)} such places in all)"
             )
     return ""
+
+
+def _leave_out(object_of: Tensor, leaves_out: Tensor | None) -> Tensor:
+    """object_of [L, B, size], with -1 for the objects that are left out, [B, M] or None."""
+    if leaves_out is None:
+        return object_of
+    leaves_out = leaves_out.expand(object_of.shape[0], -1, -1)
+    return torch.where(leaves_out.gather(2, object_of.clamp(min=0)), -1, object_of)
 
 
 def _costs(part: Predictions, objects: Objects, costs: Callable) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor, nn
 
-from dn_detr.structures import Predictions, Targets
+from dn_detr.structures import Predictions, Queries, Targets
 
 
 class DETR(nn.Module):
@@ -14,7 +15,8 @@ class DETR(nn.Module):
 
     features: list of [B, C_i, h_i, w_i]; padding [B, H, W] bool, True outside the image. With
     `targets` the assists add their training-only queries; without, this is the inference model,
-    whatever the mode of the module. Ground truth enters nowhere else.
+    whatever the mode of the module. Ground truth enters nowhere else. prompt: (queries, source) ->
+    queries, what a user knows of the images, at inference (`assists.known.give`).
 
     mask_head: (finest feature, padding, memory) -> PixelMap, of a page that predicts masks; then
     the finest feature is for it alone.
@@ -40,7 +42,11 @@ class DETR(nn.Module):
         self.assists = nn.ModuleList()
 
     def forward(
-        self, features: list[Tensor], padding: Tensor, targets: Targets | None = None
+        self,
+        features: list[Tensor],
+        padding: Tensor,
+        targets: Targets | None = None,
+        prompt: Callable[[Queries, object], Queries] | None = None,
     ) -> Predictions:
         if self.mask_head is not None:
             finest, *features = features
@@ -52,4 +58,6 @@ class DETR(nn.Module):
         if targets is not None:
             for assist in self.assists:
                 queries = assist(queries, source, targets)
+        if prompt is not None:
+            queries = prompt(queries, source)
         return self.decoder(queries, memory)

@@ -1,0 +1,164 @@
+#!/usr/bin/env python
+"""How much better are the other objects found when some are known? AP with and without being told.
+
+    python tools/evaluate_known.py --share 0.5 \\
+        MODEL.WEIGHTS output/known_dn_deformable/model_final.pth
+
+Of every image of the test dataset a random share of the objects is given to the detector, boxes and
+names. AP is that of the others alone, told and not told: in both, the best detection that matches a
+given object (same class, IoU at least 0.5) is left out, so that finding it again costs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.structures import BoxMode
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from dn_detr.d2.datasets import class_names, prepare
+from dn_detr.d2.saved_detector import load_detector, weights_named
+from dn_detr.detector import DetectedObjects, Detector, KnownObjects
+from dn_detr.errors import InputError
+
+METRICS = ("AP", "AP50", "AP75")
+MATCHES = 0.5  # IoU from which a detection is one of a given object
+
+
+def overlaps(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """IoU [N] of boxes [N, 4] with one box, xyxy."""
+    low, high = np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])
+    inside = (high - low).clip(min=0).prod(axis=1)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
+    return inside / np.maximum(areas - inside, 1e-9)
+
+
+def without_given(found: DetectedObjects, boxes: np.ndarray, labels: np.ndarray) -> list[int]:
+    """Positions of the detections that stay when those of the given objects are left out: for each of
+    these, the best one of its class that overlaps it enough."""
+    stays = np.ones(len(found), bool)
+    for box, label in zip(boxes, labels, strict=True):
+        matches = stays & (found.labels == label) & (overlaps(found.boxes_xyxy_px, box) >= MATCHES)
+        if matches.any():
+            stays[matches.argmax()] = False  # the first is the best
+    return np.flatnonzero(stays).tolist()
+
+
+def average_precision(images: list[dict], objects: list[dict], found: list[dict], num: int) -> dict:
+    """COCO's AP, AP50 and AP75 in percent of boxes `found` (in COCO's form) among `objects`."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = {
+            "images": images,
+            "annotations": objects,
+            "categories": [{"id": label, "name": str(label)} for label in range(num)],
+        }
+        truth.createIndex()
+        if not found:
+            return dict.fromkeys(METRICS, 0.0)
+        evaluation = COCOeval(truth, truth.loadRes(found), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return {name: 100 * float(evaluation.stats[i]) for i, name in enumerate(METRICS)}
+
+
+def as_result(image: int, box: np.ndarray, label: int, **more) -> dict:
+    x0, y0, x1, y1 = map(float, box)
+    size = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
+    return {"image_id": image, "category_id": int(label), "iscrowd": 0, **size, **more}
+
+
+def evaluate(
+    detector: Detector, records: list[dict], *, share: float, seed: int
+) -> tuple[dict[str, dict], int, int]:
+    """{"not told", "told"} -> metrics of the objects that are not given; how many are given, and how
+    many are not."""
+    images, others, num_given = [], [], 0
+    results: dict[str, list[dict]] = {"not told": [], "told": []}
+    names = detector.class_names
+    for image, record in enumerate(records):
+        objects = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
+        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
+        boxes = np.array(boxes, np.float32).reshape(-1, 4)
+        labels = np.array([a["category_id"] for a in objects], np.int64)
+        draw = np.random.default_rng((seed, image))
+        order = draw.permutation(len(objects))
+        count = int(share * len(objects) + draw.random())  # share on average, also of odd numbers
+        given, rest = order[:count], order[count:]
+        num_given += count
+        images.append({"id": image, "width": record["width"], "height": record["height"]})
+        others += [
+            as_result(image, boxes[i], labels[i], id=len(others) + n + 1)
+            for n, i in enumerate(rest)
+        ]
+        known = KnownObjects(boxes[given], [names[label] for label in labels[given]])
+        path = record["file_name"]
+        for kind in results:
+            found = detector(path, threshold=0.0, known=known if kind == "told" else None)
+            first = count if kind == "told" else 0
+            found = DetectedObjects(
+                found.boxes_xyxy_px[first:], found.scores[first:], found.labels[first:], []
+            )
+            for i in without_given(found, boxes[given], labels[given]):
+                results[kind].append(
+                    as_result(
+                        image, found.boxes_xyxy_px[i], found.labels[i], score=float(found.scores[i])
+                    )
+                )
+    metrics = {
+        kind: average_precision(images, others, found, len(names))
+        for kind, found in results.items()
+    }
+    return metrics, num_given, len(others)
+
+
+def detector_and_records(opts: list[str]) -> tuple[Detector, list[dict], str]:
+    saved = load_detector(weights_named(None, opts), opts=opts)
+    cfg: CfgNode = saved.cfg.clone()
+    cfg.defrost()
+    prepare(cfg, eval_only=True)
+    name = cfg.DATASETS.TEST[0]
+    if class_names(name) != saved.class_names:
+        raise InputError(f"the dataset {name!r} has other classes than the detector.")
+    inputs = cfg.INPUT
+    detector = Detector(
+        saved.model,
+        class_names=saved.class_names,
+        input_format=inputs.FORMAT,
+        min_size=inputs.MIN_SIZE_TEST,
+        max_size=inputs.MAX_SIZE_TEST,
+    )
+    return detector, DatasetCatalog.get(name), name
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--share", type=float, default=0.5, help="of the objects that is given")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice")
+    parser.add_argument("--num-images", type=int, help="only the first ones")
+    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs, MODEL.WEIGHTS among them")
+    args = parser.parse_args(arguments)
+    try:
+        if not 0 <= args.share <= 1:
+            raise InputError(f"--share must be in [0, 1], got {args.share}.")
+        detector, records, name = detector_and_records(args.opts)
+        records = records[: args.num_images]
+        metrics, given, others = evaluate(detector, records, share=args.share, seed=args.seed)
+    except InputError as error:
+        sys.exit(f"evaluate_known.py: {error}")
+    print(f"{name}: {len(records)} images, {given} objects given, AP of the other {others}:")
+    print(f"| | {' | '.join(METRICS)} |\n|---|{'---|' * len(METRICS)}")
+    for kind, values in metrics.items():
+        print(f"| {kind} | {' | '.join(f'{values[metric]:.1f}' for metric in METRICS)} |")
+
+
+if __name__ == "__main__":
+    main()
