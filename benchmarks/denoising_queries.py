@@ -99,8 +99,9 @@ def make_targets(case: Case) -> list[Target]:
     return targets
 
 
-def build(function, targets: Targets, case: Case, dtype: torch.dtype):
-    num_groups, slots = case.groups
+def build(function, targets: Targets, case: Case, dtype: torch.dtype, groups=None):
+    """groups: `case.groups`, where it is worked out before."""
+    num_groups, slots = groups or case.groups
     return function(
         targets.labels,
         targets.boxes,
@@ -216,14 +217,17 @@ def candidates_of(case: Case, device: str) -> dict[str, Callable]:
     targets = make_targets(case)
     padded = pad_targets(targets).to(device)
     labels, boxes = ([getattr(t, n).to(device) for t in targets] for n in ("labels", "boxes"))
+    groups = case.groups
 
     def published_with_numbers():
         *slots, mask = published_style(labels, boxes, case)
         return *slots, as_numbers(mask)
 
     return {
-        "dn_detr": lambda: build(noise_objects, padded, case, torch.float32),
-        "dn_detr, bfloat16 mask": lambda: build(noise_objects, padded, case, torch.bfloat16),
+        "dn_detr": lambda: build(noise_objects, padded, case, torch.float32, groups),
+        "dn_detr, bfloat16 mask": lambda: build(
+            noise_objects, padded, case, torch.bfloat16, groups
+        ),
         "dn_detr, with padding of targets": lambda: build(
             noise_objects, pad_targets(targets).to(device), case, torch.float32
         ),

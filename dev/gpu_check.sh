@@ -4,11 +4,13 @@
 # printed goes to gpu_check.txt, the measurements to benchmarks/results/<device>.json.
 #
 #   dev/pack_for_gpu.sh                                    # before, where there is a network
-#   dev/gpu_check.sh --packed .gpu --out results           # there; in all below ten minutes
+#   dev/gpu_check.sh --packed .gpu --out results           # there
 #   dev/gpu_check.sh --dry-run                             # anywhere: the same steps, tiny, on the CPU
 #
 # --packed FOLDER: what dev/pack_for_gpu.sh collected. --out FOLDER: gets copies of what was written.
 # --only STEPS: some of "build test sanitize bench", for machines that are lent for shorter.
+# Where a command may take ten minutes: first --only "build bench", which makes all figures, and then
+# --only "build test sanitize"; what is built already is not built again. No GPU has timed them yet.
 # PYTHON: the interpreter. A step that fails does not stop the others; the exit status tells.
 set -uo pipefail
 cd "$(dirname "$0")/.."

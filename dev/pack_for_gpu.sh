@@ -32,6 +32,8 @@ download() {
 # Another implementation to measure, and what Detectron2 imports.
 download deformops==3.0.1
 download pycocotools yacs omegaconf==2.3.1 hydra-core==1.3.8 portalocker termcolor
+download tabulate cloudpickle tqdm pyyaml pillow packaging
+download matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six
 # Only as sources on PyPI; pure Python.
 "$python" -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir "$folder" \
   fvcore==0.1.5.post20221221 iopath==0.1.9 antlr4-python3-runtime==4.9.3

@@ -10,6 +10,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/InferenceMode.h>
 
@@ -37,8 +38,11 @@ struct NoiseMask {
   int64_t version; // of the memory when it was given away: a later one says that it was changed
 
   at::Tensor of_slots(int64_t slots) const { // [B, 1, slots + N, slots + N]
-    const int64_t side = memory.size(2) - capacity + slots;
-    return memory.narrow(2, capacity - slots, side).narrow(3, capacity - slots, side);
+    const int64_t side = memory.size(2) - capacity + slots, unused = capacity - slots;
+    // A view, which shares the count of changes; that it has no gradient need not be found out.
+    const at::AutoDispatchBelowAutograd guard;
+    return memory.as_strided(
+        {memory.size(0), 1, side, side}, memory.strides(), unused * memory.stride(2) + unused);
   }
 };
 

@@ -116,7 +116,8 @@ def use_kernel(name: str, device: torch.device) -> bool:
     Warns, once per process and device type, where there is none on a CPU or a CUDA device. An ONNX
     graph is made of plain PyTorch, as is everything inside of `plain_operators`.
     """
-    if _is_plain or torch.onnx.is_in_onnx_export():
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if _is_plain or (is_traced and torch.onnx.is_in_onnx_export()):
         return False
     if device.type in KERNELS.get(name, ()):
         return True
