@@ -138,6 +138,26 @@ def test_a_teacher_who_sees_the_ground_truth_still_does_so_on_mosaics(tmp_path):
     assert "teacher_instances" not in make_mosaic(published())(records)
 
 
+def test_with_masks_the_box_of_a_turned_object_is_that_of_its_mask(tmp_path):
+    """A corner of the turned box is empty where a triangle has none."""
+    records = make_records(tmp_path, polygons=True)
+    records[1]["annotations"][0]["segmentation"] = [[5, 70, 65, 70, 5, 110]]
+    cos = np.sqrt(0.5)
+    turned = AffineTransform([[cos, -cos, 100], [cos, cos, -60]], FILL)
+    loose, tight = (
+        make_mosaic([turned], with_masks=with_masks)(records)["instances"]
+        for with_masks in (False, True)
+    )
+    assert torch.equal(tight.gt_boxes.tensor, tight.gt_masks.get_bounding_boxes().tensor)
+    heights = [
+        (i.gt_boxes.tensor[:, 3] - i.gt_boxes.tensor[:, 1])[i.gt_classes == 2].item()
+        for i in (loose, tight)
+    ]
+    # Sides of 60 x 64 / 70 and 40 x 110 / 120 pixels: the box needs both, the triangle the longer.
+    assert heights[0] == pytest.approx((54.86 + 36.67) * cos, abs=0.1)
+    assert heights[1] == pytest.approx(54.86 * cos, abs=2.0)
+
+
 def test_an_affine_transform_moves_points_as_it_moves_pixels():
     image = np.zeros((50, 70, 3), np.uint8)
     image[20:31, 40:51] = 200  # centre (45.5, 25.5)
