@@ -56,9 +56,10 @@ NOT_RUN = (
     "TEST.INSTABILITY",
     "configs/quick/teach_dn_deformable",
     "INPUT.SCHEDULE",
+    "output/all_quick/backbone.pth",
 )
-"""Command lines of RUN that need what a test does not have: cameras, teachers, or as many iterations as a
-schedule counts."""
+"""Command lines of RUN that need what a test does not have: cameras, teachers, the backbone of an earlier
+comparison, or as many iterations as a schedule counts."""
 
 
 @dataclass(frozen=True)
