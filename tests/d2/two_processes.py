@@ -18,9 +18,9 @@ from dn_detr.d2.whole_batch import whole_batch
 from dn_detr.errors import InputError
 
 
-def train_with_an_empty_rank(rank: int, folder: Path, cfg, faster_rcnn) -> None:
+def train_with_an_empty_rank(rank: int, folder: Path, cfg, *others) -> None:
     """Rank 0 has four objects and five boxes of a teacher, rank 1 none; then rank 1's loss breaks.
-    Saves what it saw. Then one step of another configuration."""
+    Saves what it saw. Then one step of each of the other configurations."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
@@ -52,7 +52,8 @@ def train_with_an_empty_rank(rank: int, folder: Path, cfg, faster_rcnn) -> None:
         except FloatingPointError as error:
             seen["error"] = str(error)
     torch.save(seen, folder / f"{rank}.pt")
-    train_one_step(rank, folder, faster_rcnn)
+    for other in others:
+        train_one_step(rank, folder, other)
     torch.distributed.destroy_process_group()
 
 
