@@ -5,7 +5,6 @@ import torch
 from torch.testing import assert_close
 
 from dn_detr.analysis.instability import (
-    anchor_target_distance,
     anchor_target_distances,
     changed_matches,
     largest_distances,
@@ -68,7 +67,6 @@ def test_distance_of_anchor_boxes_to_their_objects():
     references, targets, assignment = two_images()
     distances = anchor_target_distances(references, targets, assignment)
     assert_close(distances.sort().values, torch.tensor([0.0, 0.4, 0.5]))
-    assert_close(anchor_target_distance(references, targets, assignment), torch.tensor(0.3))
 
 
 def test_distance_of_anchor_points_to_the_centres_of_their_objects():
@@ -90,7 +88,6 @@ def test_without_matches_there_is_no_distance():
     references, targets, assignment = two_images()
     nothing = Assignment(torch.full_like(assignment.object_of, NONE), assignment.is_real)
     assert anchor_target_distances(references, targets, nothing).shape == (0,)
-    assert math.isnan(anchor_target_distance(references, targets, nothing))
     assert math.isnan(largest_distances(torch.zeros(0)))
 
 

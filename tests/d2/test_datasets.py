@@ -7,7 +7,6 @@ from dn_detr.d2 import add_dn_detr_config
 from dn_detr.d2.datasets import (
     class_names,
     dataset_names,
-    num_classes_of,
     prepare,
     register_coco_format,
     resolve_num_classes,
@@ -27,7 +26,6 @@ def test_a_dataset_is_registered_by_name_and_paths(tmp_path):
     register_coco_format([tuple(entry)])
     register_coco_format(entry)
     assert class_names("made_up") == ["cat", "dog"]
-    assert num_classes_of("made_up") == 2
     assert len(DatasetCatalog.get("made_up")) == 4
     assert MetadataCatalog.get("made_up").thing_dataset_id_to_contiguous_id == {3: 0, 7: 1}
 

@@ -28,7 +28,7 @@ def memory_of(shapes, valid, channels=16):
 
 
 def test_a_token_proposes_a_square_around_its_place_that_doubles_with_the_level():
-    boxes = token_boxes(memory_of(((2, 4), (1, 2)), ((4, 2), (2, 1))))[0]
+    boxes = token_boxes(memory_of(((2, 4), (1, 2)), ((4, 2), (2, 1))), (0, 1))[0][0]
     assert boxes.shape == (10, 4)
     torch.testing.assert_close(boxes[0], torch.tensor([0.125, 0.25, 0.05, 0.05]))
     torch.testing.assert_close(boxes[7], torch.tensor([0.875, 0.75, 0.05, 0.05]))
@@ -42,7 +42,7 @@ def test_tokens_of_padding_and_at_the_border_propose_nothing():
     assert torch.equal(proposals.is_empty[0], expected)  # centres .005 and .995 lie at the border
     assert (proposals.boxes[0, expected] == 0.5).all()
     torch.testing.assert_close(  # heads start without an offset
-        proposals.boxes[0, ~expected], token_boxes(memory)[0, ~expected]
+        proposals.boxes[0, ~expected], token_boxes(memory, (0, 1))[0][0, ~expected]
     )
 
 

@@ -61,11 +61,6 @@ def anchor_target_distances(references: Tensor, targets: Targets, assignment: As
     return (references - wanted).abs().sum(-1)[object_of >= 0]
 
 
-def anchor_target_distance(references: Tensor, targets: Targets, assignment: Assignment) -> Tensor:
-    """Mean of `anchor_target_distances`: a scalar in image sides, NaN if nothing is matched."""
-    return anchor_target_distances(references, targets, assignment).mean()
-
-
 def largest_distances(distances: Tensor, k: int = 100) -> Tensor:
     """ATD(k) of DINO (2203.03605): mean of the k largest distances [n] of a whole
     validation set, of all of them if there are fewer than k; NaN if there are none."""

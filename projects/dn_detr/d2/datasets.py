@@ -134,11 +134,6 @@ def class_names(name: str) -> list[str]:
     return list(metadata.thing_classes)
 
 
-def num_classes_of(name: str) -> int:
-    """The number of classes of a registered dataset."""
-    return len(class_names(name))
-
-
 def resolve_num_classes(configured: int, names: list[str]) -> int:
     """The number of classes of a run: `configured`, or that of the datasets `names` where it is 0.
 

@@ -75,8 +75,3 @@ def elementwise_generalized_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     hull = area(torch.cat((low, high), dim=-1))
     iou = intersection / union.clamp(min=SMALLEST_AREA)
     return iou - (hull - union) / hull.clamp(min=SMALLEST_AREA)
-
-
-def pairwise_generalized_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
-    """Generalized IoU of every box of [..., N, 4] with every box of [..., M, 4]: [..., N, M]."""
-    return elementwise_generalized_iou(a_xyxy[..., :, None, :], b_xyxy[..., None, :, :])

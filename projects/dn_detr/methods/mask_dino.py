@@ -31,17 +31,16 @@ from dn_detr.layers.position import SinePosition
 from dn_detr.models.decoder import Decoder
 from dn_detr.models.deformable import decoder_layer, deformable_encoder, multi_scale_neck
 from dn_detr.models.detr import DETR
-from dn_detr.models.encoder import token_centers
 from dn_detr.models.masks import MaskHead, MaskHeads, boxes_of_masks, mask_logits
 from dn_detr.models.neck import Flatten
 from dn_detr.models.numbers import Numbers
 from dn_detr.models.positions import BoxPosition
 from dn_detr.models.predictor import box_head, move
 from dn_detr.models.proposals import (
-    BASE_SIZE,
     SMALLEST_COORDINATE,
     ProposalTables,
     best_tokens,
+    token_boxes,
 )
 from dn_detr.structures import Memory, Predictions, Queries, QueryState, Segment, Step
 
@@ -64,7 +63,6 @@ def mask_dino(
         query_design=TokenQueries(
             content=content.without_indicator(),
             num_queries=n.num_queries,
-            num_levels=n.num_levels,
             heads=heads,
             epsilon=n.epsilon,
         ),
@@ -100,22 +98,15 @@ class Heads(MaskHeads):
 class TokenHead(nn.Module):
     """Tokens as they propose: behind a layer of their own. Class and box are said by the heads."""
 
-    def __init__(self, channels: int, num_levels: int):
+    def __init__(self, channels: int):
         super().__init__()
-        self.num_levels = num_levels
         self.project = nn.Linear(channels, channels)
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
         """-> tokens [B, S, C]; the box [B, S, 4] around each token's place; is_empty [B, S]."""
-        centers = token_centers(memory)
-        sizes = [
-            centers.new_full((height * width, 2), BASE_SIZE * 2 ** (self.num_levels - 1 - level))
-            for level, (height, width) in enumerate(memory.shapes)
-        ]
-        anchors = torch.cat((centers, torch.cat(sizes).expand_as(centers)), dim=-1)
-        is_inside = ((anchors > SMALLEST_COORDINATE) & (anchors < 1 - SMALLEST_COORDINATE)).all(-1)
-        is_empty = memory.padding | ~is_inside
+        levels = [level for level, _ in enumerate(memory.shapes)]
+        anchors, is_empty = token_boxes(memory, levels[::-1])
         tokens = memory.tokens.masked_fill(is_empty[..., None], 0)
         return self.norm(self.project(tokens)), anchors, is_empty
 
@@ -132,20 +123,18 @@ class TokenQueries(nn.Module):
         *,
         content: QueryContent,
         num_queries: int,
-        num_levels: int,
         heads: Heads,
         epsilon: float,
     ):
         super().__init__()
         self.content = content
-        self.num_levels = num_levels
         self.heads = heads
         self.epsilon = epsilon
         self.tables = self.new_tables(num_queries)
 
     def new_tables(self, num_queries: int, own_head: bool = True) -> ProposalTables:
         """What further queries need, owned by whoever asks."""
-        head = TokenHead(self.content.channels, self.num_levels) if own_head else None
+        head = TokenHead(self.content.channels) if own_head else None
         return ProposalTables(num_queries=num_queries, content=None, head=head)
 
     def bind(self, memory: Memory) -> TokenSource:

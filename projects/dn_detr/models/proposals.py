@@ -48,9 +48,7 @@ class ProposalHead(nn.Module):
         nn.init.zeros_(self.project.bias)
 
     def forward(self, memory: Memory) -> Proposals:
-        anchors = token_boxes(memory)
-        is_inside = ((anchors > SMALLEST_COORDINATE) & (anchors < 1 - SMALLEST_COORDINATE)).all(-1)
-        is_empty = memory.padding | ~is_inside
+        anchors, is_empty = token_boxes(memory, [level for level, _ in enumerate(memory.shapes)])
         tokens = self.norm(self.project(memory.tokens.masked_fill(is_empty[..., None], 0)))
         boxes = move(anchors, at_least_float32(self.box_head(tokens)), SMALLEST_COORDINATE)
         return Proposals(
@@ -60,14 +58,17 @@ class ProposalHead(nn.Module):
         )
 
 
-def token_boxes(memory: Memory) -> Tensor:
-    """A square around the centre of every token, [B, S, 4], larger on coarser levels."""
+def token_boxes(memory: Memory, doublings: list[int]) -> tuple[Tensor, Tensor]:
+    """A square around the centre of every token, [B, S, 4], and is_empty [B, S]: the token is padding,
+    or its square too near to the border. doublings: of BASE_SIZE, for each level."""
     centers = token_centers(memory)
     sizes = [
-        centers.new_full((height * width, 2), BASE_SIZE * 2**level)
-        for level, (height, width) in enumerate(memory.shapes)
+        centers.new_full((height * width, 2), BASE_SIZE * 2**exponent)
+        for (height, width), exponent in zip(memory.shapes, doublings, strict=True)
     ]
-    return torch.cat((centers, torch.cat(sizes).expand_as(centers)), dim=-1)
+    boxes = torch.cat((centers, torch.cat(sizes).expand_as(centers)), dim=-1)
+    is_inside = ((boxes > SMALLEST_COORDINATE) & (boxes < 1 - SMALLEST_COORDINATE)).all(-1)
+    return boxes, memory.padding | ~is_inside
 
 
 def best_tokens(

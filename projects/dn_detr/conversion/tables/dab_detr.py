@@ -19,14 +19,7 @@ def label_table(labels: Tensor) -> dict[str, Tensor]:
     }
 
 
-RULES: dict[str, Rule] = {
-    **resnet("backbone.0.body"),
-    "input_proj": "neck.projection",
-    **encoder_layers(),
-    "transformer.encoder.layers.{}.activation": "encoder.layers.{}.feed_forward.activation",
-    "transformer.encoder.query_scale.layers.{}": "encoder.scale.layers.{}",
-    **conditional_decoder_layers(),
-    "transformer.decoder.layers.{}.activation": "decoder.layers.{}.feed_forward.activation",
+QUERIES_AND_HEADS: dict[str, Rule] = {
     "transformer.decoder.norm": "decoder.predictor.norm",
     "transformer.decoder.query_scale.layers.{}": "decoder.position.scale.layers.{}",
     "transformer.decoder.ref_point_head.layers.{}": "decoder.position.of_box.layers.{}",
@@ -36,6 +29,17 @@ RULES: dict[str, Rule] = {
     "refpoint_embed.weight": "query_design.tables.anchors",
     "transformer.patterns.weight": "query_design.shared.patterns",
     "label_enc.weight": label_table,
+}
+
+RULES: dict[str, Rule] = {
+    **resnet("backbone.0.body"),
+    "input_proj": "neck.projection",
+    **encoder_layers(),
+    "transformer.encoder.layers.{}.activation": "encoder.layers.{}.feed_forward.activation",
+    "transformer.encoder.query_scale.layers.{}": "encoder.scale.layers.{}",
+    **conditional_decoder_layers(),
+    "transformer.decoder.layers.{}.activation": "decoder.layers.{}.feed_forward.activation",
+    **QUERIES_AND_HEADS,
 }
 
 # ------------------------------------------------------------------------------------- detrex
