@@ -15,6 +15,8 @@ from coco_files import make_content, write
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_NET, QUICK = ROOT / "train_net.py", ROOT / "configs" / "quick"
 
+FEW_POINTS = ("MODEL.DN_DETR.LOSS.MASK_POINTS", 40)
+
 
 def in_two_processes(function, *args, timeout: float) -> None:
     """Run function(rank, *args) for both ranks; ends them and fails if they hang."""
@@ -29,9 +31,20 @@ def in_two_processes(function, *args, timeout: float) -> None:
 
 def test_a_rank_without_objects_trains_in_step_with_the_other(tiny_config, tmp_path):
     cfg = tiny_config("MODEL.DN_DETR.TEACH.ENABLED", True)
-    faster_rcnn = tiny_config(config_file=QUICK / "dn_faster_rcnn_fpn.yaml")
+    others = {  # the loss of what rank 1 has none of -> configuration
+        "loss_denoise_box": tiny_config(config_file=QUICK / "dn_faster_rcnn_fpn.yaml"),
+        "loss_denoise_dice": tiny_config(*FEW_POINTS, config_file=QUICK / "dn_mask2former.yaml"),
+        "loss_denoise_mask": tiny_config(*FEW_POINTS, config_file=QUICK / "mask_dino.yaml"),
+        "loss_known_box": tiny_config(
+            *("MODEL.DN_DETR.KNOWN.ENABLED", True, "MODEL.DN_DETR.KNOWN.PROBABILITY", 1.0),
+            *("MODEL.DN_DETR.NUM_GROUPS", 3, "SEED", 0),  # which gives objects of the first image
+        ),
+        "loss_teacher_groups_box": tiny_config(
+            "MODEL.DN_DETR.TEACH.ENABLED", True, "MODEL.DN_DETR.NUM_GROUPS", 3
+        ),
+    }
     in_two_processes(
-        two_processes.train_with_an_empty_rank, tmp_path, cfg, faster_rcnn, timeout=120
+        two_processes.train_with_an_empty_rank, tmp_path, cfg, *others.values(), timeout=120
     )
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     # (4 + 0) objects and (5 + 0) boxes of the teacher, by 2 processes
@@ -50,11 +63,12 @@ def test_a_rank_without_objects_trains_in_step_with_the_other(tiny_config, tmp_p
     # Both end when one of them breaks, and each says whose images it was.
     assert "images [2, 3] of rank 1" in second["error"]
     assert "loss_box_0, in iteration 1, but not from rank 0" in first["error"]
-    # Faster R-CNN, whose rank 1 has no noised regions.
-    first, second = (torch.load(tmp_path / f"faster_rcnn_{rank}.pt") for rank in (0, 1))
-    assert first["losses"] == second["losses"] and first["losses"]["loss_denoise_box"] > 0
-    for name, gradient in first["gradients"].items():
-        assert torch.equal(gradient, second["gradients"][name]), name
+    for number, loss in enumerate(others):
+        first, second = (torch.load(tmp_path / f"{number}_{rank}.pt") for rank in (0, 1))
+        assert first["losses"] == second["losses"] and first["losses"][loss] > 0
+        for name, gradient in first["gradients"].items():
+            assert gradient.isfinite().all(), name
+            assert torch.equal(gradient, second["gradients"][name]), name
 
 
 def test_an_error_of_one_process_ends_all_and_is_told_once(tiny_config, tmp_path):
@@ -65,8 +79,9 @@ def test_an_error_of_one_process_ends_all_and_is_told_once(tiny_config, tmp_path
     wandb = "WANDB.ENABLED needs wandb: pip install wandb."
     assert first[:2] == ["read by 0", "read by 0"] and second[:2] == ["read by 0", "read by 1"]
     zero, one = ("the file of 0 is broken.", "the file of 1 is broken.")
-    assert first[2:] == [(told, zero), (heard, one), (told, wandb)]
-    assert second[2:] == [(heard, zero), (told, one), (heard, wandb)]
+    image = "an image of 1 is broken."
+    assert first[2:] == [(told, zero), (heard, one), (told, wandb), (heard, image)]
+    assert second[2:] == [(heard, zero), (told, one), (heard, wandb), (told, image)]
 
 
 def test_a_faulty_dataset_ends_a_training_of_two_processes_in_one_sentence(arguments, tmp_path):

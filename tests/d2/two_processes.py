@@ -52,26 +52,27 @@ def train_with_an_empty_rank(rank: int, folder: Path, cfg, *others) -> None:
         except FloatingPointError as error:
             seen["error"] = str(error)
     torch.save(seen, folder / f"{rank}.pt")
-    for other in others:
-        train_one_step(rank, folder, other)
+    for number, other in enumerate(others):
+        train_one_step(rank, folder / f"{number}_{rank}.pt", other)
     torch.distributed.destroy_process_group()
 
 
-def train_one_step(rank: int, folder: Path, cfg) -> None:
-    """Rank 0 has three objects, rank 1 none. Saves losses and gradients."""
+def train_one_step(rank: int, file: Path, cfg) -> None:
+    """Rank 0 has three objects and three boxes of a teacher, rank 1 none. Saves losses and gradients."""
     model = across_processes(build_model(cfg))
-    batch = [sample(rank, 0 if rank else 3)]
+    count = 0 if rank else 3
+    batch = [with_teacher(sample(rank, count), count)]
     step = TrainStep(model, [batch], build_optimizer(cfg, model), precision=None, seed=0)
     step.iter = 0
     with EventStorage() as storage:
         step.run_step()
         losses = {name: v for name, (v, _) in storage.latest().items() if name.startswith("loss_")}
     trained = {name: p.grad for name, p in model.module.named_parameters() if p.requires_grad}
-    torch.save({"losses": losses, "gradients": trained}, folder / f"faster_rcnn_{rank}.pt")
+    torch.save({"losses": losses, "gradients": trained}, file)
 
 
 def meet_errors_of_one(rank: int, folder: Path, cfg) -> None:
-    """Errors of one process, in three places; saves what each process raised."""
+    """Errors of one process, in four places; saves what each process raised."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
@@ -91,6 +92,7 @@ def meet_errors_of_one(rank: int, folder: Path, cfg) -> None:
         lambda: on_main(lambda: fails_in(0)),
         lambda: together(lambda: fails_in(1)),
         lambda: Trainer(cfg),
+        lambda: train_until_an_image_is_broken(rank, cfg),
     ):
         try:
             attempt()
@@ -98,6 +100,22 @@ def meet_errors_of_one(rank: int, folder: Path, cfg) -> None:
             raised.append((type(error).__name__, str(error)))
     torch.save(raised, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def train_until_an_image_is_broken(rank: int, cfg) -> None:
+    """In the second iteration, for rank 1 alone."""
+
+    def batches():
+        yield [sample(rank, 1)]
+        if rank == 1:
+            raise InputError("an image of 1 is broken.")
+        yield [sample(rank, 1)]
+
+    model = across_processes(build_model(cfg))
+    step = TrainStep(model, batches(), build_optimizer(cfg, model), precision=None, seed=0)
+    with EventStorage():
+        for step.iter in range(2):
+            step.run_step()
 
 
 def infinite_in_the_first_layer(matched, num_objects):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
+import torch
 from detectron2.utils import comm
+from torch import distributed
 
 from dn_detr.errors import InputError, ToldElsewhere
 
@@ -24,10 +27,10 @@ def together(function: Callable[[], T]) -> T:
         result = function()
     except InputError as caught:
         error = caught
+    if not _anywhere(error is not None):
+        return result
     sentences = comm.all_gather(None if error is None else str(error))
     failed = [rank for rank, sentence in enumerate(sentences) if sentence is not None]
-    if not failed:
-        return result
     if failed[0] == comm.get_rank():
         raise error
     raise ToldElsewhere(sentences[failed[0]])
@@ -40,3 +43,18 @@ def on_main(function: Callable[[], T]) -> T:
     """
     result = together(lambda: function() if comm.is_main_process() else None)
     return comm.all_gather(result)[0]
+
+
+def _anywhere(flag: bool) -> bool:
+    """Whether `flag` is set in any process. Waits for the others, but not for the device."""
+    if comm.get_world_size() == 1:
+        return flag
+    flags = torch.tensor([flag], dtype=torch.int32)
+    distributed.all_reduce(flags, group=_host_group())
+    return bool(flags)
+
+
+@cache
+def _host_group() -> distributed.ProcessGroup | None:
+    """All processes, for what lies in host memory; None: the default group can do that."""
+    return distributed.new_group(backend="gloo") if distributed.get_backend() == "nccl" else None

@@ -15,6 +15,7 @@ from detectron2.utils.events import get_event_storage
 from torch.nn.parallel import DistributedDataParallel
 
 from dn_detr.d2.evidence import Evidence
+from dn_detr.d2.ranks import together
 from dn_detr.d2.whole_batch import Whole, whole_batch
 from dn_detr.errors import InputError, NotFinite
 from dn_detr.losses.assign import find_nonfinite
@@ -60,7 +61,7 @@ class TrainStep(SimpleTrainer):
 
     def run_step(self):
         start = time.perf_counter()
-        data = next(self._data_loader_iter)
+        data = together(lambda: next(self._data_loader_iter))
         data_time = time.perf_counter() - start
 
         torch.manual_seed(self.device_seed())
