@@ -110,6 +110,26 @@ def test_only_matched_queries_are_taught():
     assert proposals.logits.grad is None
 
 
+def test_groups_that_predict_the_same_are_taught_as_one():
+    """The losses of Group DETR are a mean over all groups, those of the teacher too."""
+    alone = random_predictions(Segment("match", 6))
+    match = Segment("match", 6, weight=1 / 3)
+    groups = Segment("groups", 12, num_groups=2, copies=2, weight=2 / 3)
+    together = Predictions(
+        logits=alone.logits.repeat(1, 1, 3, 1),
+        boxes=alone.boxes.repeat(1, 1, 3, 1),
+        references=(None, None),
+        segments=(match, groups),
+    )
+    boxes = random_targets(3, 0, 5, has_scores=True)
+    expected = Teaching(costs=Costs())(alone, boxes, 8.0)
+    found = Teaching(costs=Costs(), segments=("match", "groups"))(together, boxes, 8.0)
+    assert len(found) == 2 * len(expected)
+    for key, value in expected.items():
+        of_groups = found[key.replace("teacher_", "teacher_groups_")]
+        assert_close(found[key] + of_groups, value)
+
+
 def test_softmax_weighs_slots_by_both_factors():
     # Probabilities (0.75, 0.25) and (0.5, 0.5), the second one "no object": weights 0.6 and 0.1 x 0.5.
     predictions = predicted([[[LN3, 0.0], [0.0, 0.0]]], [[NEAR, FAR]])

@@ -160,7 +160,7 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
 
     # --------------------------------------------------------------------------------- teaching
     # Teach-DETR (2211.11953): the boxes of DATASETS.TEACHER_BOXES as a second set of targets for the
-    # matched queries. Each weighs as much as its score; slots without one weigh UNMATCHED_WEIGHT in
+    # matched queries, of all groups. Excludes known objects. Each weighs as much as its score; slots without one weigh UNMATCHED_WEIGHT in
     # the class loss. WEIGHT: of all these losses.
     node.TEACH = CfgNode()
     node.TEACH.ENABLED = False

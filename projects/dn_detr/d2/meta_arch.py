@@ -159,6 +159,7 @@ class DenoisingDETR(nn.Module):
                 giou_weight=teach.GIOU_WEIGHT,
                 unmatched_weight=teach.UNMATCHED_WEIGHT,
                 no_object_weight=loss.NO_OBJECT_WEIGHT,
+                segments=("match", "groups") if node.NUM_GROUPS > 1 else ("match",),
             )
         masks, size_divisibility = None, backbone.size_divisibility
         if cfg.MODEL.MASK_ON != (core.mask_head is not None):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import Tensor
 
 from dn_detr.losses.assign import assign
@@ -9,9 +11,6 @@ from dn_detr.losses.costs import Costs
 from dn_detr.losses.criterion import Criterion
 from dn_detr.losses.terms import L1, Focal, GIoU, Softmax
 from dn_detr.structures import Predictions, Targets
-
-TAUGHT = ("match",)
-"""Segments that learn from a teacher: other queries, and proposals, keep to the ground truth."""
 
 
 class Teaching:
@@ -30,7 +29,9 @@ class Teaching:
 
     costs: of the matching, for boxes alone; they also say which class loss it is. weight: of the
     whole (lambda in the paper). no_object_weight: with softmax, of slots without object; it and
-    `unmatched_weight` multiply.
+    `unmatched_weight` multiply. segments: names of those that learn from the teacher; the others,
+    and proposals, keep to the ground truth. With Group DETR these are all groups, over which losses
+    are a mean; of H-DETR's the authors teach the one-to-one queries alone.
     """
 
     def __init__(
@@ -43,10 +44,12 @@ class Teaching:
         giou_weight: float = 2.0,
         unmatched_weight: float = 0.5,
         no_object_weight: float = 0.1,
+        segments: Collection[str] = ("match",),
     ):
         if costs.l1 == costs.giou == 0:
             raise ValueError("a teacher's boxes can only teach a detector that predicts boxes")
         self.costs = costs
+        self.segments = tuple(segments)
         self.criterion = Criterion(
             {
                 "class": (
@@ -61,7 +64,7 @@ class Teaching:
                 "giou": (GIoU(), weight * giou_weight),
             },
             prefix="teacher",
-            segments=TAUGHT,
+            segments=self.segments,
         )
 
     def __call__(
@@ -69,5 +72,5 @@ class Teaching:
     ) -> dict[str, Tensor]:
         """Scalar losses, as `Criterion` says. boxes: the teacher's, with scores. num_boxes: of the
         batch, averaged over the processes and at least 1."""
-        assignments = assign(predictions, boxes, self.costs, only=TAUGHT)
+        assignments = assign(predictions, boxes, self.costs, only=self.segments)
         return self.criterion(predictions, boxes, assignments, num_boxes)
