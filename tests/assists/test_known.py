@@ -17,7 +17,7 @@ from tiny import (
 )
 
 from dn_detr.assists.known import GivenObjects, Known, give
-from dn_detr.build import Denoising, KnownObjects
+from dn_detr.build import Denoising, HybridMatching, KnownObjects
 from dn_detr.layers.attend import allowed_pairs
 from dn_detr.losses.assign import Costs, assign
 from dn_detr.methods import METHODS
@@ -88,6 +88,27 @@ def test_who_sees_whom():
     ]
     found = model(tiny_features(2), tiny_padding(SIZES), tiny_targets(3, 1))
     assert [(s.name, s.sees) for s in found.segments] == [(s.name, s.sees) for s in segments]
+
+
+@pytest.mark.parametrize(
+    ("method", "further", "name"),
+    [
+        ("dab_deformable", {"num_groups": 3}, "groups"),
+        ("dino", {"hybrid": HybridMatching(num_queries=5, repeats=2)}, "hybrid"),
+    ],
+)
+def test_further_queries_are_told_nothing(method, further, name):
+    """They find all objects, with the predictions that they have where nothing is given."""
+    denoising = Denoising(num_groups=2, is_contrastive=True)
+    model = tiny_model(method, known=ALWAYS, denoising=denoising, **further)
+    targets = tiny_targets(3, 3)
+    told = model(tiny_features(2), tiny_padding(SIZES), targets)
+    del model.assists[1]
+    alone = model(tiny_features(2), tiny_padding(SIZES), targets)
+    assert [s.name for s in told.segments] == ["known", "denoise", "match", name]
+    assert told.segment("match").leaves_out.any() and told.segment(name).leaves_out is None
+    torch.testing.assert_close(told.of(name).boxes, alone.of(name).boxes, rtol=1e-9, atol=1e-9)
+    assert (told.of("match").boxes - alone.of("match").boxes).abs().max() > 1e-6
 
 
 def test_a_query_that_is_matched_with_a_given_object_must_say_nothing():

@@ -1,6 +1,7 @@
 """Activation checkpointing: the same numbers with less memory."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dn_detr.d2.recompute import blocks, recompute
 from dn_detr.errors import InputError
 from dn_detr.methods import METHODS
 
+QUICK = Path(__file__).resolve().parents[2] / "configs" / "quick"
 BATCH = [sample(0, 3), sample(1, 1, height=96, width=64)]
 
 
@@ -68,6 +70,17 @@ def test_every_page_of_boxes_can_be_computed_again(tiny_config, method):
     expected, found = step(plain), step(model)
     assert found[2] < 0.8 * expected[2]
     assert all(torch.equal(loss, found[0][name]) for name, loss in expected[0].items())
+
+
+@pytest.mark.parametrize("name", ["dn_mask2former", "mask_dino", "known_dn_deformable"])
+def test_detectors_with_masks_and_known_objects_can_be_computed_again(tiny_config, name):
+    cfg = tiny_config(config_file=QUICK / f"{name}.yaml")
+    plain, model = both(cfg, ["backbone", "encoder", "decoder"])
+    expected, found = step(plain), step(model)
+    assert found[2] < 0.95 * expected[2]
+    assert all(torch.equal(loss, found[0][name]) for name, loss in expected[0].items())
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
 
 
 def test_a_copy_has_weights_of_its_own(tiny_config):

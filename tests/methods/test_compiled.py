@@ -14,6 +14,7 @@ from tiny import (
     tiny_targets,
 )
 
+from dn_detr.build import HybridMatching, KnownObjects
 from dn_detr.methods import METHODS
 from dn_detr.models.masks import mask_logits
 
@@ -38,8 +39,17 @@ class Outcome(torch.nn.Module):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_page_compiles_as_one_graph_with_assists(method):
+    check_one_graph(tiny_model(method, **ASSISTS["denoising and groups"], decoder_layers=2))
+
+
+def test_known_objects_are_given_in_the_same_graph():
+    further = HybridMatching(num_queries=5, repeats=2)
+    assists = {**ASSISTS["contrastive"], "known": KnownObjects(probability=1.0), "hybrid": further}
+    check_one_graph(tiny_model("dino", **assists, decoder_layers=2))
+
+
+def check_one_graph(model):
     torch._dynamo.reset()
-    model = tiny_model(method, **ASSISTS["denoising and groups"], decoder_layers=2)
     inputs = tiny_features(2), tiny_padding(SIZES), tiny_targets(1, 3)
     compiled = torch.compile(model, fullgraph=True, backend="eager")(*inputs)
     plain = model(*inputs)

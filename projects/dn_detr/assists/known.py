@@ -71,9 +71,9 @@ class Known(nn.Module):
         self, *, num_classes: int, probability: float, hidden_labels: float, box_noise: float
     ):
         super().__init__()
-        if not (0 <= probability <= 1 and 0 <= hidden_labels <= 1 and box_noise >= 0):
+        if not (0 < probability <= 1 and 0 <= hidden_labels <= 1 and box_noise >= 0):
             raise ValueError(
-                "probability and hidden_labels must be in [0, 1] and box_noise >= 0, got "
+                "probability must be in (0, 1], hidden_labels in [0, 1] and box_noise >= 0, got "
                 f"{probability}, {hidden_labels} and {box_noise}"
             )
         self.num_classes = num_classes
