@@ -35,6 +35,12 @@ def close(got, expected, name: str) -> None:
         sys.exit(f"{name}: relative error {error:.2g}")
 
 
+def odd(x, parts: int):
+    """x, rounded to odd multiples of 1 / (2 * parts): no sample comes near a whole cell, where the
+    least rounding error makes another gradient."""
+    return ((x * parts).floor() + 0.5) / parts
+
+
 def sampling_inputs(device, dtype, shapes, size):
     batch, queries, heads, channels, points = size
     generator = torch.Generator().manual_seed(0)
@@ -44,26 +50,37 @@ def sampling_inputs(device, dtype, shapes, size):
 
     tokens = sum(height * width for height, width in shapes)
     value = rand(batch, tokens, heads, channels) - 0.5
-    locations = rand(batch, queries, heads, len(shapes), points, 2) * 1.6 - 0.3
+    locations = odd(rand(batch, queries, heads, len(shapes), points, 2) * 1.6 - 0.3, 64)
     weights = rand(batch, queries, heads, len(shapes), points)
     grad = rand(batch, queries, heads * channels) - 0.5
     leaves = [x.to(device).requires_grad_() for x in (value.to(dtype), locations, weights)]
     return leaves, grad.to(device, dtype)
 
 
-def run_sampling(device: str) -> None:
+def under(is_deterministic: bool, function, *arguments):
+    """`function` of them under torch.use_deterministic_algorithms. Only kernels: the plain twins'
+    grid_sample has no deterministic backward on a GPU."""
+    torch.use_deterministic_algorithms(is_deterministic)
+    try:
+        return function(*arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def run_sampling(device: str, is_deterministic: bool) -> None:
     for dtype, shapes, size in itertools.product(DTYPES, LEVELS, SIZES):
         (value, locations, weights), grad = sampling_inputs(device, dtype, shapes, size)
-        results = []
-        for function in (ops.ms_deform_attn, ops.ms_deform_attn_plain):
-            output = function(value, shapes, locations, weights)
-            grads = torch.autograd.grad(output, (value, locations, weights), grad)
-            results.append((output, *grads))
-        for got, expected in zip(*results, strict=True):
+
+        def run(function, value=value, shapes=shapes, others=(locations, weights), grad=grad):
+            output = function(value, shapes, *others)
+            return output, *torch.autograd.grad(output, (value, *others), grad)
+
+        results = under(is_deterministic, run, ops.ms_deform_attn)
+        for got, expected in zip(results, run(ops.ms_deform_attn_plain), strict=True):
             close(got, expected, f"ms_deform_attn {dtype} {shapes} {size}")
 
 
-def run_deformable_attention(device: str) -> None:
+def run_deformable_attention(device: str, is_deterministic: bool) -> None:
     # Width of the reference, whether each level has its own, whether there is padding.
     kinds = list(itertools.product((2, 4), (False, True), (False, True)))
     for dtype, shapes, size in itertools.product(DTYPES, LEVELS, SIZES):
@@ -71,17 +88,19 @@ def run_deformable_attention(device: str) -> None:
             (value, offsets, logits), grad = sampling_inputs(device, dtype, shapes, size)
             levels = (len(shapes),) if is_per_level else ()
             reference = torch.rand(*offsets.shape[:2], *levels, width, device=device)
-            reference = (reference * 0.8 + 0.1).requires_grad_()
+            reference = odd(reference * 0.8 + 0.1, 32).requires_grad_()
             valid = torch.tensor([[w, h] for h, w in shapes], device=device).float()
             valid = valid.expand(value.shape[0], -1, -1)
             padding = torch.rand(value.shape[:2], device=device) < 0.2 if has_padding else None
-            logits, results = logits.flatten(3), []
-            for function in (ops.deformable_attention, ops.deformable_attention_plain):
-                inputs = (value, shapes, valid, reference, offsets, logits, padding)
+            inputs = (value, shapes, valid, reference, offsets, logits.flatten(3), padding)
+
+            def run(function, inputs=inputs, grad=grad):
                 output = function(*inputs)
-                leaves = (value, reference, offsets, logits)
-                results.append((output, *torch.autograd.grad(output, leaves, grad)))
-            for got, expected in zip(*results, strict=True):
+                leaves = (inputs[0], *inputs[3:6])
+                return output, *torch.autograd.grad(output, leaves, grad)
+
+            results = under(is_deterministic, run, ops.deformable_attention)
+            for got, expected in zip(results, run(ops.deformable_attention_plain), strict=True):
                 close(got, expected, f"deformable_attention {dtype} {shapes} {size} {width}")
 
 
@@ -151,10 +170,8 @@ def main():
     device = parser.parse_args().device
     missing = [name for name, devices in KERNELS.items() if device not in devices]
     for is_deterministic in (False, True):
-        torch.use_deterministic_algorithms(is_deterministic)
-        run_sampling(device)
-        run_deformable_attention(device)
-    torch.use_deterministic_algorithms(False)
+        run_sampling(device, is_deterministic)
+        run_deformable_attention(device, is_deterministic)
     run_noise(device)
     run_matching(device)
     if device == "cuda":

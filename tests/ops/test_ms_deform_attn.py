@@ -78,7 +78,11 @@ def test_gradients_equal_finite_differences(attend):
         cells = locations * sides[:, None] - 0.5
         cells = cells.floor() + 0.2 + 0.6 * (cells - cells.floor())
         locations = ((cells + 0.5) / sides[:, None]).requires_grad_()
-    torch.autograd.gradcheck(lambda v, x, w: function(v, shapes, x, w), (value, locations, weights))
+    # On a GPU sums come in any order: two backwards may differ in the last bit.
+    torch.autograd.gradcheck(
+        lambda v, x, w: function(v, shapes, x, w), (value, locations, weights),
+        nondet_tol=0 if value.is_cpu else 1e-12,
+    )  # fmt: skip
 
 
 def test_many_queries_are_all_computed(attend):
