@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Inputs:
 
 def make_inputs(case: Case, device: str) -> Inputs:
     generator = torch.Generator().manual_seed(0)
-    rand, randn = (partial(f, generator=generator) for f in (torch.rand, torch.randn))
+    rand, randn = (functools.partial(f, generator=generator) for f in (torch.rand, torch.randn))
     levels, tokens = len(case.shapes), sum(h * w for h, w in case.shapes)
     queries = case.queries or tokens
     valid_sizes, padding = _pad(case)
@@ -108,10 +108,16 @@ def _boxes(rand, queries: int) -> Tensor:
     return torch.cat((rand(1, queries, 2), size), dim=-1)
 
 
+@functools.lru_cache
+def sides_of(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """(w, h) of the levels, [levels, 2], made once: a copy to the device waits for all its work."""
+    return torch.tensor([[w, h] for h, w in shapes], device=device).float()
+
+
 def locate(shapes, valid_sizes, reference, offsets) -> Tensor:
     """Locations by the arithmetic of 2010.04159, as libraries write it."""
     points = offsets.shape[4]
-    sides = torch.tensor([[w, h] for h, w in shapes], device=offsets.device).float()
+    sides = sides_of(shapes, offsets.device)
     ratios = (valid_sizes / sides)[:, None, None, :, None]  # [B, 1, 1, levels, 1, 2]
     place, offsets = reference[:, :, None, None, None], offsets.float()
     if reference.shape[-1] == 2:
@@ -134,8 +140,9 @@ def in_float32(x: Inputs) -> Inputs:
 def bytes_and_operations(case: Case, measure: str) -> tuple[int, int]:
     """What must be read and written at least once, and multiplications and additions.
 
-    Of the whole module both directions, for a module that keeps nothing but its inputs. The gradient
-    of the value is summed in float32 whatever its type: zeros written, sums read and written.
+    Of the whole module ("module": both directions) for one that keeps nothing but its inputs. The
+    gradient of the value is summed in float32 whatever its type: zeros written, sums read and
+    written.
     """
     levels = len(case.shapes)
     tokens = sum(h * w for h, w in case.shapes)
@@ -152,7 +159,10 @@ def bytes_and_operations(case: Case, measure: str) -> tuple[int, int]:
     if measure == "backward":
         return backward_value + size * output + 24 * samples, backward_work
     inputs = 3 * size * samples  # offsets and logits
-    return (
-        size * (value + output) + inputs + backward_value + size * output + 2 * inputs,
-        forward_work + backward_work,
-    )
+    forward = size * (value + output) + inputs
+    backward = backward_value + size * output + 2 * inputs
+    return {
+        "module forward": (forward, forward_work),
+        "module backward": (backward, backward_work),
+        "module": (forward + backward, forward_work + backward_work),
+    }[measure]

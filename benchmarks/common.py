@@ -66,8 +66,8 @@ def time_side_by_side(
 ) -> dict[str, Timing]:
     """Run the candidates in turn, round after round, so that each ratio comes from one run.
 
-    Before the first round each has a warm-up, which counts where it takes long. A candidate far below
-    20 ms runs several times a round. On CUDA
+    Before the first round each has a warm-up, which counts where it takes long. A fast candidate runs
+    several times a round. On CUDA
     the time on the clock from launch to end; busy_only: only the device's own, with all launches
     queued before it starts (which needs candidates that do not wait for the device).
     """
@@ -76,8 +76,9 @@ def time_side_by_side(
         for prepare in candidates.values():  # compiles kernels, fills the allocator's pools
             prepare()()
     first = {name: clock(prepare, device) for name, prepare in candidates.items()}
-    most = 5 if device == "cuda" else 20
-    repeats = {name: max(1, min(most, int(20 / ms))) for name, ms in first.items()}
+    # On CUDA what takes less than 7 ms runs 17 times a round: at least 51 times in all.
+    most, budget = (17, 120) if device == "cuda" else (20, 20)
+    repeats = {name: max(1, min(most, int(budget / ms))) for name, ms in first.items()}
     samples = {name: [ms] if ms > SLOW_MS else [] for name, ms in first.items()}
     start, rounds = time.perf_counter(), 0
     while rounds < MAX_ROUNDS:

@@ -5,9 +5,9 @@
     python benchmarks/ms_deform_attn.py --device cuda --original ../Deformable-DETR --save
 
 Measures, side by side, `ms_deform_attn` ("dn_detr"), its plain PyTorch twin ("plain"), and every
-peer that is installed or given: forward and backward of the sampling alone, then forward and backward
-together of the whole module from raw offsets and logits (location arithmetic, softmax, sampling;
-here "dn_detr" is `deformable_attention`). On an image of 800x1066: 4 levels, 8 heads of 32 channels,
+peer that is installed or given: forward and backward of the sampling alone, then the whole module from
+raw offsets and logits (location arithmetic, softmax, sampling; here "dn_detr" is
+`deformable_attention`), both directions together and, on CUDA, each of them. On an image of 800x1066: 4 levels, 8 heads of 32 channels,
 4 points; the encoder, where every cell is a query, and decoders of 300, 500 and 1100 queries.
 Results are compared with the plain twin's first; wrong ones are not timed.
 
@@ -90,8 +90,13 @@ def sample(attend: Attend, x: Inputs) -> tuple[Tensor, ...]:
 
 def whole(module: Callable, x: Inputs) -> tuple[Tensor, ...]:
     """(output, and gradients by value, offsets and logits) of the whole module."""
-    output = module(x.value, x.shapes, x.valid_sizes, x.reference, x.offsets, x.logits, x.padding)
+    output = module(*arguments_of(x))
     return output, *torch.autograd.grad(output, (x.value, x.offsets, x.logits), x.grad)
+
+
+def arguments_of(x: Inputs) -> tuple:
+    """Of a module, in their order."""
+    return x.value, x.shapes, x.valid_sizes, x.reference, x.offsets, x.logits, x.padding
 
 
 def prepare_forward(attend: Attend, x: Inputs):
@@ -102,6 +107,15 @@ def prepare_backward(attend: Attend, x: Inputs):
     output = attend(x.value, x.shapes, x.locations, x.weights)
     inputs = (x.value, x.locations, x.weights)
     return lambda: torch.autograd.grad(output, inputs, x.grad)
+
+
+def prepare_module_forward(module: Callable, x: Inputs):
+    return lambda: module(*arguments_of(x))
+
+
+def prepare_module_backward(module: Callable, x: Inputs):
+    output = module(*arguments_of(x))
+    return lambda: torch.autograd.grad(output, (x.value, x.offsets, x.logits), x.grad)
 
 
 def right_ones(case: Case, candidates: dict, run: Callable, expected: list, names: tuple) -> dict:
@@ -169,6 +183,10 @@ def measure(case: Case, device: str, peers: dict[str, Attend], seconds: float, p
         expected = [part.detach() for part in whole(deformable_attention_plain, in_float32(x))]
         verdicts = right_ones(case, modules, lambda f: whole(f, x), expected, names)
         add("module", modules, verdicts, lambda module, x: lambda: whole(module, x), False)
+        if device == "cuda":
+            once = {k: v for k, v in modules.items() if "deterministic" not in k}
+            add("module forward", once, verdicts, prepare_module_forward, True)
+            add("module backward", modules, verdicts, prepare_module_backward, True)
     return rows
 
 

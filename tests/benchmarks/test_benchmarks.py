@@ -154,3 +154,21 @@ def test_denoising_queries_are_one_launch_and_never_wait_for_the_device(benchmar
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert count_launches(build) == {"kernels": 1, "copies": 0, "waits": 0}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_modules_of_peers_do_not_wait_for_the_device(benchmarks):
+    """Their launches are queued before the clock starts; a wait would count against them."""
+    from attention_inputs import Case, make_inputs
+    from ms_deform_attn import as_module, whole
+
+    from dn_detr.ops import ms_deform_attn
+
+    x = make_inputs(Case(30, 1, "float32", "realistic", (64, 96)), "cuda")
+    module = as_module(ms_deform_attn)
+    whole(module, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        whole(module, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
