@@ -8,19 +8,22 @@
 #   dev/gpu_check.sh --dry-run                             # anywhere: the same steps, tiny, on the CPU
 #
 # --packed FOLDER: what dev/pack_for_gpu.sh collected. --out FOLDER: gets copies of what was written.
-# --only STEPS: some of "build test sanitize bench", for machines that are lent for shorter.
-# Where a command may take ten minutes: first --only "build bench", which makes all figures, and then
-# --only "build test sanitize"; what is built already is not built again. No GPU has timed them yet.
+# --only STEPS: some of "build test sanitize bench train". --within SECONDS: what would end later is cut
+# off or left out, named, and what was measured by then is kept.
+# Where a command may take ten minutes: first --only "build bench" --within 570, which makes the
+# figures of the operators, and then --only "build test sanitize train" --within 570; what is built
+# already is not built again. No GPU has timed them yet.
 # PYTHON: the interpreter. A step that fails does not stop the others; the exit status tells.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-packed="" out="" device=cuda only="build test sanitize bench"
+packed="" out="" device=cuda only="build test sanitize bench train" within=86400
 while [ $# -gt 0 ]; do
   case $1 in
     --packed) packed=$2; shift ;;
     --out) out=$2; shift ;;
     --only) only=$2; shift ;;
+    --within) within=$2; shift ;;
     --dry-run) device=cpu ;;
     *) echo "unknown option $1" >&2; exit 2 ;;
   esac
@@ -33,9 +36,16 @@ exec > >(tee gpu_check.txt) 2>&1
 
 wants() { [[ " $only " == *" $1 "* ]]; }
 
+# limited SECONDS: that, or less where less is left of all; the last seconds are for the copies.
+limited() {
+  local left=$((within - SECONDS - 15))
+  echo $(($1 < left ? $1 : left > 1 ? left : 1))
+}
+
 # step SECONDS COMMAND...: within a time limit; a failure is remembered.
 step() {
-  local limit=$1 start=$SECONDS status=0; shift
+  local limit start=$SECONDS status=0
+  limit=$(limited "$1"); shift
   echo "== $*"
   timeout "$limit" "$@" || { status=$?; failed+=("status $status: $*"); }
   echo "-- status $status after $((SECONDS - start)) s, at $SECONDS s"
@@ -54,7 +64,7 @@ fi
 
 if wants build; then
   if [ $device = cuda ]; then
-    FORCE_CUDA=1 step 300 "$python" setup.py --quiet build_ext --inplace
+    FORCE_CUDA=1 step 240 "$python" setup.py --quiet build_ext --inplace
   else
     step 60 "$python" setup.py --quiet --version
   fi
@@ -74,14 +84,16 @@ for tool in "${tools[@]}"; do
   checker=(compute-sanitizer --tool "$tool" --error-exitcode 9)
   [ "$tool" != none ] || checker=()
   # PyTorch's pools of memory would hide what is out of bounds.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 280 "${checker[@]}" \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$(limited 360)" "${checker[@]}" \
     "$python" dev/run_operators.py --device $device > "$scratch/$tool.txt" 2>&1 &
   checks+=($!)
 done
 
 if wants test; then
-  mapfile -t files < <(grep -rlE "cuda|DEVICES|kernel_device" tests --include="test_*.py" |
-    grep -v -e tests/equivalence -e tests/test_packaging)
+  # tests/ops asks for its devices in conftest.py, whatever its files say.
+  mapfile -t files < <(grep -rlE "cuda|DEVICES" tests --include="test_*.py" |
+    grep -v -e tests/ops -e tests/equivalence -e tests/test_packaging)
+  files=(tests/ops "${files[@]}")
   parallel=()
   "$python" -c "import xdist" 2> /dev/null && [ "$(nproc)" -ge 8 ] && parallel=(-n 4)
   [ $device = cuda ] || files=(tests/layers/test_attention_mask.py)
@@ -94,25 +106,30 @@ for i in "${!tools[@]}"; do
   tail -n 40 "$scratch/${tools[i]}.txt"
 done
 
+common=(--device cuda --save)
+folder=benchmarks/results
+attention=(--original "$packed/Deformable-DETR" --uniform 0 --seconds 0.2 --dtype)
+train=(--batch 2 8 --plain-operators --seconds 2)
+if [ $device = cpu ]; then
+  folder=$scratch/results
+  common=(--device cpu --quick --save "$folder/cpu.json")
+  attention=(--dtype)
+  train=(--config-file configs/quick/dn_deformable.yaml --size 64 96 --batch 1 --no-memory)
+fi
 if wants bench; then
-  common=(--device cuda --save)
-  attention=(--original "$packed/Deformable-DETR" --dtype float32 bfloat16 --uniform 0 --seconds 0.2)
-  train=(--batch 2 8 --plain-operators --seconds 2)
-  if [ $device = cpu ]; then
-    common=(--device cpu --quick --save "$scratch/results/cpu.json")
-    attention=()
-    train=(--config-file configs/quick/dn_deformable.yaml --size 64 96 --batch 1 --no-memory)
-  fi
   step 60 "$python" benchmarks/denoising_queries.py "${common[@]}"
   step 60 "$python" benchmarks/matcher.py "${common[@]}"
-  step 240 "$python" benchmarks/ms_deform_attn.py "${common[@]}" "${attention[@]}"
-  if "$python" -c "import detectron2" 2> /dev/null; then
-    step 150 "$python" benchmarks/train_step.py "${common[@]}" "${train[@]}"
-  else
-    echo "Detectron2 is not installed: no training steps"
-  fi
-  folder=benchmarks/results
-  [ $device = cuda ] || folder=$scratch/results
+  # One type after the other: if time runs out, the first one's figures are saved.
+  for dtype in float32 bfloat16; do
+    step 240 "$python" benchmarks/ms_deform_attn.py "${common[@]}" "${attention[@]}" $dtype
+  done
+fi
+if wants train && "$python" -c "import detectron2" 2> /dev/null; then
+  step 150 "$python" benchmarks/train_step.py "${common[@]}" "${train[@]}"
+elif wants train; then
+  echo "Detectron2 is not installed: no training steps"
+fi
+if wants bench || wants train; then
   step 30 "$python" benchmarks/render.py --folder "$folder"
 fi
 
