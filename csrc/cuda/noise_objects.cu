@@ -15,7 +15,7 @@
 namespace dn_detr {
 namespace {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 256, WARP = 32, ROWS = THREADS / WARP; // rows of the mask a block writes
 
 template <typename T>
 struct NoiseBatch {
@@ -36,7 +36,7 @@ struct alignas(16) Chunk {
 };
 
 // blockIdx.y: image. The first `place_blocks` blocks write slots, a thread for each object and
-// group; the others the mask, 16 bytes a thread.
+// group; the others rows of the mask, a warp for each, 16 bytes a lane.
 template <typename T, typename S>
 __global__ void __launch_bounds__(THREADS) noise_kernel(
     const NoiseOptions o,
@@ -61,26 +61,27 @@ __global__ void __launch_bounds__(THREADS) noise_kernel(
     }
     return;
   }
-  const int64_t chunk = static_cast<int64_t>(blockIdx.x - place_blocks) * THREADS + threadIdx.x;
-  const auto row_chunks = static_cast<int32_t>(o.pitch() / Chunk<S>::size);
-  if (chunk >= o.side() * row_chunks) {
+  const auto i = static_cast<int32_t>((blockIdx.x - place_blocks) * ROWS + threadIdx.x / WARP);
+  if (i >= o.side()) {
     return;
   }
-  const auto i = static_cast<int32_t>(chunk / row_chunks);
-  const auto first_key = static_cast<int32_t>(chunk % row_chunks) * Chunk<S>::size;
   const MaskRow row(o, num_objects, i);
-  Chunk<S> keys;
+  const auto side = static_cast<int32_t>(o.side()), pitch = static_cast<int32_t>(o.pitch());
+  S* to = mask + (b * side + i) * pitch;
+  constexpr int32_t size = Chunk<S>::size;
+  for (int32_t first = threadIdx.x % WARP * size; first < pitch; first += WARP * size) {
+    Chunk<S> keys;
 #pragma unroll
-  for (int k = 0; k < Chunk<S>::size; ++k) {
-    const int32_t key = first_key + k;
-    keys.number[k] = key < o.side() && row.sees(key) ? S(0) : hidden;
+    for (int k = 0; k < size; ++k) {
+      const int32_t key = first + k;
+      keys.number[k] = key < side && row.sees(key) ? S(0) : hidden;
+    }
+    *reinterpret_cast<Chunk<S>*>(to + first) = keys;
   }
-  S* to = mask + (b * o.side() + i) * o.pitch() + first_key;
-  *reinterpret_cast<Chunk<S>*>(to) = keys;
 }
 
-int64_t blocks_for(int64_t threads) {
-  return (threads + THREADS - 1) / THREADS;
+int64_t blocks_for(int64_t work, int64_t of_block) {
+  return (work + of_block - 1) / of_block;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> noise_objects(
@@ -109,9 +110,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> noise_obj
   const NoisedSlots out = empty_noised_slots(o, labels, boxes);
   const auto mask = at::empty({o.batch, 1, o.side(), o.pitch()}, boxes.options().dtype(mask_dtype));
 
-  const int64_t place_blocks = blocks_for(o.slots == 0 ? 0 : o.groups * o.most_objects);
-  const int64_t mask_chunks = o.side() * o.pitch() * mask.element_size() / 16;
-  const int64_t blocks = place_blocks + blocks_for(mask_chunks);
+  const int64_t place_blocks =
+      blocks_for(o.slots == 0 ? 0 : o.groups * o.most_objects, THREADS);
+  const int64_t blocks = place_blocks + blocks_for(o.side(), ROWS);
   TORCH_CHECK_VALUE(
       blocks < std::numeric_limits<int32_t>::max(), "expected a smaller mask, got ",
       mask.sizes());
