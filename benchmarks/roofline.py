@@ -24,10 +24,10 @@ ISSUE = 132 * 4 * 1.83e9
 """Instructions of a warp a second."""
 
 INSTRUCTIONS = {
-    ("forward", "float32"): 20.6,
-    ("forward", "bfloat16"): 17.4,
-    ("backward", "float32"): 44.6,
-    ("backward", "bfloat16"): 37.2,
+    ("forward", "float32"): 18.6,
+    ("forward", "bfloat16"): 17.5,
+    ("backward", "float32"): 44.7,
+    ("backward", "bfloat16"): 37.3,
 }
 """Of dn_detr for each sample, the upper figures of kernel_report.md."""
 DEFORMOPS = {

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 2)
   const Spot spot = find_spot<LANES>(problem.order);
   const int64_t query = static_cast<int64_t>(image) * g.queries + spot.query;
   const int64_t row = query * g.heads + spot.head;
-  const T* valid_sizes = problem.valid_sizes + 2 * image * g.levels;
+  const T* valid_sizes = problem.valid_sizes + static_cast<int64_t>(image) * 2 * g.levels;
   const T* reference =
       problem.reference + query * (problem.reference_levels * problem.coordinates);
   const O* logits = problem.logits + row * samples;
@@ -157,6 +157,12 @@ at::Tensor deformable_attention(
       at::empty({sizes.batch, sizes.queries, sizes.heads * sizes.channels}, value.options());
   if (output.numel() == 0 || logits.numel() == 0) {
     return output.zero_();
+  }
+  if (must_be_widened(value)) {
+    return deformable_attention(
+               value.to(at::kFloat), spatial_shapes, valid_sizes, reference, offsets.to(at::kFloat),
+               logits.to(at::kFloat), padding)
+        .to(value.scalar_type());
   }
   const DeformableInputs inputs{
       aligned(value), aligned(valid_sizes), aligned(reference), aligned(offsets), aligned(logits),

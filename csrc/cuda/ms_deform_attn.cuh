@@ -60,6 +60,12 @@ inline dim3 grid_of(const Geometry& g, int lanes) {
 template <int N>
 using Number = std::integral_constant<int, N>;
 
+// Half precision is read in whole vectors only. Other numbers of channels, which no model has, take
+// the way of float32: so there is less to compile.
+inline bool must_be_widened(const at::Tensor& value) {
+  return value.element_size() == 2 && value.size(3) % 8 != 0;
+}
+
 // Calls launch(VECTOR, LANES), both std::integral_constant, for channels of type S: whole vectors
 // where the channels divide into them, else single channels.
 template <typename S, typename F>
@@ -80,10 +86,12 @@ void choose_tiling(int64_t channels, const F& launch) {
       return launch(Number<vector>(), Number<32>());
     }
   }
-  if (channels <= 8) {
-    return launch(Number<1>(), Number<8>());
+  if constexpr (sizeof(S) > 2) { // see must_be_widened
+    if (channels <= 8) {
+      return launch(Number<1>(), Number<8>());
+    }
+    return launch(Number<1>(), Number<32>());
   }
-  return launch(Number<1>(), Number<32>());
 }
 
 // VECTOR stored numbers, read and written at once. Zero where nothing was read.

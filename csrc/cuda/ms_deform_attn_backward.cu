@@ -44,6 +44,8 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(
   const int32_t head = group % g.heads, stride = g.stride();
   const int32_t samples = g.levels * g.points;
   const int32_t lane = threadIdx.x % LANES, first = lane * VECTOR;
+  constexpr int UNIT = Sum::unit(VECTOR);
+  const int32_t step = g.channels / VECTOR * UNIT; // see ms_deform_attn_sums.cuh
   const unsigned mask = (LANES == 32 ? 0xffffffffu : ((1u << LANES % 32) - 1))
       << (threadIdx.x % 32 / LANES * LANES);
   for (int32_t image = blockIdx.y; image < g.batch; image += gridDim.y) {
@@ -81,7 +83,8 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const T share = place.has[i] ? weight * place.weight(i) : T(0);
-            grad_value.add(grad_value.sums + base + place.corner(i) + c, share, grad);
+            grad_value.add(
+                grad_value.sums + base + place.corner(i) + c / VECTOR * UNIT, step, share, grad);
             T number[VECTOR];
             unpack(corner[i], number);
 #pragma unroll
@@ -121,12 +124,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward(
   const c10::cuda::CUDAGuard guard(value_.device());
   const bool is_fixed = at::globalContext().deterministicAlgorithms();
   const auto options = locations_.options();
-  auto sums = at::zeros(value_.sizes(), is_fixed ? options.dtype(at::kLong) : options);
-  auto grad_locations = at::empty(locations_.sizes(), options);
-  auto grad_weights = at::empty(weights_.sizes(), options);
   if (grad_output_.numel() == 0 || weights_.numel() == 0) {
-    return {sums.to(value_.scalar_type()), grad_locations.zero_(), grad_weights.zero_()};
+    return {at::zeros(value_.sizes(), value_.options()), at::zeros(locations_.sizes(), options),
+            at::zeros(weights_.sizes(), options)};
   }
+  if (must_be_widened(value_)) {
+    auto [grad_value, grad_locations, grad_weights] = ms_deform_attn_backward(
+        grad_output_.to(at::kFloat), value_.to(at::kFloat), spatial_shapes, locations_, weights_);
+    return {grad_value.to(value_.scalar_type()), grad_locations, grad_weights};
+  }
+  auto sums = room_for(value_.sizes(), is_fixed ? options.dtype(at::kLong) : options).zero_();
+  auto grad_locations = room_for(locations_.sizes(), options);
+  auto grad_weights = room_for(weights_.sizes(), options);
+  at::Tensor grad_value;
   const Geometry g = geometry_of(sizes);
   const auto grad_output = aligned(grad_output_), value = aligned(value_);
   const auto locations = aligned(locations_), weights = aligned(weights_);
@@ -147,6 +157,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward(
                   locations.const_data_ptr<T>(), weights.const_data_ptr<T>(), sum,
                   grad_locations.mutable_data_ptr<T>(), grad_weights.mutable_data_ptr<T>());
           C10_CUDA_KERNEL_LAUNCH_CHECK();
+          grad_value = finish<scalar_t, T, vector.value>(sum, sums, g, value.scalar_type());
         };
         choose_tiling<scalar_t>(g.channels, [&](auto vector, auto lanes) {
           if (is_fixed) {
@@ -157,8 +168,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward(
           }
         });
       });
-  const auto grad_value = is_fixed ? sums.to(options.dtype()) / scale : sums;
-  return {grad_value.to(value_.scalar_type()), grad_locations, grad_weights};
+  return {grad_value, grad_locations, grad_weights};
 }
 
 } // namespace

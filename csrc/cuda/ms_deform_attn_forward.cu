@@ -81,6 +81,10 @@ at::Tensor ms_deform_attn(
   if (output.numel() == 0) {
     return output;
   }
+  if (must_be_widened(value_)) {
+    return ms_deform_attn(value_.to(at::kFloat), spatial_shapes, locations_, weights_)
+        .to(value_.scalar_type());
+  }
   const Geometry g = geometry_of(sizes);
   const auto value = aligned(value_), locations = aligned(locations_), weights = aligned(weights_);
   const auto stream = c10::cuda::getCurrentCUDAStream();
