@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--confidence-threshold", type=float, default=0.3)
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs, e.g. MODEL.WEIGHTS model.pth")
     args = parser.parse_args(arguments)
+    output = args.output if args.output.suffix else args.output.with_suffix(".png")
     try:
         path = weights_named(args.config_file, args.opts)
         cfg, _ = read_saved_config(path, config_file=args.config_file, opts=args.opts)
@@ -75,10 +76,10 @@ def main(arguments: list[str] | None = None) -> None:
             opts=args.opts,
             threshold=args.confidence_threshold,
         )
-        draw(cfg, detector, num_images=args.num_images, output=args.output)
+        draw(cfg, detector, num_images=args.num_images, output=output)
     except InputError as error:
         sys.exit(f"draw_detections.py: {error}")
-    print(f"wrote {args.output}")
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

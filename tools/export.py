@@ -17,7 +17,6 @@ import warnings
 from pathlib import Path
 
 from dn_detr.d2 import export
-from dn_detr.d2.meta_arch import core_of
 from dn_detr.d2.saved_detector import load_detector
 from dn_detr.errors import InputError
 
@@ -41,17 +40,13 @@ def main() -> None:
         saved = load_detector(
             args.weights, config_file=args.config_file, opts=args.opts, device="cpu"
         )
-        core_of(saved.model, "export")
         output = args.output or Path(args.weights).with_suffix(export.FORMATS[args.format])
-        about = export.metadata(saved.cfg, saved.class_names)
+        about = export.metadata(saved.cfg, saved.class_names, saved.model)
         differences = export.export(saved.model, output, args.format, about)
     except InputError as error:
         sys.exit(f"export.py: {error}")
-    for (batch, height, width), found in zip(export.CHECKED, differences, strict=True):
-        print(
-            f"{batch} x {height}x{width}: scores differ by at most {found.scores:.1e}, boxes by "
-            f"{found.boxes:.1e} of the image, over {found.num_compared} detections"
-        )
+    for found in differences:
+        print(found)
     print(f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB)")
 
 

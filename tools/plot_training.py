@@ -88,12 +88,13 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="output folder or metrics.json, or label=folder")
     parser.add_argument("--output", type=Path, default=Path("curves.png"))
     args = parser.parse_args()
+    output = args.output if args.output.suffix else args.output.with_suffix(".png")
     runs = {}
     for run in args.runs:
         label, _, path = run.rpartition("=")
         runs[label or Path(path).name] = read_metrics(Path(path))
-    plot(runs, args.output)
-    print(f"wrote {args.output}")
+    plot(runs, output)
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

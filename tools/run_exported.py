@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
@@ -45,32 +46,57 @@ def prepare(image: Image.Image, about: dict) -> tuple[np.ndarray, np.ndarray]:
     return canvas, np.array([[height, width]], np.int64)
 
 
-def detect(
-    session, about: dict, image: Image.Image, threshold: float
-) -> list[tuple[str, float, list[float]]]:
-    """(class name, score, box) of every detection; boxes are left, top, right, bottom in pixels.
+class Found(NamedTuple):
+    """A detection: box is left, top, right, bottom in pixels of the image; mask bool [height, width]
+    of the image, or None where the model finds boxes alone."""
+
+    name: str
+    score: float
+    box: list[float]
+    mask: np.ndarray | None
+
+
+def detect(session, about: dict, image: Image.Image, threshold: float) -> list[Found]:
+    """What is found in an RGB image with at least this score, best first.
 
     session: onnxruntime.InferenceSession of the exported file.
     """
     images, sizes = prepare(image, about)
-    boxes, scores, labels = session.run(
-        ["boxes", "scores", "labels"], {"images": images, "sizes": sizes}
-    )
+    boxes, scores, labels, *masks = session.run(None, {"images": images, "sizes": sizes})
     pixels = boxes[0] * np.array([image.width, image.height] * 2, np.float32)
-    return [
-        (about["class_names"][label], float(score), box.tolist())
-        for box, score, label in zip(pixels, scores[0], labels[0], strict=True)
-        if score >= threshold
-    ]
+    found = []
+    for index in np.flatnonzero((scores[0] >= threshold) & (scores[0] > 0)):  # 0: no detection
+        name = about["class_names"][labels[0, index]]
+        mask = None
+        if masks:
+            mask = enlarge(masks[0][0, index], sizes[0], images.shape[2:], image.size)
+        found.append(Found(name, float(scores[0, index]), pixels[index].tolist(), mask))
+    return found
 
 
-def draw(
-    image: Image.Image, found: list[tuple[str, float, list[float]]], class_names: list[str]
-) -> Image.Image:
-    """Boxes with names over an image, in a colour for each class, the best on top."""
+def enlarge(
+    logits: np.ndarray, size: np.ndarray, canvas: tuple[int, int], wanted: tuple[int, int]
+) -> np.ndarray:
+    """The mask bool [height, width] of an original image from its logits [h, w] over the canvas.
+
+    size, canvas: (height, width) of the resized image and of the canvas; wanted: (width, height).
+    """
+    rows, columns = (
+        n * side / whole for n, side, whole in zip(logits.shape, size, canvas, strict=True)
+    )
+    resized = Image.fromarray(logits).resize(
+        wanted, Image.Resampling.BILINEAR, box=(0, 0, columns, rows)
+    )
+    return np.asarray(resized) > 0
+
+
+def draw(image: Image.Image, found: list[Found], class_names: list[str]) -> Image.Image:
+    """Masks, and boxes with names, over an image, in a colour for each class, the best on top."""
     pen = ImageDraw.Draw(image)
-    for name, score, box in reversed(found):
+    for name, score, box, mask in reversed(found):
         color = f"hsl({137 * class_names.index(name) % 360}, 100%, 60%)"
+        if mask is not None:
+            image.paste(color, mask=Image.fromarray(np.uint8(mask) * 110))
         pen.rectangle(box, outline=color, width=2)
         text, place = f"{name} {score:.2f}", (box[0] + 3, box[1] + 2)
         pen.rectangle(pen.textbbox(place, text), fill="black")
@@ -102,7 +128,7 @@ def main() -> None:
         image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
         found = detect(session, about, image, args.confidence_threshold)
         print(f"{path}: {len(found)} found")
-        for name, score, box in found:
+        for name, score, box, _ in found:
             print(f"  {name} {score:.2f} at {' '.join(f'{side:.1f}' for side in box)}")
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)

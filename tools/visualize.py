@@ -144,6 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num-objects", type=int, default=4, help="rows: the best detections")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs")
     args = parser.parse_args(arguments)
+    output = args.output if args.output.suffix else args.output.with_suffix(".png")
     if args.num_objects < 1:
         parser.error(f"--num-objects must be at least 1, got {args.num_objects}")
     try:
@@ -155,9 +156,9 @@ def main(arguments: list[str] | None = None) -> None:
     except InputError as error:
         sys.exit(f"visualize.py: {error}")
     figure = draw(saved, image, predictions, looks, num_objects=args.num_objects)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output)
-    print(f"wrote {args.output}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

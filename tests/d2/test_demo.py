@@ -138,9 +138,9 @@ def test_the_command_line_draws_with_a_checkpoint_alone(demo, trained, tmp_path,
             demo.main(arguments)
 
 
-def test_detections_are_drawn_beside_the_ground_truth(tool, trained, tmp_path):
+def test_detections_are_drawn_beside_the_ground_truth(tool, trained, tmp_path, capsys):
+    """In a file of the name that is printed, also where no format was given."""
     weights = ["MODEL.WEIGHTS", str(trained / "model_final.pth")]
-    tool("draw_detections").main(
-        ["--output", str(tmp_path / "a.png"), "--num-images", "2", *weights]
-    )
+    tool("draw_detections").main(["--output", str(tmp_path / "a"), "--num-images", "2", *weights])
+    assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'a.png'}\n")
     assert Image.open(tmp_path / "a.png").width > 500

@@ -17,6 +17,7 @@ from samples import sample
 from dn_detr import Detector
 from dn_detr.d2.checkpoint import Checkpointer
 from dn_detr.d2.faster_rcnn import regions_of
+from dn_detr.d2.meta_arch import core_of
 from dn_detr.errors import InputError
 from dn_detr.structures import NoisedObjects
 
@@ -281,12 +282,6 @@ def test_only_boxes_are_noised(run, options):
         run(*SMALL, f"MODEL.DN_DETR.DENOISING.{options[0]}", options[1], **DENOISED)
 
 
-def test_it_is_not_exported_and_its_layers_are_not_drawn(model_of, tool, monkeypatch, capsys):
-    export, model = tool("export"), model_of(**PLAIN)
+def test_its_layers_are_not_drawn(model_of):
     with pytest.raises(InputError, match="this model is a DenoisingRCNN and has no encoder"):
-        export.core_of(model, "export")
-    monkeypatch.setattr(export, "load_detector", lambda *_, **__: type("", (), {"model": model}))
-    arguments = ["export.py", "--weights", "model.pth", "--format", "torch-export"]
-    monkeypatch.setattr("sys.argv", arguments)
-    with pytest.raises(SystemExit, match="export.py: export works on the pages of dn_detr.methods"):
-        export.main()
+        core_of(model_of(**PLAIN), "visualize.py")

@@ -15,7 +15,6 @@ from detectron2.utils.events import EventStorage
 from samples import sample
 
 from dn_detr import Detector
-from dn_detr.d2 import export
 from dn_detr.d2.convert import to_instances
 from dn_detr.d2.drawing import draw_found, draw_record
 from dn_detr.d2.loader import build_test_loader
@@ -247,8 +246,3 @@ def test_crop_and_scale_jitter_exclude_each_other(tiny_config):
     cfg = tiny_config("INPUT.CROP.ENABLED", True, "INPUT.SCALE_JITTER.ENABLED", True)
     with pytest.raises(InputError, match="exclude each other"):
         Trainer.build_train_loader(cfg)
-
-
-def test_masks_are_not_exported(model_of):
-    with pytest.raises(InputError, match="with masks cannot be exported"):
-        export.trace(model_of("mask_dino"))

@@ -1,11 +1,6 @@
 """A detector as one graph of standard operators, for any batch and image size: ONNX, torch.export.
 
-    images [B, 3, H, W] float32 in 0..255, each at the top left of its canvas;
-    sizes  [B, 2] int64: (height, width) of each image on its canvas
-    -> boxes [B, k, 4] xyxy in [0, 1] of the image, scores [B, k], labels [B, k] int64, best first
-
-Normalisation and the choice of the k best are part of the graph. What stands outside of the images
-does not matter. H and W are multiples of `SIDE_STEP`.
+What goes in and comes out says `graphs`. H and W are multiples of `graphs.side_step`.
 """
 
 from __future__ import annotations
@@ -19,16 +14,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dn_detr import __version__
-from dn_detr.d2.meta_arch import DenoisingDETR
+from dn_detr.d2.graphs import detections_of, graph_of, side_step
 from dn_detr.errors import InputError
-from dn_detr.models.postprocess import best_detections
 from dn_detr.ops import plain_operators
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2"}
-
-SIDE_STEP = 32
-"""Canvases have sides of a multiple of this, the coarsest stride of common backbones. With other
-sizes `torch.export` would freeze whether a side is odd behind each strided layer."""
 
 SMALLEST_SIDE = 96
 """Below this the coarsest level of a multi-scale model is one cell wide, which is another graph."""
@@ -37,48 +27,38 @@ OPSET = 18
 """Of ONNX. TensorRT gives wrong results for GridSample of opset 20 (NVIDIA/TensorRT#4646)."""
 
 INPUTS = ("images", "sizes")
-OUTPUTS = ("boxes", "scores", "labels")
+OUTPUTS = ("boxes", "scores", "labels", "masks")
+"""The last one of detectors of masks alone."""
 
-TRACED = (2, 4 * SIDE_STEP, 5 * SIDE_STEP)
-"""Batch, height and width that a graph is traced with."""
+TRACED = (2, 4, 5)
+"""Batch that a graph is traced with, and height and width as multiples of `side_step`."""
 
-CHECKED = ((1, 6 * SIDE_STEP, 3 * SIDE_STEP), (3, 5 * SIDE_STEP, 8 * SIDE_STEP))
-"""Batches and sizes that it is compared on. None was traced."""
+CHECKED = ((1, 6, 3), (3, 5, 8))
+"""The same of what it is compared on. None was traced."""
 
 TOLERANCE = 1e-3
 """Most by which a score, or a coordinate in [0, 1], may differ from that of the model."""
+
+MASKS = "logits over the canvas: enlarge bilinearly, cut to the image; above 0 is the object"
+"""What an output of masks holds, for metadata."""
 
 METADATA = "dn_detr"
 """Name under which a file holds its `metadata`, as JSON."""
 
 
-class Detect(nn.Module):
-    """The inference of a detector as a function of tensors; see the top of this file."""
-
-    def __init__(self, model: DenoisingDETR):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        model = self.model
-        y, x = (torch.arange(side, device=images.device) for side in images.shape[-2:])
-        height, width = sizes[:, :, None, None].unbind(1)  # [B, 1, 1] each
-        padding = (y[:, None] >= height) | (x >= width)
-        normalised = (images - model.pixel_mean) / model.pixel_std
-        features = model.backbone(torch.where(padding[:, None], 0.0, normalised))
-        predictions = model.core([features[name] for name in model.in_features], padding)
-        return best_detections(predictions, model.top_k, has_no_object=model.has_no_object)
-
-
-def trace(model: DenoisingDETR) -> ExportedProgram:
-    """The inference of `model` as a graph, for any batch and size. InputError if it has masks."""
-    if model.has_masks:
-        raise InputError("detectors with masks cannot be exported: the graph has no masks.")
+def trace(model: nn.Module) -> ExportedProgram:
+    """The inference of `model` as a graph, for any batch and size."""
     batch, height, width = Dim("batch"), Dim("height"), Dim("width")
-    images = {0: batch, 2: SIDE_STEP * height, 3: SIDE_STEP * width}
-    detect = Detect(model).eval().requires_grad_(False)
-    inputs = example(*TRACED, device=model.device)
-    return torch.export.export(detect, inputs, dynamic_shapes=(images, {0: batch}))
+    step = side_step(model)
+    images = {0: batch, 2: step * height, 3: step * width}
+    inputs = example(*in_pixels(TRACED, step), device=model.device)
+    return torch.export.export(graph_of(model), inputs, dynamic_shapes=(images, {0: batch}))
+
+
+def in_pixels(size: tuple[int, int, int], step: int) -> tuple[int, int, int]:
+    """Batch, height and width of TRACED or CHECKED, in pixels."""
+    batch, height, width = size
+    return batch, step * height, step * width
 
 
 def example(
@@ -98,8 +78,9 @@ def example(
 # ----------------------------------------------------------------------------------------- files
 
 
-def metadata(cfg, class_names: list[str]) -> dict:
+def metadata(cfg, class_names: list[str], model: nn.Module) -> dict:
     """What a program needs to know to feed the graph and to name what it finds."""
+    is_page = cfg.MODEL.META_ARCHITECTURE == "DenoisingDETR"
     return {
         "class_names": list(class_names),
         "channel_order": cfg.INPUT.FORMAT,
@@ -109,15 +90,16 @@ def metadata(cfg, class_names: list[str]) -> dict:
         "shorter_side": cfg.INPUT.MIN_SIZE_TEST,
         "longest_side": cfg.INPUT.MAX_SIZE_TEST,
         "interpolation": "bilinear",
-        "side_step": SIDE_STEP,
+        "side_step": side_step(model),
         "smallest_side": SMALLEST_SIDE,
         "boxes": "xyxy in [0, 1] of the image",
-        "method": cfg.MODEL.DN_DETR.METHOD,
+        "masks": MASKS if cfg.MODEL.MASK_ON else None,
+        "method": cfg.MODEL.DN_DETR.METHOD if is_page else "faster_rcnn",
         "made_with": f"dn_detr {__version__}, torch {torch.__version__}",
     }
 
 
-def write(model: DenoisingDETR, path: Path, kind: str, about: dict) -> None:
+def write(model: nn.Module, path: Path, kind: str, about: dict) -> None:
     """Trace a model and write the graph and its metadata. kind: one of FORMATS."""
     if kind == "torch-export":
         with plain_operators():
@@ -126,12 +108,13 @@ def write(model: DenoisingDETR, path: Path, kind: str, about: dict) -> None:
         return
     from dn_detr.d2.onnx_operators import simplify, translations
 
+    program = trace(model)
     onnx_program = torch.onnx.export(
-        trace(model),
+        program,
         dynamo=True,
         opset_version=OPSET,
         input_names=INPUTS,
-        output_names=OUTPUTS,
+        output_names=OUTPUTS[: len(program.graph_signature.user_outputs)],
         custom_translation_table=translations(),
         optimize=False,  # takes minutes
         verbose=False,
@@ -142,7 +125,7 @@ def write(model: DenoisingDETR, path: Path, kind: str, about: dict) -> None:
 
 
 def load(path: Path, kind: str):
-    """The function (images, sizes) -> (boxes, scores, labels) in a file, on the CPU."""
+    """The function (images, sizes) -> (boxes, scores, labels[, masks]) in a file, on the CPU."""
     if kind == "torch-export":
         return torch.export.load(path).module()
     import onnxruntime
@@ -151,7 +134,7 @@ def load(path: Path, kind: str):
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         feed = {name: x.numpy() for name, x in zip(INPUTS, inputs, strict=True)}
-        return tuple(torch.from_numpy(x) for x in session.run(OUTPUTS, feed))
+        return tuple(torch.from_numpy(x) for x in session.run(None, feed))
 
     return run
 
@@ -173,60 +156,88 @@ def need_onnx() -> None:
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest difference of scores and of box coordinates in [0, 1], and the number of detections
-    that were compared."""
+    """On one batch: the largest difference of scores, of box coordinates in [0, 1] and of the
+    probabilities of masks (None: no masks), and the number of detections that were compared."""
 
+    size: tuple[int, int, int]  # batch, height, width
     scores: float
     boxes: float
+    masks: float | None
     num_compared: int
+
+    @property
+    def worst(self) -> float:
+        """The largest of the three; nan if one is."""
+        values = (self.scores, self.boxes, 0.0 if self.masks is None else self.masks)
+        return torch.tensor(values).max().item()
+
+    def __str__(self) -> str:
+        batch, height, width = self.size
+        masks = "" if self.masks is None else f", masks by {self.masks:.1e}"
+        return (
+            f"{batch} x {height}x{width}: scores differ by at most {self.scores:.1e}, boxes by "
+            f"{self.boxes:.1e} of the image{masks}, over {self.num_compared} detections"
+        )
 
 
 @torch.no_grad()
-def compare(model: DenoisingDETR, exported, inputs: tuple[Tensor, Tensor]) -> Difference:
+def compare(model: nn.Module, exported, inputs: tuple[Tensor, Tensor]) -> Difference:
     """How far the detections of an exported graph are from those of the model on one batch.
 
     Scores are compared rank by rank. Of detections whose scores are almost equal the order is
-    chance, so the box of a detection is compared with the nearest one of the same label among those;
-    and those that almost equal the last may have found no place, so they are left out.
+    chance, so box and mask of a detection are compared with the nearest ones of the same label among
+    those; and those that almost equal the last may have found no place, so they are left out.
     """
-    boxes, scores, labels = Detect(model).eval()(*inputs)
-    their_boxes, their_scores, their_labels = exported(*inputs)
-    if their_boxes.shape != boxes.shape:
-        raise InputError(
-            f"the exported model gives boxes {list(their_boxes.shape)} instead of "
-            f"{list(boxes.shape)}."
-        )
-    distance = (boxes[:, :, None] - their_boxes[:, None]).abs().amax(-1)  # [B, k, k]
+    boxes, scores, labels, *masks = detections_of(model, *inputs)
+    their_boxes, their_scores, their_labels, *their_masks = exported(*inputs)
+    for one, other in zip((boxes, *masks), (their_boxes, *their_masks), strict=True):
+        if other.shape != one.shape:
+            raise InputError(
+                f"the exported model gives {list(other.shape)} instead of {list(one.shape)} boxes "
+                "or masks."
+            )
+    of_boxes = (boxes[:, :, None] - their_boxes[:, None]).abs().amax(-1)  # [B, k, k]
+    of_masks = torch.zeros_like(of_boxes)
+    for one, other in zip(masks, their_masks, strict=True):
+        flat = (logits.sigmoid().flatten(2) for logits in (one, other))
+        of_masks = torch.cdist(*flat, p=torch.inf)
     is_close = (scores[:, :, None] - their_scores[:, None]).abs() <= TOLERANCE
     is_alike = is_close & (labels[:, :, None] == their_labels[:, None])
-    nearest = torch.where(is_alike, distance, torch.inf).amin(-1)
+    distance = torch.where(is_alike, torch.maximum(of_boxes, of_masks), torch.inf)
+    nearest = distance.argmin(-1, keepdim=True)
     counts = scores > scores[:, -1:] + TOLERANCE
+
+    def largest(distance: Tensor) -> float:
+        found = torch.where(is_alike, distance, torch.inf).gather(-1, nearest)[counts]
+        return found.max().item() if counts.any() else 0.0
+
+    batch, _, height, width = inputs[0].shape
     return Difference(
+        size=(batch, height, width),
         scores=(scores - their_scores).abs().max().item(),
-        boxes=nearest[counts].max().item() if counts.any() else 0.0,
+        boxes=largest(of_boxes),
+        masks=largest(of_masks) if masks else None,
         num_compared=int(counts.sum()),
     )
 
 
-def check(model: DenoisingDETR, exported) -> list[Difference]:
+def check(model: nn.Module, exported) -> list[Difference]:
     """The differences on CHECKED; InputError where one is larger than TOLERANCE."""
     differences = []
-    for batch, height, width in CHECKED:
-        difference = compare(model, exported, example(batch, height, width))
-        if not (difference.scores <= TOLERANCE and difference.boxes <= TOLERANCE):
+    for size in CHECKED:
+        inputs = example(*in_pixels(size, side_step(model)))
+        difference = compare(model, exported, inputs)
+        if not difference.worst <= TOLERANCE:
             raise InputError(
-                f"the exported model differs from the model on {batch} images of {height}x{width}: "
-                f"scores by {difference.scores:.1e}, boxes by {difference.boxes:.1e} of the image, "
-                f"more than {TOLERANCE:g}; the file is not kept."
+                f"the exported model differs from the model by more than {TOLERANCE:g} and is not "
+                f"kept: {difference}."
             )
         differences.append(difference)
     return differences
 
 
-def export(model: DenoisingDETR, path: Path, kind: str, about: dict) -> list[Difference]:
+def export(model: nn.Module, path: Path, kind: str, about: dict) -> list[Difference]:
     """Write, read again and compare; the file is kept only where nothing differs."""
-    if model.has_masks:
-        raise InputError("a detector of masks cannot be exported: the file would give boxes alone.")
     path.parent.mkdir(parents=True, exist_ok=True)
     unchecked = path.with_suffix(f".unchecked{path.suffix}")
     write(model, unchecked, kind, about)

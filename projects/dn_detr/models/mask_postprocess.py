@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dn_detr.layers.boxes import cxcywh_to_xyxy
+from dn_detr.models.masks import mask_logits
 from dn_detr.models.postprocess import Detections
 from dn_detr.structures import Predictions
 
@@ -31,11 +32,8 @@ def postprocess_masks(
     those of its masks, 0 where there is no mask.
     """
     last = predictions.of("match")
-    logits, embeddings = last.logits[-1], last.mask_embeddings[-1]
-    scores = logits.softmax(-1)[..., :-1] if has_no_object else logits.sigmoid()
-    best, index = scores.flatten(1).topk(min(top_k, scores[0].numel()), dim=1)
-    query, labels = index // scores.shape[-1], index % scores.shape[-1]
-    detections = []
+    best, query, labels = best_pairs(last.logits[-1], top_k, has_no_object=has_no_object)
+    embeddings, detections = last.mask_embeddings[-1], []
     for image, (size, output_size) in enumerate(zip(image_sizes, output_sizes, strict=True)):
         features = last.pixel_map.features[image]
         parts = [
@@ -70,18 +68,75 @@ def _upsampled(
     if size != output_size:
         logits = F.interpolate(logits, output_size, mode="bilinear")
     masks = logits[0] > 0
-    probability = torch.where(masks, logits[0].sigmoid(), 0).sum((1, 2))
-    return masks, probability / masks.sum((1, 2)).clamp(min=1)
+    return masks, mean_inside(logits[0], masks)
+
+
+def best_masks(
+    predictions: Predictions,
+    sizes: Tensor,
+    *,
+    canvas: tuple[int, int],
+    top_k: int,
+    has_no_object: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `postprocess_masks` gives in the size of the images, in tensors: boxes [B, k, 4] xyxy in
+    [0, 1] of the unpadded image, scores [B, k], labels [B, k] int64, best first; and masks as logits
+    [B, k, h, w] at the size of the pixel map, so of the canvas.
+
+    sizes [B, 2] int64, canvas: (height, width) of the unpadded images and of all together.
+    """
+    last = predictions.of("match")
+    best, query, labels = best_pairs(last.logits[-1], top_k, has_no_object=has_no_object)
+    embeddings = last.mask_embeddings[-1]
+    embeddings = embeddings.gather(1, query[..., None].expand(-1, -1, embeddings.shape[-1]))
+    logits = mask_logits(embeddings, last.pixel_map.features)
+    height, width = sizes[:, :, None, None].unbind(1)  # [B, 1, 1] each
+    y, x = (torch.arange(side, device=sizes.device) for side in canvas)
+    is_inside = ((y[:, None] < height) & (x < width))[:, None]
+    parts = []
+    for part in logits.split(AT_ONCE, dim=1):
+        fine = F.interpolate(part, canvas, mode="bilinear")
+        masks = (fine > 0) & is_inside
+        parts.append((mean_inside(fine, masks), boxes_around(masks)))
+    mask_scores, boxes = (torch.cat(values, dim=1) for values in zip(*parts, strict=True))
+    if last.boxes is None:
+        x0, y0, x1, y1 = boxes.unbind(-1)
+        height, width = sizes.to(boxes.dtype)[:, :, None].unbind(1)  # [B, 1] each
+        boxes = torch.stack((x0 / width, y0 / height, x1 / width, y1 / height), dim=-1)
+    else:
+        boxes = cxcywh_to_xyxy(last.boxes[-1]).clamp(0, 1)
+        boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
+    scores, order = (best * mask_scores).topk(best.shape[1], dim=1)
+    return (
+        boxes.gather(1, order[..., None].expand(-1, -1, 4)),
+        scores,
+        labels.gather(1, order),
+        logits.gather(1, order[..., None, None].expand(-1, -1, *logits.shape[2:])),
+    )
+
+
+def best_pairs(logits: Tensor, top_k: int, *, has_no_object: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Class scores, queries and labels [B, k] of the best (query, class) pairs. logits [B, Q, K]."""
+    scores = logits.softmax(-1)[..., :-1] if has_no_object else logits.sigmoid()
+    num_queries, num_classes = scores.shape[1:]
+    best, index = scores.flatten(1).topk(min(top_k, num_queries * num_classes), dim=1)
+    return best, index // num_classes, index % num_classes
+
+
+def mean_inside(logits: Tensor, masks: Tensor) -> Tensor:
+    """The mean probability [..., k] inside of masks [..., k, height, width] bool, 0 of empty ones."""
+    probability = torch.where(masks, logits.sigmoid(), 0).sum((-2, -1))
+    return probability / masks.sum((-2, -1)).clamp(min=1)
 
 
 def boxes_around(masks: Tensor) -> Tensor:
-    """The boxes [k, 4], xyxy in pixels, around masks [k, height, width] bool; 0 for empty ones."""
+    """The boxes [..., 4], xyxy in pixels, around masks [..., height, width] bool; 0 for empty ones."""
     sides = []
-    for axis in (1, 2):  # of columns, then of rows
+    for axis in (-2, -1):  # of columns, then of rows
         is_hit = masks.any(axis)
-        place = torch.arange(is_hit.shape[1], device=masks.device, dtype=torch.float32)
-        first = torch.where(is_hit, place, torch.inf).amin(1)
-        sides.append((first, torch.where(is_hit, place + 1, 0).amax(1)))
+        place = torch.arange(is_hit.shape[-1], device=masks.device, dtype=torch.float32)
+        first = torch.where(is_hit, place, torch.inf).amin(-1)
+        sides.append((first, torch.where(is_hit, place + 1, 0).amax(-1)))
     (x0, x1), (y0, y1) = sides
-    boxes = torch.stack((x0, y0, x1, y1), dim=1)
-    return torch.where(boxes.isfinite().all(1, keepdim=True), boxes, 0)
+    boxes = torch.stack((x0, y0, x1, y1), dim=-1)
+    return torch.where(boxes.isfinite().all(-1, keepdim=True), boxes, 0)
