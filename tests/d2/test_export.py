@@ -46,6 +46,7 @@ CASES = [
     )
     for page in PAGES
     for kind in export.FORMATS
+    if (page, kind) != ("faster_rcnn_fpn", "torch-export")  # refused
 ]
 
 SMALL = """
@@ -188,6 +189,12 @@ def test_the_graph_of_faster_rcnn_gives_zeros_where_nothing_is_found():
     boxes, scores, labels = graphs.graph_of(model)(*export.example(2, 64, 128))
     assert boxes.shape == (2, 12, 4) and labels.shape == (2, 12)
     assert not (boxes.any() or scores.any() or labels.any())
+
+
+def test_a_faster_rcnn_has_one_format(tmp_path):
+    model, _ = small_model("faster_rcnn_fpn")
+    with pytest.raises(InputError, match="cannot be exported to torch-export.*use --format onnx"):
+        export.export(model, tmp_path / "model.pt2", "torch-export", {})
 
 
 def test_a_faster_rcnn_with_masks_is_refused():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dn_detr import __version__
+from dn_detr.d2.faster_rcnn import DenoisingRCNN
 from dn_detr.d2.graphs import detections_of, graph_of, side_step
 from dn_detr.errors import InputError
 from dn_detr.ops import plain_operators
@@ -238,6 +239,11 @@ def check(model: nn.Module, exported) -> list[Difference]:
 
 def export(model: nn.Module, path: Path, kind: str, about: dict) -> list[Difference]:
     """Write, read again and compare; the file is kept only where nothing differs."""
+    if kind == "torch-export" and isinstance(model, DenoisingRCNN):
+        raise InputError(
+            "a Faster R-CNN cannot be exported to torch-export, whose graph would want two detections "
+            "at least: use --format onnx."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     unchecked = path.with_suffix(f".unchecked{path.suffix}")
     write(model, unchecked, kind, about)

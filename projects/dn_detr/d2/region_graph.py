@@ -176,7 +176,4 @@ def keep(
     # labels beside each other and images below each other: boxes of different ones do not meet
     shift = torch.stack((label * (width + 1), image * (height + 1)), dim=1).to(boxes.dtype)
     kept = nms(boxes + shift.repeat(1, 2), scores, threshold)
-    # not index_fill, of which torch.export expects two indices at least
-    return (
-        torch.zeros_like(scores).index_put((kept,), torch.ones_like(kept, dtype=scores.dtype)) > 0
-    )
+    return torch.zeros_like(scores, dtype=torch.bool).index_fill(0, kept, True)
