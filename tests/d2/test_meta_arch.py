@@ -18,7 +18,9 @@ from dn_detr.d2.checkpoint import Checkpointer
 from dn_detr.d2.loader import build_test_loader
 from dn_detr.d2.optimizer import build_optimizer
 from dn_detr.d2.train_step import TrainStep
+from dn_detr.d2.whole_batch import whole_batch
 from dn_detr.errors import InputError
+from dn_detr.losses.assign import Costs
 
 
 @pytest.fixture
@@ -67,6 +69,43 @@ def test_the_normaliser_counts_the_objects_of_the_batch(model_of):
     one, two = model([sample(0, 3)]), model([sample(0, 3), sample(0, 3)])
     for name in one:
         torch.testing.assert_close(one[name], two[name], msg=name)
+
+
+def test_the_normaliser_is_at_least_one():
+    counts = [[3, 0, 2], [0, 0]]
+    batches = [[sample(i, n) for i, n in enumerate(batch)] for batch in counts]
+    wholes = [whole_batch(batch, torch.device("cpu")) for batch in batches]
+    assert [whole.num_objects for whole in wholes] == [5, 1]
+    assert [whole.most_objects for whole in wholes] == [3, 1]
+
+
+def test_images_are_normalised_and_padding_is_what_lies_beyond_them(model_of):
+    model = model_of("MODEL.PIXEL_MEAN", [10, 20, 30], "MODEL.PIXEL_STD", [2, 4, 8])
+    batch = [sample(0, 1), sample(1, 1, height=32, width=64)]
+    images, padding = model.preprocess(batch)
+    assert images.tensor.shape == (2, 3, 64, 96) and padding.shape == (2, 64, 96)
+    assert not padding[0].any() and not padding[1, :32, :64].any()
+    assert padding[1].sum() == 64 * 96 - 32 * 64
+    assert (images.tensor[1, :, padding[1]] == 0).all()
+    mean, std = (torch.tensor(x)[:, None, None] for x in ([10, 20, 30], [2, 4, 8]))
+    expected = (batch[1]["image"] - mean) / std
+    torch.testing.assert_close(images.tensor[1, :, :32, :64], expected)
+
+
+def test_costs_and_losses_have_the_weights_of_the_configuration(model_of):
+    weights = {"CLASS": 3.0, "L1": 4.0, "GIOU": 6.0}
+    opts = [(f"MODEL.DN_DETR.LOSS.COST_{name}", value) for name, value in weights.items()]
+    opts += [(f"MODEL.DN_DETR.LOSS.{name}_WEIGHT", 10 * value) for name, value in weights.items()]
+    opts += [("MODEL.DN_DETR.LOSS.FOCAL_ALPHA", 0.3), ("MODEL.DN_DETR.LOSS.FOCAL_GAMMA", 1.7)]
+    model = model_of(*(part for pair in opts for part in pair))
+    assert model.costs == Costs(class_cost=3.0, l1=4.0, giou=6.0, alpha=0.3, gamma=1.7)
+    terms = model.criterion.terms
+    assert {name: weight for name, (_, weight) in terms.items()} == {
+        "class": 30.0,
+        "box": 40.0,
+        "giou": 60.0,
+    }
+    assert (terms["class"][0].alpha, terms["class"][0].gamma) == (0.3, 1.7)
 
 
 def test_frozen_stages_and_norms_do_not_move(model_of, tiny_config):

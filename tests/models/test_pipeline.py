@@ -94,6 +94,20 @@ def test_gradient_reaches_the_last_layers_move_only_when_looking_forward_twice(f
     assert (gradient is not None) == forward_twice
 
 
+def test_with_a_norm_the_reference_moves_by_what_the_heads_say_without_it():
+    heads = Heads(channels=8, num_classes=2, num_layers=1, shared=True)
+    for parameter in heads.parameters():
+        parameter.data.normal_()
+    norm = torch.nn.LayerNorm(8)
+    predictor = Refined(heads=heads, norm=norm, looks_forward_twice=True, epsilon=1e-3)
+    content, reference, base = torch.randn(1, 3, 8), torch.rand(1, 3, 4), torch.rand(1, 3, 4)
+    step = predictor(0, content, Step(None, None, reference, base))
+    normed, raw = (heads.box_heads[0](x) for x in (norm(content), content))
+    torch.testing.assert_close(step.boxes, move(base, normed, 1e-3))
+    torch.testing.assert_close(step.reference, move(reference, raw, 1e-3))
+    torch.testing.assert_close(step.logits, heads.class_heads[0](norm(content)))
+
+
 def test_without_a_norm_the_predicted_box_is_the_next_reference():
     heads = Heads(channels=8, num_classes=2, num_layers=1, shared=False)
     for parameter in heads.parameters():

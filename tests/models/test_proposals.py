@@ -6,9 +6,17 @@ import pytest
 import torch
 from tiny import tiny_features, tiny_model, tiny_padding, tiny_targets, without_group_norm
 
-from dn_detr.build import build_criterion
+from dn_detr.build import Denoising, build_criterion
+from dn_detr.layers.attend import additive, allowed_pairs
+from dn_detr.layers.content import QueryContent
 from dn_detr.losses.assign import Costs, assign
-from dn_detr.models.proposals import ProposalHead, best_tokens, token_boxes
+from dn_detr.models.proposals import (
+    ProposalHead,
+    ProposalQueries,
+    Proposals,
+    best_tokens,
+    token_boxes,
+)
 from dn_detr.structures import Memory
 
 METHODS = ("deformable_detr_two_stage", "dino", "h_deformable")
@@ -55,6 +63,51 @@ def test_best_tokens_go_by_score_and_empty_ones_come_last():
     assert index[0, :2].tolist() == [2, 0]
     assert empty.tolist() == [[False, False, True, True]]
     assert (index < 4).all()
+
+
+@pytest.mark.parametrize(("is_class_agnostic", "expected"), [(False, [1, 0]), (True, [0, 2])])
+def test_tokens_are_ranked_by_their_best_class_or_by_class_0_alone(is_class_agnostic, expected):
+    design = ProposalQueries(
+        content=QueryContent(channels=16, num_classes=2, has_labels=False, has_indicator=False),
+        num_queries=2,
+        transform=None,
+        has_rows=True,
+        is_class_agnostic=is_class_agnostic,
+        epsilon=1e-3,
+    )
+    source = design.bind(memory_of(((1, 3),), ((3, 1),)))
+    boxes = torch.rand(1, 3, 4)
+    source.proposals = Proposals(
+        logits=torch.tensor([[[5.0, -9.0], [-8.0, 6.0], [1.0, 1.0]]]),
+        boxes=boxes,
+        is_empty=torch.zeros(1, 3, dtype=torch.bool),
+    )
+    assert torch.equal(source.queries().state.reference, boxes[:, expected])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_denoising_sees_no_empty_queries(method):
+    """Its ready mask is the one that follows from the segments, here too."""
+    model = tiny_model(method, num_levels=3, denoising=Denoising(num_groups=2))
+    kept = []
+    model.assists.append(Keep(kept))
+    model(tiny_features(2, 32, 32), tiny_padding([(32, 32), (16, 16)], 32, 32), tiny_targets(2, 1))
+    (queries,) = kept
+    assert queries.segments[1].is_empty.any()
+    allowed = allowed_pairs(queries.segments, torch.device("cpu"))
+    assert torch.equal(queries.mask, additive(allowed, torch.float64))
+
+
+class Keep(torch.nn.Module):
+    """An assist that keeps the queries as they are."""
+
+    def __init__(self, kept: list):
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, queries, source, targets):
+        self.kept.append(queries)
+        return queries
 
 
 @pytest.mark.parametrize("method", METHODS)
