@@ -11,26 +11,23 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from dn_detr.assists.known import Known
-from dn_detr.build import (
-    Denoising,
-    HybridMatching,
-    KnownObjects,
-    build_criterion,
-    build_model,
-    mask_terms,
-)
 from dn_detr.d2.convert import to_instances, to_target, to_targets
 from dn_detr.d2.known import classify_known, prompt_in
+from dn_detr.d2.parts import (
+    core_from,
+    costs_from,
+    criterion_from,
+    teaching_from,
+    with_masks,
+)
 from dn_detr.d2.whole_batch import Whole, whole_batch
 from dn_detr.errors import InputError
 from dn_detr.losses.assign import Costs, assign
 from dn_detr.losses.criterion import Criterion
 from dn_detr.losses.mask_costs import MaskCosts
-from dn_detr.losses.mask_points import PointSampling
 from dn_detr.losses.teaching import Teaching
 from dn_detr.models.detr import DETR
 from dn_detr.models.mask_postprocess import postprocess_masks
-from dn_detr.models.numbers import Numbers
 from dn_detr.models.postprocess import postprocess
 from dn_detr.structures import Assignments, Predictions, Targets, pad_targets
 
@@ -87,103 +84,10 @@ class DenoisingDETR(nn.Module):
     @classmethod
     def from_config(cls, cfg) -> dict:
         backbone = build_backbone(cfg)
-        node = cfg.MODEL.DN_DETR
-        shapes = backbone.output_shape()
-        numbers = Numbers(
-            num_classes=node.NUM_CLASSES,
-            num_queries=node.NUM_QUERIES,
-            channels=node.CHANNELS,
-            num_heads=node.NUM_HEADS,
-            num_levels=node.NUM_LEVELS,
-            num_points=node.NUM_POINTS,
-            feed_forward_dim=node.FEED_FORWARD_DIM,
-            encoder_layers=node.ENCODER_LAYERS,
-            decoder_layers=node.DECODER_LAYERS,
-            dropout=node.DROPOUT,
-            epsilon=node.EPSILON,
-            scales_with_canvas=node.SCALES_WITH_CANVAS,
-            num_patterns=node.NUM_PATTERNS,
-            shares_content=node.SHARES_CONTENT,
-            has_no_object=node.LOSS.KIND == "softmax",
-            encoder_feed_forward_dim=node.ENCODER_FEED_FORWARD_DIM,
-        )
-        denoising = Denoising(
-            num_groups=node.DENOISING.NUM_GROUPS,
-            max_objects=node.DENOISING.MAX_OBJECTS,
-            box_noise=node.DENOISING.BOX_NOISE,
-            label_noise=node.DENOISING.LABEL_NOISE,
-            is_contrastive=node.DENOISING.CONTRASTIVE,
-            hides_empty=node.DENOISING.HIDES_EMPTY,
-        )
-        hybrid = HybridMatching(
-            num_queries=node.HYBRID.NUM_QUERIES,
-            repeats=node.HYBRID.REPEATS,
-            weight=node.HYBRID.WEIGHT,
-        )
-        known = KnownObjects(
-            probability=node.KNOWN.PROBABILITY,
-            hidden_labels=node.KNOWN.HIDDEN_LABELS,
-            box_noise=node.KNOWN.BOX_NOISE,
-        )
-        core = build_model(
-            node.METHOD,
-            numbers,
-            in_channels=[shapes[name].channels for name in node.IN_FEATURES],
-            strides=[shapes[name].stride for name in node.IN_FEATURES],
-            denoising=denoising if node.DENOISING.ENABLED else None,
-            num_groups=node.NUM_GROUPS,
-            hybrid=hybrid if node.HYBRID.ENABLED else None,
-            known=known if node.KNOWN.ENABLED else None,
-        )
-        loss = node.LOSS
-        costs = Costs(
-            class_cost=loss.COST_CLASS,
-            l1=loss.COST_L1,
-            giou=loss.COST_GIOU,
-            kind="softmax" if loss.KIND == "softmax" else "focal",
-            alpha=loss.FOCAL_ALPHA,
-            gamma=loss.FOCAL_GAMMA,
-        )
-        teach, teaching = node.TEACH, None
-        if teach.ENABLED and node.KNOWN.ENABLED:
-            raise ValueError(
-                "MODEL.DN_DETR.TEACH and KNOWN exclude each other: boxes of a teacher do not say "
-                "which of them are given"
-            )
-        if teach.ENABLED:
-            teaching = Teaching(
-                costs=costs,
-                weight=teach.WEIGHT,
-                class_weight=teach.CLASS_WEIGHT,
-                l1_weight=teach.L1_WEIGHT,
-                giou_weight=teach.GIOU_WEIGHT,
-                unmatched_weight=teach.UNMATCHED_WEIGHT,
-                no_object_weight=loss.NO_OBJECT_WEIGHT,
-                segments=("match", "groups") if node.NUM_GROUPS > 1 else ("match",),
-            )
-        masks, size_divisibility = None, backbone.size_divisibility
-        if cfg.MODEL.MASK_ON != (core.mask_head is not None):
-            raise ValueError(
-                f"MODEL.MASK_ON is {cfg.MODEL.MASK_ON}, but {node.METHOD} predicts "
-                f"{'masks' if core.mask_head is not None else 'no masks'}"
-            )
-        if cfg.MODEL.MASK_ON:
-            costs = MaskCosts(
-                others=costs,
-                cross_entropy=loss.COST_MASK,
-                dice=loss.COST_DICE,
-                num_points=loss.MASK_POINTS,
-            )
-            masks = mask_terms(
-                cross_entropy=loss.MASK_WEIGHT,
-                dice=loss.DICE_WEIGHT,
-                points=PointSampling(
-                    num_points=loss.MASK_POINTS,
-                    oversample=loss.MASK_OVERSAMPLE,
-                    importance=loss.MASK_IMPORTANCE,
-                ),
-                without=() if node.DENOISING.MASKS else ("denoise",),
-            )
+        node, shapes = cfg.MODEL.DN_DETR, backbone.output_shape()
+        core, costs = core_from(cfg, shapes), costs_from(cfg)
+        size_divisibility = backbone.size_divisibility
+        if core.mask_head is not None:
             # Cells of all levels then cover whole cells of the map that masks are made of.
             size_divisibility = max(size_divisibility, shapes[node.IN_FEATURES[-1]].stride)
         return {
@@ -191,26 +95,16 @@ class DenoisingDETR(nn.Module):
             "in_features": list(node.IN_FEATURES),
             "core": core,
             "size_divisibility": size_divisibility,
-            "costs": costs,
-            "criterion": build_criterion(
-                class_weight=loss.CLASS_WEIGHT,
-                l1_weight=loss.L1_WEIGHT,
-                giou_weight=loss.GIOU_WEIGHT,
-                focal_alpha=loss.FOCAL_ALPHA,
-                focal_gamma=loss.FOCAL_GAMMA,
-                kind=loss.KIND,
-                mal_gamma=loss.MAL_GAMMA,
-                no_object_weight=loss.NO_OBJECT_WEIGHT,
-                masks=masks,
-            ),
+            "costs": with_masks(cfg, costs),
+            "criterion": criterion_from(cfg),
             "num_classes": node.NUM_CLASSES,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "has_no_object": loss.KIND == "softmax",
+            "has_no_object": node.LOSS.KIND == "softmax",
             "pad_objects_to": node.PAD_OBJECTS_TO,
             "seed": cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
-            "teaching": teaching,
+            "teaching": teaching_from(cfg, costs),
         }
 
     @property
