@@ -14,10 +14,11 @@ cutting them out. The model is made of tensors without data, so that this takes 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -28,8 +29,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dn_detr.d2  # noqa: F401
+from dn_detr.d2.coco_check import read_json
 from dn_detr.d2.config import read_config
 from dn_detr.d2.faster_rcnn import DenoisingRCNN
+from dn_detr.errors import InputError
 from dn_detr.models.detr import DETR
 
 PUBLISHED = {
@@ -240,17 +243,14 @@ def test_sizes(annotations: str, num_images: int) -> Counter:
     """(height, width) -> number of images, of the first images of a COCO json, as they are resized
     for the published evaluations: shorter side 800, longer at most 1333."""
     sizes = Counter()
-    for image in sorted(json.loads(Path(annotations).read_text())["images"], key=image_id)[
-        :num_images
-    ]:
+    images = sorted(read_json(annotations).get("images", ()), key=itemgetter("id"))
+    if not images:
+        raise InputError(f"{annotations} has no images.")
+    for image in images[:num_images]:
         sides = image["height"], image["width"]
         scale = min(800 / min(sides), 1333 / max(sides))
         sizes[tuple(int(side * scale + 0.5) for side in sides)] += 1
     return sizes
-
-
-def image_id(image: dict) -> int:
-    return image["id"]
 
 
 def mean(model: nn.Module, sizes: Counter) -> Inference:
@@ -268,16 +268,8 @@ def two_sides(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config-file", nargs="+", required=True)
-    parser.add_argument(
-        "--size", nargs="+", type=two_sides, default=[(800, 1333)], metavar="HEIGHTxWIDTH"
-    )
-    parser.add_argument("--annotations", help="json: average over its first images as well")
-    parser.add_argument("--num-images", type=int, default=100)
-    parser.add_argument("--flow", action="store_true", help="what each room gives, for each size")
-    args = parser.parse_args()
+def analyze(args: argparse.Namespace) -> None:
+    """Print the table."""
     asked = {f"{height}x{width}": Counter({(height, width): 1}) for height, width in args.size}
     if args.annotations:
         name = f"the first {args.num_images} images"
@@ -302,6 +294,22 @@ def main() -> None:
                 print(
                     f"| {room.name} | {room.gives} | {room.gflops:.2f} | {room.activations:.2f} |"
                 )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config-file", nargs="+", required=True)
+    parser.add_argument(
+        "--size", nargs="+", type=two_sides, default=[(800, 1333)], metavar="HEIGHTxWIDTH"
+    )
+    parser.add_argument("--annotations", help="json: average over its first images as well")
+    parser.add_argument("--num-images", type=int, default=100)
+    parser.add_argument("--flow", action="store_true", help="what each room gives, for each size")
+    args = parser.parse_args()
+    try:
+        analyze(args)
+    except InputError as error:
+        sys.exit(f"analyze_model.py: {error}")
 
 
 if __name__ == "__main__":

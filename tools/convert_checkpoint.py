@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 
@@ -18,12 +19,12 @@ from dn_detr.conversion.read import read_parameters
 from dn_detr.conversion.tables import TABLES
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", help="the file to read (.pth, .pt, .bin, .safetensors, .pkl)")
-    parser.add_argument("destination", help="the file to write (.pth)")
+    parser.add_argument("destination", type=Path, help="the file to write (.pth)")
     parser.add_argument("--method", required=True, choices=sorted(TABLES), help="its page")
     parser.add_argument(
         "--classes",
@@ -37,17 +38,18 @@ def main() -> int:
         ours, table = convert(state, args.method)
         if args.classes == "coco80":
             ours = keep_coco_classes(ours)
-    except (OSError, ValueError) as error:
-        print(f"{args.source}: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:
+        sys.exit(f"convert_checkpoint.py: {args.source} cannot be read: {error.strerror}.")
+    except ValueError as error:
+        sys.exit(f"convert_checkpoint.py: {args.source}: {error}.")
     ours = {name: tensor.contiguous().clone() for name, tensor in ours.items()}
+    args.destination.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model": ours}, args.destination)
     print(
         f"{args.source}: {len(state)} tensors by the names of {table.source} "
         f"-> {args.destination}: {len(ours)} tensors"
     )
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

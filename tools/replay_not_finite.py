@@ -20,11 +20,13 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from dn_detr.d2 import add_dn_detr_config
+from dn_detr.d2.checkpoint import UNREADABLE
+from dn_detr.d2.config import add_dn_detr_config, merge
 from dn_detr.d2.evidence import as_sample
 from dn_detr.d2.optimizer import build_optimizer
 from dn_detr.d2.train_step import TrainStep
 from dn_detr.d2.whole_batch import whole_batch
+from dn_detr.errors import InputError
 
 
 def watch(model: nn.Module) -> list[str]:
@@ -41,11 +43,24 @@ def watch(model: nn.Module) -> list[str]:
     return broken
 
 
+def read(file: Path) -> dict:
+    """What the training has kept."""
+    if not file.is_file():
+        raise InputError(f"there is no file {file}.")
+    try:
+        kept = torch.load(file, map_location="cpu")
+    except UNREADABLE:
+        kept = None
+    if not isinstance(kept, dict) or "num_parts" not in kept:
+        raise InputError(f"{file} is not a not_finite_*.pth that a training has kept.")
+    return kept
+
+
 def config_of(kept: dict, opts: list[str]) -> CfgNode:
     cfg = get_cfg()
     add_dn_detr_config(cfg)
     cfg.merge_from_other_cfg(CfgNode.load_cfg(kept["config"]))
-    cfg.merge_from_list(opts)
+    merge("the KEY VALUE pairs of the command line", cfg.merge_from_list, opts)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg
@@ -56,10 +71,11 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs")
     args = parser.parse_args()
-    if not args.file.is_file():
-        sys.exit(f"replay_not_finite.py: there is no {args.file}")
-    kept = torch.load(args.file, map_location="cpu")
-    cfg = config_of(kept, args.opts)
+    try:
+        kept = read(args.file)
+        cfg = config_of(kept, args.opts)
+    except InputError as error:
+        sys.exit(f"replay_not_finite.py: {error}")
     model = build_model(cfg)
     model.load_state_dict(kept["model"])
     unhealthy = [name for name, value in kept["model"].items() if not value.isfinite().all()]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,21 @@ except ImportError:
     onnxruntime = None
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+def load(path: Path) -> tuple[onnxruntime.InferenceSession, dict]:
+    """The session of a file and what it says of itself; ValueError where it is no such file."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    state = onnxruntime.capi.onnxruntime_pybind11_state
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except (state.InvalidProtobuf, state.InvalidGraph, state.Fail) as error:
+        raise ValueError(f"{path} is not a file that onnxruntime can run") from error
+    about = session.get_modelmeta().custom_metadata_map.get("dn_detr")
+    if about is None:
+        raise ValueError(f"{path} was not made by tools/export.py: it does not say how to feed it")
+    return session, json.loads(about)
 
 
 def new_size(width: int, height: int, about: dict) -> tuple[int, int]:
@@ -122,10 +138,18 @@ def main() -> None:
     args = parser.parse_args()
     if onnxruntime is None:
         parser.error("this needs onnxruntime: pip install onnxruntime")
-    session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
-    about = json.loads(session.get_modelmeta().custom_metadata_map["dn_detr"])
-    for path in files(args.images):
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    try:
+        session, about = load(args.model)
+    except ValueError as error:
+        sys.exit(f"run_exported.py: {error}.")
+    paths = files(args.images)
+    if not paths:
+        sys.exit(f"run_exported.py: there is no image among {', '.join(map(str, args.images))}.")
+    for path in paths:
+        try:
+            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        except OSError as error:
+            sys.exit(f"run_exported.py: the image {path} cannot be read ({error}).")
         found = detect(session, about, image, args.confidence_threshold)
         print(f"{path}: {len(found)} found")
         for name, score, box, _ in found:

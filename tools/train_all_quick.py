@@ -165,6 +165,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="configurations; their pages are trained")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides for all of them")
     args = parser.parse_args()
+    known = {name for pair in PAIRS.values() for name in pair}
+    if unknown := set(args.only or ()) - known:
+        parser.error(f"--only: there is no {', '.join(sorted(unknown))}, only {sorted(known)}")
     pages = {
         page: pair for page, pair in PAIRS.items() if not args.only or set(args.only) & set(pair)
     }

@@ -107,9 +107,27 @@ def test_a_head_of_other_classes_cannot_be_taken_for_raw_numbers():
         keep_coco_classes({"core.decoder.predictor.heads.class_heads.0.bias": torch.ones(80)})
 
 
-def test_the_tool_says_in_one_line_what_is_wrong(tmp_path):
-    path = tmp_path / "checkpoint.pth"
+def other_method(path):
     torch.save({"model": full_state()}, path)
+
+
+def cut_off(path):
+    torch.save({"model": {"a": torch.zeros(100, 100)}}, path)
+    path.write_bytes(path.read_bytes()[:20_000])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (other_method, "no checkpoint of detr"),
+        (cut_off, "is damaged"),
+        (lambda path: path.write_text("no weights"), "is damaged, or torch.save did not write it"),
+        (lambda path: None, "cannot be read: No such file"),
+    ],
+)
+def test_the_tool_says_in_one_line_what_is_wrong(tmp_path, make, words):
+    path = tmp_path / "checkpoint.pth"
+    make(path)
     tool = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
     result = subprocess.run(
         [sys.executable, tool, "--method", "detr", path, tmp_path / "out.pth"],
@@ -117,5 +135,6 @@ def test_the_tool_says_in_one_line_what_is_wrong(tmp_path):
         text=True,
     )
     assert result.returncode == 1
-    assert "no checkpoint of detr" in result.stderr and "Traceback" not in result.stderr
+    assert words in result.stderr and "Traceback" not in result.stderr
+    assert result.stderr.startswith(f"convert_checkpoint.py: {path}")
     assert not (tmp_path / "out.pth").exists()

@@ -39,6 +39,20 @@ def test_a_training_ends_in_one_sentence_and_leaves_what_reproduces_it(run, tmp_
     assert "first module with an output that is not finite: backbone.res2.0" in replayed.stdout
 
 
+def test_other_files_cannot_be_computed_again(tool, tmp_path, monkeypatch):
+    file = tmp_path / "a.pth"
+    monkeypatch.setattr(sys, "argv", ["replay_not_finite.py", str(file)])
+    for make, words in (
+        (lambda: None, "there is no file"),
+        (lambda: file.write_text("no weights"), "is not a not_finite_*.pth"),
+        (lambda: torch.save({"model": {}}, file), "is not a not_finite_*.pth"),
+    ):
+        make()
+        with pytest.raises(SystemExit) as caught:
+            tool("replay_not_finite").main()
+        assert words in caught.value.code and str(file) in caught.value.code
+
+
 def test_a_gradient_that_is_not_finite_stops_before_it_is_learned_from(run, tmp_path, monkeypatch):
     def with_a_broken_gradient(self, matched, num_objects):
         value = original(self, matched, num_objects)

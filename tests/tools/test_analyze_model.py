@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,26 @@ def test_the_average_is_over_the_sizes_of_the_images(model, tmp_path):
     small = tool["Counter"]({(64, 96): 1, (64, 128): 3})
     one, other = (tool["infer"](model, *size).gflops for size in small)
     assert tool["mean"](model, small).gflops == pytest.approx((one + 3 * other) / 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config-file", "configs/no.yaml"], "configs/no.yaml"),
+        (["--config-file", QUICK, "--annotations", "no.json"], "no.json does not exist"),
+    ],
+)
+def test_files_that_do_not_exist_are_named_in_one_sentence(monkeypatch, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["analyze_model.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        tool["main"]()
+    assert caught.value.code.startswith("analyze_model.py: ") and words in caught.value.code
+
+
+def test_only_known_configurations_are_trained_side_by_side(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    program = runpy.run_path(str(ROOT / "tools" / "train_all_quick.py"))
+    monkeypatch.setattr(sys, "argv", ["train_all_quick.py", "--only", "dino", "nonsense"])
+    with pytest.raises(SystemExit):
+        program["main"]()
+    assert "there is no nonsense, only [" in capsys.readouterr().err

@@ -55,27 +55,38 @@ def read_parameters(path: str | Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a dictionary of parameters, got {type(content)}")
+        raise ValueError(
+            f"the file must hold a dictionary of parameters, got a {type(content).__name__}"
+        )
     state = {
         name.removeprefix("module."): value
         for name, value in content.items()
         if isinstance(value, Tensor)
     }
     if not state:
-        raise ValueError(f"{path} holds no parameters, only {sorted(map(str, content))[:8]}")
+        raise ValueError(f"the file holds no parameters, only {sorted(map(str, content))[:8]}")
     return state
 
 
 def read_pickle(path: str | Path) -> object:
     """What `torch.save` wrote, tensors and plain containers only. The other classes that the file
     names, like the command line of its training, are replaced by `StandIn`."""
+    with open(path, "rb"):  # so that what fails from here on is what stands in the file
+        pass
+    try:
+        with torch.serialization.safe_globals(_stand_ins(path)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
+        raise ValueError("the file is damaged, or torch.save did not write it") from error
+
+
+def _stand_ins(path: str | Path) -> list:
+    """What `torch.load` takes for the classes that the file names."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        allowed = [(type("StandIn", (StandIn,), {}), name) for name in names]
     except ValueError:  # written before torch 1.6: the names cannot be listed
-        allowed = [argparse.Namespace]
-    with torch.serialization.safe_globals(allowed):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return [argparse.Namespace]
+    return [(type("StandIn", (StandIn,), {}), name) for name in names]
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -100,8 +111,8 @@ def read_arrays(path: str | Path) -> object:
     with open(path, "rb") as file:
         try:
             content = ArrayUnpickler(file, encoding="latin1").load()
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{path} is not a pickle file: {error}") from error
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"the file is damaged, or no pickle file: {error}") from error
 
     def to_tensors(value):
         if isinstance(value, dict):
@@ -121,7 +132,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in SAFETENSORS_TYPES:
-            raise ValueError(f"{path}: {name} has type {entry['dtype']}, which is not supported")
+            raise ValueError(f"{name} has type {entry['dtype']}, which is not supported")
         begin, end = entry["data_offsets"]
         raw = bytearray(data[start + begin : start + end])
         dtype = SAFETENSORS_TYPES[entry["dtype"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 
@@ -39,6 +40,19 @@ def describe(cfg: CfgNode) -> dict:
     `torch.load(weights_only=True)` reads."""
     names = [str(name) for name in class_names(cfg.DATASETS.TRAIN[0])]
     return {"config": cfg.dump(), "class_names": names}
+
+
+def unreadable(path: str, error: Exception) -> str:
+    """A sentence for one of `UNREADABLE`."""
+    reason = str(error).partition("\n")[0].rstrip(".")
+    is_cut_off = isinstance(error, EOFError) or getattr(error, "errno", None) == errno.EINVAL
+    # torch's text on pickles advises to load them unsafely.
+    if is_cut_off or isinstance(error, pickle.UnpicklingError):
+        reason = (
+            "it is damaged, or holds other objects than tensors, as files of the original authors do, "
+            "which tools/convert_checkpoint.py reads"
+        )
+    return f"{path!r} cannot be loaded as a checkpoint: {reason}."
 
 
 def has_part(key: str, parts: tuple[str, ...]) -> bool:
@@ -109,8 +123,7 @@ class Checkpointer(DetectionCheckpointer):
         try:
             checkpoint = super()._load_file(filename)
         except UNREADABLE as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{filename!r} cannot be loaded as a checkpoint: {reason}") from error
+            raise InputError(unreadable(filename, error)) from error
         if self.path.endswith(AVERAGED):
             if EMA not in checkpoint:
                 raise InputError(

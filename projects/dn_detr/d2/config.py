@@ -218,4 +218,5 @@ def merge(name: str, into_config: Callable, source) -> None:
         into_config(source)
     except (KeyError, ValueError, AssertionError, OSError, YAMLError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else error
-        raise InputError(f"{name} cannot be used: {' '.join(str(reason).split())}.") from error
+        reason = " ".join(str(reason).split()).rstrip(".!")
+        raise InputError(f"{name} cannot be used: {reason}.") from error

@@ -10,7 +10,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
-from dn_detr.d2.checkpoint import AVERAGED, DETECTOR, UNREADABLE, Checkpointer
+from dn_detr.d2.checkpoint import AVERAGED, DETECTOR, UNREADABLE, Checkpointer, unreadable
 from dn_detr.d2.config import add_dn_detr_config, merge, read_config
 from dn_detr.d2.datasets import class_names, register_coco_format
 from dn_detr.d2.trainer import Trainer
@@ -37,8 +37,7 @@ def description_in(path: str) -> dict | None:
     try:  # with mmap tensors are not read
         checkpoint = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path))
     except UNREADABLE as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path!r} cannot be loaded as a checkpoint: {reason}") from error
+        raise InputError(unreadable(path, error)) from error
     about = checkpoint.get(DETECTOR) if isinstance(checkpoint, dict) else None
     return about if isinstance(about, dict) else None
 
