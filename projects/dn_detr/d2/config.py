@@ -160,8 +160,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
 
     # --------------------------------------------------------------------------------- teaching
     # Teach-DETR (2211.11953): the boxes of DATASETS.TEACHER_BOXES as a second set of targets for the
-    # matched queries, of all groups. Excludes known objects. Each weighs as much as its score; slots without one weigh UNMATCHED_WEIGHT in
-    # the class loss. WEIGHT: of all these losses.
+    # matched queries, of all groups. Each weighs as much as its score; slots without one weigh
+    # UNMATCHED_WEIGHT in the class loss. WEIGHT: of all these losses. Excludes known objects.
     node.TEACH = CfgNode()
     node.TEACH.ENABLED = False
     node.TEACH.WEIGHT = 1.0
