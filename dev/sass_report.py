@@ -14,6 +14,8 @@ query and head, at 16 samples (4 levels of 4 points):
 Two figures where code may be skipped (padding, boxes, the last samples, error paths): as if all of
 it was skipped, and as if none was. Loops over logits are counted once, which is what 16 samples
 need. Memory and waiting are not in it: this is no measurement of time.
+
+Ends with an error where a kernel has atomics on memory of which the compiler knows not what it is.
 """
 
 import argparse
@@ -132,7 +134,8 @@ def main():
     resources = read_resources(call(tool, "-res-usage", library, options.arch))
     print("| kernel | corners | samples | rest | sum | registers | stack | shared | warps |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for function, code in sorted(read_code(call(tool, "-sass", library, options.arch)).items()):
+    functions = read_code(call(tool, "-sass", library, options.arch))
+    for function, code in sorted(functions.items()):
         match = KERNEL.search(function)
         if not match or not (options.all or match["stride"] == "256"):
             continue
@@ -148,6 +151,11 @@ def main():
         occupancy = warps(use["REG"], THREADS[match["name"]])
         cells += [str(use["REG"]), str(use["STACK"]), str(use["SHARED"])]
         print(f"| {name} | {' | '.join(cells)} | {occupancy} of {MOST_WARPS} |")
+    asking = [name for name, code in functions.items() if any("QSPC" in text for _, text in code)]
+    if asking:
+        sys.exit(
+            "\nAtomics that wait for an answer and ask what memory it is: " + ", ".join(asking)
+        )
 
 
 if __name__ == "__main__":

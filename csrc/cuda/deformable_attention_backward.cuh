@@ -81,8 +81,9 @@ template <typename S, typename O, typename T, int VECTOR, int LANES, int STRIDE,
 __global__ void __launch_bounds__(BACKWARD_THREADS, 3) backward_kernel(
     const Problem<S, O, T> problem,
     const S* __restrict__ grad_output,
-    const Sum grad_value,
+    Sum grad_value,
     const Gradients<O, T> gradients) {
+  grad_value.begin();
   // With fewer than 32 lanes one vector per lane is all there is, and stays in registers.
   constexpr bool is_single = LANES < 32;
   using Number = typename Sum::Number;

@@ -8,7 +8,7 @@ at::Tensor sum_in_fixed_point(const DeformableBackward& call) {
   return sum_gradients(call, at::kLong, [&](const auto& numbers, auto t) {
     using T = decltype(t);
     return FixedPointSum<T>{
-        numbers.template mutable_data_ptr<int64_t>(), call.scale.const_data_ptr<T>()};
+        numbers.template mutable_data_ptr<int64_t>(), call.scale.const_data_ptr<T>(), {}};
   });
 }
 

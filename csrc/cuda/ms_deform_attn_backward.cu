@@ -32,9 +32,10 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(
     const S* __restrict__ value,
     const T* __restrict__ locations,
     const T* __restrict__ weights,
-    const Sum grad_value,
+    Sum grad_value,
     T* __restrict__ grad_locations,
     T* __restrict__ grad_weights) {
+  grad_value.begin();
   // With fewer than 32 lanes one vector per lane is all there is, and stays in registers.
   constexpr bool is_single = LANES < 32;
   const int32_t group = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES;
@@ -162,7 +163,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward(
         choose_tiling<scalar_t>(g.channels, [&](auto vector, auto lanes) {
           if (is_fixed) {
             launch(vector, lanes, FixedPointSum<T>{sums.mutable_data_ptr<int64_t>(),
-                                                   scale.const_data_ptr<T>()});
+                                                   scale.const_data_ptr<T>(), {}});
           } else {
             launch(vector, lanes, FloatingSum<T>{sums.mutable_data_ptr<T>()});
           }

@@ -21,6 +21,31 @@
 
 namespace dn_detr {
 
+// Adds x to what lies in global memory, if it is to be used. Of a pointer that a kernel worked out
+// itself the compiler knows not that it is global: its own atomics would wait for an answer, and ask
+// for shared memory. No "memory" clobber: nothing in the kernels reads the sums, loads may move past.
+template <typename T>
+__device__ __forceinline__ void add_if(bool is_used, T* to, T x) {
+#if defined(__CUDA_ARCH__)
+  const auto place = __cvta_generic_to_global(to);
+  const int used = is_used;
+  if constexpr (std::is_same_v<T, float>) {
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0;\n\t"
+                 "@p red.relaxed.gpu.global.add.f32 [%0], %1;}" ::"l"(place), "f"(x), "r"(used));
+  } else if constexpr (std::is_same_v<T, double>) {
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0;\n\t"
+                 "@p red.relaxed.gpu.global.add.f64 [%0], %1;}" ::"l"(place), "d"(x), "r"(used));
+  } else {
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0;\n\t"
+                 "@p red.relaxed.gpu.global.add.u64 [%0], %1;}" ::"l"(place), "l"(x), "r"(used));
+  }
+#else
+  if (is_used) {
+    *to += x;
+  }
+#endif
+}
+
 // Sums in floating point.
 template <typename T>
 struct FloatingSum {
@@ -28,6 +53,8 @@ struct FloatingSum {
   T* sums;
 
   static constexpr int unit(int vector) { return sizeof(T) == 4 && vector % 4 == 0 ? 4 : 1; }
+
+  __device__ __forceinline__ void begin() {}
 
   // Adds weight * grad, unless the weight is zero. step: from one unit to the next.
   template <int VECTOR>
@@ -37,7 +64,6 @@ struct FloatingSum {
     if constexpr (UNIT == 4) {
 #pragma unroll
       for (int k = 0; k < VECTOR; k += 4) {
-        // No "memory" clobber: nothing in the kernel reads the sums, and loads may move past.
         asm volatile(
             "{.reg .pred p; setp.neu.f32 p, %5, 0f00000000;\n\t"
             "@p red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};}" ::"l"(
@@ -48,11 +74,9 @@ struct FloatingSum {
     } else
 #endif
     {
-      if (weight != T(0)) {
 #pragma unroll
-        for (int k = 0; k < VECTOR; ++k) {
-          atomicAdd(to + k / UNIT * step + k % UNIT, weight * grad[k]);
-        }
+      for (int k = 0; k < VECTOR; ++k) {
+        add_if(weight != T(0), to + k / UNIT * step + k % UNIT, weight * grad[k]);
       }
     }
   }
@@ -66,8 +90,11 @@ struct FixedPointSum {
   using Number = int64_t;
   int64_t* sums;
   const T* scale;
+  T factor; // the scale, once it is read
 
   static constexpr int unit(int) { return 1; }
+
+  __device__ __forceinline__ void begin() { factor = __ldg(scale); }
 
   template <int VECTOR>
   __device__ __forceinline__ void add(
@@ -75,23 +102,17 @@ struct FixedPointSum {
       int32_t step,
       T weight,
       const T (&grad)[VECTOR]) const {
-    if (weight == T(0)) {
-      return;
-    }
-    const T factor = __ldg(scale);
 #pragma unroll
     for (int k = 0; k < VECTOR; ++k) {
       // Scaled last: grad may be too small, weight times scale too large for T.
       const T scaled = weight * grad[k] * factor;
-      long long units;
+      int64_t units;
       if constexpr (sizeof(T) == 4) {
         units = __float2ll_rn(scaled);
       } else {
         units = __double2ll_rn(scaled);
       }
-      atomicAdd(
-          reinterpret_cast<unsigned long long*>(to + k * step),
-          static_cast<unsigned long long>(units));
+      add_if(weight != T(0), to + k * step, units);
     }
   }
 
