@@ -163,10 +163,6 @@ def test_the_graph_of_a_page_is_its_inference(page):
 
 REGIONS = {
     "as configured": (),
-    "one box for all classes": (
-        *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
-        *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
-    ),
     "sigmoid": ("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True),
     "few detections": ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.7),
     "small regions left out": ("MODEL.PROPOSAL_GENERATOR.MIN_SIZE", 12),
