@@ -95,9 +95,13 @@ def find_toolkit(torch):
         if version and version.split(".")[0] == major:
             return root, version, None
         searched.append(f"{root} ({name}: {f'nvcc {version}' if version else 'no nvcc'})")
-    return None, None, (
-        f"built without CUDA because no nvcc of CUDA {major}, which torch {torch.__version__} "
-        f"needs, was found in " + ", ".join(searched)
+    return (
+        None,
+        None,
+        (
+            f"built without CUDA because no nvcc of CUDA {major}, which torch {torch.__version__} "
+            f"needs, was found in " + ", ".join(searched)
+        ),
     )
 
 

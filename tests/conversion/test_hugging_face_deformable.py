@@ -69,7 +69,9 @@ def test_predictions_of_all_layers_are_the_same(tmp_path, method, variant):
     state = read_parameters(tmp_path / "model.safetensors")
     if method == "deformable_detr_refine":  # their class heads are one, which the file holds once
         for part in ("weight", "bias"):
-            state |= {f"class_embed.{i}.{part}": state[f"class_embed.0.{part}"] for i in range(1, 6)}
+            state |= {
+                f"class_embed.{i}.{part}": state[f"class_embed.0.{part}"] for i in range(1, 6)
+            }
     state, table = convert(state, method)
     assert "Hugging Face" in table.source
     numbers = Numbers(

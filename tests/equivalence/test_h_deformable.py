@@ -34,7 +34,10 @@ def their_model(load, features, padding, monkeypatch):
     detr = load("models.deformable_detr")
     model = detr.DeformableDETR(
         GivenPyramid(
-            nested, features, padding, load("models.position_encoding").build_position_encoding(args)
+            nested,
+            features,
+            padding,
+            load("models.position_encoding").build_position_encoding(args),
         ),
         load("models.deformable_transformer").build_deforamble_transformer(args),
         num_classes=91,

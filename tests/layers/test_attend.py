@@ -62,8 +62,9 @@ CASES = {
 def test_each_query_attends_to_what_its_segment_may_see(case):
     segments = CASES[case]
     where = places(segments)
-    empty = [s.is_empty if s.is_empty is not None else torch.zeros(2, s.size).bool()
-             for s in segments]
+    empty = [
+        s.is_empty if s.is_empty is not None else torch.zeros(2, s.size).bool() for s in segments
+    ]
     empty = torch.cat(empty, dim=1)
 
     def sees(b, i, j):

@@ -162,9 +162,7 @@ def row_column_attention(n: Numbers) -> RowColumnAttention:
 
 def decoder_layer(n: Numbers) -> DecoderLayer:
     return DecoderLayer(
-        self_attention=SelfAttention(
-            channels=n.channels, num_heads=n.num_heads, dropout=n.dropout
-        ),
+        self_attention=SelfAttention(channels=n.channels, num_heads=n.num_heads, dropout=n.dropout),
         cross_attention=RowColumnCrossAttention(row_column_attention(n)),
         feed_forward=feed_forward(n),
         channels=n.channels,
@@ -189,9 +187,7 @@ def anchor_detr(
         encoder=RowColumnEncoder(n, axis=axis),
         query_design=PointQueries(
             content=content,
-            shared=SharedContent(
-                content=content, is_learned=False, num_patterns=n.num_patterns
-            ),
+            shared=SharedContent(content=content, is_learned=False, num_patterns=n.num_patterns),
             num_queries=n.num_queries,
             epsilon=n.epsilon,
         ),

@@ -83,7 +83,9 @@ class LevelMixingLayer(nn.Module):
         attention = self.cross_attention
         q, k, v = attention.project(content, position, memory)
         sizes = [height * width for height, width in memory.shapes]
-        levels = zip(k.split(sizes, 1), v.split(sizes, 1), memory.padding.split(sizes, 1), strict=True)
+        levels = zip(
+            k.split(sizes, 1), v.split(sizes, 1), memory.padding.split(sizes, 1), strict=True
+        )
         found = [
             attend_densely(
                 q,

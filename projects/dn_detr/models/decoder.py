@@ -104,4 +104,3 @@ class Decoder(nn.Module):
             else torch.stack([step.mask_embeddings for step in steps]),
             pixel_map=memory.pixel_map,
         )
-

@@ -16,7 +16,9 @@ from dn_detr.structures import Memory
 class DeformableEncoderLayer(nn.Module):
     """Deformable self-attention over all levels, then feed-forward (2010.04159, sec. 4.1)."""
 
-    def __init__(self, *, attention: DeformableAttention, feed_forward: FeedForward, dropout: float):
+    def __init__(
+        self, *, attention: DeformableAttention, feed_forward: FeedForward, dropout: float
+    ):
         super().__init__()
         self.attention = attention
         self.dropout = nn.Dropout(dropout)

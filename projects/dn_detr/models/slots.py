@@ -60,9 +60,7 @@ class SlotQueries(nn.Module):
         return SlotSource(self, memory)
 
 
-def empty_slots(
-    numbers: Numbers, content: QueryContent, point: nn.Module | None
-) -> SlotQueries:
+def empty_slots(numbers: Numbers, content: QueryContent, point: nn.Module | None) -> SlotQueries:
     """Slots whose content starts from zero."""
     return SlotQueries(
         content=content,

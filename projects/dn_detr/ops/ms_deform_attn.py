@@ -32,9 +32,7 @@ def ms_deform_attn(
     """
     if use_kernel("ms_deform_attn", value.device):
         sides = [side for shape in spatial_shapes for side in shape]
-        return torch.ops.dn_detr.ms_deform_attn(
-            value, sides, sampling_locations, attention_weights
-        )
+        return torch.ops.dn_detr.ms_deform_attn(value, sides, sampling_locations, attention_weights)
     return ms_deform_attn_plain(value, spatial_shapes, sampling_locations, attention_weights)
 
 

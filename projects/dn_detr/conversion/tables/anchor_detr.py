@@ -33,9 +33,7 @@ def axis(layer: int, ours: int) -> dict[str, Rule]:
 
         return both
 
-    return {
-        f"transformer.adapt_pos1d.{layer}.{leaf}": shared(leaf) for leaf in ("weight", "bias")
-    }
+    return {f"transformer.adapt_pos1d.{layer}.{leaf}": shared(leaf) for leaf in ("weight", "bias")}
 
 
 ENCODER, DECODER = "transformer.encoder_layers.{}", "transformer.decoder_layers.{}"

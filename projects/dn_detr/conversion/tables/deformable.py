@@ -26,9 +26,7 @@ ENCODER: dict[str, Rule] = {
 
 BODY: dict[str, Rule] = {
     **ENCODER,
-    **attention(
-        "transformer.decoder.layers.{}.self_attn", "decoder.layers.{}.self_attention"
-    ),
+    **attention("transformer.decoder.layers.{}.self_attn", "decoder.layers.{}.self_attention"),
     **below(
         "transformer.decoder.layers.{}",
         "decoder.layers.{}",
