@@ -6,6 +6,9 @@ queries see them in every layer. In training a random subset of the objects of s
 As in the paper these are not to be found again: a matched query that is assigned to one of them must
 say nothing. (There whole classes are given or not; here single objects are.)
 
+Denoising queries see the matched ones, and through them, in training, what is given; the paper has no
+mask between the parts either.
+
 Boxes may come without a label: their query has that of the label table's last row, "unknown".
 """
 
