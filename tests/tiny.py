@@ -8,7 +8,7 @@ import torch
 from dn_detr.build import (
     Denoising,
     HybridMatching,
-    KnownObjects,
+    Prompting,
     build_criterion,
     build_model,
     mask_terms,
@@ -52,7 +52,7 @@ def tiny_model(
     denoising: Denoising | None = None,
     num_groups: int = 1,
     hybrid: HybridMatching | None = None,
-    known: KnownObjects | None = None,
+    known: Prompting | None = None,
     seed: int = 0,
     **numbers,
 ):

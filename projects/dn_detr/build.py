@@ -49,7 +49,7 @@ class HybridMatching:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnownObjects:
+class Prompting:
     """Which objects are given in training (2203.01305, TPAMI version, sec. 5.7): the share of images
     that have any, the share of them without label, and how far their boxes are noised."""
 
@@ -67,7 +67,7 @@ def build_model(
     denoising: Denoising | None = None,
     num_groups: int = 1,
     hybrid: HybridMatching | None = None,
-    known: KnownObjects | None = None,
+    known: Prompting | None = None,
 ) -> DETR:
     """The core of a detector: (features, padding, targets=None) -> Predictions.
 

@@ -17,7 +17,7 @@ from tiny import (
 )
 
 from dn_detr.assists.known import GivenObjects, Known, give
-from dn_detr.build import Denoising, HybridMatching, KnownObjects
+from dn_detr.build import Denoising, HybridMatching, Prompting
 from dn_detr.layers.attend import allowed_pairs
 from dn_detr.losses.assign import Costs, assign
 from dn_detr.methods import METHODS
@@ -25,7 +25,7 @@ from dn_detr.structures import Predictions, Segment, pad_targets
 
 PAGES = [method for method in METHODS if method not in PAGES_WITH_MASKS]
 SIZES = [(96, 128), (64, 96)]
-ALWAYS = KnownObjects(probability=1.0, hidden_labels=0.5)
+ALWAYS = Prompting(probability=1.0, hidden_labels=0.5)
 
 
 def given(*rows: list[bool]) -> GivenObjects:

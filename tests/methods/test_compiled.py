@@ -14,7 +14,7 @@ from tiny import (
     tiny_targets,
 )
 
-from dn_detr.build import HybridMatching, KnownObjects
+from dn_detr.build import HybridMatching, Prompting
 from dn_detr.methods import METHODS
 from dn_detr.models.masks import mask_logits
 
@@ -44,7 +44,7 @@ def test_a_page_compiles_as_one_graph_with_assists(method):
 
 def test_known_objects_are_given_in_the_same_graph():
     further = HybridMatching(num_queries=5, repeats=2)
-    assists = {**ASSISTS["contrastive"], "known": KnownObjects(probability=1.0), "hybrid": further}
+    assists = {**ASSISTS["contrastive"], "known": Prompting(probability=1.0), "hybrid": further}
     check_one_graph(tiny_model("dino", **assists, decoder_layers=2))
 
 

@@ -8,7 +8,7 @@ from detectron2.layers import ShapeSpec
 from dn_detr.build import (
     Denoising,
     HybridMatching,
-    KnownObjects,
+    Prompting,
     build_criterion,
     build_model,
     mask_terms,
@@ -56,7 +56,7 @@ def core_from(cfg: CfgNode, shapes: dict[str, ShapeSpec]) -> DETR:
         repeats=node.HYBRID.REPEATS,
         weight=node.HYBRID.WEIGHT,
     )
-    known = KnownObjects(
+    known = Prompting(
         probability=node.KNOWN.PROBABILITY,
         hidden_labels=node.KNOWN.HIDDEN_LABELS,
         box_noise=node.KNOWN.BOX_NOISE,
