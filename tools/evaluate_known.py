@@ -17,11 +17,13 @@ import io
 import sys
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.ops import box_iou
 
 from dn_detr.d2.datasets import class_names, prepare
 from dn_detr.d2.saved_detector import load_detector, weights_named
@@ -32,20 +34,13 @@ METRICS = ("AP", "AP50", "AP75")
 MATCHES = 0.5  # IoU from which a detection is one of a given object
 
 
-def overlaps(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """IoU [N] of boxes [N, 4] with one box, xyxy."""
-    low, high = np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])
-    inside = (high - low).clip(min=0).prod(axis=1)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
-    return inside / np.maximum(areas - inside, 1e-9)
-
-
 def without_given(found: DetectedObjects, boxes: np.ndarray, labels: np.ndarray) -> list[int]:
     """Positions of the detections that stay when those of the given objects are left out: for each of
     these, the best one of its class that overlaps it enough."""
     stays = np.ones(len(found), bool)
-    for box, label in zip(boxes, labels, strict=True):
-        matches = stays & (found.labels == label) & (overlaps(found.boxes_xyxy_px, box) >= MATCHES)
+    overlaps = box_iou(torch.from_numpy(boxes), torch.from_numpy(found.boxes_xyxy_px)).numpy()
+    for overlap, label in zip(overlaps, labels, strict=True):
+        matches = stays & (found.labels == label) & (overlap >= MATCHES)
         if matches.any():
             stays[matches.argmax()] = False  # the first is the best
     return np.flatnonzero(stays).tolist()

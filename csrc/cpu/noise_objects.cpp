@@ -155,6 +155,10 @@ Result build(
   return {out.labels, out.boxes, out.assignment, out.is_empty, std::move(given)};
 }
 
+// IN_OLD_MEMORY: the mask is in the memory of an earlier one if there is one that nobody holds any
+// more. Compiled graphs must not ask for that: they write into the memory of results that they no
+// longer need.
+template <bool IN_OLD_MEMORY>
 Result noise_objects(
     const at::Tensor& labels,
     const at::Tensor& boxes,
@@ -173,41 +177,21 @@ Result noise_objects(
   const NoiseOptions o{labels.size(0), labels.size(1), num_groups, slots_per_group,
                        contrastive ? 2 : 1, num_classes, num_matched, box_noise,
                        label_noise, hide_empty};
-  return build(nullptr, labels, boxes, is_object, noise_keys, o, mask_dtype);
-}
-
-// The same, in the memory of an earlier mask if there is one that nobody holds any more. Compiled
-// graphs must not call it: they write into the memory of results that they no longer need.
-Result noise_objects_in_old_memory(
-    const at::Tensor& labels,
-    const at::Tensor& boxes,
-    const at::Tensor& is_object,
-    const at::Tensor& noise_keys,
-    int64_t num_groups,
-    int64_t slots_per_group,
-    int64_t num_classes,
-    double box_noise,
-    double label_noise,
-    bool contrastive,
-    int64_t num_matched,
-    at::ScalarType mask_dtype,
-    bool hide_empty) {
-  check_ndim(labels, "labels", 2, "[B, M]");
-  const NoiseOptions o{labels.size(0), labels.size(1), num_groups, slots_per_group,
-                       contrastive ? 2 : 1, num_classes, num_matched, box_noise,
-                       label_noise, hide_empty};
-  // Never destroyed: at the end of the process, its tensors would be too late.
-  static auto* const old_masks = new OldMasks;
-  const bool counts_versions = !c10::InferenceMode::is_enabled();
-  return build(
-      counts_versions ? old_masks : nullptr, labels, boxes, is_object, noise_keys, o, mask_dtype);
+  OldMasks* old_masks = nullptr;
+  if constexpr (IN_OLD_MEMORY) {
+    // Never destroyed: at the end of the process, its tensors would be too late.
+    static auto* const masks = new OldMasks;
+    const bool counts_versions = !c10::InferenceMode::is_enabled();
+    old_masks = counts_versions ? masks : nullptr;
+  }
+  return build(old_masks, labels, boxes, is_object, noise_keys, o, mask_dtype);
 }
 
 } // namespace
 
 TORCH_LIBRARY_IMPL(dn_detr, CPU, m) {
-  m.impl("noise_objects", noise_objects);
-  m.impl("noise_objects_in_old_memory", noise_objects_in_old_memory);
+  m.impl("noise_objects", noise_objects<false>);
+  m.impl("noise_objects_in_old_memory", noise_objects<true>);
 }
 
 } // namespace dn_detr

@@ -25,7 +25,7 @@ class Detect(nn.Module):
         predictions = model.core([features[name] for name in model.in_features], padding)
         best = {"top_k": model.top_k, "has_no_object": model.has_no_object}
         if model.has_masks:
-            return best_masks(predictions, sizes, canvas=tuple(images.shape[-2:]), **best)
+            return best_masks(predictions, sizes, padding, **best)
         return best_detections(predictions, **best)
 
 

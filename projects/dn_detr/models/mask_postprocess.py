@@ -74,8 +74,8 @@ def _upsampled(
 def best_masks(
     predictions: Predictions,
     sizes: Tensor,
+    padding: Tensor,
     *,
-    canvas: tuple[int, int],
     top_k: int,
     has_no_object: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -83,20 +83,17 @@ def best_masks(
     [0, 1] of the unpadded image, scores [B, k], labels [B, k] int64, best first; and masks as logits
     [B, k, h, w] at the size of the pixel map, so of the canvas.
 
-    sizes [B, 2] int64, canvas: (height, width) of the unpadded images and of all together.
+    sizes [B, 2] int64: (height, width) of the unpadded images; padding [B, H, W] bool of the canvas.
     """
     last = predictions.of("match")
     best, query, labels = best_pairs(last.logits[-1], top_k, has_no_object=has_no_object)
     embeddings = last.mask_embeddings[-1]
     embeddings = embeddings.gather(1, query[..., None].expand(-1, -1, embeddings.shape[-1]))
     logits = mask_logits(embeddings, last.pixel_map.features)
-    height, width = sizes[:, :, None, None].unbind(1)  # [B, 1, 1] each
-    y, x = (torch.arange(side, device=sizes.device) for side in canvas)
-    is_inside = ((y[:, None] < height) & (x < width))[:, None]
     parts = []
     for part in logits.split(AT_ONCE, dim=1):
-        fine = F.interpolate(part, canvas, mode="bilinear")
-        masks = (fine > 0) & is_inside
+        fine = F.interpolate(part, padding.shape[1:], mode="bilinear")
+        masks = (fine > 0) & ~padding[:, None]
         parts.append((mean_inside(fine, masks), boxes_around(masks)))
     mask_scores, boxes = (torch.cat(values, dim=1) for values in zip(*parts, strict=True))
     if last.boxes is None:
