@@ -120,8 +120,9 @@ class Refined(nn.Module):
         normed = content if self.norm is None else self.norm(content)
         logits = self.heads.classify(layer, normed)
         boxes = move(step.base, self.heads.delta(layer, normed), self.epsilon)
+        # From the detached reference, so that a loss reaches one layer back and no further.
         moved = boxes
-        if self.norm is not None:
+        if self.norm is not None or self.looks_forward_twice:
             moved = move(step.reference, self.heads.delta(layer, content), self.epsilon)
         reference = moved.detach()
         base = moved if self.looks_forward_twice else reference
