@@ -19,7 +19,6 @@ from dn_detr.methods import METHODS
 from dn_detr.methods.mask2former import MaskQueries
 from dn_detr.models.detr import DETR
 from dn_detr.models.numbers import Numbers
-from dn_detr.models.proposals import ProposalQueries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +89,6 @@ def build_model(
         has_indicator=True,
     )
     model = METHODS[method](numbers, in_channels, strides, content)
-    if numbers.has_no_object and isinstance(model.query_design, ProposalQueries):
-        raise ValueError(
-            f"{method} ranks proposals by sigmoid scores and needs a focal loss; a softmax with a "
-            "logit for no object would make that one a class"
-        )
     if denoising is not None:
         groups = (
             FixedGroups(num_groups=denoising.num_groups, max_objects=denoising.max_objects)

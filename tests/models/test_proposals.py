@@ -10,6 +10,7 @@ from dn_detr.build import Denoising, build_criterion
 from dn_detr.layers.attend import additive, allowed_pairs
 from dn_detr.layers.content import QueryContent
 from dn_detr.losses.assign import Costs, assign
+from dn_detr.methods import METHODS as ALL_METHODS
 from dn_detr.models.proposals import (
     ProposalHead,
     ProposalQueries,
@@ -73,6 +74,7 @@ def test_tokens_are_ranked_by_their_best_class_or_by_class_0_alone(is_class_agno
         transform=None,
         has_rows=True,
         is_class_agnostic=is_class_agnostic,
+        has_no_object=False,
         epsilon=1e-3,
     )
     source = design.bind(memory_of(((1, 3),), ((3, 1),)))
@@ -160,7 +162,13 @@ def test_dino_trains_the_chosen_proposals_and_deformable_detr_all_of_them():
     assert every.proposals.is_class_agnostic
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_logit_for_no_object_is_refused(method):
-    with pytest.raises(ValueError, match="needs a focal loss"):
-        tiny_model(method, has_no_object=True)
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_a_logit_for_no_object_is_refused_where_tokens_are_ranked_and_only_there(method):
+    """With LOSS.KIND softmax; Mask DINO was built and ranked by the logit for no object."""
+    inputs = tiny_features(2), tiny_padding([(96, 128), (64, 96)])
+    if tiny_model(method)(*inputs).proposals is not None:
+        with pytest.raises(ValueError, match="ranked by sigmoid scores"):
+            tiny_model(method, has_no_object=True)
+    else:
+        predictions = tiny_model(method, has_no_object=True)(*inputs)
+        assert predictions.logits.shape[-1] == 6 and predictions.proposals is None

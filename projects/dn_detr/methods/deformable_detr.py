@@ -85,6 +85,7 @@ def deformable_detr_two_stage(
             transform=BoxTransform(n.channels),
             has_rows=False,
             is_class_agnostic=True,
+            has_no_object=n.has_no_object,
             epsilon=n.epsilon,
         ),
         position=LearnedPosition(),

@@ -47,6 +47,7 @@ def dino(
             transform=None,
             has_rows=True,
             is_class_agnostic=False,
+            has_no_object=n.has_no_object,
             epsilon=n.epsilon,
         ),
         position=BoxPosition(

@@ -42,6 +42,7 @@ def h_deformable(
             transform=BoxTransform(n.channels),
             has_rows=True,
             is_class_agnostic=True,
+            has_no_object=n.has_no_object,
             epsilon=n.epsilon,
         ),
         position=LearnedPosition(),

@@ -40,6 +40,7 @@ from dn_detr.models.proposals import (
     SMALLEST_COORDINATE,
     ProposalTables,
     best_tokens,
+    check_ranking,
     token_boxes,
 )
 from dn_detr.structures import Memory, Predictions, Queries, QueryState, Segment, Step
@@ -64,6 +65,7 @@ def mask_dino(
             content=content.without_indicator(),
             num_queries=n.num_queries,
             heads=heads,
+            has_no_object=n.has_no_object,
             epsilon=n.epsilon,
         ),
         decoder=Decoder(
@@ -114,8 +116,8 @@ class TokenHead(nn.Module):
 class TokenQueries(nn.Module):
     """The best proposing tokens become queries, content and box, without gradient.
 
-    heads: those of the decoder, which stand twice in a checkpoint. Boxes that an assist brings are
-    clamped to [epsilon, 1 - epsilon].
+    heads: those of the decoder, which stand twice in a checkpoint. has_no_object: must be False, see
+    `check_ranking`. Boxes that an assist brings are clamped to [epsilon, 1 - epsilon].
     """
 
     def __init__(
@@ -124,9 +126,11 @@ class TokenQueries(nn.Module):
         content: QueryContent,
         num_queries: int,
         heads: Heads,
+        has_no_object: bool,
         epsilon: float,
     ):
         super().__init__()
+        check_ranking(has_no_object)
         self.content = content
         self.heads = heads
         self.epsilon = epsilon

@@ -85,6 +85,17 @@ def best_tokens(
     return index.clamp(max=tokens - 1), best == -torch.inf
 
 
+def check_ranking(has_no_object: bool) -> None:
+    """ValueError where logits have a column for "no object": tokens are ranked by the sigmoid of
+    their best class (2010.04159, A.4; 2203.03605, sec. 3.4), and that column would win."""
+    if has_no_object:
+        raise ValueError(
+            "two-stage queries are ranked by sigmoid scores of classes, so the class loss must be "
+            'LOSS.KIND "focal" or "mal"; "softmax" has a further logit for "no object", which would '
+            "rank as a class"
+        )
+
+
 class BoxTransform(nn.Module):
     """A linear layer and norm of a box's sines: boxes [B, Q, 4] -> position, content [B, Q, C] each
     (2010.04159, code of the two-stage variant)."""
@@ -122,7 +133,8 @@ class ProposalQueries(nn.Module):
     has_rows: content is learned for each rank (mixed query selection, 2203.03605, sec. 3.4), else it
     comes from the transform too. is_class_agnostic: all proposals are trained, to say object or not
     with class 0; else the chosen ones, with their classes.
-    Boxes that an assist brings are clamped to [epsilon, 1 - epsilon].
+    has_no_object: must be False, see `check_ranking`. Boxes that an assist brings are clamped to
+    [epsilon, 1 - epsilon].
     """
 
     def __init__(
@@ -133,9 +145,11 @@ class ProposalQueries(nn.Module):
         transform: BoxTransform | None,
         has_rows: bool,
         is_class_agnostic: bool,
+        has_no_object: bool,
         epsilon: float,
     ):
         super().__init__()
+        check_ranking(has_no_object)
         if transform is None and not has_rows:
             raise ValueError("without a transform of boxes, content must have learned rows")
         self.content = content
