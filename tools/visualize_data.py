@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.utils.events import EventStorage
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -94,8 +93,7 @@ def denoised(cfg: CfgNode, iteration: int) -> Pictures:
     if assist is None:
         raise InputError("this configuration trains without denoising (DENOISING.ENABLED).")
     for number, batch in batches(cfg, iteration):
-        with EventStorage(number):
-            targets = model.targets(batch).to("cpu")
+        targets = model.targets(batch, iteration=number).to("cpu")
         noised, _ = assist.noise(targets, num_matched=1, mask_dtype=torch.float32)
         for i, sample in enumerate(batch):
             image = rgb_of(sample, cfg)

@@ -1,5 +1,6 @@
 """The detector as Detectron2 sees it, and one training step of it."""
 
+import contextlib
 import copy
 
 import pytest
@@ -54,12 +55,28 @@ def test_losses_have_the_same_keys_with_and_without_objects(model_of):
 def test_noise_of_an_image_does_not_depend_on_its_batch(model_of):
     model = model_of().eval()
     batches = [[sample(7, 2), sample(8, 5)], [sample(9, 1), sample(7, 2)], [sample(7, 2)]]
-    with EventStorage(start_iter=3):
-        keys = [model.targets(batch).noise_keys for batch in batches]
+    keys = [model.targets(batch, iteration=3).noise_keys for batch in batches]
     assert keys[0][0] == keys[1][1] == keys[2][0]
     assert len({int(key) for part in keys for key in part}) == 3
-    with EventStorage(start_iter=4):
-        assert model.targets(batches[0]).noise_keys[0] != keys[0][0]
+    assert model.targets(batches[0], iteration=4).noise_keys[0] != keys[0][0]
+
+
+@pytest.mark.parametrize("has_storage", [False, True])
+def test_in_anybodys_own_loop_the_noise_changes_from_step_to_step(model_of, has_storage):
+    """It came from Detectron2's EventStorage, and without one was the same in every step."""
+
+    def losses(model, **options) -> list[float]:
+        steps = (float(model([sample(0, 3)], **options)["loss_denoise_box"]) for _ in range(3))
+        return list(steps)
+
+    with EventStorage(7) if has_storage else contextlib.nullcontext():
+        counted = losses(model_of())
+        assert len(set(counted)) == 3
+        assert losses(model_of()) == counted  # the same seed gives the same noise
+        model = model_of()
+        told = [float(model([sample(0, 3)], iteration=i)["loss_denoise_box"]) for i in range(3)]
+        assert told == counted
+        assert len(set(losses(model, iteration=1))) == 1
 
 
 def test_the_normaliser_counts_the_objects_of_the_batch(model_of):
@@ -199,13 +216,14 @@ def test_an_unknown_precision_is_refused(model_of, tiny_config):
 
 def test_dropout_depends_on_seed_and_iteration_only(model_of, tiny_config):
     """So that it is the same after a resume, whatever was drawn before."""
-    cfg = tiny_config("MODEL.DN_DETR.DROPOUT", 0.3)
+    options = ("MODEL.DN_DETR.DROPOUT", 0.3, "MODEL.DN_DETR.DENOISING.ENABLED", False)
+    cfg = tiny_config(*options)
     totals = []
     for iteration, drawn in ((3, 0), (3, 5), (4, 0)):
-        step = step_of(model_of("MODEL.DN_DETR.DROPOUT", 0.3), cfg, [[sample(1, 2)]])
+        step = step_of(model_of(*options), cfg, [[sample(1, 2)]])
         step.iter = iteration
         torch.rand(drawn)
-        with EventStorage() as storage:  # the noise keys' iteration is the same for all
+        with EventStorage() as storage:
             step.run_step()
         totals.append(storage.latest()["total_loss"][0])
     assert totals[0] == totals[1] != totals[2]

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from detectron2.utils.events import EventStorage
 from PIL import Image
 
 from dn_detr.assists.denoising import Denoise
@@ -27,9 +26,8 @@ def test_the_noise_that_is_drawn_is_the_noise_of_the_training(
     seen = []
     assist.register_forward_hook(lambda module, args, queries: seen.append(queries))
     number, batch = next(visualize_data.batches(cfg, iteration=5))
-    with EventStorage(number):
-        model(batch)
-        targets = model.targets(batch)
+    model(batch, iteration=number)
+    targets = model.targets(batch, iteration=number)
     assert number == 5
     noised, _ = assist.noise(targets, num_matched=1, mask_dtype=torch.float32)
     segment = next(s for s in seen[0].segments if s.name == "denoise")

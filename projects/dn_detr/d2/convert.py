@@ -6,7 +6,6 @@ import zlib
 
 import torch
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import get_event_storage, has_event_storage
 
 from dn_detr.models.postprocess import Detections
 from dn_detr.structures import Target, Targets, pad_targets
@@ -26,6 +25,21 @@ def noise_key(seed: int, iteration: int, image_id: int | str) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 31
     return state >> 1
+
+
+class IterationCounter:
+    """Gives an iteration to training forwards that are told none, so that noise changes from step to
+    step in anybody's training loop: the number of such forwards before."""
+
+    def __init__(self):
+        self.forwards = 0
+
+    def next(self, iteration: int | None) -> int:
+        """`iteration`, or the next number where it is None."""
+        if iteration is not None:
+            return iteration
+        self.forwards += 1
+        return self.forwards - 1
 
 
 def to_target(
@@ -61,13 +75,13 @@ def to_targets(
     samples: list[dict],
     *,
     seed: int,
+    iteration: int,
     num_classes: int,
     with_masks: bool = False,
     multiple_of: int = 1,
 ) -> Targets:
-    """Ground truth of the training samples of a batch, on the host, with noise keys for the current
+    """Ground truth of the training samples of a batch, on the host, with the noise keys of an
     iteration; multiple_of: see `pad_targets`."""
-    iteration = get_event_storage().iter if has_event_storage() else 0
     targets = [
         to_target(
             sample["instances"],

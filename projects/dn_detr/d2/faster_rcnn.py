@@ -20,7 +20,7 @@ from detectron2.utils import comm
 from torch import Tensor
 
 from dn_detr.assists.denoising import Denoise, FixedGroups
-from dn_detr.d2.convert import to_targets
+from dn_detr.d2.convert import IterationCounter, to_targets
 from dn_detr.d2.whole_batch import Whole
 from dn_detr.layers.boxes import cxcywh_to_xyxy
 from dn_detr.structures import Assignments, NoisedObjects
@@ -47,6 +47,7 @@ class DenoisingRCNN(GeneralizedRCNN):
         super().__init__(**parts)
         self.denoise = denoise
         self.seed = seed
+        self.iterations = IterationCounter()
         self.assignments: Assignments = {}  # nothing is matched one to one
 
     @classmethod
@@ -66,9 +67,13 @@ class DenoisingRCNN(GeneralizedRCNN):
         }
 
     def forward(
-        self, batched_inputs: list[dict], whole: Whole | None = None
+        self,
+        batched_inputs: list[dict],
+        whole: Whole | None = None,
+        iteration: int | None = None,
     ) -> dict[str, Tensor] | list[dict]:
-        """whole: not needed, as all losses are means over the regions of these images."""
+        """whole: not needed, as all losses are means over the regions of these images. iteration: as
+        for `DenoisingDETR`."""
         if not self.training:
             return self.inference(batched_inputs)
         images = self.preprocess_image(batched_inputs)
@@ -78,17 +83,22 @@ class DenoisingRCNN(GeneralizedRCNN):
         sampled, more = self.roi_heads(images, features, proposals, objects)
         losses = {NAMES.get(name, name): loss.float() for name, loss in {**losses, **more}.items()}
         if self.denoise is not None:
-            regions = self.noised_regions(batched_inputs, objects)
+            iteration = self.iterations.next(iteration)
+            regions = self.noised_regions(batched_inputs, objects, iteration)
             num_sampled = sum(len(proposals) for proposals in sampled)
             losses["loss_denoise_box"] = self.denoising_loss(features, regions, num_sampled)
         return losses
 
     def noised_regions(
-        self, batched_inputs: list[dict], objects: list[Instances]
+        self, batched_inputs: list[dict], objects: list[Instances], iteration: int
     ) -> list[Instances]:
         """The noised boxes of each image, all groups: see `regions_of`."""
-        num_classes = self.roi_heads.num_classes
-        targets = to_targets(batched_inputs, seed=self.seed, num_classes=num_classes)
+        targets = to_targets(
+            batched_inputs,
+            seed=self.seed,
+            iteration=iteration,
+            num_classes=self.roi_heads.num_classes,
+        )
         noised, _ = self.denoise.noise(
             targets.to(self.device), num_matched=0, mask_dtype=torch.float32
         )

@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from dn_detr.assists.known import Known
-from dn_detr.d2.convert import to_instances, to_target, to_targets
+from dn_detr.d2.convert import IterationCounter, to_instances, to_target, to_targets
 from dn_detr.d2.known import classify_known, prompt_in
 from dn_detr.d2.parts import (
     core_from,
@@ -77,6 +77,7 @@ class DenoisingDETR(nn.Module):
         self.pad_objects_to = pad_objects_to
         self.seed = seed
         self.teaching = teaching
+        self.iterations = IterationCounter()
         self.assignments: Assignments = {}  # of the last training batch
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean)[:, None, None], False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std)[:, None, None], False)
@@ -112,9 +113,15 @@ class DenoisingDETR(nn.Module):
         return self.pixel_mean.device
 
     def forward(
-        self, batched_inputs: list[dict], whole: Whole | None = None
+        self,
+        batched_inputs: list[dict],
+        whole: Whole | None = None,
+        iteration: int | None = None,
     ) -> dict[str, Tensor] | list[dict]:
-        """whole: the batch that these are a part of in training; None: they are all of it."""
+        """whole: the batch that these are a part of in training; None: they are all of it.
+
+        iteration: from which, with seed and image id, the noise of training follows; None: the model
+        counts its training forwards."""
         if self.training and whole is None:
             whole = whole_batch(batched_inputs, self.device)
         images, padding = self.preprocess(batched_inputs, whole)
@@ -124,7 +131,7 @@ class DenoisingDETR(nn.Module):
             prompt = prompt_in(batched_inputs, self.num_classes, self.device)
             predictions = self.core(features, padding, prompt=prompt)
             return self.detect(predictions, images, batched_inputs)
-        targets = self.targets(batched_inputs, whole)
+        targets = self.targets(batched_inputs, whole, self.iterations.next(iteration))
         predictions = self.core(features, padding, targets)
         self.assignments = assign(predictions, targets, self.costs)
         losses = self.criterion(predictions, targets, self.assignments, whole.num_objects)
@@ -183,15 +190,18 @@ class DenoisingDETR(nn.Module):
             padding[image, :height, :width] = False
         return images, padding
 
-    def targets(self, batched_inputs: list[dict], whole: Whole | None = None) -> Targets:
-        """Ground truth of a training batch, with noise keys for the current iteration, padded to as
-        many objects as the whole batch where there is one."""
+    def targets(
+        self, batched_inputs: list[dict], whole: Whole | None = None, iteration: int = 0
+    ) -> Targets:
+        """Ground truth of a training batch, with the noise keys of an iteration, padded to as many
+        objects as the whole batch where there is one."""
         multiple_of = self.pad_objects_to
         if whole is not None:  # rounding a part up to the slots of the whole gives just these
             multiple_of *= -(-whole.most_objects // multiple_of)
         targets = to_targets(
             batched_inputs,
             seed=self.seed,
+            iteration=iteration,
             num_classes=self.num_classes,
             with_masks=self.has_masks,
             multiple_of=multiple_of,

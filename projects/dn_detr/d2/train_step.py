@@ -109,7 +109,7 @@ class TrainStep(SimpleTrainer):
             self.device.type, dtype=self.precision, enabled=self.precision is not None
         ):
             try:
-                return self.model(part, whole)
+                return self.model(part, whole, iteration=self.iter)
             except FloatingPointError as error:
                 raise NotFinite(
                     f"{error}, {self.whereabouts(part)}; {self.advice(data, whole)}"
