@@ -14,6 +14,7 @@ from dn_detr.d2 import add_dn_detr_config
 from dn_detr.d2.checkpoint import CLASS_DEPENDENT, has_part
 from dn_detr.d2.optimizer import build_optimizer
 from dn_detr.d2.trainer import Trainer
+from dn_detr.errors import InputError
 from dn_detr.methods import METHODS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -94,6 +95,34 @@ def test_a_configuration_trains_and_detects(name):
         (found,) = model([sample(1, 0)])
     assert len(found["instances"]) == 5
     assert found["instances"].pred_boxes.tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_detectron2_alone_builds_every_configuration_at_full_size(name):
+    """What a user of Detectron2 types; on the meta device only because it costs no time there."""
+    cfg = get_cfg()
+    add_dn_detr_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / name))
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(cfg)
+    num_classes = 6 if name.startswith("quick") else 80
+    if "rcnn" in name:
+        assert model.roi_heads.num_classes == num_classes
+    else:
+        assert model.num_classes == num_classes == classes_of(model)
+
+
+def classes_of(model) -> int:
+    """Classes by the size of a class head."""
+    head = next(v for k, v in model.state_dict().items() if ".class_head" in k and "bias" in k)
+    return head.shape[0] - model.has_no_object
+
+
+def test_a_number_of_classes_that_no_dataset_says_is_refused_in_a_sentence():
+    cfg = read("dn_deformable.yaml", **{"MODEL.DN_DETR.NUM_CLASSES": 0, "DATASETS.TRAIN": "()"})
+    with pytest.raises(InputError, match="NUM_CLASSES is 0 and DATASETS.TRAIN is empty: set"):
+        build_model(cfg)
 
 
 @pytest.mark.parametrize("name", NAMES)

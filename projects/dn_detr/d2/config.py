@@ -72,7 +72,7 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node = cfg.MODEL.DN_DETR = CfgNode()
     # The page: one of dn_detr.methods.METHODS.
     node.METHOD = "dab_deformable"
-    # Number of classes; 0: that of the first training dataset.
+    # Number of classes; 0: that of the first training dataset (COCO: 80).
     node.NUM_CLASSES = 0
     # Names of the model's classes, filled in from the checkpoint by an evaluation: datasets may have
     # some of them, in any order.

@@ -7,6 +7,7 @@ import os
 from functools import partial
 from pathlib import Path
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 
@@ -153,6 +154,25 @@ def resolve_num_classes(configured: int, names: list[str]) -> int:
             f"{len(first)} classes: set it to {len(first)}, or to 0 to take it from the dataset."
         )
     return len(first)
+
+
+def with_num_classes(cfg: CfgNode) -> CfgNode:
+    """`cfg`, with MODEL.DN_DETR.NUM_CLASSES 0 replaced by the number of classes of the first training
+    dataset, so that Detectron2's `build_model` works on any configuration.
+
+    InputError where no dataset says it.
+    """
+    if cfg.MODEL.DN_DETR.NUM_CLASSES != 0:
+        return cfg
+    if not cfg.DATASETS.TRAIN:
+        raise InputError(
+            "MODEL.DN_DETR.NUM_CLASSES is 0 and DATASETS.TRAIN is empty: set the number of classes, "
+            "or name the dataset that has them."
+        )
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DN_DETR.NUM_CLASSES = len(class_names(cfg.DATASETS.TRAIN[0]))
+    return cfg
 
 
 def _difference(first: list[str], second: list[str]) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dn_detr.assists.denoising import Denoise, FixedGroups
 from dn_detr.d2.convert import IterationCounter, to_targets
+from dn_detr.d2.datasets import with_num_classes
 from dn_detr.d2.whole_batch import Whole
 from dn_detr.layers.boxes import cxcywh_to_xyxy
 from dn_detr.structures import Assignments, NoisedObjects
@@ -52,12 +53,12 @@ class DenoisingRCNN(GeneralizedRCNN):
 
     @classmethod
     def from_config(cls, cfg) -> dict:
+        cfg = with_num_classes(cfg).clone()
         node = cfg.MODEL.DN_DETR
         if node.TEACH.ENABLED or node.KNOWN.ENABLED:
             raise ValueError(
                 "DenoisingRCNN has no queries: MODEL.DN_DETR.TEACH and KNOWN must be off"
             )
-        cfg = cfg.clone()
         cfg.defrost()
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = node.NUM_CLASSES
         return {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dn_detr.assists.known import Known
 from dn_detr.d2.convert import IterationCounter, to_instances, to_target, to_targets
+from dn_detr.d2.datasets import with_num_classes
 from dn_detr.d2.known import classify_known, prompt_in
 from dn_detr.d2.parts import (
     core_from,
@@ -84,6 +85,7 @@ class DenoisingDETR(nn.Module):
 
     @classmethod
     def from_config(cls, cfg) -> dict:
+        cfg = with_num_classes(cfg)
         backbone = build_backbone(cfg)
         node, shapes = cfg.MODEL.DN_DETR, backbone.output_shape()
         core, costs = core_from(cfg, shapes), costs_from(cfg)
