@@ -71,11 +71,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> deformable_attention_
   }
   const auto grad_value = is_fixed ? sum_in_fixed_point(call) : sum_in_floating_point(call);
   at::Tensor grad_reference = at::empty({0}, options);
-  if (needs_reference && sizes.reference_levels == 1) {
-    grad_reference = reference_parts.sum({2, 3});
-  } else if (needs_reference) {
-    const auto levels = static_cast<int64_t>(sizes.levels.size());
-    grad_reference = reference_parts.unflatten(3, {levels, sizes.points}).sum({2, 4});
+  if (needs_reference) {  // a reference of one level may have an axis for it, or not
+    const int64_t levels = sizes.reference_levels;
+    const auto parts_of_levels = reference_parts.unflatten(3, {levels, parts / levels});
+    grad_reference = parts_of_levels.sum({2, 4}).view(reference.sizes());
   }
   return {grad_value, grad_reference, grad_offsets, grad_logits};
 }

@@ -52,6 +52,27 @@ def test_features_are_bilinear_within_the_unpadded_image():
                 torch.testing.assert_close(sampled[image, channel, i], expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("valid", [[8.0, 6.0], [5.25, 3.5], [1.0, 1.0], [0.25, 0.5]])
+def test_features_are_the_same_by_gathering_which_is_deterministic_on_a_gpu(valid):
+    """Values and gradients; also of an image that is smaller than half a cell."""
+    features = torch.randn(2, 3, 6, 8, dtype=torch.float64, requires_grad=True)
+    sizes = torch.tensor([valid, [8.0, 6.0]], dtype=torch.float64)
+    points = torch.rand(2, 50, 2, dtype=torch.float64)
+    points[:, :3] = torch.tensor([[0, 0], [1, 1], [0.999, 0.001]])
+    weight = torch.randn(2, 3, 50, dtype=torch.float64)
+    found = []
+    for is_deterministic in (False, True):
+        torch.use_deterministic_algorithms(is_deterministic)
+        try:
+            sampled = sample_features(PixelMap(features, sizes), points)
+            (gradient,) = torch.autograd.grad((sampled * weight).sum(), features)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        found.append((sampled, gradient))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def test_masks_are_bilinear_like_features():
     masks = torch.rand(4, 7, 9) < 0.5
     points = torch.rand(60, 2)

@@ -102,6 +102,16 @@ def test_gradients_equal_finite_differences(deform, reference, is_padded):
     torch.autograd.gradcheck(of_leaves, inputs.leaves, nondet_tol=0 if device == "cpu" else 1e-12)
 
 
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_gradients_of_one_level_have_the_shape_of_their_reference(deform, reference):
+    """[B, Q, 1, 2 or 4] beside [B, Q, 2 or 4]; the GPU's backward gave the shape of the latter."""
+    function, device = deform
+    sizes = {**reference, "shapes": ((5, 7),)}
+    expected = run(by_sampling_a_grid, make_inputs(**sizes))
+    results = run(function, make_inputs(**sizes, device=device))
+    assert_close(results, expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("points", [1, 3, 17])
 @pytest.mark.parametrize(
     "shapes", [((4, 4),), ((1, 9), (9, 1)), ((8, 8), (4, 4), (2, 2), (1, 1), (3, 5))]

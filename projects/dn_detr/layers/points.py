@@ -6,6 +6,8 @@ bilinear; within half a cell of the border they are those of the outermost cells
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,12 +32,23 @@ def random_points(noise_keys: Tensor, count: int, stream: int) -> Tensor:
 
 
 def sample_features(pixel_map: PixelMap, points: Tensor) -> Tensor:
-    """Features of a map at points [B, P, 2] -> [B, C, P], at least float32."""
+    """Features of a map at points [B, P, 2] -> [B, C, P], at least float32.
+
+    With `torch.use_deterministic_algorithms` by gathering, since the gradients of `grid_sample` have
+    no deterministic order on a GPU: the same values, slower.
+    """
     features = at_least_float32(pixel_map.features)
     height, width = features.shape[-2:]
     valid = pixel_map.valid_sizes.to(features.dtype)[:, None]
-    cells = torch.minimum((points.to(features.dtype) * valid).clamp(min=0.5), valid - 0.5)
+    cells = torch.minimum(points.to(features.dtype) * valid, valid - 0.5).clamp(min=0.5)
     x, y = cells.unbind(-1)
+    if torch.are_deterministic_algorithms_enabled():
+        flat = features.flatten(2)
+
+        def at(y: Tensor, x: Tensor) -> Tensor:
+            return flat.gather(2, (y * width + x).expand(-1, flat.shape[1], -1))
+
+        return _bilinear(at, x[:, None], y[:, None], width, height)
     grid = torch.stack((x * (2 / width) - 1, y * (2 / height) - 1), dim=-1)
     return F.grid_sample(features, grid[:, :, None], align_corners=False)[..., 0]
 
@@ -44,12 +57,21 @@ def sample_masks(masks: Tensor, points: Tensor) -> Tensor:
     """Masks [n, H, W] bool of an image at points [P, 2] -> [n, P] in [0, 1], float32."""
     height, width = masks.shape[-2:]
     flat = masks.flatten(1)
-    x0, x1, right = _neighbours(points[:, 0].float() * width, width)
-    y0, y1, below = _neighbours(points[:, 1].float() * height, height)
 
     def at(y: Tensor, x: Tensor) -> Tensor:
         return flat.index_select(1, y * width + x).float()
 
+    x, y = points.float().unbind(-1)
+    return _bilinear(at, x * width, y * height, width, height)
+
+
+def _bilinear(
+    at: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, width: int, height: int
+) -> Tensor:
+    """The value at (x, y) [..., P], in cells, between its four neighbours; `at` takes their rows and
+    columns [..., P] int64."""
+    x0, x1, right = _neighbours(x, width)
+    y0, y1, below = _neighbours(y, height)
     upper = torch.lerp(at(y0, x0), at(y0, x1), right)
     return torch.lerp(upper, torch.lerp(at(y1, x0), at(y1, x1), right), below)
 

@@ -46,10 +46,11 @@ class SinePosition(nn.Module):
         self.cell_offset = cell_offset
 
     def forward(self, padding: Tensor) -> Tensor:
-        inside = (~padding).float()
+        inside = (~padding).int()
         axes = []
         for axis in (1, 2):
-            count = inside.cumsum(axis)
+            # Integers: on a GPU, sums of floats have no deterministic order.
+            count = inside.cumsum(axis).float()
             last = count.narrow(axis, count.shape[axis] - 1, 1)
             axes.append((count + self.cell_offset) / (last + 1e-6))
         y, x = (sine(axis, self.channels // 2, self.temperature) for axis in axes)
