@@ -1,6 +1,8 @@
 # make demo: trains a small detector on synthetic images and draws what it finds.
 # make test: runs the whole test suite.
-# Both set up .venv in a fresh clone and reuse it later. PYTHON=... uses that interpreter as it is.
+# make test-pypi-detectron2: the Detectron2 part of it with the Python files of Detectron2 that PyPI
+# has, as on a machine that does not reach GitHub (see projects/dn_detr/install_detectron2.py).
+# All set up .venv in a fresh clone and reuse it later. PYTHON=... uses that interpreter as it is.
 
 VENV := .venv
 ifdef PYTHON
@@ -10,7 +12,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: demo test clean
+.PHONY: demo test test-pypi-detectron2 clean
 
 demo: $(READY)
 	$(PYTHON) tools/run_demo.py
@@ -21,6 +23,15 @@ test: $(READY)
 $(VENV)/ready: setup.py pyproject.toml dev/setup_venv.sh $(wildcard csrc/* csrc/*/*)
 	bash dev/setup_venv.sh $(VENV)
 	touch $@
+
+PYPI_DETECTRON2 := build/pypi-detectron2
+WITH_DETECTRON2 := $(addprefix tests/d2/test_,$(addsuffix .py,train_net evaluation datasets configs \
+	faster_rcnn masks checkpoint detector loader bad_input))
+
+test-pypi-detectron2: $(READY)
+	$(PYTHON) -m dn_detr.install_detectron2 --files $(PYPI_DETECTRON2)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(PYPI_DETECTRON2) DN_DETR_PYPI_DETECTRON2=1 $(PYTHON) -m pytest \
+		-n auto --maxprocesses 8 --dist worksteal $(WITH_DETECTRON2)
 
 clean:
 	rm -rf $(VENV) build output projects/*.egg-info projects/dn_detr/_C.* projects/dn_detr/_build.json

@@ -1,7 +1,7 @@
 """Builds the package dn_detr and its operators `dn_detr._C`, against the torch that is installed.
 
 Environment variables:
-  DN_DETR_NO_EXTENSION=1  build no operators: everything runs as plain PyTorch
+  DN_DETR_NO_EXTENSION=1  build no operators: everything runs as plain PyTorch, as without torch
   FORCE_CUDA=1            fail where the CUDA operators cannot be built; FORCE_CUDA=0: do not try
   CUDA_HOME               toolkit to build with; else the nvcc on the PATH, else NVIDIA's wheels
   TORCH_CUDA_ARCH_LIST    "9.0", "8.0;9.0+PTX"; else the GPUs that are present, else a short list
@@ -18,25 +18,18 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
-from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SKIP_EXTENSION = os.environ.get("DN_DETR_NO_EXTENSION") == "1"
 FORCE_CUDA = os.environ.get("FORCE_CUDA")
-ARCHITECTURES = "8.0;9.0+PTX"  # A100, RTX 30 and 40; H100; newer GPUs compile the PTX
+ARCHITECTURES = ("8.0", "9.0")  # A100, RTX 30 and 40; H100
+NEW_ARCHITECTURES = ("10.0", "12.0")  # Blackwell, from CUDA 12.8 on
 
-# The only place where this pin stands.
-DETECTRON2 = (
-    "detectron2 @ git+https://github.com/facebookresearch/detectron2.git"
-    "@02b5c4e295e990042a714712c21dc79b731e8833"
-)
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 EVALUATION = ["faster-coco-eval"]
-NO_TORCH = (
-    "dn_detr is built against the torch that you have, and there is none: install torch first "
-    "(https://pytorch.org), then run `pip install --no-build-isolation -e .`"
-)
+SWITCHED_OFF = "dn_detr._C was not built because DN_DETR_NO_EXTENSION=1"
+NO_TORCH = "dn_detr._C was not built because torch was not installed before dn_detr"
 
 
 def import_torch():
@@ -118,12 +111,23 @@ def find_runtime(torch, root):
     return next(found, None)
 
 
-def architectures(torch):
-    """TORCH_CUDA_ARCH_LIST, or that of the GPUs that are present, or the default."""
+def architectures(torch, root, version):
+    """TORCH_CUDA_ARCH_LIST, or that of the GPUs that are present, or what an nvcc of this version
+    can compile for of a short list, with PTX for newer GPUs."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return os.environ["TORCH_CUDA_ARCH_LIST"]
     present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return ";".join(f"{major}.{minor}" for major, minor in sorted(present)) or ARCHITECTURES
+    if present:
+        return ";".join(f"{major}.{minor}" for major, minor in sorted(present))
+    is_new = tuple(map(int, version.split("."))) >= (12, 8)
+    command = [root / "bin" / "nvcc", "--list-gpu-arch"]
+    known = subprocess.run(command, capture_output=True, text=True).stdout
+    wanted = [
+        name
+        for name in ARCHITECTURES + NEW_ARCHITECTURES * is_new
+        if not known or f"compute_{name.replace('.', '')}\n" in known + "\n"
+    ]
+    return ";".join(wanted) + "+PTX"
 
 
 # ------------------------------------------------------------------------------------ extension
@@ -184,36 +188,33 @@ def build_command(torch, record):
     return Build
 
 
-class MissingTorch(build_ext):
-    def run(self):
-        sys.exit(NO_TORCH)
+def build_without_extension(reason):
+    """A build_py that writes down why there is no library, and removes the one of an earlier editable
+    install."""
 
+    class Build(build_py):
+        def run(self):
+            super().run()
+            folder = ROOT / "projects" if self.editable_mode else Path(self.build_lib)
+            for library in (folder / "dn_detr").glob("_C.*"):
+                library.unlink()
+            record = json.dumps({"no_extension": reason})
+            (folder / "dn_detr" / "_build.json").write_text(record + "\n")
 
-class BuildWithoutExtension(build_py):
-    """Writes down why there is no library; removes the one of an earlier editable install."""
-
-    def run(self):
-        super().run()
-        folder = ROOT / "projects" if self.editable_mode else Path(self.build_lib)
-        for library in (folder / "dn_detr").glob("_C.*"):
-            library.unlink()
-        record = {"no_extension": "dn_detr._C was not built because DN_DETR_NO_EXTENSION=1"}
-        (folder / "dn_detr" / "_build.json").write_text(json.dumps(record) + "\n")
+    return Build
 
 
 def extension_arguments():
     """What setup() is told about the extension."""
-    if SKIP_EXTENSION:
-        return {"cmdclass": {"build_py": BuildWithoutExtension}}
-    torch = import_torch()
+    torch = None if SKIP_EXTENSION else import_torch()
     if torch is None:
-        missing = Extension("dn_detr._C", sources=[], py_limited_api=True)
-        return {"ext_modules": [missing], "cmdclass": {"build_ext": MissingTorch}}
+        reason = SWITCHED_OFF if SKIP_EXTENSION else NO_TORCH
+        return {"cmdclass": {"build_py": build_without_extension(reason)}}
     root, version, reason = find_toolkit(torch)
     if root is None and FORCE_CUDA == "1":
         sys.exit(f"FORCE_CUDA=1, but dn_detr would be {reason}")
     if root is not None:
-        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(torch)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(torch, root, version)
     record = {
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -225,7 +226,7 @@ def extension_arguments():
     return {
         "ext_modules": [extension(torch, root)],
         "cmdclass": {"build_ext": build_command(torch, record)},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
 
 
@@ -244,9 +245,11 @@ setup(
     license="Apache-2.0",
     package_dir={"": "projects"},
     packages=find_packages("projects"),
-    python_requires=">=3.10,<3.14",
+    package_data={"dn_detr": ["detectron2_manifest.txt"]},
+    python_requires=">=3.11,<3.14",
     install_requires=[
         "torch>=2.8",
+        "torchvision",
         "fvcore",
         "pycocotools",
         "scipy",
@@ -255,8 +258,6 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        # Detectron2's visualizer imports OpenCV without declaring it.
-        "detectron2": [DETECTRON2, "opencv-python-headless"],
         # tools/export.py --format onnx; to run the file, onnxruntime is enough.
         "export": EXPORT,
         "evaluation": EVALUATION,

@@ -15,8 +15,12 @@ import sys
 
 try:
     import dn_detr.d2  # noqa: F401
-except ImportError as error:  # Detectron2 is missing, or the operators were built for another torch
-    sys.exit(f"train_net.py: {error} (README.md, Install)")
+except ImportError as error:  # or the operators were built for another torch
+    missing = {
+        "dn_detr": "dn_detr is not installed: run `pip install -e .` in the folder of train_net.py",
+        "torch": "torch is not installed: run `pip install torch torchvision`",
+    }
+    sys.exit(f"train_net.py: {missing.get(error.name, error)} (README.md, Install).")
 
 import torch
 from detectron2.config import CfgNode
@@ -33,6 +37,7 @@ from dn_detr.d2.report import check_once
 from dn_detr.d2.saved_detector import read_evaluation_config
 from dn_detr.d2.trainer import Trainer
 from dn_detr.errors import InputError, ToldElsewhere, sentence_in
+from dn_detr.ops.extension import slow_sentence
 
 INTERRUPTED = 130
 """The exit status that shells give to what Ctrl-C has ended."""
@@ -51,7 +56,9 @@ def setup(args) -> CfgNode:
     except OSError as error:
         raise InputError(f"OUTPUT_DIR cannot be made: {error}.") from error
     default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="dn_detr")
+    logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="dn_detr")
+    if sentence := slow_sentence(torch.device(cfg.MODEL.DEVICE).type):
+        logger.warning(sentence)
     return cfg
 
 
@@ -88,7 +95,10 @@ def main_under_torchrun(args) -> dict | None:
 def check_num_gpus(wanted: int) -> None:
     available = torch.cuda.device_count()
     if wanted > available:
-        raise InputError(f"{wanted} GPUs were asked for, but this machine has {available}.")
+        instead = f"--num-gpus {available}" + (", the CPU" if available == 0 else "")
+        raise InputError(
+            f"{wanted} GPUs were asked for, but this machine has {available}: use {instead}."
+        )
 
 
 def check_machines(args) -> None:

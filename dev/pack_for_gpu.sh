@@ -46,7 +46,7 @@ if [ -n "$original" ]; then
   cp -r "$original/models/ops/src" "$folder/Deformable-DETR/models/ops/"
 fi
 if "$python312" -c "import torch" 2> /dev/null; then
-  commit=$(sed -n 's/^    "@\([0-9a-f]\{40\}\)"$/\1/p' setup.py)
+  commit=$(sed -n 's/^COMMIT = "\([0-9a-f]\{40\}\)".*/\1/p' projects/dn_detr/install_detectron2.py)
   source=${detectron2:-git+https://github.com/facebookresearch/detectron2.git@$commit}
   FORCE_CUDA=0 "$python312" -m pip --disable-pip-version-check wheel --quiet --no-deps \
     --no-build-isolation --wheel-dir "$folder" "$source"

@@ -175,10 +175,13 @@ sys.modules["torch"] = torch
 """
 
 
-def test_build_without_torch_says_what_to_do(tmp_path):
-    result = run_setup("sys.modules['torch'] = None", "build_ext", f"--build-lib={tmp_path}")
-    assert result.returncode == 1
-    assert "install torch first" in result.stderr.splitlines()[-1]
+def test_a_build_without_torch_is_complete_but_for_the_operators_and_keeps_the_reason(tmp_path):
+    """It ended in an error, in the midst of pip's traceback."""
+    result = run_setup("sys.modules['torch'] = None", "build_py", f"--build-lib={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "dn_detr" / "_build.json").read_text())
+    assert "torch was not installed before dn_detr" in record["no_extension"]
+    assert (tmp_path / "dn_detr" / "detectron2_manifest.txt").is_file()
 
 
 def test_sources_can_be_packed_without_torch():
@@ -258,7 +261,29 @@ def test_reason_for_no_cuda_is_kept(setup_names, tmp_path, environment, cuda):
 
 def test_architectures_can_be_named(setup_names):
     setup = setup_names(TORCH_CUDA_ARCH_LIST="9.0")
-    assert setup.architectures(torch) == "9.0"
+    assert setup.architectures(torch, None, "13.0") == "9.0"
+
+
+@pytest.mark.parametrize(
+    ("version", "known", "expected"),
+    [
+        ("12.6", "", "8.0;9.0+PTX"),
+        ("12.8", "", "8.0;9.0;10.0;12.0+PTX"),
+        ("13.0", "compute_80 compute_90 compute_100 compute_120", "8.0;9.0;10.0;12.0+PTX"),
+        ("15.0", "compute_90 compute_100 compute_120", "9.0;10.0;12.0+PTX"),
+    ],
+)
+def test_default_architectures_are_those_that_the_nvcc_knows(
+    setup_names, monkeypatch, tmp_path, version, known, expected
+):
+    toolkit = make_toolkit(tmp_path / "cuda", version)
+    nvcc = toolkit / "bin" / "nvcc"
+    listed = "".join(f"echo {name};" for name in known.split())
+    nvcc.write_text(f'#!/bin/sh\n[ "$1" = --list-gpu-arch ] && {{ {listed} true; }}\n')
+    gpus = types.SimpleNamespace(device_count=lambda: 0)
+    torch = types.SimpleNamespace(cuda=gpus)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert setup_names().architectures(torch, toolkit, version) == expected
 
 
 @pytest.mark.slow
@@ -268,7 +293,7 @@ def test_wheel_holds_the_library_and_the_record_of_its_build(tmp_path, isolation
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-w", tmp_path, *isolation]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     (wheel,) = tmp_path.glob("dn_detr-*.whl")
-    assert "-cp310-abi3-" in wheel.name
+    assert "-cp311-abi3-" in wheel.name
     with zipfile.ZipFile(wheel) as content:
         assert "dn_detr/_C.abi3.so" in content.namelist()
         record = json.loads(content.read("dn_detr/_build.json"))

@@ -8,8 +8,9 @@ from importlib import metadata
 import torch
 
 import dn_detr
+from dn_detr import install_detectron2
 
-PACKAGES = ("torchvision", "detectron2", "fvcore", "numpy", "scipy", "pycocotools")
+PACKAGES = ("torchvision", "fvcore", "numpy", "scipy", "pycocotools")
 
 
 def report() -> str:
@@ -24,6 +25,7 @@ def report() -> str:
         "CPU": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "GPU": _gpus(),
         **{name: _version(name) for name in PACKAGES},
+        "detectron2": install_detectron2.describe(),
         **_extension(),
     }
     width = max(map(len, facts))

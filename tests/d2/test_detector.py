@@ -188,4 +188,6 @@ def test_without_detectron2_the_package_imports_and_the_detector_says_what_it_ne
         "try:\n    dn_detr.Detector\nexcept ImportError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "needs Detectron2; install it" in done.stdout, done.stderr
+    assert "needs Detectron2: run `python -m dn_detr.install_detectron2`" in done.stdout, (
+        done.stderr
+    )

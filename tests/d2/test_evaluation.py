@@ -162,7 +162,9 @@ def test_the_configuration_asks_for_all_detections_of_an_image(tiny_config):
 def test_an_annotation_with_the_id_zero_is_found_like_any_other(dataset, tmp_path):
     coco = ground_truth([(1, 0, 10, 10, 50, 50, 0)], first_id=0)
     evaluator = Evaluator(dataset(coco), output_dir=str(tmp_path))
-    assert metrics_of(evaluator, {1: ([[10, 10, 60, 60]], [0.9], [0])})["bbox"]["AP"] == 100
+    assert metrics_of(evaluator, {1: ([[10, 10, 60, 60]], [0.9], [0])})["bbox"][
+        "AP"
+    ] == pytest.approx(100)
 
 
 def test_classes_of_the_model_are_found_in_the_dataset_by_their_names(dataset, tmp_path):
@@ -173,7 +175,7 @@ def test_classes_of_the_model_are_found_in_the_dataset_by_their_names(dataset, t
     )
     boxes = [[10, 10, 60, 60], [10, 10, 60, 60], [100, 100, 150, 150]]
     metrics = metrics_of(evaluator, {1: (boxes, [0.8, 0.9, 0.7], [0, 1, 2])})
-    assert metrics["bbox"]["AP"] == 100
+    assert metrics["bbox"]["AP"] == pytest.approx(100)
     found = json.loads((tmp_path / "coco_instances_results.json").read_text())
     assert [entry["category_id"] for entry in found] == [13, 3]
 
@@ -390,7 +392,9 @@ def test_results_of_any_detector_are_evaluated(tool, dataset, tmp_path, capsys):
     output = ["--output", str(tmp_path / "report")]
     main([*source, "--results", str(tmp_path / "r.json"), *output])
     assert "report.html" in capsys.readouterr().out
-    assert json.loads((tmp_path / "report/report.json").read_text())["metrics"]["AP"] == 100
+    assert json.loads((tmp_path / "report/report.json").read_text())["metrics"][
+        "AP"
+    ] == pytest.approx(100)
     for content, words in [
         ([], "must hold a list of results, at least one"),
         ([{**good[0], "image_id": 9}], "has the image_id 9, which the annotation file has not"),

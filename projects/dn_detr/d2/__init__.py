@@ -5,8 +5,8 @@ try:
     import detectron2  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "dn_detr.d2 needs Detectron2; install it at the tested commit with "
-        'pip install --no-build-isolation -e ".[detectron2]"'
+        "dn_detr.d2 needs Detectron2: run `python -m dn_detr.install_detectron2`, which installs the "
+        "tested one"
     ) from error
 
 from dn_detr.d2 import backbones, faster_rcnn, meta_arch, named_backbones  # noqa: F401  (registering)

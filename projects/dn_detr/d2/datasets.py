@@ -106,6 +106,7 @@ def register_coco_format(entries) -> None:
                     f"DATASETS.COCO_FORMAT gives the name {name!r} to {json_file} and {image_root},"
                     f" but {taken[0]} and {taken[1]} have it already: choose another name."
                 )
+            continue
         register_coco_instances(name, {}, json_file, image_root)
 
 

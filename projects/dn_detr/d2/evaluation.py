@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 from importlib import import_module
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from dn_detr.d2.datasets import class_names
 from dn_detr.d2.evaluation_report import write_report
 from dn_detr.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 COCO_LIMIT = 100
 """Detections of a class in an image that count in COCO's own AP."""
@@ -158,7 +161,14 @@ def evaluate(
 
 
 def _of_detectron2() -> type[COCOeval]:
-    fast = import_module("detectron2.evaluation.fast_eval_api").COCOeval_opt
+    try:
+        fast = import_module("detectron2.evaluation.fast_eval_api").COCOeval_opt
+    except ImportError:
+        logger.warning(
+            "this Detectron2 has no compiled operators, so pycocotools computes AP: the same to "
+            "rounding, slower (TEST.COCO_EVAL 'faster_coco_eval' is not)"
+        )
+        return COCOevalMaxDets
     return type("FastCOCOeval", (COCOevalMaxDets, fast), {})  # summarize of the one, else the other
 
 

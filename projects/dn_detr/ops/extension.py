@@ -24,7 +24,8 @@ OPERATORS = (
     "has_nonfinite",
 )
 IS_SWITCHED_OFF = os.environ.get("DN_DETR_NO_EXTENSION") == "1"
-REBUILD = "rebuild with `pip install --no-build-isolation -e .`"
+BUILD = "pip install --no-build-isolation -e ."
+REBUILD = f"rebuild with `{BUILD}`"
 
 
 class ExtensionMismatch(ImportError):
@@ -92,6 +93,17 @@ def why_no_kernel(device: str) -> str:
     return f"dn_detr._C has no kernels for {device}"
 
 
+def slow_sentence(device: str) -> str:
+    """Why the operators run as plain PyTorch on `device`, and what to type; "" if they do not."""
+    if KERNELS and all(device in kinds for kinds in KERNELS.values()):
+        return ""
+    force = "FORCE_CUDA=1 " if device == "cuda" else ""
+    return (
+        f"{why_no_kernel(device)}; the operators run as plain PyTorch, several times slower. Build them "
+        f"with `{force}{BUILD}`; `python -m dn_detr.info` says more."
+    )
+
+
 @contextmanager
 def plain_operators() -> Iterator[None]:
     """Inside, every operator runs, and is traced, as plain PyTorch: for graphs that must consist of
@@ -125,9 +137,5 @@ def use_kernel(name: str, device: torch.device) -> bool:
         reason = why_no_kernel(device.type)
         if reason not in _warned:
             _warned.add(reason)
-            warnings.warn(
-                f"{reason}; the operators run as plain PyTorch, several times slower. "
-                "`python -m dn_detr.info` says more.",
-                stacklevel=3,
-            )
+            warnings.warn(slow_sentence(device.type), stacklevel=3)
     return False

@@ -1,0 +1,267 @@
+"""`python -m dn_detr.install_detectron2`: installs the tested Detectron2, which is not on PyPI.
+
+From GitHub at the tested commit. Where GitHub cannot be reached: Detectron2's own Python files out of
+a wheel on PyPI that others made, each checked against Detectron2's history; without its compiled
+operators, which dn_detr does not need. Environment variables:
+
+    DETECTRON2=PATH_OR_ADDRESS  install that instead: whatever pip takes
+    DETECTRON2=github           only from GitHub, or fail
+    PIP_INDEX_URL, ...          as always for pip
+
+With `--files FOLDER` nothing is installed: the wheel's checked files are put into that folder.
+Detectron2 is under the Apache License 2.0, wherever it comes from.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+
+REPOSITORY = "https://github.com/facebookresearch/detectron2.git"
+COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"  # the only place where this pin stands
+GITHUB = f"detectron2 @ git+{REPOSITORY}@{COMMIT}"
+
+WHEEL = "sal-detectron2==0.7.2"
+WHEEL_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
+WHEEL_TAGS = ("--python-version=3.10", "--implementation=cp", "--abi=none", "--platform=any")
+MANIFEST = Path(__file__).with_name("detectron2_manifest.txt")
+"""Git blob and path of the wheel's files that are taken; `dev/make_detectron2_manifest.py` writes it."""
+VERSION_FILE = "detectron2/__init__.py"
+VERSIONS = (b'__version__ = "0.7.2"', b'__version__ = "0.6"')
+"""In VERSION_FILE, the wheel's and Detectron2's own."""
+LOCAL_VERSION = "0.6+python.files.of.sal.detectron2.0.7.2"
+
+BUILD = ("setuptools>=70,<82", "wheel", "ninja")
+"""What its build needs; its model zoo imports pkg_resources, which setuptools 82 no longer has."""
+BESIDES = ("opencv-python-headless",)
+"""Its visualizer imports OpenCV without declaring it."""
+REQUIREMENTS = (
+    *("Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "termcolor>=1.1", "yacs>=0.1.8"),
+    *("tabulate", "cloudpickle", "tqdm>4.29.0", "tensorboard", "fvcore>=0.1.5,<0.1.6"),
+    *("iopath>=0.1.7,<0.1.10", "omegaconf>=2.1,<2.4", "hydra-core>=1.1", "packaging"),
+)
+"""What Detectron2 asks for at the tested commit, but for the formatter black."""
+
+PROBE_SECONDS = 30
+
+
+class Failed(Exception):
+    """What could not be done, and why, in words for the user."""
+
+
+def describe() -> str:
+    """Which Detectron2 is installed, in a few words, without importing it."""
+    try:
+        found = metadata.distribution("detectron2")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+    if found.version == LOCAL_VERSION:
+        return f"0.6, the Python files in {WHEEL} on PyPI, without compiled operators"
+    origin = json.loads(found.read_text("direct_url.json") or "{}")
+    commit = origin.get("vcs_info", {}).get("commit_id")
+    if commit:
+        tested = ", the tested one" if commit == COMMIT else f", tested is {COMMIT[:8]}"
+        return f"{found.version}, commit {commit[:8]} of {origin['url']}{tested}"
+    return f"{found.version} from {origin.get('url', 'an index')}"
+
+
+def main() -> None:
+    """Install as the environment says; exits with a sentence where that fails."""
+    source = os.environ.get("DETECTRON2", "")
+    try:
+        if sys.argv[1:]:
+            write_files(sys.argv[1:])
+            return
+        for package in ("torch", "torchvision"):
+            if importlib.util.find_spec(package) is None:
+                raise Failed(f"{package} is missing: run `pip install torch torchvision` first")
+        if source not in ("", "github"):
+            install(source, f"as DETECTRON2={source} says")
+        elif importlib.util.find_spec("detectron2") is not None:
+            print(f"Detectron2 is installed already: {describe()}")
+        else:
+            install_from_github_or_pypi(may_fall_back=not source)
+    except Failed as failure:
+        sys.exit(f"install_detectron2: {failure}.")
+
+
+def write_files(arguments: list[str]) -> None:
+    """`--files FOLDER`: the checked files of the wheel, to put on PYTHONPATH."""
+    if len(arguments) != 2 or arguments[0] != "--files":
+        raise Failed(f"the only option is --files FOLDER, got {' '.join(arguments)}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in checked_files(download_wheel(Path(folder))).items():
+            path = Path(arguments[1], name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+
+def install_from_github_or_pypi(*, may_fall_back: bool) -> None:
+    """GitHub, asked twice; else the files of the wheel. `Failed` where neither works."""
+    try:
+        check_github()
+        install(GITHUB, "from GitHub, at the tested commit")
+        return
+    except Failed as failure:
+        if not may_fall_back:
+            raise Failed(f"{failure}; DETECTRON2=github forbids another source") from failure
+        reason = failure
+    shout(
+        f"{reason}. Instead, Detectron2's own Python files are taken out of the wheel {WHEEL} on PyPI, "
+        "each one checked against Detectron2's history; no other file of it is used, and nothing in "
+        "it is run. DETECTRON2=github forbids this."
+    )
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            wheel = build_wheel(download_wheel(Path(folder)), Path(folder))
+            install(str(wheel), f"Python files of {WHEEL}, without compiled operators")
+    except Failed as failure:
+        raise Failed(
+            f"{reason}, and {failure}: copy Detectron2 at commit {COMMIT[:8]} to this machine and set "
+            "DETECTRON2 to its folder"
+        ) from failure
+
+
+def check_github() -> None:
+    """`Failed`, with the reason, unless git reaches the repository at the second try."""
+    reason = ""
+    for _ in range(2):
+        try:
+            subprocess.run(
+                ["git", "ls-remote", REPOSITORY, "HEAD"],
+                env={**os.environ, "GIT_TERMINAL_PROMPT": "0"},
+                capture_output=True,
+                text=True,
+                timeout=PROBE_SECONDS,
+                check=True,
+            )
+            return
+        except FileNotFoundError:
+            raise Failed("git, which fetches Detectron2, is not installed") from None
+        except subprocess.TimeoutExpired:
+            reason = f"no answer in {PROBE_SECONDS} s"
+        except subprocess.CalledProcessError as error:
+            reason = " ".join(error.stderr.split()) or f"git ended with {error.returncode}"
+    raise Failed(f"GitHub cannot be reached ({reason})")
+
+
+def install(requirement: str, source: str) -> None:
+    """Detectron2 by pip, against the installed torch, and what it needs besides."""
+    pip("install", "--quiet", *BUILD, failure=f"pip could not install {', '.join(BUILD)}")
+    pip(
+        *("install", "--quiet", "--no-build-isolation", requirement, *BESIDES, BUILD[0]),
+        failure=f"pip could not install Detectron2 {source} (its messages are above)",
+    )
+    shout(f"Detectron2 is installed {source}: {describe()}.")
+
+
+def pip(*arguments: str, failure: str) -> None:
+    # FORCE_CUDA is dn_detr's: Detectron2's own CUDA operators are not needed.
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    print("$ pip " + " ".join(arguments), flush=True)
+    if subprocess.call(command, env={**os.environ, "FORCE_CUDA": "0"}):
+        raise Failed(failure)
+
+
+def shout(sentence: str) -> None:
+    line = "=" * 100
+    print(f"{line}\n{sentence}\n{line}", flush=True)
+
+
+# ----------------------------------------------------------------------- the files of the wheel
+
+
+def download_wheel(folder: Path) -> Path:
+    """The wheel, downloaded without running anything, with the known sha256."""
+    requirement = folder / "requirements.txt"
+    requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
+    pip(
+        *("download", "--no-deps", "--only-binary=:all:", *WHEEL_TAGS, "--require-hashes"),
+        *("--dest", str(folder), "--requirement", str(requirement)),
+        failure=f"{WHEEL} cannot be downloaded either (pip's messages are above)",
+    )
+    (wheel,) = folder.glob("*.whl")
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != WHEEL_SHA256:
+        raise Failed(f"{WHEEL} has the sha256 {found} instead of {WHEEL_SHA256}")
+    return wheel
+
+
+def git_blob(data: bytes) -> str:
+    """The name that git gives to a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def as_detectron2s(name: str, data: bytes) -> bytes:
+    """A file of the wheel as in Detectron2's repository: the version is not the wheel's."""
+    return data.replace(*VERSIONS) if name == VERSION_FILE else data
+
+
+def read_manifest() -> dict[str, str]:
+    """Path in the wheel -> git blob in Detectron2's history."""
+    lines = (line.split(" ", 1) for line in MANIFEST.read_text().splitlines())
+    return {path: blob for blob, path in lines}
+
+
+def checked_files(wheel: Path) -> dict[str, bytes]:
+    """The files that the manifest names, by their paths; `Failed` where one is not Detectron2's."""
+    files = {}
+    with zipfile.ZipFile(wheel) as archive:
+        for name, blob in read_manifest().items():
+            path = PurePosixPath(name)
+            is_source = path.parts[0] == "detectron2" and path.suffix in (".py", ".yaml")
+            if not is_source or ".." in path.parts:
+                raise Failed(f"the manifest names {name}, which is no Python file of Detectron2")
+            try:
+                data = as_detectron2s(name, archive.read(name))
+            except KeyError:
+                raise Failed(f"{wheel.name} lacks {name}") from None
+            if git_blob(data) != blob:
+                raise Failed(f"{name} in {wheel.name} is not Detectron2's file")
+            files[name] = data
+    return files
+
+
+def build_wheel(source: Path, folder: Path) -> Path:
+    """A wheel of the checked files alone, with our own description, for pip to install."""
+    info = f"detectron2-{LOCAL_VERSION}.dist-info"
+    description = [
+        *("Metadata-Version: 2.1", "Name: detectron2", f"Version: {LOCAL_VERSION}"),
+        *("Home-page: https://github.com/facebookresearch/detectron2", "License: Apache-2.0"),
+        f"Summary: Python files of Detectron2, taken from {WHEEL} by dn_detr; no compiled operators",
+        *(f"Requires-Dist: {requirement}" for requirement in REQUIREMENTS),
+    ]
+    tags = [
+        "Wheel-Version: 1.0",
+        "Generator: dn_detr",
+        "Root-Is-Purelib: true",
+        "Tag: py3-none-any",
+    ]
+    files = checked_files(source)
+    files[f"{info}/METADATA"] = "\n".join(description).encode() + b"\n"
+    files[f"{info}/WHEEL"] = "\n".join(tags).encode() + b"\n"
+    record = [f"{name},{_digest(data)},{len(data)}" for name, data in files.items()]
+    files[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,"]).encode() + b"\n"
+    wheel = folder / f"detectron2-{LOCAL_VERSION}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return wheel
+
+
+def _digest(data: bytes) -> str:
+    digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+    return f"sha256={digest}"
+
+
+if __name__ == "__main__":
+    main()

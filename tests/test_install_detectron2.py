@@ -1,0 +1,264 @@
+"""Where Detectron2 comes from, and that nothing else than its own files is taken from others."""
+
+import hashlib
+import importlib
+import json
+import re
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from dn_detr import install_detectron2 as chooser
+
+VERSION_FILE = b'version_of = None\n__version__ = "0.6"'
+FILES = {
+    "detectron2/__init__.py": VERSION_FILE.replace(b"0.6", b"0.7.2"),
+    "detectron2/engine/loop.py": b"steps = 1\n",
+    "detectron2/model_zoo/configs/a.yaml": b"A: 1\n",
+}
+OTHERS = {
+    "detectron2/_C.cpython-310-x86_64-linux-gnu.so": b"not a library: must not be taken",
+    "detectron2/unknown.py": b"raise SystemExit\n",
+    "../escaped.py": b"raise SystemExit\n",
+    "sal_detectron2-0.7.2.dist-info/METADATA": b"Name: sal-detectron2\n",
+}
+
+
+@pytest.fixture
+def wheel_of(tmp_path, monkeypatch):
+    """Writes a wheel with some files changed, and the manifest of the unchanged ones."""
+
+    def wheel_of(**changes):
+        path = tmp_path / "sal_detectron2-0.7.2-cp310-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in {**FILES, **OTHERS, **changes.get("files", {})}.items():
+                if data is not None:
+                    archive.writestr(name, data)
+        manifest = tmp_path / "manifest.txt"
+        blobs = {n: chooser.git_blob(chooser.as_detectron2s(n, data)) for n, data in FILES.items()}
+        blobs.update(changes.get("manifest", {}))
+        manifest.write_text("".join(f"{blob} {name}\n" for name, blob in blobs.items()))
+        monkeypatch.setattr(chooser, "MANIFEST", manifest)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        monkeypatch.setattr(chooser, "WHEEL_SHA256", digest)
+        return path
+
+    return wheel_of
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    """No network: `reaches` says whether git gets an answer, `broken` for which arguments pip fails;
+    calls of both are kept. Detectron2 is not installed."""
+
+    class World:
+        reaches, broken, wheel = True, (), None
+        git, pip = [], []
+
+    world = World()
+
+    def run(command, **options):
+        world.git = [*world.git, command]
+        if not world.reaches:
+            raise subprocess.CalledProcessError(128, command, stderr="fatal: no route\nto host")
+
+    def call(command, env):
+        arguments = command[4:]
+        world.pip = [*world.pip, arguments]
+        assert env["FORCE_CUDA"] == "0"
+        if arguments[0] == "download" and world.wheel:
+            folder = arguments[arguments.index("--dest") + 1]
+            requirements = arguments[arguments.index("--requirement") + 1]
+            text = open(requirements).read()
+            assert text == f"{chooser.WHEEL} --hash=sha256:{chooser.WHEEL_SHA256}\n"
+            (tmp_path / "downloaded").mkdir(exist_ok=True)
+            (chooser.Path(folder) / world.wheel.name).write_bytes(world.wheel.read_bytes())
+        return int(any(word in " ".join(arguments) for word in world.broken))
+
+    monkeypatch.setattr(chooser.subprocess, "run", run)
+    monkeypatch.setattr(chooser.subprocess, "call", call)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        chooser.importlib.util, "find_spec", lambda n: None if n == "detectron2" else real(n)
+    )
+    monkeypatch.setattr(sys, "argv", ["install_detectron2"])
+    monkeypatch.delenv("DETECTRON2", raising=False)
+    return world
+
+
+def installed(world) -> list[str]:
+    """What pip was asked to install with the installed torch."""
+    return [
+        a[a.index("--no-build-isolation") + 1] for a in world.pip if "--no-build-isolation" in a
+    ]
+
+
+# ------------------------------------------------------------------------------ the order
+
+
+def test_github_at_the_tested_commit_comes_first(world, capsys):
+    chooser.main()
+    assert installed(world) == [chooser.GITHUB] and len(world.git) == 1
+    assert re.search(r"detectron2\.git@[0-9a-f]{40}$", chooser.GITHUB)
+    assert "from GitHub, at the tested commit" in capsys.readouterr().out
+
+
+def test_a_source_of_the_users_own_is_taken_and_nothing_else_asked(world, monkeypatch):
+    monkeypatch.setenv("DETECTRON2", "/my/detectron2")
+    chooser.main()
+    assert installed(world) == ["/my/detectron2"] and not world.git
+
+
+def test_without_github_it_is_asked_twice_and_then_the_wheels_files_are_taken(
+    world, wheel_of, capsys
+):
+    world.reaches, world.wheel = False, wheel_of()
+    chooser.main()
+    assert len(world.git) == 2
+    (wheel,) = installed(world)
+    assert wheel.endswith(f"detectron2-{chooser.LOCAL_VERSION}-py3-none-any.whl")
+    said = capsys.readouterr().out
+    assert "GitHub cannot be reached (fatal: no route to host)" in said
+    assert "DETECTRON2=github forbids this" in said
+
+
+def test_a_build_that_fails_falls_back_too(world, wheel_of):
+    world.broken, world.wheel = ("git+https",), wheel_of()
+    chooser.main()
+    assert len(installed(world)) == 2
+
+
+def test_the_wheel_can_be_forbidden(world, wheel_of, monkeypatch):
+    world.reaches, world.wheel = False, wheel_of()
+    monkeypatch.setenv("DETECTRON2", "github")
+    with pytest.raises(SystemExit, match="GitHub cannot be reached.*DETECTRON2=github forbids"):
+        chooser.main()
+    assert not world.pip
+
+
+def test_where_nothing_is_reached_one_sentence_says_what_to_do(world):
+    world.reaches, world.broken = False, ("download",)
+    with pytest.raises(SystemExit) as ended:
+        chooser.main()
+    sentence = ended.value.code
+    assert sentence.startswith("install_detectron2: GitHub cannot be reached")
+    assert f"copy Detectron2 at commit {chooser.COMMIT[:8]} to this machine" in sentence
+    assert "\n" not in sentence
+
+
+def test_an_installed_detectron2_is_left_as_it_is(world, monkeypatch, capsys):
+    monkeypatch.setattr(chooser.importlib.util, "find_spec", lambda name: object())
+    chooser.main()
+    assert not world.git and not world.pip
+    assert "installed already" in capsys.readouterr().out
+
+
+def test_torch_comes_before_detectron2(world, monkeypatch):
+    monkeypatch.setattr(chooser.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="torch is missing: run `pip install torch torchvision`"):
+        chooser.main()
+    assert not world.pip
+
+
+# ------------------------------------------------------------------------------ the files
+
+
+def test_only_the_manifests_files_get_into_the_wheel_that_is_installed(wheel_of, tmp_path):
+    made = chooser.build_wheel(wheel_of(), tmp_path)
+    with zipfile.ZipFile(made) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    info = f"detectron2-{chooser.LOCAL_VERSION}.dist-info"
+    described = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD")}
+    assert content.keys() == {*FILES, *described}
+    assert content["detectron2/__init__.py"] == VERSION_FILE
+    target = tmp_path / "target"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*command, "--target", str(target), str(made)], check=True)
+    (found,) = importlib.metadata.distributions(path=[str(target)])
+    assert (found.name, found.version) == ("detectron2", chooser.LOCAL_VERSION)
+    assert {str(file) for file in found.files if file.suffix in (".py", ".yaml")} == {*FILES}
+    assert any(requirement.startswith("fvcore") for requirement in found.requires)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"files": {"detectron2/engine/loop.py": b"steps = 2\n"}},
+            "detectron2/engine/loop.py in .* is not Detectron2's file",
+        ),
+        (
+            {"files": {"detectron2/__init__.py": FILES["detectron2/__init__.py"] + b"\nx = 1"}},
+            "detectron2/__init__.py in .* is not Detectron2's file",
+        ),
+        ({"files": {"detectron2/engine/loop.py": None}}, "lacks detectron2/engine/loop.py"),
+        ({"manifest": {"detectron2/_C.so": "0" * 40}}, "names detectron2/_C.so, which is no"),
+        ({"manifest": {"../escaped.py": "0" * 40}}, "names ../escaped.py, which is no Python"),
+        (
+            {"manifest": {"detectron2/../../escaped.py": "0" * 40}},
+            "names detectron2/../../escaped.py, which is no Python",
+        ),
+    ],
+)
+def test_a_file_that_is_not_detectron2s_own_is_refused(wheel_of, changes, sentence):
+    with pytest.raises(chooser.Failed, match=sentence):
+        chooser.checked_files(wheel_of(**changes))
+
+
+def test_a_wheel_of_another_content_is_refused(world, wheel_of, monkeypatch):
+    world.reaches, world.wheel = False, wheel_of()
+    world.wheel.write_bytes(world.wheel.read_bytes() + b"more")
+    with pytest.raises(SystemExit, match="has the sha256 [0-9a-f]{64} instead of"):
+        chooser.main()
+    assert not installed(world)
+
+
+def test_the_files_alone_can_be_had(world, wheel_of, monkeypatch, tmp_path):
+    world.wheel = wheel_of()
+    monkeypatch.setattr(sys, "argv", ["install_detectron2", "--files", str(tmp_path / "files")])
+    chooser.main()
+    written = [p for p in (tmp_path / "files").rglob("*") if p.is_file()]
+    assert {str(path.relative_to(tmp_path / "files")) for path in written} == {*FILES}
+    assert not installed(world)
+
+
+def test_the_manifest_names_python_files_of_detectron2_alone():
+    manifest = chooser.read_manifest()
+    assert len(manifest) > 300 and chooser.VERSION_FILE in manifest
+    assert all(re.fullmatch("[0-9a-f]{40}", blob) for blob in manifest.values())
+    assert all(name.endswith((".py", ".yaml")) for name in manifest)
+    # Git's name of an empty file, which is one of them.
+    assert chooser.git_blob(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+
+
+# ------------------------------------------------------------------------ what is installed
+
+
+@pytest.mark.parametrize(
+    ("version", "origin", "expected"),
+    [
+        (chooser.LOCAL_VERSION, None, "without compiled operators"),
+        (
+            "0.6",
+            {"url": chooser.REPOSITORY, "vcs_info": {"commit_id": chooser.COMMIT}},
+            f"commit {chooser.COMMIT[:8]} of {chooser.REPOSITORY}, the tested one",
+        ),
+        (
+            "0.6",
+            {"url": "https://elsewhere", "vcs_info": {"commit_id": "1" * 40}},
+            f"commit 11111111 of https://elsewhere, tested is {chooser.COMMIT[:8]}",
+        ),
+        ("0.6", {"url": "file:///my/detectron2"}, "0.6 from file:///my/detectron2"),
+        ("0.6", None, "0.6 from an index"),
+    ],
+)
+def test_the_installed_one_is_described(monkeypatch, version, origin, expected):
+    class Found:
+        def read_text(self, name):
+            return None if origin is None else json.dumps(origin)
+
+    Found.version = version
+    monkeypatch.setattr(chooser.metadata, "distribution", lambda name: Found())
+    assert expected in chooser.describe()
