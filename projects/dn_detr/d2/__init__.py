@@ -1,6 +1,8 @@
 """The Detectron2 side: configuration, meta-architecture, data, training. Importing it registers the
 meta-architectures and the synthetic dataset."""
 
+import warnings
+
 try:
     import detectron2  # noqa: F401
 except ImportError as error:
@@ -9,9 +11,12 @@ except ImportError as error:
         "tested one"
     ) from error
 
-from dn_detr.d2 import backbones, faster_rcnn, meta_arch, named_backbones  # noqa: F401  (registering)
-from dn_detr.d2.config import add_dn_detr_config
-from dn_detr.d2.datasets import register_shapes
+with warnings.catch_warnings():
+    # fvcore, which Detectron2 imports, uses what torch 2.14 warns of.
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+    from dn_detr.d2 import backbones, faster_rcnn, meta_arch, named_backbones  # noqa: F401  (registering)
+    from dn_detr.d2.config import add_dn_detr_config
+    from dn_detr.d2.datasets import register_shapes
 
 register_shapes()
 

@@ -81,7 +81,7 @@ class Criterion:
                     values = term(matched, num_objects) * (weight * part.segments[0].weight)
                     if is_bad is not None:
                         values = torch.where(is_bad.any(1), torch.nan, values)
-                    key = "_".join(filter(None, ("loss", self.prefix, _label(name), term_name)))
+                    key = _joined("loss", self.prefix, _label(name), term_name)
                     last = values.shape[0] - 1
                     for layer, value in enumerate(values.unbind()):
                         losses[key if layer == last else f"{key}_{layer}"] = value
@@ -91,7 +91,12 @@ class Criterion:
 def _label(segment: str) -> str:
     """Part of the keys: none for "match", "encoder" for "encoder/match", else the name."""
     place, _, name = segment.rpartition("/")
-    return "_".join(filter(None, (place, "" if name == "match" else name)))
+    return _joined(place, "" if name == "match" else name)
+
+
+def _joined(*words: str) -> str:
+    """The words that are not empty; without `filter`, which Dynamo of torch 2.8 cannot trace."""
+    return "_".join([word for word in words if word])
 
 
 def look_up(part: Predictions, targets: Targets, assignment: Assignment) -> Matched:

@@ -127,8 +127,9 @@ class MaskSource:
         design, batch = self.design, self.memory.tokens.shape[0]
         tables = design.tables if tables is None else tables
         content = design.content.matched(tables.content).expand(batch, -1, -1)
+        # Not under no_grad: autocast of torch 2.8 would keep the heads' weights without gradient.
+        embeddings = design.heads(content)[1].detach()
         with torch.no_grad():
-            _, embeddings = design.heads(content)
             reference = mask_logits(embeddings, map_at_level(self.memory, self.level)).flatten(2)
         position = tables.position.expand(batch, -1, -1)
         state = QueryState(content, position, reference)
