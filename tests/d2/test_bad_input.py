@@ -183,7 +183,7 @@ def test_weights_that_cannot_be_downloaded(answer, monkeypatch):
     monkeypatch.setattr("iopath.common.file_io.download", no_network)
     said = answer("MODEL.WEIGHTS", "https://example.org/model.pth")
     assert "https://example.org/model.pth" in said and "no network" in said
-    assert "local file" in said
+    assert "bring the file to this machine" in said
 
 
 def test_a_checkpoint_of_another_architecture(answer, run, tmp_path):

@@ -164,9 +164,13 @@ def test_a_deeper_detector_is_another_architecture(model_of, tmp_path):
 
 
 def test_a_foreign_checkpoint_is_refused(model_of, tmp_path):
-    torch.save({"transformer.weight": torch.zeros(3)}, tmp_path / "a.pth")
-    with pytest.raises(InputError, match="holds none of the parameters"):
-        load(model_of(), str(tmp_path / "a.pth"), is_for_training=True)
+    for name, sentence in [
+        ("weight", "holds none of the parameters of this model's backbone"),
+        ("transformer.weight", "of another project, which cannot be read as dab_deformable"),
+    ]:
+        torch.save({name: torch.zeros(3)}, tmp_path / "a.pth")
+        with pytest.raises(InputError, match=sentence):
+            load(model_of(), str(tmp_path / "a.pth"), is_for_training=True)
 
 
 def cut_off(path):

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import pickle
+import re
+from collections.abc import Sequence
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 
+from dn_detr.conversion.backbone import IMAGENET, check_colours, match_backbone
+from dn_detr.conversion.convert import COCO_CATEGORIES, convert, keep_coco_classes
+from dn_detr.conversion.read import read_arrays, read_safetensors
 from dn_detr.d2.datasets import class_names
 from dn_detr.d2.ema import KEY as EMA
+from dn_detr.d2.named_backbones import NamedBackbone
 from dn_detr.errors import InputError
 
 CLASS_DEPENDENT = ("class_head", "class_heads", "label_table", "cls_score", "bbox_pred")
@@ -33,6 +41,44 @@ DETECTOR = "detector"
 
 UNREADABLE = (pickle.UnpicklingError, EOFError, OSError, RuntimeError, TypeError)
 """What loading a file that is no checkpoint raises."""
+
+
+FOREIGN = ("transformer", "class_embed", "sem_seg_head", "input_proj", "query_embed", "bbox_embed")
+"""Parts of names in detectors of the authors, of detrex and of Hugging Face."""
+
+COLOURS_OF = {"torchvision": IMAGENET}
+"""Pixels that files with Detectron2's names were trained with, by their "__author__"."""
+
+
+def check_hash(address: str, filename: str) -> None:
+    """InputError where an address names the beginning of its file's sha256, as torchvision's do, and
+    the file has another."""
+    named = re.search(r"-([0-9a-f]{8,64})\.\w+$", address.removesuffix(AVERAGED))
+    if named is None:
+        return
+    with open(filename, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(named[1]):
+        raise InputError(
+            f"{filename}, fetched from {address}, is damaged: its sha256 begins with {found[:8]} and "
+            f"should begin with {named[1]}. Remove the file and try again."
+        )
+
+
+def read_foreign(filename: str) -> dict:
+    """A .pkl or .safetensors file as {"model": name -> tensor, ...}; InputError if it is damaged."""
+    try:
+        if filename.endswith(".safetensors"):
+            return {"model": read_safetensors(filename)}
+        content = read_arrays(filename)
+    except (ValueError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(f"{filename!r} cannot be loaded as a checkpoint: {error}.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{filename!r} is not a checkpoint: it must hold arrays by name.")
+    if "model" in content and "__author__" in content:
+        return {**content, "matching_heuristics": False}
+    state = content.get("blobs", content)
+    return {"model": {k: v for k, v in state.items() if not str(k).endswith("_momentum")}}
 
 
 def describe(cfg: CfgNode) -> dict:
@@ -65,8 +111,8 @@ def is_counter(key: str) -> bool:
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Loads a detector of the same architecture; to begin a training, also a backbone alone or a
-    detector with other classes.
+    """Loads a detector of the same architecture; to begin a training, also a detector with other
+    classes, or a backbone alone, by the names of any library (`conversion.backbone`).
 
     A checkpoint that lacks parameters of this model, or has others, is an InputError: filling the
     gaps with random numbers would only show as a low AP. With other classes (another number, or
@@ -80,12 +126,15 @@ class Checkpointer(DetectionCheckpointer):
         *,
         is_for_training: bool = False,
         detector: dict | None = None,
+        may_be_new: Sequence[str] = (),
         **checkpointables,
     ):
-        """`detector` is what files of this checkpointer say of their model: see `describe`."""
+        """`detector` is what files of this checkpointer say of their model: see `describe`.
+        may_be_new: MODEL.DN_DETR.NEW_PARAMETERS."""
         super().__init__(model, save_dir, **checkpointables)
         self.is_for_training = is_for_training
         self.detector = detector
+        self.may_be_new = tuple(may_be_new)
 
     def save(self, name: str, **kwargs) -> None:
         """Save under a name; a crash while writing leaves an older file of that name as it was."""
@@ -114,16 +163,23 @@ class Checkpointer(DetectionCheckpointer):
             return super().load(path, checkpointables)
         except OSError as error:
             raise InputError(
-                f"the checkpoint {path!r} cannot be fetched ({error}): give a local file as "
-                "MODEL.WEIGHTS, or '' to start from random weights."
+                f"the checkpoint {path!r} cannot be fetched ({error}): bring the file to this machine "
+                "and set MODEL.WEIGHTS to its path, or to '' to start from random weights."
             ) from error
 
     def _load_file(self, filename: str) -> dict:
-        """{"model": name -> array, ...}, whatever the file is."""
+        """{"model": name -> array, ...}, whatever the file is. Nothing in it is run."""
+        if "://" in self.path:
+            check_hash(self.path, filename)
         try:
-            checkpoint = super()._load_file(filename)
+            if filename.endswith((".pkl", ".safetensors")):
+                checkpoint = read_foreign(filename)
+            else:
+                checkpoint = super()._load_file(filename)
         except UNREADABLE as error:
             raise InputError(unreadable(filename, error)) from error
+        if isinstance(checkpoint["model"], dict) and "state_dict" in checkpoint["model"]:
+            checkpoint["model"] = checkpoint["model"]["state_dict"]
         if self.path.endswith(AVERAGED):
             if EMA not in checkpoint:
                 raise InputError(
@@ -137,8 +193,13 @@ class Checkpointer(DetectionCheckpointer):
         return checkpoint
 
     def _load_model(self, checkpoint: dict):
+        self._convert_ndarray_to_tensor(checkpoint["model"])
         state, known = checkpoint["model"], self.model.state_dict()
         is_detector = any(has_part(key, ("core", "roi_heads")) for key in state)
+        if not is_detector and any(has_part(key, FOREIGN) for key in state):
+            state = checkpoint["model"] = self._converted(state)
+        elif not is_detector and self.may_start_anew:
+            return self._load_backbone(checkpoint)
         has_other_classes = self.may_start_anew and self._has_other_classes(checkpoint)
         start_anew = CLASS_DEPENDENT if has_other_classes else ()
         for key in [key for key in state if has_part(key, start_anew)]:
@@ -148,11 +209,6 @@ class Checkpointer(DetectionCheckpointer):
         missing = [key for key in incompatible.missing_keys if not is_counter(key)]
         total = sum(not is_counter(key) for key in known)
         summary = f"Loaded {total - len(missing) - len(shapes)} of {total} parameters"
-        if not is_detector and self.may_start_anew:
-            if len(missing) + len(shapes) == total:
-                raise InputError(f"{self.path!r} holds none of the parameters of this model.")
-            self.logger.info(f"{summary}, a backbone alone")
-            return incompatible
         lacking = [k for k in missing if not has_part(k, (*start_anew, *TRAINING_ONLY))]
         surplus = [k for k in incompatible.unexpected_keys if not has_part(k, TRAINING_ONLY)]
         for kind, keys in (("differs in", shapes), ("lacks", lacking), ("has also", surplus)):
@@ -166,6 +222,76 @@ class Checkpointer(DetectionCheckpointer):
             summary += f"; {because}, so these start anew: {', '.join(missing)}"
         self.logger.info(summary)
         return incompatible
+
+    def _load_backbone(self, checkpoint: dict):
+        """A backbone alone, by whatever names: all of it, or an InputError."""
+        backbone = self.model.backbone
+        prefix = "backbone.bottom_up." if hasattr(backbone, "bottom_up") else "backbone."
+        body = getattr(backbone, "bottom_up", backbone)
+        wanted = {name: value.shape for name, value in body.state_dict().items()}
+        library = {}
+        if isinstance(body, NamedBackbone):
+            names, colours = body.library_names(), body.colours
+            library = {"library": body.name, "library_names": names, "library_colours": colours}
+        state = {name.removeprefix("module."): v for name, v in checkpoint["model"].items()}
+        match = match_backbone(state, wanted, **library)
+        if not match.found:
+            raise InputError(
+                f"{self.path!r} holds none of the parameters of this model's backbone, whose first is "
+                f"{next(iter(wanted))}, under any known name; the file's first is "
+                f"{next(iter(checkpoint['model']), 'none')}."
+            )
+        missing = [name for name in match.missing if not name.startswith(self.may_be_new or "\0")]
+        for fault, names in (
+            ("these shapes differ", match.wrong),
+            ("the file lacks parameters of the backbone", missing),
+            ("the file has parameters that the backbone does not have", match.surplus),
+        ):
+            if names:
+                raise InputError(
+                    f"{self.path!r}, read as {match.source}, does not fit the backbone of "
+                    f"{len(wanted)} parameters and statistics: {fault}, {len(names)} in all, the first "
+                    f"{names[0]}. (MODEL.DN_DETR.NEW_PARAMETERS names what the file may lack.)"
+                )
+        colours = match.colours or COLOURS_OF.get(checkpoint.get("__author__"))
+        if colours is not None:
+            given = tuple(
+                v.flatten().tolist() for v in (self.model.pixel_mean, self.model.pixel_std)
+            )
+            try:
+                check_colours(
+                    f"the weights in {self.path!r}", colours, (self.model.input_format, *given)
+                )
+            except ValueError as error:
+                raise InputError(f"{error}.") from error
+        state = {f"{prefix}{name}": tensor for name, tensor in match.found.items()}
+        incompatible = super()._load_model({"model": state})
+        new = f"; these start anew: {', '.join(match.missing)}" if match.missing else ""
+        self.logger.info(
+            f"Loaded the backbone, all of its {len(match.found)} parameters and statistics, from "
+            f"{self.path}, read as {match.source}{new}"
+        )
+        return incompatible
+
+    def _converted(self, state: dict) -> dict:
+        """A detector of the authors, of detrex or of Hugging Face under our names."""
+        method = getattr(self.model, "method", None)
+        try:
+            ours, table = convert(state, method)
+            num_classes = getattr(self.model, "num_classes", None)
+            if num_classes == len(COCO_CATEGORIES) and not self._fits(ours):
+                ours = keep_coco_classes(ours)
+        except ValueError as error:
+            raise InputError(
+                f"{self.path!r} is a detector of another project, which cannot be read as "
+                f"{method or type(self.model).__name__}: {error}."
+            ) from error
+        self.logger.info(f"Read {self.path} as {table.source}")
+        return ours
+
+    def _fits(self, state: dict) -> bool:
+        known = self.model.state_dict()
+        return all(k not in known or known[k].shape == value.shape for k, value in state.items())
 
     def _has_other_classes(self, checkpoint: dict) -> bool:
         """By their names where both sides know them, and by the sizes of what depends on them."""

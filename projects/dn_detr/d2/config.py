@@ -112,6 +112,10 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.BACKBONE = ""
     node.BACKBONE_PRETRAINED = True
 
+    # Parameters of the backbone that MODEL.WEIGHTS may lack, by the beginnings of their names, e.g.
+    # ["stem.conv1"]; they start anew. Where the file lacks others, the training does not start.
+    node.NEW_PARAMETERS = []
+
     # -------------------------------------------------------------------------------- denoising
     node.DENOISING = CfgNode()
     # Query denoising (2203.01305): noised ground truth as training-only queries.

@@ -62,6 +62,8 @@ class DenoisingDETR(nn.Module):
         has_no_object: bool,
         pad_objects_to: int,
         seed: int,
+        method: str,
+        input_format: str,
         teaching: Teaching | None = None,
     ):
         super().__init__()
@@ -77,6 +79,8 @@ class DenoisingDETR(nn.Module):
         self.has_no_object = has_no_object
         self.pad_objects_to = pad_objects_to
         self.seed = seed
+        self.method = method
+        self.input_format = input_format
         self.teaching = teaching
         self.iterations = IterationCounter()
         self.assignments: Assignments = {}  # of the last training batch
@@ -106,6 +110,8 @@ class DenoisingDETR(nn.Module):
             "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
             "has_no_object": node.LOSS.KIND == "softmax",
             "pad_objects_to": node.PAD_OBJECTS_TO,
+            "method": node.METHOD,
+            "input_format": cfg.INPUT.FORMAT,
             "seed": cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
             "teaching": teaching_from(cfg, costs),
         }

@@ -9,6 +9,8 @@ from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
+from dn_detr.conversion.backbone import Colours, check_colours
+
 STAGES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 """Names of the features by their stride, those of Detectron2's ResNet."""
 
@@ -23,9 +25,10 @@ class NamedBackbone(Backbone):
     of the parts up to the feature "res<freeze_at>" learn nothing; 0 freezes none.
     """
 
-    def __init__(self, stages: nn.Module, freeze_at: int):
+    def __init__(self, stages: nn.Module, freeze_at: int, name: str = ""):
         super().__init__()
         self.stages = stages
+        self.name = name  # "<library>/<name>"
         self.place: dict[str, int] = {}
         self.is_channels_last: dict[str, bool] = {}
         self._out_feature_channels, self._out_feature_strides = {}, {}
@@ -52,6 +55,19 @@ class NamedBackbone(Backbone):
                     f"backbone {self._out_features}, and 0 for timm, got {freeze_at}"
                 )
             stages.parts[: self.place[name] + 1].requires_grad_(False)
+
+    def library_names(self) -> dict[str, str]:
+        """Names of parameters in the library's own files -> names here; "" where only the classifier
+        has them."""
+        return {
+            theirs: ours and f"stages.{ours}"
+            for theirs, ours in self.stages.library_names().items()
+        }
+
+    @property
+    def colours(self) -> Colours:
+        """What the library's weights were trained with."""
+        return self.stages.colours
 
     @property
     def size_divisibility(self) -> int:
@@ -84,8 +100,19 @@ class TorchvisionStages(nn.Module):
             names = [child for child, _ in children]
             if "avgpool" not in names:
                 raise ValueError(f"torchvision's {name} is no backbone of stages before a pooling")
-            trunk = [module for _, module in children[: names.index("avgpool")]]
-        self.parts = nn.ModuleList(trunk)
+            names = names[: names.index("avgpool")]
+            trunk = {child: getattr(classifier, child) for child in names}
+            place = {child: f"parts.{index}" for index, child in enumerate(trunk)}
+        else:
+            trunk = dict(trunk.named_children())
+            place = {f"features.{child}": f"parts.{index}" for index, child in enumerate(trunk)}
+        self.parts = nn.ModuleList(trunk.values())
+        self.names = {key: _renamed(key, place) for key in classifier.state_dict()}
+        transforms = models.get_model_weights(name).DEFAULT.transforms()
+        self.colours = _colours(transforms.mean, transforms.std)
+
+    def library_names(self) -> dict[str, str]:
+        return self.names
 
     def forward(self, images: Tensor) -> list[Tensor]:
         outputs = []
@@ -112,9 +139,33 @@ class TimmStages(nn.Module):
             if "strict_img_size" not in str(error):
                 raise
             self.model = timm.create_model(name, **options)
+        self.name = name
+        self.colours = _colours(self.model.default_cfg["mean"], self.model.default_cfg["std"])
+
+    def library_names(self) -> dict[str, str]:
+        """A feature extractor joins the names of nested modules by "_", and lacks the classifier."""
+        with torch.device("meta"):
+            whole = importlib.import_module("timm").create_model(self.name)
+        own = {key.removeprefix("model.").replace(".", "_"): key for key in self.model.state_dict()}
+        return {
+            key: f"model.{own[flat]}" if (flat := key.replace(".", "_")) in own else ""
+            for key in whole.state_dict()
+        }
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return self.model(images)
+
+
+def _renamed(key: str, place: dict[str, str]) -> str:
+    """A name of the classifier below the part that holds it; "" where none does."""
+    for child, part in place.items():
+        if key.startswith(f"{child}."):
+            return part + key.removeprefix(child)
+    return ""
+
+
+def _colours(mean: tuple[float, ...], std: tuple[float, ...]) -> Colours:
+    return "RGB", tuple(255 * value for value in mean), tuple(255 * value for value in std)
 
 
 LIBRARIES = {"torchvision": TorchvisionStages, "timm": TimmStages}
@@ -135,4 +186,8 @@ def build_named_backbone(cfg, input_shape: ShapeSpec) -> NamedBackbone:
     stages = LIBRARIES[library](name, node.BACKBONE_PRETRAINED)
     if cfg.MODEL.RESNETS.NORM == "FrozenBN":
         stages = FrozenBatchNorm2d.convert_frozen_batchnorm(stages)
-    return NamedBackbone(stages, cfg.MODEL.BACKBONE.FREEZE_AT)
+    backbone = NamedBackbone(stages, cfg.MODEL.BACKBONE.FREEZE_AT, node.BACKBONE)
+    if node.BACKBONE_PRETRAINED:
+        given = (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+        check_colours(f"the weights of {node.BACKBONE}", backbone.colours, given)
+    return backbone

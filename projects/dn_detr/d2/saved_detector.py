@@ -32,7 +32,7 @@ def description_in(path: str) -> dict | None:
     path = path.removesuffix(AVERAGED)
     if not os.path.isfile(path):
         raise InputError(f"there is no checkpoint {path!r}.")
-    if path.endswith(".pkl"):
+    if path.endswith((".pkl", ".safetensors")):
         return None
     try:  # with mmap tensors are not read
         checkpoint = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path))

@@ -76,6 +76,7 @@ class Trainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             is_for_training=True,
             detector=describe(cfg),
+            may_be_new=cfg.MODEL.DN_DETR.NEW_PARAMETERS,
             trainer=weakref.proxy(self),
             **({EMA: self.average} if self.average else {}),
         )

@@ -1,0 +1,177 @@
+"""Pretrained backbones: which library a file comes from, and its parameters under our names.
+
+Known are the names of Detectron2 and of this project, ResNets of torchvision and timm, of Hugging Face
+and of Caffe2 (Detectron2's MSRA files), and for a backbone that a library built, that library's names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dn_detr.conversion.table import IGNORED, Rule, Table, resnet
+
+Colours = tuple[str, tuple[float, ...], tuple[float, ...]]
+"""Channel order, mean and standard deviation of the pixels in 0..255 that weights were trained with."""
+
+IMAGENET: Colours = ("RGB", (123.675, 116.280, 103.530), (58.395, 57.120, 57.375))
+CAFFE: Colours = ("BGR", (103.530, 116.280, 123.675), (1.0, 1.0, 1.0))
+
+CLASSIFIER = re.compile(
+    r"^(module\.)?(stem\.fc|fc|classifier|heads?|linear|fc1000(_\w)?|pred_\w)(\.|$)"
+)
+"""What a classifier has behind its backbone. Left out, by name."""
+
+PREFIXES = ("backbone.bottom_up.", "backbone.", "bottom_up.")
+CAFFE_CONVS = {"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
+CAFFE_LEAVES = {"w": "weight", "bn_s": "norm.weight", "bn_b": "norm.bias"}
+
+
+@dataclass(frozen=True)
+class BackboneMatch:
+    """What a file holds of a backbone.
+
+    source: in words; found: parameters by the backbone's names; missing: names that the file lacks;
+    surplus: names in the file that belong to nothing; wrong: names with the shapes there and here;
+    colours: what the weights were trained with, None = unknown.
+    """
+
+    source: str
+    found: dict[str, Tensor]
+    missing: list[str]
+    surplus: list[str]
+    wrong: list[str]
+    colours: Colours | None
+
+
+def check_colours(weights: str, wanted: Colours, given: Colours) -> None:
+    """ValueError, with what to set, unless pixels come as the weights were trained with them: to a
+    hundredth of the spread, which rounds what papers write."""
+    pairs = zip((*wanted[1], *wanted[2]), (*given[1], *given[2]), strict=True)
+    tolerance = 0.01 * max(wanted[2])
+    if given[0] == wanted[0] and all(abs(a - b) <= tolerance for a, b in pairs):
+        return
+    order, mean, std = (wanted[0], *([round(v, 3) for v in values] for values in wanted[1:]))
+    raise ValueError(
+        f"{weights} were trained with other colours: set INPUT.FORMAT {order} MODEL.PIXEL_MEAN "
+        f'"{mean}" MODEL.PIXEL_STD "{std}", got {given[0]}, {list(given[1])} and {list(given[2])}'
+    )
+
+
+def match_backbone(
+    state: Mapping[str, Tensor],
+    wanted: Mapping[str, torch.Size],
+    *,
+    library: str = "",
+    library_names: Mapping[str, str] | None = None,
+    library_colours: Colours | None = None,
+) -> BackboneMatch:
+    """The file's parameters for a backbone, by the names that fit best.
+
+    state: name -> tensor of the file; wanted: name -> shape of the backbone's parameters and
+    statistics; library_names: the file's names -> the backbone's where `library` built it, "" for
+    what only its classifier has.
+    """
+    candidates: list[tuple[str, Renamer, Colours | None]] = [
+        ("the names of Detectron2", _detectron2, None),
+        ("a ResNet of torchvision or timm", _by_table(resnet("x")), IMAGENET),
+        ("a ResNet of Hugging Face", _by_table(HUGGING_FACE), IMAGENET),
+        ("a ResNet of Caffe2", _caffe2, CAFFE),
+    ]
+    if library_names is not None:
+        candidates.insert(0, (library, _by_names(library_names), library_colours))
+    matches = [_match(state, wanted, *candidate) for candidate in candidates]
+    return max(matches, key=lambda match: len(match.found))
+
+
+Renamer = Callable[[Mapping[str, Tensor]], Iterator[tuple[str, str | None, Tensor]]]
+"""State of a file -> (name there, name here, tensor); here: None = unknown, "" = not of a backbone."""
+
+
+def _match(state, wanted, source: str, rename: Renamer, colours: Colours | None) -> BackboneMatch:
+    found, wrong, surplus = {}, [], []
+    for name, ours, tensor in rename(state):
+        if ours in wanted and tuple(tensor.shape) == tuple(wanted[ours]):
+            found[ours] = tensor
+        elif ours in wanted:
+            wrong.append(f"{ours} {list(tensor.shape)} instead of {list(wanted[ours])}")
+        elif ours != "" and not CLASSIFIER.match(name) and not IGNORED.search(name):
+            surplus.append(name)
+    lacking = [n for n in wanted if n not in found and not IGNORED.search(n)]
+    missing = [n for n in lacking if not any(entry.startswith(f"{n} ") for entry in wrong)]
+    return BackboneMatch(source, found, missing, surplus, wrong, colours)
+
+
+def _detectron2(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str | None, Tensor]]:
+    for name, tensor in state.items():
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+        yield name, name[len(prefix) :], tensor
+
+
+def _by_table(rules: dict[str, Rule]) -> Renamer:
+    """By rules for names below "x", to ours below "backbone."."""
+    table = Table("", rules)
+
+    def rename(state):
+        for name, tensor in state.items():
+            ours, _, _ = table.apply({f"x.{name.removeprefix('resnet.')}": tensor})
+            for new, part in ours.items():
+                yield name, new.removeprefix("backbone."), part
+            if not ours:
+                yield name, None, tensor
+
+    return rename
+
+
+def _by_names(names: Mapping[str, str]) -> Renamer:
+    def rename(state):
+        for name, tensor in state.items():
+            yield name, names.get(name), tensor
+
+    return rename
+
+
+def _caffe2(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str | None, Tensor]]:
+    """Norms there are an affine map alone: their statistics are 0 and 1. The bias of the first
+    convolution, which has a norm behind it, is left out, as by Detectron2."""
+    for name, tensor in state.items():
+        stem = re.fullmatch(r"(?:res_)?conv1_(w|b|bn_s|bn_b)", name)
+        block = re.fullmatch(r"res(\d)_(\d+)_(branch\w+?)_(w|bn_s|bn_b)", name)
+        if stem and stem[1] == "b":
+            yield name, "", tensor
+        elif stem:
+            yield from _with_statistics(name, f"stem.conv1.{CAFFE_LEAVES[stem[1]]}", tensor)
+        elif block and block[3] in CAFFE_CONVS:
+            stage, index, branch, leaf = block.groups()
+            ours = f"res{stage}.{index}.{CAFFE_CONVS[branch]}.{CAFFE_LEAVES[leaf]}"
+            yield from _with_statistics(name, ours, tensor)
+        else:
+            yield name, None, tensor
+
+
+def _with_statistics(name: str, ours: str, tensor: Tensor):
+    yield name, ours, tensor
+    if ours.endswith("norm.weight"):
+        norm = ours.removesuffix("weight")
+        yield name, f"{norm}running_mean", torch.zeros_like(tensor)
+        yield name, f"{norm}running_var", torch.ones_like(tensor)
+
+
+def _hugging_face() -> dict[str, Rule]:
+    def conv(theirs: str, ours: str) -> dict[str, Rule]:
+        return {f"{theirs}.convolution": ours, f"{theirs}.normalization": f"{ours}.norm"}
+
+    rules = conv("x.embedder.embedder", "backbone.stem.conv1")
+    for stage in range(4):
+        theirs, ours = f"x.encoder.stages.{stage}.layers.{{}}", f"backbone.res{stage + 2}.{{}}"
+        rules |= conv(f"{theirs}.shortcut", f"{ours}.shortcut")
+        for layer in range(3):
+            rules |= conv(f"{theirs}.layer.{layer}", f"{ours}.conv{layer + 1}")
+    return rules
+
+
+HUGGING_FACE = _hugging_face()
