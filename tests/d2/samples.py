@@ -3,6 +3,10 @@
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances
 
+ROUNDING = 256 * torch.finfo(torch.float32).eps
+"""What scores of a tiny float32 detector may differ by where its sums come in another order, as in
+another batch: some twenty layers, a few roundings each. Boxes differ by as much of the image's side."""
+
 
 def sample(image_id: int, num_objects: int, *, height: int = 64, width: int = 96, classes: int = 3):
     """A picture of noise with boxes that follow from `image_id`, filled by their masks."""

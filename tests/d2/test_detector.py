@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from samples import ROUNDING
 
 from dn_detr import Detector
 from dn_detr.data.drawing import CLASSES
@@ -30,8 +31,11 @@ def pictures(trained):
 
 
 def assert_same(found, expected):
-    np.testing.assert_allclose(found.boxes_xyxy_px, expected.boxes_xyxy_px, atol=1e-3)
-    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
+    side = np.abs(expected.boxes_xyxy_px).max()
+    np.testing.assert_allclose(
+        found.boxes_xyxy_px, expected.boxes_xyxy_px, atol=ROUNDING * side, rtol=0
+    )
+    np.testing.assert_allclose(found.scores, expected.scores, atol=ROUNDING, rtol=0)
     assert found.labels.tolist() == expected.labels.tolist()
 
 

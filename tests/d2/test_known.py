@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from samples import ROUNDING
 
 from dn_detr import Detector
 from dn_detr.detector import DetectedObjects, KnownObjects
@@ -56,15 +57,17 @@ def test_known_objects_come_first_as_they_were_given(detector):
 
 def test_nothing_known_changes_nothing(detector):
     alone, told = detector(PICTURE), detector(PICTURE, known=KnownObjects([]))
-    np.testing.assert_allclose(told.scores, alone.scores, atol=1e-6)
-    np.testing.assert_allclose(told.boxes_xyxy_px, alone.boxes_xyxy_px, atol=1e-3)
+    same = {"atol": ROUNDING, "rtol": 0}
+    np.testing.assert_allclose(told.scores, alone.scores, **same)
+    np.testing.assert_allclose(told.boxes_xyxy_px / 100, alone.boxes_xyxy_px / 100, **same)
 
 
 def test_of_a_list_each_image_has_its_own(detector):
     known = KnownObjects([[10, 5, 40, 50]], ["star"])
     first, second = detector([PICTURE, PICTURE], known=[None, known])
-    np.testing.assert_allclose(first.scores, detector(PICTURE).scores, atol=1e-6)
-    np.testing.assert_allclose(second.scores, detector(PICTURE, known=known).scores, atol=1e-6)
+    same = {"atol": ROUNDING, "rtol": 0}
+    np.testing.assert_allclose(first.scores, detector(PICTURE).scores, **same)
+    np.testing.assert_allclose(second.scores, detector(PICTURE, known=known).scores, **same)
 
 
 @pytest.mark.parametrize(
