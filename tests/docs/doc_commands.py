@@ -15,6 +15,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 RUN = (
     "python train_net.py",
     "python -m dn_detr.info",
+    "python -m dn_detr.install_detectron2",
     "python tools/check_data.py",
     "python tools/demo.py",
     "python tools/draw_detections.py",
