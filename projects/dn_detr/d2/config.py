@@ -13,6 +13,8 @@ from dn_detr.errors import InputError
 
 def add_dn_detr_config(cfg: CfgNode) -> None:
     """Add the keys of dn_detr to a Detectron2 configuration, with the published 50-epoch values."""
+    if "FLOAT32_PRECISION" not in cfg:  # an older Detectron2: a saved configuration may have it
+        cfg.FLOAT32_PRECISION = ""
     # ------------------------------------------------------------------------------------- data
     # Datasets in COCO format, without any Python: a list of [name, json, image_root]. The names can
     # then be used in DATASETS.TRAIN and DATASETS.TEST.
