@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from coco_files import forget, make_content, write
 from PIL import Image
 
 import dn_detr
+from dn_detr.d2.coco_check import read_json
+from dn_detr.errors import InputError
 
 
 @pytest.fixture
@@ -77,6 +80,19 @@ def no_images(folder):
 
 def no_boxes(folder):
     write(folder, {**make_content(), "annotations": []})
+
+
+def test_without_data_one_sentence_says_where_they_were_looked_for_and_what_to_do(tmp_path):
+    with pytest.raises(InputError) as caught:
+        read_json("datasets/coco/annotations/instances_train2017.json")
+    sentence = str(caught.value)
+    assert sentence.startswith(
+        "the annotation file datasets/coco/annotations/instances_train2017.json does not exist, seen "
+        f"from {os.getcwd()}: "
+    )
+    assert "`export DETECTRON2_DATASETS=FOLDER`" in sentence
+    quick = re.search("--config-file (.*?)`", sentence)[1]
+    assert (Path(__file__).parents[2] / quick).is_file()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ function here raises InputError with one sentence that names the file and what i
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 from detectron2.utils.file_io import PathManager
@@ -27,8 +28,10 @@ def read_json(json_file: str) -> dict:
             content = json.load(file)
     except FileNotFoundError:
         raise InputError(
-            f"the annotation file {json_file} does not exist: check the path, which is relative to "
-            "the working directory or, for built-in datasets, to DETECTRON2_DATASETS."
+            f"the annotation file {json_file} does not exist, seen from {os.getcwd()}: for COCO "
+            "(https://cocodataset.org/#download) `export DETECTRON2_DATASETS=FOLDER`, where FOLDER "
+            "holds coco/; for data of your own check the path; to try without any data use "
+            "`--config-file configs/quick/dn_deformable.yaml`, which draws its own."
         ) from None
     except OSError as error:
         raise InputError(f"the annotation file {json_file} cannot be read: {error}.") from None
