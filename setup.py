@@ -207,6 +207,8 @@ def build_without_extension(reason):
 def extension_arguments():
     """What setup() is told about the extension."""
     torch = None if SKIP_EXTENSION else import_torch()
+    if torch is None and not SKIP_EXTENSION and FORCE_CUDA == "1":
+        sys.exit("FORCE_CUDA=1, but there is no torch to build against: `pip install torch` first")
     if torch is None:
         reason = SWITCHED_OFF if SKIP_EXTENSION else NO_TORCH
         return {"cmdclass": {"build_py": build_without_extension(reason)}}

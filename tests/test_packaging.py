@@ -177,15 +177,22 @@ sys.modules["torch"] = torch
 
 def test_a_build_without_torch_is_complete_but_for_the_operators_and_keeps_the_reason(tmp_path):
     """It ended in an error, in the midst of pip's traceback."""
-    result = run_setup("sys.modules['torch'] = None", "build_py", f"--build-lib={tmp_path}")
+    arguments = ("build_py", f"--build-lib={tmp_path}")
+    result = run_setup("sys.modules['torch'] = None", *arguments, FORCE_CUDA="0")
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "dn_detr" / "_build.json").read_text())
     assert "torch was not installed before dn_detr" in record["no_extension"]
     assert (tmp_path / "dn_detr" / "detectron2_manifest.txt").is_file()
 
 
+def test_cuda_cannot_be_forced_without_torch():
+    result = run_setup("sys.modules['torch'] = None", "--version", FORCE_CUDA="1")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("FORCE_CUDA=1, but there is no torch to build")
+
+
 def test_sources_can_be_packed_without_torch():
-    result = run_setup("sys.modules['torch'] = None", "--version")
+    result = run_setup("sys.modules['torch'] = None", "--version", FORCE_CUDA="0")
     assert (result.returncode, result.stdout.strip()) == (0, dn_detr.__version__), result.stderr
 
 
