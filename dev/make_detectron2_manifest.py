@@ -14,7 +14,13 @@ import sys
 import zipfile
 from pathlib import Path
 
-from dn_detr.install_detectron2 import MANIFEST, as_detectron2s, git_blob
+from dn_detr.install_detectron2 import (
+    LICENCE,
+    MANIFEST,
+    WHEELS_LICENCE,
+    as_detectron2s,
+    git_blob,
+)
 
 
 def blobs_of(clone: str) -> set[str]:
@@ -33,8 +39,8 @@ def main() -> None:
         for name in sorted(archive.namelist()):
             is_source = Path(name).suffix in (".py", ".yaml") and name.startswith("detectron2/")
             blob = git_blob(as_detectron2s(name, archive.read(name)))
-            if is_source and blob in blobs:
-                lines.append(f"{blob} {name}\n")
+            if (is_source or name == WHEELS_LICENCE) and blob in blobs:
+                lines.append(f"{blob} {LICENCE if name == WHEELS_LICENCE else name}\n")
             else:
                 others.append(name)
     MANIFEST.write_text("".join(lines))

@@ -17,6 +17,7 @@ FILES = {
     "detectron2/__init__.py": VERSION_FILE.replace(b"0.6", b"0.7.2"),
     "detectron2/engine/loop.py": b"steps = 1\n",
     "detectron2/model_zoo/configs/a.yaml": b"A: 1\n",
+    chooser.LICENCE: b"Apache License\n",
 }
 OTHERS = {
     "detectron2/_C.cpython-310-x86_64-linux-gnu.so": b"not a library: must not be taken",
@@ -35,7 +36,8 @@ def wheel_of(tmp_path, monkeypatch):
         with zipfile.ZipFile(path, "w") as archive:
             for name, data in {**FILES, **OTHERS, **changes.get("files", {})}.items():
                 if data is not None:
-                    archive.writestr(name, data)
+                    place = chooser.WHEELS_LICENCE if name == chooser.LICENCE else name
+                    archive.writestr(place, data)
         manifest = tmp_path / "manifest.txt"
         blobs = {n: chooser.git_blob(chooser.as_detectron2s(n, data)) for n, data in FILES.items()}
         blobs.update(changes.get("manifest", {}))
@@ -148,11 +150,75 @@ def test_where_nothing_is_reached_one_sentence_says_what_to_do(world):
     assert "\n" not in sentence
 
 
-def test_an_installed_detectron2_is_left_as_it_is(world, monkeypatch, capsys):
+def is_installed(monkeypatch, version: str, origin: dict | None) -> None:
+    """Detectron2 is there, and this is what pip has written down of it."""
+
+    class Found:
+        def read_text(self, name):
+            return None if origin is None else json.dumps(origin)
+
+    Found.version = version
+    monkeypatch.setattr(chooser.metadata, "distribution", lambda name: Found())
     monkeypatch.setattr(chooser.importlib.util, "find_spec", lambda name: object())
+
+
+def of_commit(commit: str, url: str = chooser.REPOSITORY) -> dict:
+    return {"url": url, "vcs_info": {"commit_id": commit}}
+
+
+FROM_PYPI = (chooser.LOCAL_VERSION, {"url": "file:///tmp/x.whl", "archive_info": {}})
+OF_THE_USER = ("0.6", of_commit("1" * 40, "https://elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("version", "origin", "source", "stays"),
+    [
+        ("0.6", of_commit(chooser.COMMIT), "", True),
+        ("0.6", of_commit(chooser.COMMIT), "github", True),
+        ("0.6", of_commit("1" * 40), "", False),  # it was the tested one once
+        (*OF_THE_USER, "", True),
+        (*OF_THE_USER, "github", False),
+        ("0.6", None, "", True),
+        (*FROM_PYPI, "", False),
+        (*FROM_PYPI, "github", False),
+    ],
+)
+def test_of_what_is_installed_the_tested_one_stays_and_that_of_the_user(
+    world, monkeypatch, capsys, version, origin, source, stays
+):
+    is_installed(monkeypatch, version, origin)
+    monkeypatch.setenv("DETECTRON2", source)
     chooser.main()
-    assert not world.git and not world.pip
-    assert "installed already" in capsys.readouterr().out
+    assert ("installed already" in capsys.readouterr().out) == stays
+    assert len(world.git) == (not stays)
+    forced = [arguments for arguments in world.pip if "--force-reinstall" in arguments]
+    assert len(forced) == (not stays)
+    assert all(chooser.GITHUB in arguments and "--no-deps" in arguments for arguments in forced)
+
+
+def test_what_an_installed_detectron2_lacks_is_installed(world, monkeypatch):
+    is_installed(monkeypatch, "0.6", of_commit(chooser.COMMIT))
+    chooser.main()
+    (arguments,) = world.pip
+    assert {*chooser.REQUIREMENTS, *chooser.BESIDES} < set(arguments)
+
+
+def test_without_github_the_installed_one_is_not_replaced_by_files_from_pypi(
+    world, monkeypatch, capsys
+):
+    is_installed(monkeypatch, "0.6", of_commit("1" * 40))
+    world.reaches = False
+    chooser.main()
+    assert not installed(world) and not any(a[0] == "download" for a in world.pip)
+    assert "The Detectron2 that is installed stays" in capsys.readouterr().out
+
+
+def test_it_needs_what_detectron2_itself_declares():
+    if f"commit {chooser.COMMIT[:8]}" not in chooser.describe():
+        pytest.skip("Detectron2 is not installed at the tested commit")
+    declared = [r for r in importlib.metadata.requires("detectron2") if ";" not in r]
+    names = {re.match(r"[\w-]+", r)[0].lower() for r in declared}
+    assert {re.match(r"[\w-]+", r)[0].lower() for r in chooser.REQUIREMENTS} == names - {"black"}
 
 
 def test_torch_comes_before_detectron2(world, monkeypatch):
@@ -178,7 +244,10 @@ def test_only_the_manifests_files_get_into_the_wheel_that_is_installed(wheel_of,
     subprocess.run([*command, "--target", str(target), str(made)], check=True)
     (found,) = importlib.metadata.distributions(path=[str(target)])
     assert (found.name, found.version) == ("detectron2", chooser.LOCAL_VERSION)
-    assert {str(file) for file in found.files if file.suffix in (".py", ".yaml")} == {*FILES}
+    files = {str(file) for file in found.files if "dist-info" not in str(file)}
+    assert {file for file in files if not file.endswith(".pyc")} == {*FILES}
+    assert found.metadata["License"] == "Apache-2.0"
+    assert (target / chooser.LICENCE).read_bytes() == b"Apache License\n"
     assert any(requirement.startswith("fvcore") for requirement in found.requires)
 
 
@@ -228,7 +297,8 @@ def test_the_manifest_names_python_files_of_detectron2_alone():
     manifest = chooser.read_manifest()
     assert len(manifest) > 300 and chooser.VERSION_FILE in manifest
     assert all(re.fullmatch("[0-9a-f]{40}", blob) for blob in manifest.values())
-    assert all(name.endswith((".py", ".yaml")) for name in manifest)
+    assert chooser.LICENCE in manifest
+    assert all(name.endswith((".py", ".yaml")) for name in manifest if name != chooser.LICENCE)
     # Git's name of an empty file, which is one of them.
     assert chooser.git_blob(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
 

@@ -217,5 +217,7 @@ def test_the_core_trains_where_detectron2_is_missing_and_its_room_says_how_to_in
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert "needs Detectron2: run `python -m dn_detr.install_detectron2`" in done.stdout
+    assert (
+        "needs Detectron2 (" in done.stdout and "): run `python -m dn_detr.install" in done.stdout
+    )
     assert done.stdout.count("\n") == 1

@@ -19,6 +19,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,7 @@ MANIFEST = Path(__file__).with_name("detectron2_manifest.txt")
 VERSION_FILE = "detectron2/__init__.py"
 VERSIONS = (b'__version__ = "0.7.2"', b'__version__ = "0.6"')
 """In VERSION_FILE, the wheel's and Detectron2's own."""
+LICENCE, WHEELS_LICENCE = "detectron2/LICENSE", "sal_detectron2-0.7.2.dist-info/LICENSE"
 LOCAL_VERSION = "0.6+python.files.of.sal.detectron2.0.7.2"
 
 BUILD = ("setuptools>=70,<82", "wheel", "ninja")
@@ -74,6 +76,22 @@ def describe() -> str:
     return f"{found.version} from {origin.get('url', 'an index')}"
 
 
+def is_settled(source: str) -> bool:
+    """Whether the Detectron2 that is installed stays: the tested commit does, and one of the user's own
+    unless DETECTRON2=github. Files from PyPI and an earlier tested commit are replaced."""
+    if importlib.util.find_spec("detectron2") is None:
+        return False
+    try:
+        found = metadata.distribution("detectron2")
+    except metadata.PackageNotFoundError:  # a folder on PYTHONPATH
+        return source != "github"
+    origin = json.loads(found.read_text("direct_url.json") or "{}")
+    if origin.get("vcs_info", {}).get("commit_id") == COMMIT:
+        return True
+    is_from_here = found.version == LOCAL_VERSION or origin.get("url") == REPOSITORY
+    return source != "github" and not is_from_here
+
+
 def main() -> None:
     """Install as the environment says; exits with a sentence where that fails."""
     source = os.environ.get("DETECTRON2", "")
@@ -86,7 +104,8 @@ def main() -> None:
                 raise Failed(f"{package} is missing: run `pip install torch torchvision` first")
         if source not in ("", "github"):
             install(source, f"as DETECTRON2={source} says")
-        elif importlib.util.find_spec("detectron2") is not None:
+        elif is_settled(source):
+            complete()
             print(f"Detectron2 is installed already: {describe()}")
         else:
             install_from_github_or_pypi(may_fall_back=not source)
@@ -115,6 +134,10 @@ def install_from_github_or_pypi(*, may_fall_back: bool) -> None:
         if not may_fall_back:
             raise Failed(f"{failure}; DETECTRON2=github forbids another source") from failure
         reason = failure
+    if importlib.util.find_spec("detectron2") is not None:
+        complete()
+        shout(f"{reason}. The Detectron2 that is installed stays: {describe()}.")
+        return
     shout(
         f"{reason}. Instead, Detectron2's own Python files are taken out of the wheel {WHEEL} on PyPI, "
         "each one checked against Detectron2's history; no other file of it is used, and nothing in "
@@ -157,17 +180,26 @@ def check_github() -> None:
 def install(requirement: str, source: str) -> None:
     """Detectron2 by pip, against the installed torch, and what it needs besides."""
     pip("install", "--quiet", *BUILD, failure=f"pip could not install {', '.join(BUILD)}")
-    pip(
-        *("install", "--quiet", "--no-build-isolation", requirement, *BESIDES, BUILD[0]),
-        failure=f"pip could not install Detectron2 {source} (its messages are above)",
-    )
+    command = ("install", "--quiet", "--no-build-isolation", requirement)
+    failure = f"pip could not install Detectron2 {source} (its messages are above)"
+    if importlib.util.find_spec("detectron2") is not None:  # pip alone would keep an equal version
+        pip(*command, "--no-deps", "--force-reinstall", failure=failure)
+    pip(*command, *BESIDES, BUILD[0], failure=failure)
     shout(f"Detectron2 is installed {source}: {describe()}.")
+
+
+def complete() -> None:
+    """What an installed Detectron2 needs besides, where that is missing."""
+    pip(
+        *("install", "--quiet", *REQUIREMENTS, *BESIDES, BUILD[0]),
+        failure="pip could not install what Detectron2 needs besides (its messages are above)",
+    )
 
 
 def pip(*arguments: str, failure: str) -> None:
     # FORCE_CUDA is dn_detr's: Detectron2's own CUDA operators are not needed.
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-    print("$ pip " + " ".join(arguments), flush=True)
+    print("$ pip " + shlex.join(arguments), flush=True)
     if subprocess.call(command, env={**os.environ, "FORCE_CUDA": "0"}):
         raise Failed(failure)
 
@@ -219,10 +251,11 @@ def checked_files(wheel: Path) -> dict[str, bytes]:
         for name, blob in read_manifest().items():
             path = PurePosixPath(name)
             is_source = path.parts[0] == "detectron2" and path.suffix in (".py", ".yaml")
-            if not is_source or ".." in path.parts:
+            if not (is_source or name == LICENCE) or ".." in path.parts:
                 raise Failed(f"the manifest names {name}, which is no Python file of Detectron2")
             try:
-                data = as_detectron2s(name, archive.read(name))
+                data = archive.read(WHEELS_LICENCE if name == LICENCE else name)
+                data = as_detectron2s(name, data)
             except KeyError:
                 raise Failed(f"{wheel.name} lacks {name}") from None
             if git_blob(data) != blob:

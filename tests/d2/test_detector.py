@@ -192,6 +192,6 @@ def test_without_detectron2_the_package_imports_and_the_detector_says_what_it_ne
         "try:\n    dn_detr.Detector\nexcept ImportError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "needs Detectron2: run `python -m dn_detr.install_detectron2`" in done.stdout, (
-        done.stderr
-    )
+    assert (
+        "needs Detectron2 (" in done.stdout and "): run `python -m dn_detr.install" in done.stdout
+    ), done.stderr

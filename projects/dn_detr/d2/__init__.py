@@ -7,8 +7,8 @@ try:
     import detectron2  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "dn_detr.d2 needs Detectron2: run `python -m dn_detr.install_detectron2`, which installs the "
-        "tested one"
+        f"dn_detr.d2 needs Detectron2 ({error}): run `python -m dn_detr.install_detectron2`, which "
+        "installs the tested one"
     ) from error
 
 with warnings.catch_warnings():
