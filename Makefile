@@ -20,17 +20,18 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-$(VENV)/ready: setup.py pyproject.toml dev/setup_venv.sh $(wildcard csrc/* csrc/*/*)
+$(VENV)/ready: setup.py pyproject.toml dev/setup_venv.sh projects/dn_detr/install_detectron2.py $(wildcard csrc/* csrc/*/*)
 	bash dev/setup_venv.sh $(VENV)
 	touch $@
 
-PYPI_DETECTRON2 := build/pypi-detectron2
+PYPI_DETECTRON2 := $(CURDIR)/build/pypi-detectron2
 WITH_DETECTRON2 := $(addprefix tests/d2/test_,$(addsuffix .py,train_net evaluation datasets configs \
 	faster_rcnn masks checkpoint detector loader bad_input))
 
 test-pypi-detectron2: $(READY)
-	$(PYTHON) -m dn_detr.install_detectron2 --files $(PYPI_DETECTRON2)
-	OMP_NUM_THREADS=1 PYTHONPATH=$(PYPI_DETECTRON2) DN_DETR_PYPI_DETECTRON2=1 $(PYTHON) -m pytest \
+	rm -rf "$(PYPI_DETECTRON2)"
+	$(PYTHON) -m dn_detr.install_detectron2 --files "$(PYPI_DETECTRON2)"
+	OMP_NUM_THREADS=1 PYTHONPATH="$(PYPI_DETECTRON2)" DN_DETR_PYPI_DETECTRON2=1 $(PYTHON) -m pytest \
 		-n auto --maxprocesses 8 --dist worksteal $(WITH_DETECTRON2)
 
 clean:

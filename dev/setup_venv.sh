@@ -19,8 +19,11 @@ pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 pip install --quiet --upgrade "setuptools>=70,<82" wheel ninja
 pip install --quiet torch==2.11.0 torchvision==0.26.0
 
-"$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
-  export FORCE_CUDA=${FORCE_CUDA:-0}
+if [ -z "${FORCE_CUDA:-}" ] &&
+  ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
+  echo "no GPU here: the operators are built for the CPU alone (FORCE_CUDA=1: for CUDA, too)"
+  export FORCE_CUDA=0
+fi
 pip install --quiet --no-build-isolation -e ".[test]"
 if ! "$python" -m dn_detr.install_detectron2; then
   [ "${DN_DETR_REQUIRE_ALL:-0}" != 1 ] || exit 1
