@@ -93,6 +93,35 @@ def test_a_timm_backbone_gives_the_features_that_it_promises(name):
     assert features["res5"].shape == (1, backbone.output_shape()["res5"].channels, 2, 3)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm/tf_efficientnet_lite0",
+        "timm/regnetx_002",
+        "timm/resnet10t",
+        "torchvision/mobilenet_v2",
+    ],
+)
+def test_frozen_norms_compute_what_the_network_computes(name):
+    """Activations are a part of many of timm's batch norms, and were lost with them."""
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    frozen = build("build_named_backbone", config(MODEL__DN_DETR__BACKBONE=name))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in frozen.modules())
+    whole = config(MODEL__DN_DETR__BACKBONE=name, MODEL__RESNETS__NORM="BN")
+    whole = build("build_named_backbone", whole).eval().double()
+    for module in whole.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    frozen.double().load_state_dict(whole.state_dict(), strict=False)
+    with torch.no_grad():
+        found, expected = frozen(images), whole(images)
+    for stage, feature in expected.items():
+        torch.testing.assert_close(found[stage], feature)
+
+
 @pytest.mark.parametrize("name", ["", "swin_t", "torchvision/nothing", "other/swin_t"])
 def test_an_unknown_backbone_is_refused_by_name(name):
     with pytest.raises(ValueError, match="got|no model"):

@@ -110,7 +110,7 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.IN_FEATURES = ["res3", "res4", "res5"]
 
     # With MODEL.BACKBONE.NAME build_named_backbone: "torchvision/swin_t", "timm/convnext_tiny", ...
-    # and whether that library's ImageNet weights are downloaded (then set MODEL.WEIGHTS to "").
+    # and whether that library's ImageNet weights are downloaded where MODEL.WEIGHTS is "".
     node.BACKBONE = ""
     node.BACKBONE_PRETRAINED = True
 

@@ -10,6 +10,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
 from dn_detr.conversion.backbone import Colours, check_colours
+from dn_detr.errors import InputError
 
 STAGES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 """Names of the features by their stride, those of Detectron2's ResNet."""
@@ -168,6 +169,32 @@ def _colours(mean: tuple[float, ...], std: tuple[float, ...]) -> Colours:
     return "RGB", tuple(255 * value for value in mean), tuple(255 * value for value in std)
 
 
+class FrozenNormAct(FrozenBatchNorm2d):
+    """A frozen batch norm that goes on with the dropout and the activation of timm's."""
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__(norm.num_features, norm.eps)
+        frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(norm)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            getattr(self, name).copy_(getattr(frozen, name))
+        self.drop, self.act = norm.drop, norm.act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+def freeze_norms(module: nn.Module) -> None:
+    """Freeze all batch norms below `module`. Detectron2 alone would drop timm's activations, which
+    are a part of them."""
+    for name, child in module.named_children():
+        if isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm)) and hasattr(child, "act"):
+            setattr(module, name, FrozenNormAct(child))
+        elif isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            setattr(module, name, FrozenBatchNorm2d.convert_frozen_batchnorm(child))
+        else:
+            freeze_norms(child)
+
+
 LIBRARIES = {"torchvision": TorchvisionStages, "timm": TimmStages}
 
 
@@ -175,6 +202,7 @@ LIBRARIES = {"torchvision": TorchvisionStages, "timm": TimmStages}
 def build_named_backbone(cfg, input_shape: ShapeSpec) -> NamedBackbone:
     """The backbone MODEL.DN_DETR.BACKBONE, "<library>/<name>". Reads also MODEL.BACKBONE.FREEZE_AT,
     and MODEL.RESNETS.NORM: with "FrozenBN" its batch norms are frozen, as for Detectron2's ResNet.
+    With MODEL.DN_DETR.BACKBONE_PRETRAINED and no MODEL.WEIGHTS it has the library's own weights.
     """
     node = cfg.MODEL.DN_DETR
     library, _, name = node.BACKBONE.partition("/")
@@ -183,11 +211,20 @@ def build_named_backbone(cfg, input_shape: ShapeSpec) -> NamedBackbone:
             f'MODEL.DN_DETR.BACKBONE must be "<library>/<name>" with a library of '
             f"{sorted(LIBRARIES)}, got {node.BACKBONE!r}"
         )
-    stages = LIBRARIES[library](name, node.BACKBONE_PRETRAINED)
+    is_pretrained = node.BACKBONE_PRETRAINED and not cfg.MODEL.WEIGHTS
+    try:
+        stages = LIBRARIES[library](name, is_pretrained)
+    except OSError as error:  # of urllib, and of timm's hub
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(
+            f"{library} cannot fetch its weights of {name} ({reason}): bring the file to this machine "
+            "and set MODEL.WEIGHTS to its path, or MODEL.DN_DETR.BACKBONE_PRETRAINED False to start "
+            "from random weights."
+        ) from error
     if cfg.MODEL.RESNETS.NORM == "FrozenBN":
-        stages = FrozenBatchNorm2d.convert_frozen_batchnorm(stages)
+        freeze_norms(stages)
     backbone = NamedBackbone(stages, cfg.MODEL.BACKBONE.FREEZE_AT, node.BACKBONE)
-    if node.BACKBONE_PRETRAINED:
+    if is_pretrained:
         given = (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
         check_colours(f"the weights of {node.BACKBONE}", backbone.colours, given)
     return backbone
