@@ -20,7 +20,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from dn_detr.d2.checkpoint import UNREADABLE
+from dn_detr.conversion.read import read_pickle
 from dn_detr.d2.config import add_dn_detr_config, merge
 from dn_detr.d2.evidence import as_sample
 from dn_detr.d2.optimizer import build_optimizer
@@ -48,8 +48,8 @@ def read(file: Path) -> dict:
     if not file.is_file():
         raise InputError(f"there is no file {file}.")
     try:
-        kept = torch.load(file, map_location="cpu")
-    except UNREADABLE:
+        kept = read_pickle(file)
+    except ValueError:
         kept = None
     if not isinstance(kept, dict) or "num_parts" not in kept:
         raise InputError(f"{file} is not a not_finite_*.pth that a training has kept.")

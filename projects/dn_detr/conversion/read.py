@@ -68,15 +68,16 @@ def read_parameters(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def read_pickle(path: str | Path) -> object:
+def read_pickle(path: str | Path, *, mmap: bool = False) -> object:
     """What `torch.save` wrote, tensors and plain containers only. The other classes that the file
-    names, like the command line of its training, are replaced by `StandIn`."""
+    names, like the command line of its training, are replaced by `StandIn`. mmap: tensors are read
+    when they are first used, in torch's zip format alone."""
     with open(path, "rb"):  # so that what fails from here on is what stands in the file
         pass
     try:
         with torch.serialization.safe_globals(_stand_ins(path)):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, TypeError) as error:
         raise ValueError("the file is damaged, or torch.save did not write it") from error
 
 
@@ -95,6 +96,7 @@ class ArrayUnpickler(pickle.Unpickler):
     ALLOWED = frozenset(
         [
             *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
+            *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
             ("numpy", "ndarray"),
             ("numpy", "dtype"),
             ("collections", "OrderedDict"),
@@ -111,7 +113,7 @@ def read_arrays(path: str | Path) -> object:
     with open(path, "rb") as file:
         try:
             content = ArrayUnpickler(file, encoding="latin1").load()
-        except (pickle.UnpicklingError, EOFError) as error:
+        except Exception as error:  # any, as `pickle` says, may come of a damaged file
             raise ValueError(f"the file is damaged, or no pickle file: {error}") from error
 
     def to_tensors(value):

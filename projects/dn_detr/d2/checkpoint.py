@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import os
-import pickle
 import re
 from collections.abc import Sequence
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
+from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottleneckBlock
+from torch import nn
 
-from dn_detr.conversion.backbone import IMAGENET, check_colours, match_backbone
-from dn_detr.conversion.convert import COCO_CATEGORIES, convert, keep_coco_classes
-from dn_detr.conversion.read import read_arrays, read_safetensors
+from dn_detr.conversion.backbone import IMAGENET, Colours, check_colours, match_backbone
+from dn_detr.conversion.convert import ABSENT, COCO_CATEGORIES, convert, keep_coco_classes
+from dn_detr.conversion.read import read_arrays, read_pickle, read_safetensors
 from dn_detr.d2.datasets import class_names
 from dn_detr.d2.ema import KEY as EMA
 from dn_detr.d2.named_backbones import NamedBackbone
@@ -39,15 +38,8 @@ AVERAGED = f"@{EMA}"
 DETECTOR = "detector"
 """Under this key a checkpoint says which detector it holds."""
 
-UNREADABLE = (pickle.UnpicklingError, EOFError, OSError, RuntimeError, TypeError)
-"""What loading a file that is no checkpoint raises."""
-
-
 FOREIGN = ("transformer", "class_embed", "sem_seg_head", "input_proj", "query_embed", "bbox_embed")
 """Parts of names in detectors of the authors, of detrex and of Hugging Face."""
-
-COLOURS_OF = {"torchvision": IMAGENET}
-"""Pixels that files with Detectron2's names were trained with, by their "__author__"."""
 
 
 def check_hash(address: str, filename: str) -> None:
@@ -65,20 +57,24 @@ def check_hash(address: str, filename: str) -> None:
         )
 
 
-def read_foreign(filename: str) -> dict:
-    """A .pkl or .safetensors file as {"model": name -> tensor, ...}; InputError if it is damaged."""
+def read_checkpoint(filename: str) -> dict:
+    """{"model": name -> tensor, ...}, whatever the file is. Nothing in it is run; InputError if it is
+    damaged, or no checkpoint."""
+    readers = {".safetensors": read_safetensors, ".pkl": read_arrays}
     try:
-        if filename.endswith(".safetensors"):
-            return {"model": read_safetensors(filename)}
-        content = read_arrays(filename)
-    except (ValueError, KeyError, json.JSONDecodeError) as error:
+        content = readers.get(os.path.splitext(filename)[1], read_pickle)(filename)
+    except (ValueError, KeyError) as error:
         raise InputError(f"{filename!r} cannot be loaded as a checkpoint: {error}.") from error
     if not isinstance(content, dict):
         raise InputError(f"{filename!r} is not a checkpoint: it must hold arrays by name.")
-    if "model" in content and "__author__" in content:
-        return {**content, "matching_heuristics": False}
-    state = content.get("blobs", content)
-    return {"model": {k: v for k, v in state.items() if not str(k).endswith("_momentum")}}
+    name = next((name for name in ("model", "state_dict", "blobs") if name in content), None)
+    state = content if name is None else content[name]
+    if isinstance(state, dict) and "state_dict" in state:
+        state = state["state_dict"]
+    if isinstance(state, dict):
+        state = {k: v for k, v in state.items() if not str(k).endswith("_momentum")}
+    others = {} if name is None else content
+    return {**others, "model": state, "matching_heuristics": False}
 
 
 def describe(cfg: CfgNode) -> dict:
@@ -86,19 +82,6 @@ def describe(cfg: CfgNode) -> dict:
     `torch.load(weights_only=True)` reads."""
     names = [str(name) for name in class_names(cfg.DATASETS.TRAIN[0])]
     return {"config": cfg.dump(), "class_names": names}
-
-
-def unreadable(path: str, error: Exception) -> str:
-    """A sentence for one of `UNREADABLE`."""
-    reason = str(error).partition("\n")[0].rstrip(".")
-    is_cut_off = isinstance(error, EOFError) or getattr(error, "errno", None) == errno.EINVAL
-    # torch's text on pickles advises to load them unsafely.
-    if is_cut_off or isinstance(error, pickle.UnpicklingError):
-        reason = (
-            "it is damaged, or holds other objects than tensors, as files of the original authors do, "
-            "which tools/convert_checkpoint.py reads"
-        )
-    return f"{path!r} cannot be loaded as a checkpoint: {reason}."
 
 
 def has_part(key: str, parts: tuple[str, ...]) -> bool:
@@ -171,15 +154,7 @@ class Checkpointer(DetectionCheckpointer):
         """{"model": name -> array, ...}, whatever the file is. Nothing in it is run."""
         if "://" in self.path:
             check_hash(self.path, filename)
-        try:
-            if filename.endswith((".pkl", ".safetensors")):
-                checkpoint = read_foreign(filename)
-            else:
-                checkpoint = super()._load_file(filename)
-        except UNREADABLE as error:
-            raise InputError(unreadable(filename, error)) from error
-        if isinstance(checkpoint["model"], dict) and "state_dict" in checkpoint["model"]:
-            checkpoint["model"] = checkpoint["model"]["state_dict"]
+        checkpoint = read_checkpoint(filename)
         if self.path.endswith(AVERAGED):
             if EMA not in checkpoint:
                 raise InputError(
@@ -195,18 +170,19 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict):
         self._convert_ndarray_to_tensor(checkpoint["model"])
         state, known = checkpoint["model"], self.model.state_dict()
-        is_detector = any(has_part(key, ("core", "roi_heads")) for key in state)
-        if not is_detector and any(has_part(key, FOREIGN) for key in state):
-            state = checkpoint["model"] = self._converted(state)
-        elif not is_detector and self.may_start_anew:
-            return self._load_backbone(checkpoint)
+        if not any(has_part(key, ("core", "roi_heads")) for key in state):
+            converted = self._converted(state)
+            if converted is None and self.may_start_anew:
+                return self._load_backbone(checkpoint)
+            state = checkpoint["model"] = state if converted is None else converted
         has_other_classes = self.may_start_anew and self._has_other_classes(checkpoint)
         start_anew = CLASS_DEPENDENT if has_other_classes else ()
         for key in [key for key in state if has_part(key, start_anew)]:
             del state[key]
+        # Seen before loading, since frozen batch norms then make up the statistics that they lack.
+        missing = [key for key in known if key not in state and not is_counter(key)]
         incompatible = super()._load_model(checkpoint)
         shapes = [f"{k} {old} instead of {new}" for k, old, new in incompatible.incorrect_shapes]
-        missing = [key for key in incompatible.missing_keys if not is_counter(key)]
         total = sum(not is_counter(key) for key in known)
         summary = f"Loaded {total - len(missing) - len(shapes)} of {total} parameters"
         lacking = [k for k in missing if not has_part(k, (*start_anew, *TRAINING_ONLY))]
@@ -253,17 +229,12 @@ class Checkpointer(DetectionCheckpointer):
                     f"{len(wanted)} parameters and statistics: {fault}, {len(names)} in all, the first "
                     f"{names[0]}. (MODEL.DN_DETR.NEW_PARAMETERS names what the file may lack.)"
                 )
-        colours = match.colours or COLOURS_OF.get(checkpoint.get("__author__"))
+        colours, strides = match.colours, match.strides_in_1x1
+        if checkpoint.get("__author__") == "torchvision":
+            colours, strides = IMAGENET, False
         if colours is not None:
-            given = tuple(
-                v.flatten().tolist() for v in (self.model.pixel_mean, self.model.pixel_std)
-            )
-            try:
-                check_colours(
-                    f"the weights in {self.path!r}", colours, (self.model.input_format, *given)
-                )
-            except ValueError as error:
-                raise InputError(f"{error}.") from error
+            self._check_colours(colours)
+        self._check_network(body, strides, is_affine=match.is_affine)
         state = {f"{prefix}{name}": tensor for name, tensor in match.found.items()}
         incompatible = super()._load_model({"model": state})
         new = f"; these start anew: {', '.join(match.missing)}" if match.missing else ""
@@ -273,25 +244,55 @@ class Checkpointer(DetectionCheckpointer):
         )
         return incompatible
 
-    def _converted(self, state: dict) -> dict:
-        """A detector of the authors, of detrex or of Hugging Face under our names."""
+    def _check_network(self, body, strides_in_1x1: bool | None, *, is_affine: bool) -> None:
+        """InputError where a backbone has the parameters, but computes something else with them."""
+        modules = list(body.modules())
+        if is_affine and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
+            raise InputError(
+                f"the batch norms in {self.path!r} are without statistics, so they can only stay as "
+                "they are: set MODEL.RESNETS.NORM FrozenBN."
+            )
+        blocks = (BottleneckBlock, DeformBottleneckBlock)
+        strided = next((m for m in modules if isinstance(m, blocks) and m.stride == 2), None)
+        if strides_in_1x1 is None or strided is None:
+            return
+        if (strided.conv1.stride == (2, 2)) != strides_in_1x1:
+            raise InputError(
+                f"the network of the weights in {self.path!r} strides in other convolutions: set "
+                f"MODEL.RESNETS.STRIDE_IN_1X1 {strides_in_1x1}."
+            )
+
+    def _converted(self, state: dict) -> dict | None:
+        """A detector of the authors, of detrex or of Hugging Face under our names; None where it is
+        none. InputError where it is one of another method."""
         method = getattr(self.model, "method", None)
         try:
-            ours, table = convert(state, method)
-            num_classes = getattr(self.model, "num_classes", None)
-            if num_classes == len(COCO_CATEGORIES) and not self._fits(ours):
-                ours = keep_coco_classes(ours)
+            ours, table = convert({k.removeprefix("module."): v for k, v in state.items()}, method)
         except ValueError as error:
+            if not any(has_part(key, FOREIGN) for key in state):
+                return None
             raise InputError(
                 f"{self.path!r} is a detector of another project, which cannot be read as "
                 f"{method or type(self.model).__name__}: {error}."
             ) from error
         self.logger.info(f"Read {self.path} as {table.source}")
-        return ours
-
-    def _fits(self, state: dict) -> bool:
+        self._check_colours(IMAGENET)
         known = self.model.state_dict()
-        return all(k not in known or known[k].shape == value.shape for k, value in state.items())
+        surplus = {
+            value.shape[0] - known[name].shape[0]
+            for name, value in ours.items()
+            if has_part(name, CLASS_DEPENDENT) and name in known and value.shape[0] > 1
+        }
+        is_coco = self.model.num_classes == len(COCO_CATEGORIES)
+        return keep_coco_classes(ours) if is_coco and surplus == {len(ABSENT) + 1} else ours
+
+    def _check_colours(self, colours: Colours) -> None:
+        mean, std = (v.flatten().tolist() for v in (self.model.pixel_mean, self.model.pixel_std))
+        try:
+            given = (self.model.input_format, mean, std)
+            check_colours(f"the weights in {self.path!r}", colours, given)
+        except ValueError as error:
+            raise InputError(f"{error}.") from error
 
     def _has_other_classes(self, checkpoint: dict) -> bool:
         """By their names where both sides know them, and by the sizes of what depends on them."""

@@ -10,7 +10,8 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
-from dn_detr.d2.checkpoint import AVERAGED, DETECTOR, UNREADABLE, Checkpointer, unreadable
+from dn_detr.conversion.read import read_pickle
+from dn_detr.d2.checkpoint import AVERAGED, DETECTOR, Checkpointer
 from dn_detr.d2.config import add_dn_detr_config, merge, read_config
 from dn_detr.d2.datasets import class_names, register_coco_format
 from dn_detr.d2.trainer import Trainer
@@ -34,10 +35,10 @@ def description_in(path: str) -> dict | None:
         raise InputError(f"there is no checkpoint {path!r}.")
     if path.endswith((".pkl", ".safetensors")):
         return None
-    try:  # with mmap tensors are not read
-        checkpoint = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path))
-    except UNREADABLE as error:
-        raise InputError(unreadable(path, error)) from error
+    try:
+        checkpoint = read_pickle(path, mmap=zipfile.is_zipfile(path))  # tensors are not read
+    except ValueError as error:
+        raise InputError(f"{path!r} cannot be loaded as a checkpoint: {error}.") from error
     about = checkpoint.get(DETECTOR) if isinstance(checkpoint, dict) else None
     return about if isinstance(about, dict) else None
 
