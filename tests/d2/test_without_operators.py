@@ -5,18 +5,13 @@ import importlib.util
 import pytest
 from detectron2.config import get_cfg
 from detectron2.engine import defaults
+from detectron2.layers import deform_conv
+from detectron2.modeling.backbone import resnet
 
 from dn_detr.d2 import add_dn_detr_config
 from dn_detr.d2.trainer import Trainer
-from dn_detr.d2.without_operators import check_operators
+from dn_detr.d2.without_operators import checked_operators
 from dn_detr.errors import InputError
-
-NEEDY = [
-    ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True], "deformable convolutions"),
-    ("MODEL.PROPOSAL_GENERATOR.NAME", "RRPN", "rotated boxes"),
-    ("MODEL.ROI_HEADS.NAME", "RROIHeads", "rotated boxes"),
-    ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignRotated", "rotated boxes"),
-]
 
 
 @pytest.fixture
@@ -24,38 +19,59 @@ def cfg():
     cfg = get_cfg()
     add_dn_detr_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DN_DETR.NUM_CLASSES = 2
     return cfg
 
 
 @pytest.fixture
-def has_operators(monkeypatch):
-    """has_operators(False): as if Detectron2 were its Python files alone."""
+def without_operators(monkeypatch):
+    """As if Detectron2 were its Python files alone."""
     find = importlib.util.find_spec
-
-    def pretend(answer):
-        def find_spec(name, package=None):
-            return answer if name == "detectron2._C" else find(name, package)
-
-        monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-
-    return pretend
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "detectron2._C" else find(name)
+    )
+    for name in ("DeformConv", "ModulatedDeformConv"):
+        dummy = deform_conv.create_dummy_class(name, "detectron2._C", "it is not compiled")
+        monkeypatch.setattr(resnet, name, dummy)
 
 
-@pytest.mark.parametrize(("key", "value", "words"), NEEDY)
-def test_a_model_that_needs_compiled_operators_is_refused_without_them(
-    cfg, has_operators, key, value, words
+ADVICE = "DETECTRON2=github python -m dn_detr.install_detectron2"
+
+
+@pytest.mark.parametrize("is_modulated", [False, True])
+def test_deformable_convolutions_are_refused_without_operators(
+    cfg, without_operators, is_modulated
 ):
+    """And only where the backbone has them: the thin ResNet does not read the key."""
+    model = cfg.MODEL
+    model.META_ARCHITECTURE = "DenoisingDETR"
+    model.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
+    model.RESNETS.DEFORM_ON_PER_STAGE = [False, True, True, True]
+    model.RESNETS.DEFORM_MODULATED = is_modulated
+    with pytest.raises(InputError, match=f"deformable convolutions.*{ADVICE}"):
+        Trainer.build_model(cfg)
+    model.BACKBONE.NAME = "build_thin_resnet_backbone"
+    Trainer.build_model(cfg)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.PROPOSAL_GENERATOR.NAME", "RRPN"),
+        ("MODEL.ROI_HEADS.NAME", "RROIHeads"),
+        ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignRotated"),
+    ],
+)
+def test_rotated_boxes_are_refused_without_operators(cfg, without_operators, key, value):
     cfg.merge_from_list([key, value])
-    has_operators("somewhere")
-    check_operators(cfg)
-    has_operators(None)
-    with pytest.raises(InputError, match=f"{words}.*DETECTRON2=github python -m dn_detr"):
+    with pytest.raises(InputError, match=f"rotated boxes.*{ADVICE}"):
         Trainer.build_model(cfg)
 
 
-def test_all_else_needs_none(cfg, has_operators):
-    has_operators(None)
-    check_operators(cfg)
+def test_other_imports_that_fail_are_left_alone(cfg):
+    with pytest.raises(ImportError, match="timm") as caught, checked_operators(cfg):
+        raise ImportError("No module named 'timm'")
+    assert not isinstance(caught.value, InputError)
 
 
 def test_a_key_that_an_older_detectron2_lacks_may_stand_in_a_configuration_but_not_be_used(
@@ -66,5 +82,5 @@ def test_a_key_that_an_older_detectron2_lacks_may_stand_in_a_configuration_but_n
     add_dn_detr_config(cfg)
     cfg.merge_from_list(["FLOAT32_PRECISION", "high"])
     monkeypatch.delattr(defaults, "_set_float32_precision", raising=False)
-    with pytest.raises(InputError, match="FLOAT32_PRECISION need"):
-        check_operators(cfg)
+    with pytest.raises(InputError, match=f"FLOAT32_PRECISION needs .*{ADVICE}"):
+        Trainer.build_model(cfg)

@@ -33,7 +33,7 @@ from dn_detr.d2.schedule import build_lr_scheduler
 from dn_detr.d2.train_step import TrainStep
 from dn_detr.d2.wandb_writer import WandbWriter
 from dn_detr.d2.whole_batch import num_parts
-from dn_detr.d2.without_operators import check_operators
+from dn_detr.d2.without_operators import checked_operators
 from dn_detr.d2.writers import ProgressBar, ProgressLines
 from dn_detr.errors import InputError, NotFinite
 
@@ -177,9 +177,9 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg) -> nn.Module:
-        check_operators(cfg)
         try:
-            return super().build_model(cfg)
+            with checked_operators(cfg):
+                return super().build_model(cfg)
         except (ValueError, KeyError) as error:
             raise InputError(
                 f"the model cannot be built from this configuration: {error.args[0]}."
