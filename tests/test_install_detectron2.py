@@ -166,7 +166,7 @@ def of_commit(commit: str, url: str = chooser.REPOSITORY) -> dict:
     return {"url": url, "vcs_info": {"commit_id": commit}}
 
 
-FROM_PYPI = (chooser.LOCAL_VERSION, {"url": "file:///tmp/x.whl", "archive_info": {}})
+FROM_PYPI = (chooser.LOCAL_VERSION, {"url": "file:///folder/x.whl", "archive_info": {}})
 OF_THE_USER = ("0.6", of_commit("1" * 40, "https://elsewhere"))
 
 
