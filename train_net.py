@@ -10,8 +10,10 @@ Trailing KEY VALUE pairs override the configuration.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import traceback
 
 try:
     import dn_detr.d2  # noqa: F401
@@ -158,5 +160,29 @@ def invoke_main(arguments: list[str] | None = None) -> None:
         sys.exit(f"train_net.py: {sentence}")
 
 
+def invoke_main_and_leave() -> None:
+    """`invoke_main` as one of torchrun's processes, ended at once with its exit status.
+
+    Without Python's finalisation: there, a thread of gloo that lets go of a Python object aborts the
+    process ("terminate called without an active exception").
+    """
+    status = 0
+    try:
+        invoke_main()
+    except SystemExit as ended:  # as Python would take it
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+    except BaseException:
+        status = 1
+        traceback.print_exc()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        invoke_main_and_leave()
     invoke_main()

@@ -27,6 +27,35 @@ def test_ctrl_c_ends_a_training_in_one_sentence(train_net, monkeypatch, capsys):
     assert "--resume goes on from the newest checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("ending", "status", "said"),
+    [
+        (None, 0, ""),
+        (SystemExit(), 0, ""),
+        (SystemExit(130), 130, ""),
+        (SystemExit("train_net.py: a sentence"), 1, "train_net.py: a sentence\n"),
+        (RuntimeError("a fault"), 1, "RuntimeError: a fault\n"),
+    ],
+)
+def test_a_process_of_torchrun_ends_with_its_status_and_without_pythons_finalisation(
+    train_net, monkeypatch, capsys, ending, status, said
+):
+    """In which a thread of gloo aborted it now and then, on a busy machine."""
+
+    def end():
+        if ending is not None:
+            raise ending
+
+    left, handlers = [], []
+    monkeypatch.setattr(train_net, "invoke_main", end)
+    monkeypatch.setattr(train_net.atexit, "_run_exitfuncs", lambda: handlers.append(len(left)))
+    monkeypatch.setattr(train_net.os, "_exit", left.append)
+    train_net.invoke_main_and_leave()
+    assert left == [status]
+    assert handlers == [0]  # before it leaves
+    assert capsys.readouterr().err.endswith(said)
+
+
 def test_a_training_leaves_what_detectron2_users_look_for(run, tmp_path):
     run("TEST.EVAL_PERIOD", 2)
     folder = tmp_path / "run"
