@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dn_detr.conversion.table import IGNORED, Rule, Table, resnet
 
-Colours = tuple[str, tuple[float, ...], tuple[float, ...]]
+Normalisation = tuple[str, tuple[float, ...], tuple[float, ...]]
 """Channel order, mean and standard deviation of the pixels in 0..255 that weights were trained with."""
 
-IMAGENET: Colours = ("RGB", (123.675, 116.280, 103.530), (58.395, 57.120, 57.375))
-CAFFE: Colours = ("BGR", (103.530, 116.280, 123.675), (1.0, 1.0, 1.0))
+IMAGENET: Normalisation = ("RGB", (123.675, 116.280, 103.530), (58.395, 57.120, 57.375))
+CAFFE: Normalisation = ("BGR", (103.530, 116.280, 123.675), (1.0, 1.0, 1.0))
 
 TORCHVISION = "a ResNet of torchvision or timm"
 HUGGING_FACE = "a ResNet of Hugging Face"
@@ -48,8 +48,9 @@ class BackboneMatch:
 
     source: in words; found: parameters by the backbone's names; missing: names that the file lacks;
     surplus: names in the file that belong to nothing; wrong: names with the shapes there and here;
-    colours: what the weights were trained with, None = unknown; strides_in_1x1: where the bottlenecks
-    of its network stride, None = unknown; is_affine: its batch norms are an affine map alone.
+    normalisation: what the weights were trained with, None = unknown; strides_in_1x1: whether the
+    bottlenecks of its network stride in their first convolution, None = unknown; is_affine: its batch
+    norms are an affine map alone.
     """
 
     source: str
@@ -57,12 +58,12 @@ class BackboneMatch:
     missing: list[str]
     surplus: list[str]
     wrong: list[str]
-    colours: Colours | None
+    normalisation: Normalisation | None
     strides_in_1x1: bool | None = None
     is_affine: bool = False
 
 
-def check_colours(weights: str, wanted: Colours, given: Colours) -> None:
+def check_normalisation(weights: str, wanted: Normalisation, given: Normalisation) -> None:
     """ValueError, with what to set, unless pixels come as the weights were trained with them: to a
     hundredth of the spread, which rounds what papers write."""
     pairs = zip((*wanted[1], *wanted[2]), (*given[1], *given[2]), strict=True)
@@ -71,8 +72,8 @@ def check_colours(weights: str, wanted: Colours, given: Colours) -> None:
         return
     order, mean, std = (wanted[0], *([round(v, 3) for v in values] for values in wanted[1:]))
     raise ValueError(
-        f"{weights} were trained with other colours: set INPUT.FORMAT {order} MODEL.PIXEL_MEAN "
-        f'"{mean}" MODEL.PIXEL_STD "{std}", got {given[0]}, {list(given[1])} and {list(given[2])}'
+        f"{weights} were trained with another pixel normalisation: set INPUT.FORMAT {order} "
+        f'MODEL.PIXEL_MEAN "{mean}" MODEL.PIXEL_STD "{std}", got {given[0]}, {list(given[1])} and {list(given[2])}'
     )
 
 
@@ -82,7 +83,7 @@ def match_backbone(
     *,
     library: str = "",
     library_names: Mapping[str, str] | None = None,
-    library_colours: Colours | None = None,
+    library_normalisation: Normalisation | None = None,
 ) -> BackboneMatch:
     """The file's parameters for a backbone, by the names that fit best.
 
@@ -90,7 +91,7 @@ def match_backbone(
     statistics; library_names: the file's names -> the backbone's where `library` built it, "" for
     what only its classifier has.
     """
-    candidates: list[tuple[str, Renamer, Colours | None]] = [
+    candidates: list[tuple[str, Renamer, Normalisation | None]] = [
         ("the names of Detectron2", _detectron2, None),
         (TORCHVISION, _by_table(resnet("x")), IMAGENET),
         (HUGGING_FACE, _by_table(HUGGING_FACE_RULES), IMAGENET),
@@ -98,8 +99,10 @@ def match_backbone(
     ]
     if library_names is not None:
         flat = _by_names(numbered_through(library_names))
-        candidates.insert(0, (f"{library}, its blocks numbered through", flat, library_colours))
-        candidates.insert(0, (library, _by_names(library_names), library_colours))
+        candidates.insert(
+            0, (f"{library}, its blocks numbered through", flat, library_normalisation)
+        )
+        candidates.insert(0, (library, _by_names(library_names), library_normalisation))
     matches = [_match(state, wanted, *candidate) for candidate in candidates]
     match = max(matches, key=lambda match: len(match.found))
     if match.source in (TORCHVISION, HUGGING_FACE):
@@ -112,7 +115,7 @@ def match_backbone(
         )
         return replace(
             match,
-            colours=None if is_resnext else CAFFE,
+            normalisation=None if is_resnext else CAFFE,
             strides_in_1x1=not is_resnext and not any("_gn_" in name for name in state),
             is_affine=_is_affine(state),
         )
@@ -123,7 +126,9 @@ Renamer = Callable[[Mapping[str, Tensor]], Iterator[tuple[str, str | None, Tenso
 """State of a file -> (name there, name here, tensor); here: None = unknown, "" = not of a backbone."""
 
 
-def _match(state, wanted, source: str, rename: Renamer, colours: Colours | None) -> BackboneMatch:
+def _match(
+    state, wanted, source: str, rename: Renamer, normalisation: Normalisation | None
+) -> BackboneMatch:
     found, wrong, surplus = {}, [], []
     for name, ours, tensor in rename(state):
         if ours in wanted and tuple(tensor.shape) == tuple(wanted[ours]):
@@ -134,7 +139,7 @@ def _match(state, wanted, source: str, rename: Renamer, colours: Colours | None)
             surplus.append(name)
     lacking = [n for n in wanted if n not in found and not IGNORED.search(n)]
     missing = [n for n in lacking if not any(entry.startswith(f"{n} ") for entry in wrong)]
-    return BackboneMatch(source, found, missing, surplus, wrong, colours)
+    return BackboneMatch(source, found, missing, surplus, wrong, normalisation)
 
 
 def _detectron2(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str | None, Tensor]]:

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottleneckBlock
 from torch import nn
 
-from dn_detr.conversion.backbone import IMAGENET, Colours, check_colours, match_backbone
+from dn_detr.conversion.backbone import IMAGENET, Normalisation, check_normalisation, match_backbone
 from dn_detr.conversion.convert import ABSENT, COCO_CATEGORIES, convert, keep_coco_classes
 from dn_detr.conversion.read import read_arrays, read_pickle, read_safetensors
 from dn_detr.d2.datasets import class_names
@@ -44,9 +44,9 @@ FOREIGN = ("transformer", "class_embed", "sem_seg_head", "input_proj", "query_em
 
 def check_hash(address: str, filename: str) -> None:
     """InputError where an address names the beginning of its file's sha256, as torchvision's do, and
-    the file has another."""
+    the file has another. Digits alone are a date, but for PyTorch's own addresses."""
     named = re.search(r"-([0-9a-f]{8,64})\.\w+$", address.removesuffix(AVERAGED))
-    if named is None:
+    if named is None or (named[1].isdigit() and "://download.pytorch.org/" not in address):
         return
     with open(filename, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -207,8 +207,12 @@ class Checkpointer(DetectionCheckpointer):
         wanted = {name: value.shape for name, value in body.state_dict().items()}
         library = {}
         if isinstance(body, NamedBackbone):
-            names, colours = body.library_names(), body.colours
-            library = {"library": body.name, "library_names": names, "library_colours": colours}
+            names, normalisation = body.library_names(), body.normalisation
+            library = {
+                "library": body.name,
+                "library_names": names,
+                "library_normalisation": normalisation,
+            }
         state = {name.removeprefix("module."): v for name, v in checkpoint["model"].items()}
         match = match_backbone(state, wanted, **library)
         if not match.found:
@@ -229,17 +233,17 @@ class Checkpointer(DetectionCheckpointer):
                     f"{len(wanted)} parameters and statistics: {fault}, {len(names)} in all, the first "
                     f"{names[0]}. (MODEL.DN_DETR.NEW_PARAMETERS names what the file may lack.)"
                 )
-        colours, strides = match.colours, match.strides_in_1x1
+        normalisation, strides = match.normalisation, match.strides_in_1x1
         if checkpoint.get("__author__") == "torchvision":
-            colours, strides = IMAGENET, False
-        if colours is not None:
-            self._check_colours(colours)
+            normalisation, strides = IMAGENET, False
+        if normalisation is not None:
+            self._check_normalisation(normalisation)
         self._check_network(body, strides, is_affine=match.is_affine)
         state = {f"{prefix}{name}": tensor for name, tensor in match.found.items()}
         incompatible = super()._load_model({"model": state})
         new = f"; these start anew: {', '.join(match.missing)}" if match.missing else ""
         self.logger.info(
-            f"Loaded the backbone, all of its {len(match.found)} parameters and statistics, from "
+            f"Loaded {len(match.found)} of {len(wanted)} parameters and statistics of the backbone from "
             f"{self.path}, read as {match.source}{new}"
         )
         return incompatible
@@ -276,7 +280,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"{method or type(self.model).__name__}: {error}."
             ) from error
         self.logger.info(f"Read {self.path} as {table.source}")
-        self._check_colours(IMAGENET)
+        self._check_normalisation(IMAGENET)
         known = self.model.state_dict()
         surplus = {
             value.shape[0] - known[name].shape[0]
@@ -286,11 +290,11 @@ class Checkpointer(DetectionCheckpointer):
         is_coco = self.model.num_classes == len(COCO_CATEGORIES)
         return keep_coco_classes(ours) if is_coco and surplus == {len(ABSENT) + 1} else ours
 
-    def _check_colours(self, colours: Colours) -> None:
+    def _check_normalisation(self, normalisation: Normalisation) -> None:
         mean, std = (v.flatten().tolist() for v in (self.model.pixel_mean, self.model.pixel_std))
         try:
             given = (self.model.input_format, mean, std)
-            check_colours(f"the weights in {self.path!r}", colours, given)
+            check_normalisation(f"the weights in {self.path!r}", normalisation, given)
         except ValueError as error:
             raise InputError(f"{error}.") from error
 

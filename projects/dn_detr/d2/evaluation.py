@@ -166,7 +166,7 @@ def _of_detectron2() -> type[COCOeval]:
     except ImportError:
         logger.warning(
             "this Detectron2 has no compiled operators, so pycocotools computes AP: the same to "
-            "rounding, slower (TEST.COCO_EVAL 'faster_coco_eval' is not)"
+            "rounding, but slower. TEST.COCO_EVAL 'faster_coco_eval' is fast without them."
         )
         return COCOevalMaxDets
     return type("FastCOCOeval", (COCOevalMaxDets, fast), {})  # summarize of the one, else the other

@@ -9,7 +9,7 @@ from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
-from dn_detr.conversion.backbone import Colours, check_colours
+from dn_detr.conversion.backbone import Normalisation, check_normalisation
 from dn_detr.errors import InputError
 
 STAGES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
@@ -66,9 +66,9 @@ class NamedBackbone(Backbone):
         }
 
     @property
-    def colours(self) -> Colours:
+    def normalisation(self) -> Normalisation:
         """What the library's weights were trained with."""
-        return self.stages.colours
+        return self.stages.normalisation
 
     @property
     def size_divisibility(self) -> int:
@@ -110,7 +110,7 @@ class TorchvisionStages(nn.Module):
         self.parts = nn.ModuleList(trunk.values())
         self.names = {key: _renamed(key, place) for key in classifier.state_dict()}
         transforms = models.get_model_weights(name).DEFAULT.transforms()
-        self.colours = _colours(transforms.mean, transforms.std)
+        self.normalisation = _normalisation(transforms.mean, transforms.std)
 
     def library_names(self) -> dict[str, str]:
         return self.names
@@ -141,7 +141,9 @@ class TimmStages(nn.Module):
                 raise
             self.model = timm.create_model(name, **options)
         self.name = name
-        self.colours = _colours(self.model.default_cfg["mean"], self.model.default_cfg["std"])
+        self.normalisation = _normalisation(
+            self.model.default_cfg["mean"], self.model.default_cfg["std"]
+        )
 
     def library_names(self) -> dict[str, str]:
         """A feature extractor joins the names of nested modules by "_", and lacks the classifier."""
@@ -165,7 +167,7 @@ def _renamed(key: str, place: dict[str, str]) -> str:
     return ""
 
 
-def _colours(mean: tuple[float, ...], std: tuple[float, ...]) -> Colours:
+def _normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> Normalisation:
     return "RGB", tuple(255 * value for value in mean), tuple(255 * value for value in std)
 
 
@@ -226,5 +228,5 @@ def build_named_backbone(cfg, input_shape: ShapeSpec) -> NamedBackbone:
     backbone = NamedBackbone(stages, cfg.MODEL.BACKBONE.FREEZE_AT, node.BACKBONE)
     if is_pretrained:
         given = (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
-        check_colours(f"the weights of {node.BACKBONE}", backbone.colours, given)
+        check_normalisation(f"the weights of {node.BACKBONE}", backbone.normalisation, given)
     return backbone
