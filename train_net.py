@@ -31,13 +31,13 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from dn_detr.d2.checkpoint import Checkpointer
-from dn_detr.d2.config import read_config
-from dn_detr.d2.datasets import prepare
-from dn_detr.d2.ranks import together
-from dn_detr.d2.report import check_once
-from dn_detr.d2.saved_detector import read_evaluation_config
-from dn_detr.d2.trainer import Trainer
+from dn_detr.d2.config.defaults import read_config
+from dn_detr.d2.data.catalog import prepare
+from dn_detr.d2.data.summary import check_once
+from dn_detr.d2.engine.checkpoint import Checkpointer
+from dn_detr.d2.engine.collective import together
+from dn_detr.d2.engine.trainer import Trainer
+from dn_detr.d2.inference.saved_detector import read_evaluation_config
 from dn_detr.errors import InputError, ToldElsewhere, sentence_in
 from dn_detr.ops.extension import slow_sentence
 

@@ -38,7 +38,7 @@ from common import (
 )
 from torch import Tensor
 
-from dn_detr.assists.denoising import FixedGroups, ObjectBudget
+from dn_detr.auxiliary.denoising import FixedGroups, ObjectBudget
 from dn_detr.ops import noise_objects, noise_objects_plain
 from dn_detr.structures import Target, Targets, pad_targets
 

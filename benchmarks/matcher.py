@@ -21,8 +21,8 @@ from common import count_launches, make_parser, markdown, save, table, time_side
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from dn_detr.layers.boxes import cxcywh_to_xyxy, elementwise_generalized_iou
-from dn_detr.losses.assign import Costs, assign
+from dn_detr.layers.box_ops import cxcywh_to_xyxy, elementwise_generalized_iou
+from dn_detr.losses.matcher import Costs, assign
 from dn_detr.ops import plain_operators
 from dn_detr.structures import Predictions, Segment, Target, Targets, pad_targets
 

@@ -25,8 +25,8 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from peak_memory import peak_mib
 
-from dn_detr.d2.config import read_config
-from dn_detr.d2.optimizer import build_optimizer
+from dn_detr.d2.config.defaults import read_config
+from dn_detr.d2.solver.optimizer import build_optimizer
 from dn_detr.ops import plain_operators
 
 NUM_CLASSES, OBJECTS = 80, 7

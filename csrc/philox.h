@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "anywhere.h"
+#include "host_device.h"
 
 namespace dn_detr {
 

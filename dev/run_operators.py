@@ -17,7 +17,7 @@ import sys
 import torch
 
 from dn_detr import ops
-from dn_detr.losses.assign import Costs, assign
+from dn_detr.losses.matcher import Costs, assign
 from dn_detr.ops.extension import KERNELS
 from dn_detr.structures import Predictions, Segment, Target, pad_targets
 

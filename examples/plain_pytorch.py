@@ -24,9 +24,9 @@ from torchvision.io import read_image
 from torchvision.models import resnet18
 
 from dn_detr.build import Denoising, build_criterion, build_model
-from dn_detr.data.shapes import generate
-from dn_detr.losses.assign import Costs, assign
-from dn_detr.models.numbers import Numbers
+from dn_detr.datasets.shapes import generate
+from dn_detr.losses.matcher import Costs, assign
+from dn_detr.models.model_config import Numbers
 from dn_detr.models.postprocess import postprocess
 from dn_detr.structures import Target, pad_targets
 

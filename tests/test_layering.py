@@ -27,10 +27,10 @@ CORE = {
     "layers": {"errors", "ops", "structures"},
     "models": {"errors", "layers", "ops", "structures"},
     "methods": {"errors", "layers", "models", "structures"},
-    "assists": {"errors", "layers", "ops", "structures"},
+    "auxiliary": {"errors", "layers", "ops", "structures"},
     "losses": {"errors", "layers", "ops", "structures"},
     "analysis": {"errors", "structures"},
-    "build": {"assists", "errors", "layers", "losses", "methods", "models", "structures"},
+    "build": {"auxiliary", "errors", "layers", "losses", "methods", "models", "structures"},
 }
 """Room -> rooms that it may import beside itself: plain PyTorch, with SciPy for the matching."""
 
@@ -39,9 +39,9 @@ OTHERS = {
     "errors": set(),
     "info": {"errors", "install_detectron2", "ops"},
     "install_detectron2": set(),
-    "data": {"errors"},
+    "datasets": {"errors"},
     "conversion": {"errors"},
-    "d2": {*CORE, "data", "errors", "conversion"},
+    "d2": {*CORE, "datasets", "errors", "conversion"},
     "detector": {"d2", "errors"},
 }
 
@@ -49,13 +49,13 @@ OUTSIDE = {
     **dict.fromkeys(CORE, {"numpy", "scipy", "torch"}),
     "ops": {"torch"},
     "info": {"torch"},
-    "data": {"numpy", "PIL", "yaml"},
+    "datasets": {"numpy", "PIL", "yaml"},
     "conversion": {"numpy", "torch"},
     "detector": {"PIL", "detectron2", "numpy", "torch"},
 }
 """Room -> packages that it may import beside the standard library; none where it is not named."""
 
-TRACED = ("layers", "models", "methods", "assists")
+TRACED = ("layers", "models", "methods", "auxiliary")
 """Rooms whose code is compiled and exported, and must not wait for the device."""
 
 
@@ -172,7 +172,7 @@ def test_the_rules_find_what_they_forbid():
     tree = ast.parse(
         "def f(x, y: list[int]):\n"
         "    from dn_detr.d2 import config\n"
-        "    import dn_detr.losses.assign as a\n"
+        "    import dn_detr.losses.matcher as a\n"
         "    return len(x), len(y), x.item()"
     )
     assert set(own_rooms(tree)) == {"d2", "losses"}
@@ -190,8 +190,8 @@ for name in ("detectron2", "fvcore", "pycocotools"):
 import torch
 from tiny import tiny_features, tiny_model, tiny_padding, tiny_targets
 from dn_detr.build import Denoising, build_criterion
-from dn_detr.data import shapes
-from dn_detr.losses.assign import Costs, assign
+from dn_detr.datasets import shapes
+from dn_detr.losses.matcher import Costs, assign
 
 model = tiny_model("dab_deformable", denoising=Denoising(num_groups=2))
 targets = tiny_targets(2, 0)

@@ -13,11 +13,11 @@ from dn_detr.build import (
     build_model,
     mask_terms,
 )
-from dn_detr.layers.boxes import cxcywh_to_xyxy
-from dn_detr.losses.assign import Costs, assign
+from dn_detr.layers.box_ops import cxcywh_to_xyxy
 from dn_detr.losses.mask_costs import MaskCosts
 from dn_detr.losses.mask_points import PointSampling
-from dn_detr.models.numbers import Numbers
+from dn_detr.losses.matcher import Costs, assign
+from dn_detr.models.model_config import Numbers
 from dn_detr.structures import Predictions, Target, Targets, pad_targets
 
 ASSISTS = {

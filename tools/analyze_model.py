@@ -29,11 +29,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dn_detr.d2  # noqa: F401
-from dn_detr.d2.coco_check import read_json
-from dn_detr.d2.config import read_config
-from dn_detr.d2.faster_rcnn import DenoisingRCNN
+from dn_detr.d2.config.defaults import read_config
+from dn_detr.d2.data.coco_check import read_json
+from dn_detr.d2.modeling.faster_rcnn import DenoisingRCNN
 from dn_detr.errors import InputError
-from dn_detr.models.detr import DETR
+from dn_detr.models.detection_transformer import DETR
 
 PUBLISHED = {
     "dab_detr": (44, 94),

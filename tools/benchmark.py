@@ -27,14 +27,14 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 import dn_detr.d2  # noqa: F401
-from dn_detr.d2 import export
-from dn_detr.d2.compiled import compile_core
-from dn_detr.d2.config import read_config
-from dn_detr.d2.datasets import prepare
-from dn_detr.d2.loader import build_train_loader
-from dn_detr.d2.optimizer import build_optimizer
-from dn_detr.d2.recompute import recompute
-from dn_detr.d2.train_step import TrainStep
+from dn_detr.d2.config.defaults import read_config
+from dn_detr.d2.data.catalog import prepare
+from dn_detr.d2.data.loader import build_train_loader
+from dn_detr.d2.engine.activation_checkpointing import recompute
+from dn_detr.d2.engine.compile import compile_core
+from dn_detr.d2.engine.train_step import TrainStep
+from dn_detr.d2.export import exporter
+from dn_detr.d2.solver.optimizer import build_optimizer
 from dn_detr.errors import InputError
 
 
@@ -95,11 +95,11 @@ def data_task(cfg, args) -> Callable[[], None]:
 
 def export_task(args) -> Callable[[], None]:
     """A file of tools/export.py, on the CPU."""
-    kinds = {suffix: kind for kind, suffix in export.FORMATS.items()}
+    kinds = {suffix: kind for kind, suffix in exporter.FORMATS.items()}
     if args.exported is None or args.exported.suffix not in kinds:
         raise InputError(f"--task export needs --exported, a file ending in {' or '.join(kinds)}.")
-    run = torch.inference_mode()(export.load(args.exported, kinds[args.exported.suffix]))
-    inputs = export.example(args.batch, *args.size)
+    run = torch.inference_mode()(exporter.load(args.exported, kinds[args.exported.suffix]))
+    inputs = exporter.example(args.batch, *args.size)
     return lambda: run(*inputs)
 
 

@@ -20,13 +20,13 @@ from pathlib import Path
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 
-from dn_detr.d2 import records
-from dn_detr.d2.cleaning import clean_content
-from dn_detr.d2.coco_check import read_json
-from dn_detr.d2.config import add_dn_detr_config, read_config
-from dn_detr.d2.datasets import dataset_names, register_coco_format, register_shapes
-from dn_detr.d2.dense_o2o import build_dense_o2o
-from dn_detr.d2.report import num_queries_of, report_on
+from dn_detr.d2.config.defaults import add_dn_detr_config, read_config
+from dn_detr.d2.data import dataset_dicts
+from dn_detr.d2.data.augmentation_schedule import build_dense_o2o
+from dn_detr.d2.data.catalog import dataset_names, register_coco_format, register_shapes
+from dn_detr.d2.data.cleaning import clean_content
+from dn_detr.d2.data.coco_check import read_json
+from dn_detr.d2.data.summary import num_queries_of, report_on
 from dn_detr.errors import InputError
 
 
@@ -43,7 +43,7 @@ def report(cfg: CfgNode, name: str, *, knows_model: bool) -> str:
     node = cfg.MODEL.DN_DETR
     return str(
         report_on(
-            records.load(name),
+            dataset_dicts.load(name),
             is_for_training=name not in cfg.DATASETS.TEST,
             filters_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             num_queries=num_queries_of(cfg) if knows_model else 0,

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from dn_detr.conversion.convert import convert, keep_coco_classes
-from dn_detr.conversion.read import read_parameters
+from dn_detr.conversion.convert_weights import convert, keep_coco_classes
+from dn_detr.conversion.safe_load import read_parameters
 from dn_detr.conversion.tables import TABLES
 
 

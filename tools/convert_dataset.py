@@ -15,8 +15,8 @@ import json
 import sys
 from pathlib import Path
 
-from dn_detr.data.voc import from_voc
-from dn_detr.data.yolo import from_yolo, read_class_names
+from dn_detr.datasets.voc import from_voc
+from dn_detr.datasets.yolo import from_yolo, read_class_names
 from dn_detr.errors import InputError
 
 

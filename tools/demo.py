@@ -26,8 +26,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from dn_detr import Detector
-from dn_detr.d2.drawing import draw_found
-from dn_detr.d2.saved_detector import weights_named
+from dn_detr.d2.inference.saved_detector import weights_named
+from dn_detr.d2.inference.visualization import draw_found
 from dn_detr.detector import to_pixels
 from dn_detr.errors import InputError
 

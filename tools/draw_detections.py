@@ -17,17 +17,17 @@ import matplotlib.pyplot as plt
 from detectron2.config import CfgNode
 
 from dn_detr import Detector
-from dn_detr.d2 import records
-from dn_detr.d2.datasets import prepare
-from dn_detr.d2.drawing import draw_found, draw_record
-from dn_detr.d2.saved_detector import read_saved_config, weights_named
+from dn_detr.d2.data import dataset_dicts
+from dn_detr.d2.data.catalog import prepare
+from dn_detr.d2.inference.saved_detector import read_saved_config, weights_named
+from dn_detr.d2.inference.visualization import draw_found, draw_record
 from dn_detr.detector import to_pixels
 from dn_detr.errors import InputError
 
 
 def draw(cfg: CfgNode, detector: Detector, *, num_images: int, output: Path) -> None:
     """A row for each image: what is there, and what the detector has found."""
-    loaded = records.load(cfg.DATASETS.TEST[0], check="off", with_masks=cfg.MODEL.MASK_ON)
+    loaded = dataset_dicts.load(cfg.DATASETS.TEST[0], check="off", with_masks=cfg.MODEL.MASK_ON)
     step = max(1, len(loaded.records) // num_images)
     chosen = [loaded.records[i] for i in range(0, len(loaded.records), step)][:num_images]
     columns = 2 if len(chosen) > 3 else 1

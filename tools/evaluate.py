@@ -17,10 +17,15 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools.coco import COCO
 
-from dn_detr.d2.coco_check import check_annotations, read_json, read_results
-from dn_detr.d2.datasets import class_names, register_shapes
-from dn_detr.d2.evaluation import COCO_LIMIT, coco_eval_class, evaluate, number_from_one
-from dn_detr.d2.evaluation_report import write_report
+from dn_detr.d2.data.catalog import class_names, register_shapes
+from dn_detr.d2.data.coco_check import check_annotations, read_json, read_results
+from dn_detr.d2.evaluation.coco_evaluator import (
+    COCO_LIMIT,
+    coco_eval_class,
+    evaluate,
+    number_from_one,
+)
+from dn_detr.d2.evaluation.report import write_report
 from dn_detr.errors import InputError
 
 

@@ -25,8 +25,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_iou
 
-from dn_detr.d2.datasets import class_names, prepare
-from dn_detr.d2.saved_detector import load_detector, weights_named
+from dn_detr.d2.data.catalog import class_names, prepare
+from dn_detr.d2.inference.saved_detector import load_detector, weights_named
 from dn_detr.detector import DetectedObjects, Detector, KnownObjects
 from dn_detr.errors import InputError
 

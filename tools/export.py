@@ -16,8 +16,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from dn_detr.d2 import export
-from dn_detr.d2.saved_detector import load_detector
+from dn_detr.d2.export import exporter
+from dn_detr.d2.inference.saved_detector import load_detector
 from dn_detr.errors import InputError
 
 OF_TORCH = (r"`isinstance\(treespec, LeafSpec\)` is deprecated", "The given buffer is not writable")
@@ -30,19 +30,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", required=True, help="checkpoint")
     parser.add_argument("--config-file", help="where the checkpoint holds no configuration")
-    parser.add_argument("--format", choices=export.FORMATS, default="onnx")
+    parser.add_argument("--format", choices=exporter.FORMATS, default="onnx")
     parser.add_argument("--output", type=Path, help="default: beside the weights")
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs, e.g. INPUT.MIN_SIZE_TEST 640")
     args = parser.parse_args()
     try:
         if args.format == "onnx":
-            export.need_onnx()
+            exporter.need_onnx()
         saved = load_detector(
             args.weights, config_file=args.config_file, opts=args.opts, device="cpu"
         )
-        output = args.output or Path(args.weights).with_suffix(export.FORMATS[args.format])
-        about = export.metadata(saved.cfg, saved.class_names, saved.model)
-        differences = export.export(saved.model, output, args.format, about)
+        output = args.output or Path(args.weights).with_suffix(exporter.FORMATS[args.format])
+        about = exporter.metadata(saved.cfg, saved.class_names, saved.model)
+        differences = exporter.export(saved.model, output, args.format, about)
     except InputError as error:
         sys.exit(f"export.py: {error}")
     for found in differences:

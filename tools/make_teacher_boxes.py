@@ -25,13 +25,13 @@ from detectron2.utils.logger import setup_logger
 from pycocotools.coco import COCO
 from torchvision.ops import batched_nms
 
-from dn_detr.d2 import records
-from dn_detr.d2.datasets import prepare, register_coco_format, register_shapes
-from dn_detr.d2.evaluation import evaluate, number_from_one
-from dn_detr.d2.records import LoadedDataset
-from dn_detr.d2.saved_detector import load_detector
-from dn_detr.d2.teacher_boxes import TeacherBoxes, load_teacher_boxes
-from dn_detr.d2.trainer import Trainer
+from dn_detr.d2.data import dataset_dicts
+from dn_detr.d2.data.catalog import prepare, register_coco_format, register_shapes
+from dn_detr.d2.data.dataset_dicts import LoadedDataset
+from dn_detr.d2.data.teacher_boxes import TeacherBoxes, load_teacher_boxes
+from dn_detr.d2.engine.trainer import Trainer
+from dn_detr.d2.evaluation.coco_evaluator import evaluate, number_from_one
+from dn_detr.d2.inference.saved_detector import load_detector
 from dn_detr.errors import InputError
 
 
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
         register_coco_format([args.dataset, *args.coco])
     if not (args.weights or args.results):
         raise InputError("name at least one teacher, by --weights or --results.")
-    loaded = records.load(args.dataset)
+    loaded = dataset_dicts.load(args.dataset)
     folder = args.output.with_suffix("")
     found = [
         detect(

@@ -20,12 +20,12 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from dn_detr.conversion.read import read_pickle
-from dn_detr.d2.config import add_dn_detr_config, merge
-from dn_detr.d2.evidence import as_sample
-from dn_detr.d2.optimizer import build_optimizer
-from dn_detr.d2.train_step import TrainStep
-from dn_detr.d2.whole_batch import whole_batch
+from dn_detr.conversion.safe_load import read_pickle
+from dn_detr.d2.config.defaults import add_dn_detr_config, merge
+from dn_detr.d2.engine.nonfinite_dump import as_sample
+from dn_detr.d2.engine.train_step import TrainStep
+from dn_detr.d2.modeling.batch import whole_batch
+from dn_detr.d2.solver.optimizer import build_optimizer
 from dn_detr.errors import InputError
 
 

@@ -23,13 +23,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dn_detr.d2.drawing import class_color
-from dn_detr.d2.looks import LayerLook, record
-from dn_detr.d2.meta_arch import core_of
-from dn_detr.d2.saved_detector import SavedDetector, load_detector, weights_named
+from dn_detr.d2.inference.attention_recorder import LayerLook, record
+from dn_detr.d2.inference.saved_detector import SavedDetector, load_detector, weights_named
+from dn_detr.d2.inference.visualization import class_color
+from dn_detr.d2.modeling.meta_arch import core_of
 from dn_detr.detector import to_pixels
 from dn_detr.errors import InputError
-from dn_detr.layers.boxes import cxcywh_to_xyxy
+from dn_detr.layers.box_ops import cxcywh_to_xyxy
 from dn_detr.structures import Predictions
 
 LEVEL_COLORS = ("#ff4b3e", "#ffb000", "#19c37d", "#2f8fff", "#c05cff")

@@ -31,17 +31,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dn_detr.assists.denoising import Denoise
-from dn_detr.d2 import records
-from dn_detr.d2.config import read_config
-from dn_detr.d2.datasets import class_names, prepare
-from dn_detr.d2.drawing import class_color, draw_boxes, draw_record, draw_styled
-from dn_detr.d2.loader import TrainLoader
-from dn_detr.d2.meta_arch import core_of
-from dn_detr.d2.trainer import Trainer
+from dn_detr.auxiliary.denoising import Denoise
+from dn_detr.d2.config.defaults import read_config
+from dn_detr.d2.data import dataset_dicts
+from dn_detr.d2.data.catalog import class_names, prepare
+from dn_detr.d2.data.loader import TrainLoader
+from dn_detr.d2.engine.trainer import Trainer
+from dn_detr.d2.inference.visualization import class_color, draw_boxes, draw_record, draw_styled
+from dn_detr.d2.modeling.meta_arch import core_of
 from dn_detr.detector import to_pixels
 from dn_detr.errors import InputError
-from dn_detr.layers.boxes import cxcywh_to_xyxy
+from dn_detr.layers.box_ops import cxcywh_to_xyxy
 from dn_detr.structures import NoisedObjects, Targets
 
 MOST_GROUPS = 6  # panels of a picture
@@ -54,7 +54,7 @@ Pictures = Iterator[tuple[str, np.ndarray]]
 def annotations(cfg: CfgNode) -> Pictures:
     """Ground truth as it is after cleaning."""
     for name in cfg.DATASETS.TRAIN:
-        loaded = records.load(name, with_masks=cfg.MODEL.MASK_ON)
+        loaded = dataset_dicts.load(name, with_masks=cfg.MODEL.MASK_ON)
         for record in loaded.records:
             image = to_pixels(record["file_name"], "RGB")
             yield Path(record["file_name"]).stem, draw_record(image, record, loaded.class_names)

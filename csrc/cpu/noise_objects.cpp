@@ -25,7 +25,7 @@ namespace {
 
 constexpr int DRAWS = 32;
 
-#define KERNELS "noise_kernels.h"
+#define KERNELS "noise_objects_kernels.h"
 #include "instruction_sets.h"
 
 // Slots to be noised, until there are enough to draw for all at once.

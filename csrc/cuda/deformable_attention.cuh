@@ -11,7 +11,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "../deformable_attention.h"
-#include "deformable_attention_order.cuh"
+#include "deformable_attention_tiles.cuh"
 #include "ms_deform_attn.cuh"
 
 namespace dn_detr {

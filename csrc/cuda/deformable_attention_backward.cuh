@@ -5,7 +5,7 @@
 #pragma once
 
 #include "deformable_attention.cuh"
-#include "ms_deform_attn_sums.cuh"
+#include "ms_deform_attn_gradients.cuh"
 
 namespace dn_detr {
 

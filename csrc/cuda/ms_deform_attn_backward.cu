@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "ms_deform_attn.cuh"
-#include "ms_deform_attn_sums.cuh"
+#include "ms_deform_attn_gradients.cuh"
 
 namespace dn_detr {
 namespace {
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(
   const int32_t samples = g.levels * g.points;
   const int32_t lane = threadIdx.x % LANES, first = lane * VECTOR;
   constexpr int UNIT = Sum::unit(VECTOR);
-  const int32_t step = g.channels / VECTOR * UNIT; // see ms_deform_attn_sums.cuh
+  const int32_t step = g.channels / VECTOR * UNIT; // see ms_deform_attn_gradients.cuh
   const unsigned mask = (LANES == 32 ? 0xffffffffu : ((1u << LANES % 32) - 1))
       << (threadIdx.x % 32 / LANES * LANES);
   for (int32_t image = blockIdx.y; image < g.batch; image += gridDim.y) {

@@ -5,20 +5,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dn_detr.assists.denoising import Denoise, FixedGroups, ObjectBudget
-from dn_detr.assists.groups import Groups
-from dn_detr.assists.hybrid import Hybrid
-from dn_detr.assists.known import Known
-from dn_detr.assists.mask_denoising import DenoiseMasks
-from dn_detr.layers.content import QueryContent
+from dn_detr.auxiliary.box_prompts import Known
+from dn_detr.auxiliary.denoising import Denoise, DenoiseMasks, FixedGroups, ObjectBudget
+from dn_detr.auxiliary.extra_queries import Groups, Hybrid
+from dn_detr.layers.query_content import QueryContent
 from dn_detr.losses.criterion import Criterion
+from dn_detr.losses.loss_terms import L1, Focal, GIoU, MatchabilityAware, Softmax
 from dn_detr.losses.mask_points import PointSampling
 from dn_detr.losses.mask_terms import Dice, MaskCrossEntropy, MaskTerms
-from dn_detr.losses.terms import L1, Focal, GIoU, MatchabilityAware, Softmax
 from dn_detr.methods import METHODS
 from dn_detr.methods.mask2former import MaskQueries
-from dn_detr.models.detr import DETR
-from dn_detr.models.numbers import Numbers
+from dn_detr.models.detection_transformer import DETR
+from dn_detr.models.model_config import Numbers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,9 @@ from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.structures import Boxes, Instances
 from PIL import Image, ImageOps
 
-from dn_detr.d2.coco_check import UNREADABLE, reason
-from dn_detr.d2.meta_arch import check_promptable
-from dn_detr.d2.saved_detector import load_detector
+from dn_detr.d2.data.coco_check import UNREADABLE, reason
+from dn_detr.d2.inference.saved_detector import load_detector
+from dn_detr.d2.modeling.meta_arch import check_promptable
 from dn_detr.errors import InputError
 
 CHANNEL_ORDERS = ("RGB", "BGR")

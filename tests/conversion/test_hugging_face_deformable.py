@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dn_detr.build import build_model
-from dn_detr.conversion.convert import convert
-from dn_detr.conversion.read import read_parameters
-from dn_detr.models.numbers import Numbers
+from dn_detr.conversion.convert_weights import convert
+from dn_detr.conversion.safe_load import read_parameters
+from dn_detr.models.model_config import Numbers
 
 transformers = pytest.importorskip("transformers", reason="compared only where it is installed")
 pytest.importorskip("timm", reason="the backbone of their models needs it")

@@ -8,8 +8,8 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import logger as detectron2_logger
 
-from dn_detr.d2.writers import LOGGERS
-from dn_detr.data.shapes import generate
+from dn_detr.d2.engine.writers import LOGGERS
+from dn_detr.datasets.shapes import generate
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ROOT / "configs" / "quick" / "dn_deformable.yaml"

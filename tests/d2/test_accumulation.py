@@ -6,9 +6,9 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from samples import sample
 
-from dn_detr.d2.optimizer import build_optimizer
-from dn_detr.d2.train_step import TrainStep
-from dn_detr.d2.whole_batch import Whole
+from dn_detr.d2.engine.train_step import TrainStep
+from dn_detr.d2.modeling.batch import Whole
+from dn_detr.d2.solver.optimizer import build_optimizer
 
 FROZEN = (
     *("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.WIDTH_PER_GROUP", 8),

@@ -10,7 +10,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from torch import nn
 
-from dn_detr.conversion.table import Table, resnet
+from dn_detr.conversion.name_table import Table, resnet
 from dn_detr.d2 import add_dn_detr_config
 
 RGB = ShapeSpec(channels=3)

@@ -15,7 +15,7 @@ from coco_files import forget, make_content, write
 from PIL import Image
 
 import dn_detr
-from dn_detr.d2.coco_check import read_json
+from dn_detr.d2.data.coco_check import read_json
 from dn_detr.errors import InputError
 
 

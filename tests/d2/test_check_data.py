@@ -8,10 +8,10 @@ import pytest
 from coco_files import forget, make_content, write
 from PIL import Image
 
-from dn_detr.d2 import records
-from dn_detr.d2.cleaning import clean_content
-from dn_detr.d2.coco_check import read_json
-from dn_detr.d2.datasets import register_coco_format
+from dn_detr.d2.data import dataset_dicts
+from dn_detr.d2.data.catalog import register_coco_format
+from dn_detr.d2.data.cleaning import clean_content
+from dn_detr.d2.data.coco_check import read_json
 from dn_detr.errors import InputError
 
 
@@ -24,7 +24,7 @@ def loaded_boxes(json_file, images) -> list:
     """The boxes of every image as a training sees them."""
     register_coco_format([["cleaned", str(json_file), str(images)]])
     try:
-        found = records.load("cleaned")
+        found = dataset_dicts.load("cleaned")
     finally:
         forget("cleaned")
     if json_file.name == "clean.json":

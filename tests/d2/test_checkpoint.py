@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import build_model
 from samples import sample
 
-from dn_detr.d2.checkpoint import Checkpointer
+from dn_detr.d2.engine.checkpoint import Checkpointer
 from dn_detr.errors import InputError
 
 

@@ -11,9 +11,9 @@ from detectron2.utils.events import EventStorage
 from samples import sample, with_teacher
 
 from dn_detr.d2 import add_dn_detr_config
-from dn_detr.d2.checkpoint import CLASS_DEPENDENT, has_part
-from dn_detr.d2.optimizer import build_optimizer
-from dn_detr.d2.trainer import Trainer
+from dn_detr.d2.engine.checkpoint import CLASS_DEPENDENT, has_part
+from dn_detr.d2.engine.trainer import Trainer
+from dn_detr.d2.solver.optimizer import build_optimizer
 from dn_detr.errors import InputError
 from dn_detr.methods import METHODS
 

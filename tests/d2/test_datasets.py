@@ -4,7 +4,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from dn_detr.d2 import add_dn_detr_config
-from dn_detr.d2.datasets import (
+from dn_detr.d2.data.catalog import (
     class_names,
     dataset_names,
     prepare,

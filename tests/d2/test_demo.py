@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dn_detr.d2.drawing import class_color
+from dn_detr.d2.inference.visualization import class_color
 from dn_detr.detector import DetectedObjects
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)  # RGB

@@ -13,7 +13,7 @@ from PIL import Image
 from samples import ROUNDING
 
 from dn_detr import Detector
-from dn_detr.data.drawing import CLASSES
+from dn_detr.datasets.shape_drawing import CLASSES
 from dn_detr.detector import to_pixels
 from dn_detr.errors import InputError
 

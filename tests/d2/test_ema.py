@@ -8,8 +8,8 @@ import torch
 from detectron2.modeling import build_model
 from torch import nn
 
-from dn_detr.d2.checkpoint import Checkpointer
-from dn_detr.d2.ema import MovingAverage
+from dn_detr.d2.engine.checkpoint import Checkpointer
+from dn_detr.d2.engine.ema import MovingAverage
 from dn_detr.errors import InputError
 
 

@@ -14,16 +14,16 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dn_detr.d2.datasets import register_coco_format
-from dn_detr.d2.evaluation import (
+from dn_detr.d2.data.catalog import register_coco_format
+from dn_detr.d2.evaluation.coco_evaluator import (
     IMPLEMENTATIONS,
     Evaluator,
     build_evaluator,
     coco_eval_class,
     evaluate,
 )
-from dn_detr.d2.evaluation_analysis import Curve, analyse, images_at
-from dn_detr.data.drawing import CLASSES
+from dn_detr.d2.evaluation.error_analysis import Curve, analyse, images_at
+from dn_detr.datasets.shape_drawing import CLASSES
 from dn_detr.errors import InputError
 
 NAMES = ("cat", "dog", "owl")

@@ -20,8 +20,8 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import nn
 from torch.nn import functional as F
 
-from dn_detr.d2 import export, graphs
-from dn_detr.d2.config import read_config
+from dn_detr.d2.config.defaults import read_config
+from dn_detr.d2.export import exporter, graphs
 from dn_detr.errors import InputError
 from dn_detr.methods import METHODS
 
@@ -45,7 +45,7 @@ CASES = [
         ],
     )
     for page in PAGES
-    for kind in export.FORMATS
+    for kind in exporter.FORMATS
     if (page, kind) != ("faster_rcnn_fpn", "torch-export")  # refused
 ]
 
@@ -120,9 +120,9 @@ def small_model(page: str, *opts):
 @pytest.mark.parametrize("page, kind", CASES)
 def test_an_exported_page_finds_what_the_model_finds(page, kind, tmp_path):
     model, cfg = small_model(page)
-    about = export.metadata(cfg, ["a", "b", "c"], model)
-    path = tmp_path / f"model{export.FORMATS[kind]}"
-    differences = export.export(model, path, kind, about)
+    about = exporter.metadata(cfg, ["a", "b", "c"], model)
+    path = tmp_path / f"model{exporter.FORMATS[kind]}"
+    differences = exporter.export(model, path, kind, about)
     worst = [f"{d.worst:.1e} ({d.num_compared})" for d in differences]
     print(f"\n| {page} | {kind} | {' | '.join(worst)} |")
     for difference in differences:
@@ -139,7 +139,7 @@ def test_an_exported_page_finds_what_the_model_finds(page, kind, tmp_path):
 def test_the_graph_of_a_page_is_its_inference(page):
     """Two images of one canvas, one of them smaller; masks enlarged as docs/export.md says."""
     model, _ = small_model(page)
-    images, sizes = export.example(2, 128, 160)
+    images, sizes = exporter.example(2, 128, 160)
     boxes, scores, labels, *masks = graphs.graph_of(model)(images, sizes)
     samples = [
         {"image": image[:, :height, :width]}
@@ -175,14 +175,14 @@ def test_the_graph_of_faster_rcnn_finds_what_detectron2_finds(options):
     """On the smallest canvas too, whose coarsest level has fewer anchors than are asked for."""
     model, _ = small_model("faster_rcnn_fpn", *options)
     for size in ((3, 128, 192), (1, 64, 64)):
-        difference = export.compare(model, graphs.graph_of(model), export.example(*size))
+        difference = exporter.compare(model, graphs.graph_of(model), exporter.example(*size))
         assert difference.worst < 1e-5 and difference.num_compared >= 1
 
 
 @torch.no_grad()
 def test_the_graph_of_faster_rcnn_gives_zeros_where_nothing_is_found():
     model, _ = small_model("faster_rcnn_fpn", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.0)
-    boxes, scores, labels = graphs.graph_of(model)(*export.example(2, 64, 128))
+    boxes, scores, labels = graphs.graph_of(model)(*exporter.example(2, 64, 128))
     assert boxes.shape == (2, 12, 4) and labels.shape == (2, 12)
     assert not (boxes.any() or scores.any() or labels.any())
 
@@ -190,7 +190,7 @@ def test_the_graph_of_faster_rcnn_gives_zeros_where_nothing_is_found():
 def test_a_faster_rcnn_has_one_format(tmp_path):
     model, _ = small_model("faster_rcnn_fpn")
     with pytest.raises(InputError, match="cannot be exported to torch-export.*use --format onnx"):
-        export.export(model, tmp_path / "model.pt2", "torch-export", {})
+        exporter.export(model, tmp_path / "model.pt2", "torch-export", {})
 
 
 def test_a_faster_rcnn_with_masks_is_refused():
@@ -216,7 +216,7 @@ def changed(model, change):
 
 def test_a_model_agrees_with_itself(model):
     exact = changed(model, lambda *outputs: outputs)
-    assert all(d.scores == d.boxes == 0 and d.masks is None for d in export.check(model, exact))
+    assert all(d.scores == d.boxes == 0 and d.masks is None for d in exporter.check(model, exact))
 
 
 @pytest.mark.parametrize(
@@ -231,26 +231,26 @@ def test_a_model_agrees_with_itself(model):
 )
 def test_what_differs_is_refused(model, change, what):
     with pytest.raises(InputError, match=f"is not kept: 1 x 192x96: scores differ.*{what}"):
-        export.check(model, changed(model, change))
+        exporter.check(model, changed(model, change))
 
 
 def test_masks_that_differ_are_refused():
     model, _ = small_model("mask2former")
     fainter = changed(model, lambda *outputs: (*outputs[:3], outputs[3] - 0.5))
     with pytest.raises(InputError, match="scores differ by at most 0.0e.*masks by 1.2e-01, over"):
-        export.check(model, fainter)  # sigmoid falls by up to tanh(0.5 / 4) = 0.124
+        exporter.check(model, fainter)  # sigmoid falls by up to tanh(0.5 / 4) = 0.124
 
 
 def test_detections_of_equal_score_may_come_in_any_order(model, monkeypatch):
     boxes = torch.rand(1, 4, 4)
     scores = torch.tensor([[0.9, 0.5, 0.5, 0.1]])
     labels = torch.tensor([[0, 1, 1, 2]])
-    monkeypatch.setattr(export, "detections_of", lambda *_: (boxes, scores, labels))
+    monkeypatch.setattr(exporter, "detections_of", lambda *_: (boxes, scores, labels))
     order = [0, 2, 1, 3]
     swapped = lambda *inputs: (boxes[:, order], scores, labels)  # noqa: E731
     inputs = (torch.zeros(1, 3, 32, 64), None)
-    wanted = export.Difference((1, 32, 64), 0.0, 0.0, None, 3)
-    assert export.compare(model, swapped, inputs) == wanted
+    wanted = exporter.Difference((1, 32, 64), 0.0, 0.0, None, 3)
+    assert exporter.compare(model, swapped, inputs) == wanted
 
 
 def test_a_mask_is_compared_with_that_of_the_nearest_box(monkeypatch):
@@ -258,16 +258,16 @@ def test_a_mask_is_compared_with_that_of_the_nearest_box(monkeypatch):
     boxes = torch.rand(1, 1, 4).expand(1, 3, 4)
     scores, labels = torch.tensor([[0.5, 0.5, 0.1]]), torch.zeros(1, 3, dtype=torch.int64)
     masks = torch.randn(1, 3, 2, 2)
-    monkeypatch.setattr(export, "detections_of", lambda *_: (boxes, scores, labels, masks))
+    monkeypatch.setattr(exporter, "detections_of", lambda *_: (boxes, scores, labels, masks))
     swapped = lambda *inputs: (boxes, scores, labels, masks[:, [1, 0, 2]])  # noqa: E731
     inputs = (torch.zeros(1, 3, 32, 64), None)
-    wanted = export.Difference((1, 32, 64), 0.0, 0.0, 0.0, 2)
-    assert export.compare(None, swapped, inputs) == wanted
+    wanted = exporter.Difference((1, 32, 64), 0.0, 0.0, 0.0, 2)
+    assert exporter.compare(None, swapped, inputs) == wanted
 
 
 @torch.no_grad()
 def test_what_stands_beside_an_image_changes_nothing(model):
-    images, sizes = export.example(2, 128, 160)
+    images, sizes = exporter.example(2, 128, 160)
     scribbled = images.clone()
     height, width = sizes[1].tolist()
     scribbled[1, :, height:], scribbled[1, :, :, width:] = torch.nan, 1e9
@@ -306,8 +306,8 @@ def test_the_runner_finds_what_the_model_finds_without_this_project(page, runner
     from PIL import Image
 
     model, cfg = small_model(page)
-    about = export.metadata(cfg, ["a", "b", "c"], model)
-    export.export(model, tmp_path / "model.onnx", "onnx", about)
+    about = exporter.metadata(cfg, ["a", "b", "c"], model)
+    exporter.export(model, tmp_path / "model.onnx", "onnx", about)
     size = (cfg.INPUT.MIN_SIZE_TEST, 128)
     pixels = torch.randint(256, (*size, 3), generator=torch.Generator().manual_seed(0))
     pixels = pixels.to(torch.uint8)
@@ -413,7 +413,7 @@ def test_the_runner_leaves_out_places_without_a_detection(runner):
 
 def test_metadata_say_how_to_feed_the_model():
     model, cfg = small_model("detr")
-    about = json.loads(json.dumps(export.metadata(cfg, ["a", "b"], model)))
+    about = json.loads(json.dumps(exporter.metadata(cfg, ["a", "b"], model)))
     assert about["class_names"] == ["a", "b"] and about["channel_order"] == "RGB"
     assert about["pixel_mean"] == [123.675, 116.280, 103.530]
     assert (about["shorter_side"], about["longest_side"]) == (96, 160)
@@ -425,6 +425,6 @@ def test_metadata_say_how_to_feed_the_model():
 )
 def test_metadata_say_what_differs_from_page_to_page(page, side_step, masks):
     model, cfg = small_model(page)
-    about = export.metadata(cfg, ["a", "b", "c"], model)
+    about = exporter.metadata(cfg, ["a", "b", "c"], model)
     assert about["side_step"] == side_step and about["method"] == page.removesuffix("_fpn")
-    assert (about["masks"] == export.MASKS) if masks else (about["masks"] is None)
+    assert (about["masks"] == exporter.MASKS) if masks else (about["masks"] is None)

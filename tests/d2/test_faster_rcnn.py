@@ -15,9 +15,9 @@ from PIL import Image
 from samples import sample
 
 from dn_detr import Detector
-from dn_detr.d2.checkpoint import Checkpointer
-from dn_detr.d2.faster_rcnn import regions_of
-from dn_detr.d2.meta_arch import core_of
+from dn_detr.d2.engine.checkpoint import Checkpointer
+from dn_detr.d2.modeling.faster_rcnn import regions_of
+from dn_detr.d2.modeling.meta_arch import core_of
 from dn_detr.errors import InputError
 from dn_detr.structures import NoisedObjects
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from detectron2.engine import SimpleTrainer
 
-from dn_detr.d2.loader import TrainLoader
+from dn_detr.d2.data.loader import TrainLoader
 from dn_detr.errors import InputError
 
 

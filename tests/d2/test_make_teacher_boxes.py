@@ -8,9 +8,9 @@ from coco_files import forget, make_content, write
 from detectron2.data import MetadataCatalog
 from test_teaching import result
 
-from dn_detr.d2 import records
-from dn_detr.d2.datasets import register_coco_format
-from dn_detr.d2.teacher_boxes import TeacherBoxes, load_teacher_boxes
+from dn_detr.d2.data import dataset_dicts
+from dn_detr.d2.data.catalog import register_coco_format
+from dn_detr.d2.data.teacher_boxes import TeacherBoxes, load_teacher_boxes
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_a_detector_of_this_project_teaches(tool, trained, tiny_data, tmp_path, 
             *("--opts", "MODEL.DEVICE", "cpu"),
         ]
     )
-    teacher = load_teacher_boxes(records.load(name), str(output))
+    teacher = load_teacher_boxes(dataset_dicts.load(name), str(output))
     assert 0 < teacher.boxes.counts.max() <= 7
     ids = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
     written = json.loads(output.read_text())

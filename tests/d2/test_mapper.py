@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from dn_detr.d2 import add_dn_detr_config
-from dn_detr.d2.mapper import DetrMapper, train_augmentations
+from dn_detr.d2.data.mapper import DetrMapper, train_augmentations
 from dn_detr.errors import InputError
 
 DETR_SIZES = {

@@ -14,10 +14,10 @@ from detectron2.structures import BoxMode, polygons_to_bitmask
 from samples import sample
 
 from dn_detr import Detector
-from dn_detr.d2.convert import to_instances
-from dn_detr.d2.drawing import draw_found, draw_record
-from dn_detr.d2.loader import build_test_loader
-from dn_detr.d2.trainer import Trainer
+from dn_detr.d2.data.loader import build_test_loader
+from dn_detr.d2.engine.trainer import Trainer
+from dn_detr.d2.inference.visualization import draw_found, draw_record
+from dn_detr.d2.modeling.instances import to_instances
 from dn_detr.errors import InputError
 from dn_detr.models.mask_postprocess import boxes_around, postprocess_masks
 from dn_detr.structures import PixelMap, Predictions, Segment

@@ -14,14 +14,14 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from samples import sample
 
-import dn_detr.losses.assign
-from dn_detr.d2.checkpoint import Checkpointer
-from dn_detr.d2.loader import build_test_loader
-from dn_detr.d2.optimizer import build_optimizer
-from dn_detr.d2.train_step import TrainStep
-from dn_detr.d2.whole_batch import whole_batch
+import dn_detr.losses.matcher
+from dn_detr.d2.data.loader import build_test_loader
+from dn_detr.d2.engine.checkpoint import Checkpointer
+from dn_detr.d2.engine.train_step import TrainStep
+from dn_detr.d2.modeling.batch import whole_batch
+from dn_detr.d2.solver.optimizer import build_optimizer
 from dn_detr.errors import InputError
-from dn_detr.losses.assign import Costs
+from dn_detr.losses.matcher import Costs
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_a_bad_matching_that_only_the_losses_tell_of_names_segment_layer_and_ima
     model_of, tiny_config, monkeypatch
 ):
     """As on a GPU, where the matcher itself raises nothing."""
-    monkeypatch.setattr(dn_detr.losses.assign, "find_nonfinite", lambda assignments: "")
+    monkeypatch.setattr(dn_detr.losses.matcher, "find_nonfinite", lambda assignments: "")
     step = step_of(model_of(), tiny_config(), [[sample(11, 2), sample(12, 1)]])
     step.model.core.decoder.predictor.heads.class_heads[0].bias.data.fill_(torch.nan)
     with EventStorage(), pytest.raises(FloatingPointError) as caught:

@@ -4,7 +4,7 @@ import torch
 from detectron2.structures import BitMasks, Boxes, Instances
 from samples import sample, with_teacher
 
-from dn_detr.d2.mixup import mix, mix_batch
+from dn_detr.d2.data.mixup import mix, mix_batch
 
 FILL = (100, 110, 120)
 

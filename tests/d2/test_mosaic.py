@@ -8,7 +8,7 @@ from detectron2.data import transforms as T
 from PIL import Image
 from test_mapper import make_record
 
-from dn_detr.d2.mosaic import AffineTransform, Mosaic, RandomAffine
+from dn_detr.d2.data.mosaic import AffineTransform, Mosaic, RandomAffine
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255), (255, 0, 255)]
 FILL = (124, 116, 104)

@@ -9,8 +9,8 @@ import torch
 from detectron2.structures import BitMasks
 from samples import sample
 
-from dn_detr.d2.evidence import as_plain, as_sample
-from dn_detr.losses.terms import L1
+from dn_detr.d2.engine.nonfinite_dump import as_plain, as_sample
+from dn_detr.losses.loss_terms import L1
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "replay_not_finite.py"
 

@@ -7,7 +7,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from dn_detr.d2 import add_dn_detr_config
-from dn_detr.d2.optimizer import backbone_depths, build_optimizer, parameter_groups
+from dn_detr.d2.solver.optimizer import backbone_depths, build_optimizer, parameter_groups
 from dn_detr.errors import InputError
 
 

@@ -18,11 +18,16 @@ from PIL import Image
 from test_configs import CONFIGS, NAMES, SMALL
 from torch import nn
 
-from dn_detr.conversion.backbone import CAFFE, IMAGENET, check_normalisation, numbered_through
-from dn_detr.conversion.convert import COCO_CATEGORIES
-from dn_detr.conversion.tables.detr import RULES as DETR_RULES
+from dn_detr.conversion.backbone_weights import (
+    CAFFE,
+    IMAGENET,
+    check_normalisation,
+    numbered_through,
+)
+from dn_detr.conversion.convert_weights import COCO_CATEGORIES
+from dn_detr.conversion.tables.detr_names import RULES as DETR_RULES
 from dn_detr.d2 import add_dn_detr_config
-from dn_detr.d2.checkpoint import Checkpointer, check_hash
+from dn_detr.d2.engine.checkpoint import Checkpointer, check_hash
 from dn_detr.errors import InputError
 
 TINY = {
@@ -377,7 +382,7 @@ def test_backbones_that_timm_builds_take_its_files_and_its_normalisation(name, t
 
 def test_weights_that_timm_downloads_need_their_normalisation():
     pytest.importorskip("timm")
-    from dn_detr.d2.named_backbones import TimmStages
+    from dn_detr.d2.modeling.timm_torchvision import TimmStages
 
     with pytest.raises(ValueError, match=r"RGB MODEL.PIXEL_MEAN \"\[127.5, 127.5, 127.5\]\""):
         check_normalisation("the weights", TimmStages("resnetv2_50", False).normalisation, IMAGENET)

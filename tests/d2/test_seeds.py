@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dn_detr.d2.loader import TrainLoader
+from dn_detr.d2.data.loader import TrainLoader
 from dn_detr.errors import InputError
 
 

@@ -2,8 +2,8 @@
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from dn_detr.d2.datasets import register_shapes
-from dn_detr.data import drawing, shapes
+from dn_detr.d2.data.catalog import register_shapes
+from dn_detr.datasets import shape_drawing, shapes
 
 
 def _forget_shapes():
@@ -18,7 +18,7 @@ def test_registered_shapes_are_drawn_on_first_use(tmp_path, monkeypatch):
     register_shapes(tmp_path)
     register_shapes(tmp_path)
     try:
-        assert MetadataCatalog.get("shapes_val").thing_classes == list(drawing.CLASSES)
+        assert MetadataCatalog.get("shapes_val").thing_classes == list(shape_drawing.CLASSES)
         assert list(tmp_path.iterdir()) == []
         assert len(DatasetCatalog.get("shapes_val")) == 3
         record = DatasetCatalog.get("shapes_train")[0]

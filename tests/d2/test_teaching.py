@@ -13,12 +13,13 @@ from detectron2.modeling import build_model
 from samples import sample, with_teacher
 from test_accumulation import FROZEN, check_equal, gradients_and_losses, unequal_batch
 
-from dn_detr.d2 import add_dn_detr_config, records
-from dn_detr.d2.datasets import prepare
-from dn_detr.d2.loader import build_train_loader
-from dn_detr.d2.report import check_datasets
-from dn_detr.d2.teacher_boxes import load_teacher_boxes
-from dn_detr.d2.whole_batch import whole_batch
+from dn_detr.d2 import add_dn_detr_config
+from dn_detr.d2.data import dataset_dicts
+from dn_detr.d2.data.catalog import prepare
+from dn_detr.d2.data.loader import build_train_loader
+from dn_detr.d2.data.summary import check_datasets
+from dn_detr.d2.data.teacher_boxes import load_teacher_boxes
+from dn_detr.d2.modeling.batch import whole_batch
 from dn_detr.errors import InputError
 
 TEACH = ("MODEL.DN_DETR.TEACH.ENABLED", True)
@@ -191,7 +192,7 @@ def test_millions_of_boxes_are_numbers_in_arrays_and_nothing_else(tmp_path):
     """24 bytes a box, in memory that the workers of a loader share with the process that has it."""
     cfg = config(tmp_path, [result(10 + i % 4, score=0.25) for i in range(4000)])
     prepare(cfg)
-    loaded = load_teacher_boxes(records.load("taught"), cfg.DATASETS.TEACHER_BOXES[0][1])
+    loaded = load_teacher_boxes(dataset_dicts.load("taught"), cfg.DATASETS.TEACHER_BOXES[0][1])
     arrays = vars(loaded.boxes).values()
     assert sum(array.nbytes for array in arrays) == 4000 * (16 + 4 + 4) + 5 * 8
     assert loaded.boxes.counts.tolist() == [1000] * 4

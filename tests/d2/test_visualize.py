@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dn_detr.assists.denoising import Denoise
+from dn_detr.auxiliary.denoising import Denoise
 from dn_detr.errors import InputError
 
 

@@ -9,12 +9,12 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from samples import sample, with_teacher
 
-from dn_detr.d2.datasets import prepare
-from dn_detr.d2.optimizer import build_optimizer
-from dn_detr.d2.ranks import on_main, together
-from dn_detr.d2.train_step import TrainStep
-from dn_detr.d2.trainer import Trainer, across_processes
-from dn_detr.d2.whole_batch import whole_batch
+from dn_detr.d2.data.catalog import prepare
+from dn_detr.d2.engine.collective import on_main, together
+from dn_detr.d2.engine.train_step import TrainStep
+from dn_detr.d2.engine.trainer import Trainer, across_processes
+from dn_detr.d2.modeling.batch import whole_batch
+from dn_detr.d2.solver.optimizer import build_optimizer
 from dn_detr.errors import InputError
 
 

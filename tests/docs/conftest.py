@@ -59,7 +59,7 @@ class World:
         """Run a program in this process, as if `words` were its command line."""
         from detectron2.utils import logger
 
-        from dn_detr.d2.writers import LOGGERS
+        from dn_detr.d2.engine.writers import LOGGERS
 
         before = sys.argv
         sys.argv = words[1:] if words[0] == "-m" else words
@@ -85,7 +85,7 @@ def world(tmp_path_factory):
     pytest.importorskip("detectron2")
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
-    from dn_detr.data.shapes import generate
+    from dn_detr.datasets.shapes import generate
 
     folder = tmp_path_factory.mktemp("world")
     for name in ("configs", "tools", "examples", "dev", "train_net.py"):

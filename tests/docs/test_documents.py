@@ -70,7 +70,7 @@ def test_a_command_line_is_understood(command, in_world, monkeypatch):
     args = caught.value.args[0]
     files = getattr(args, "config_file", None) or []
     for file in [files] if isinstance(files, str) else files:
-        from dn_detr.d2.config import read_config
+        from dn_detr.d2.config.defaults import read_config
 
         if "*" not in str(file):
             read_config(str(file), list(getattr(args, "opts", None) or []))

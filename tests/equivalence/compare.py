@@ -7,9 +7,9 @@ import torchvision
 from peers import difference, layers_of, loss_differences
 
 from dn_detr.build import build_criterion
-from dn_detr.conversion.convert import convert
-from dn_detr.conversion.table import Table, resnet
-from dn_detr.losses.assign import Costs, assign
+from dn_detr.conversion.convert_weights import convert
+from dn_detr.conversion.name_table import Table, resnet
+from dn_detr.losses.matcher import Costs, assign
 
 LARGEST = 1e-4
 """Largest relative difference of predictions and losses."""

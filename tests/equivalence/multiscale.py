@@ -11,8 +11,8 @@ from compare import LARGEST
 from peers import GivenFeatures, difference
 
 from dn_detr.build import build_criterion, build_model
-from dn_detr.losses.assign import Costs, assign
-from dn_detr.models.numbers import Numbers
+from dn_detr.losses.matcher import Costs, assign
+from dn_detr.models.model_config import Numbers
 
 NUMBERS = {"num_classes": 91, "num_queries": 11, "feed_forward_dim": 64, "encoder_layers": 2}
 ARGS = Namespace(

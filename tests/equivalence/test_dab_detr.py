@@ -11,7 +11,7 @@ from peers import GivenFeatures, layers_of, objects, randomize
 from torch import nn
 
 from dn_detr.build import Denoising, build_model
-from dn_detr.models.numbers import Numbers
+from dn_detr.models.model_config import Numbers
 
 ARGS = Namespace(
     hidden_dim=256,

@@ -9,8 +9,8 @@ from compare import compare, compare_losses
 from peers import GivenFeatures, objects, randomize
 
 from dn_detr.build import build_model
-from dn_detr.losses.assign import Costs
-from dn_detr.models.numbers import Numbers
+from dn_detr.losses.matcher import Costs
+from dn_detr.models.model_config import Numbers
 
 ARGS = Namespace(
     hidden_dim=256,

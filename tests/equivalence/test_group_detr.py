@@ -11,7 +11,7 @@ from multiscale import compare_all_losses, losses_of
 from peers import GivenFeatures, difference, layers_of, objects, randomize
 
 from dn_detr.build import build_model
-from dn_detr.models.numbers import Numbers
+from dn_detr.models.model_config import Numbers
 
 ARGS = Namespace(
     hidden_dim=256,

@@ -15,11 +15,11 @@ from multiscale import use_fallback
 from peers import difference, layers_of, objects, randomize
 
 from dn_detr.build import Denoising, build_criterion, build_model, mask_terms
-from dn_detr.losses.assign import Costs, assign
 from dn_detr.losses.mask_costs import MaskCosts
 from dn_detr.losses.mask_points import CANDIDATES, MATCHING, RANDOM, PointSampling
-from dn_detr.models.masks import mask_logits
-from dn_detr.models.numbers import Numbers
+from dn_detr.losses.matcher import Costs, assign
+from dn_detr.models.mask_head import mask_logits
+from dn_detr.models.model_config import Numbers
 
 WIDTHS, STRIDES = [8, 8, 16, 24], [4, 8, 16, 32]
 HEIGHT, WIDTH = 128, 160

@@ -22,7 +22,7 @@ def test_a_checkpoint_of_the_authors_becomes_one_of_the_configured_detector(auth
     from detectron2.modeling import build_model
 
     from dn_detr.d2 import add_dn_detr_config
-    from dn_detr.d2.checkpoint import Checkpointer
+    from dn_detr.d2.engine.checkpoint import Checkpointer
 
     load = authors("DN-DETR")
     args = Namespace(

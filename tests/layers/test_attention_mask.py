@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dn_detr.layers.attend import Visibility
+from dn_detr.layers.query_attention import Visibility
 from dn_detr.ops.extension import KERNELS
 from dn_detr.structures import Segment
 

@@ -6,9 +6,9 @@ import torch
 from random_values import random_mask, random_predictions, random_targets
 from torch.testing import assert_close
 
-from dn_detr.losses.assign import Costs, assign
 from dn_detr.losses.criterion import Criterion, look_up, summarize
-from dn_detr.losses.terms import L1, Focal, GIoU, MatchabilityAware, Softmax
+from dn_detr.losses.loss_terms import L1, Focal, GIoU, MatchabilityAware, Softmax
+from dn_detr.losses.matcher import Costs, assign
 from dn_detr.structures import Segment
 
 TERMS = {"class": (Focal(), 1.0), "box": (L1(), 5.0), "giou": (GIoU(), 2.0)}

@@ -10,11 +10,11 @@ from random_values import random_predictions, random_targets
 from torch.nn import functional as F
 
 from dn_detr.build import build_criterion, mask_terms
-from dn_detr.layers.points import random_points
-from dn_detr.losses.assign import Costs, assign
-from dn_detr.losses.costs import list_objects
+from dn_detr.layers.point_sampling import random_points
 from dn_detr.losses.mask_costs import MaskCosts
 from dn_detr.losses.mask_points import CANDIDATES, MATCHING, RANDOM, PointSampling
+from dn_detr.losses.matcher import Costs, assign
+from dn_detr.losses.matching_costs import list_objects
 from dn_detr.structures import PixelMap, Predictions, Segment
 
 CLASS_ONLY = Costs(l1=0, giou=0)

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from dn_detr.layers.position import SinePosition
+from dn_detr.layers.position_encoding import SinePosition
 from dn_detr.methods import METHODS
 from dn_detr.models.decoder import Decoder
-from dn_detr.models.deformable import decoder_layer, multi_scale_neck
-from dn_detr.models.detr import DETR
+from dn_detr.models.detection_transformer import DETR
+from dn_detr.models.multi_scale import decoder_layer, multi_scale_neck
 from dn_detr.models.neck import Flatten
-from dn_detr.models.positions import BoxPosition
-from dn_detr.models.predictor import Refined, shared_heads
-from dn_detr.models.queries import BoxQueries
+from dn_detr.models.prediction_heads import Refined, shared_heads
+from dn_detr.models.query_designs import BoxQueries
+from dn_detr.models.query_positions import BoxPosition
 from dn_detr.structures import Memory
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -80,7 +80,7 @@ def promises_of(file: str) -> list[tuple[str, dict]]:
 @pytest.mark.parametrize(
     "promise, arguments",
     [
-        *promises_of("methods/test_pages.py"),
+        *promises_of("methods/test_all_methods.py"),
         *promises_of("assists/test_segment_properties.py"),
     ],
 )

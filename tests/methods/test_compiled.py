@@ -16,7 +16,7 @@ from tiny import (
 
 from dn_detr.build import HybridMatching, Prompting
 from dn_detr.methods import METHODS
-from dn_detr.models.masks import mask_logits
+from dn_detr.models.mask_head import mask_logits
 
 SIZES = [(96, 128), (64, 96)]
 

@@ -7,11 +7,11 @@ import torch
 from tiny import tiny_features, tiny_model, tiny_padding, tiny_targets
 
 from dn_detr.build import Denoising, build_criterion
-from dn_detr.losses.assign import Costs, assign
+from dn_detr.losses.matcher import Costs, assign
 from dn_detr.methods.anchor_detr import AxisPosition
 from dn_detr.methods.smca import gaussian
-from dn_detr.models.positions import SMALLEST_SIDE, ModulatedBoxPosition
 from dn_detr.models.postprocess import postprocess
+from dn_detr.models.query_positions import SMALLEST_SIDE, ModulatedBoxPosition
 from dn_detr.structures import Memory, Predictions, Segment
 
 SIZES = [(96, 128), (64, 96)]

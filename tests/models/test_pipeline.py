@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dn_detr.layers.position import SinePosition, sine_of_reference
+from dn_detr.layers.position_encoding import SinePosition, sine_of_reference
 from dn_detr.models.encoder import token_centers
 from dn_detr.models.neck import Flatten, MultiScaleNeck, resize_padding
 from dn_detr.models.postprocess import postprocess
-from dn_detr.models.predictor import Heads, Refined, move
+from dn_detr.models.prediction_heads import Heads, Refined, move
 from dn_detr.structures import FeatureMaps, Predictions, Segment, Step
 
 

@@ -7,9 +7,9 @@ import torch
 from tiny import tiny_features, tiny_model, tiny_padding, tiny_targets, without_group_norm
 
 from dn_detr.build import Denoising, build_criterion
-from dn_detr.layers.attend import additive, allowed_pairs
-from dn_detr.layers.content import QueryContent
-from dn_detr.losses.assign import Costs, assign
+from dn_detr.layers.query_attention import additive, allowed_pairs
+from dn_detr.layers.query_content import QueryContent
+from dn_detr.losses.matcher import Costs, assign
 from dn_detr.methods import METHODS as ALL_METHODS
 from dn_detr.models.proposals import (
     ProposalHead,

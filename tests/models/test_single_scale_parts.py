@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from dn_detr.layers.content import QueryContent, SharedContent
-from dn_detr.layers.position import SinePosition
+from dn_detr.layers.position_encoding import SinePosition
+from dn_detr.layers.query_content import QueryContent, SharedContent
+from dn_detr.models.learned_queries import SlotQueries
 from dn_detr.models.neck import Flatten, SingleScaleNeck
-from dn_detr.models.predictor import Absolute, Heads
-from dn_detr.models.slots import SlotQueries
+from dn_detr.models.prediction_heads import Absolute, Heads
 from dn_detr.structures import FeatureMaps, Memory
 
 

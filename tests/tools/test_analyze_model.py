@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from detectron2.modeling import build_model
 
-from dn_detr.d2.config import read_config
+from dn_detr.d2.config.defaults import read_config
 from dn_detr.ops import plain_operators
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,9 +14,9 @@ except ImportError as error:
 with warnings.catch_warnings():
     # fvcore, which Detectron2 imports, uses what torch 2.14 warns of.
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
-    from dn_detr.d2 import backbones, faster_rcnn, meta_arch, named_backbones  # noqa: F401  (registering)
-    from dn_detr.d2.config import add_dn_detr_config
-    from dn_detr.d2.datasets import register_shapes
+    from dn_detr.d2.config.defaults import add_dn_detr_config
+    from dn_detr.d2.data.catalog import register_shapes
+    from dn_detr.d2.modeling import faster_rcnn, meta_arch, resnet, timm_torchvision  # noqa: F401  (registering)
 
 register_shapes()
 

@@ -18,10 +18,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dn_detr.layers.boxes import at_least_float32
+from dn_detr.layers.box_ops import at_least_float32
+from dn_detr.losses.loss_terms import Term
 from dn_detr.losses.mask_terms import MaskTerms
 from dn_detr.losses.segments import split_segments
-from dn_detr.losses.terms import Term
 from dn_detr.structures import Assignment, Assignments, Matched, Predictions, Targets
 
 

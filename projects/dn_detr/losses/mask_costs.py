@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dn_detr.layers.points import random_points, sample_features, sample_masks
-from dn_detr.losses.costs import Objects
+from dn_detr.layers.point_sampling import random_points, sample_features, sample_masks
 from dn_detr.losses.mask_points import MATCHING
+from dn_detr.losses.matching_costs import Objects
 from dn_detr.structures import Predictions
 
 

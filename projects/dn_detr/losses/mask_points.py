@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dn_detr.layers.points import random_points, sample_features, sample_masks
+from dn_detr.layers.point_sampling import random_points, sample_features, sample_masks
 from dn_detr.structures import Assignment, MaskPoints, Predictions, Targets
 
 CANDIDATES, RANDOM, MATCHING = range(3)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dn_detr.losses.loss_terms import Term
 from dn_detr.losses.mask_points import PointSampling
-from dn_detr.losses.terms import Term
 from dn_detr.structures import Matched
 
 

@@ -26,18 +26,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers.attention import SelfAttention
-from dn_detr.layers.content import QueryContent, SharedContent
+from dn_detr.layers.attention_blocks import SelfAttention
 from dn_detr.layers.mlp import MLP
-from dn_detr.layers.position import sine, sine_of_reference
-from dn_detr.layers.row_column import RowColumnAttention
+from dn_detr.layers.position_encoding import sine, sine_of_reference
+from dn_detr.layers.query_content import QueryContent, SharedContent
+from dn_detr.layers.row_column_attention import RowColumnAttention
 from dn_detr.models.decoder import Decoder, DecoderLayer
-from dn_detr.models.dense import feed_forward, single_scale_flatten
-from dn_detr.models.detr import DETR
+from dn_detr.models.detection_transformer import DETR
+from dn_detr.models.model_config import Numbers
 from dn_detr.models.neck import SingleScaleNeck, norm
-from dn_detr.models.numbers import Numbers
-from dn_detr.models.predictor import OffsetFromPoint, shared_heads
-from dn_detr.models.queries import AnchorTables, SharedBoxQueries
+from dn_detr.models.prediction_heads import OffsetFromPoint, shared_heads
+from dn_detr.models.query_designs import AnchorTables, SharedBoxQueries
+from dn_detr.models.single_scale import feed_forward, single_scale_flatten
 from dn_detr.structures import Memory
 
 TEMPERATURE = 10000.0

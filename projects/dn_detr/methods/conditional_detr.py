@@ -21,22 +21,22 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dn_detr.layers.content import QueryContent
-from dn_detr.layers.dense import ConditionalPosition
-from dn_detr.layers.init import xavier_
+from dn_detr.layers.initialization import xavier_
 from dn_detr.layers.mlp import MLP
-from dn_detr.layers.position import sine_of_reference
+from dn_detr.layers.multihead_attention import ConditionalPosition
+from dn_detr.layers.position_encoding import sine_of_reference
+from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.decoder import Decoder
-from dn_detr.models.dense import (
+from dn_detr.models.detection_transformer import DETR
+from dn_detr.models.encoder import DenseEncoder
+from dn_detr.models.learned_queries import empty_slots
+from dn_detr.models.model_config import Numbers
+from dn_detr.models.prediction_heads import OffsetFromPoint, shared_heads
+from dn_detr.models.single_scale import (
     conditional_decoder_layers,
     dense_encoder_layers,
     single_scale_detector,
 )
-from dn_detr.models.detr import DETR
-from dn_detr.models.encoder import DenseEncoder
-from dn_detr.models.numbers import Numbers
-from dn_detr.models.predictor import OffsetFromPoint, shared_heads
-from dn_detr.models.slots import empty_slots
 from dn_detr.structures import Memory
 
 

@@ -12,19 +12,19 @@ What differs from DETR:
 
 Deviations from the authors' code: they scale the box by the share of the finest map that is not
 padding before its sines (`scales_with_canvas`, off unless their weights are loaded); they leave
-empty denoising slots visible (see `assists.denoising`).
+empty denoising slots visible (see `auxiliary.denoising`).
 """
 
 from __future__ import annotations
 
-from dn_detr.layers.content import QueryContent
-from dn_detr.layers.position import SinePosition
-from dn_detr.models.deformable import deformable_detector
-from dn_detr.models.detr import DETR
-from dn_detr.models.numbers import Numbers
-from dn_detr.models.positions import BoxPosition
-from dn_detr.models.predictor import Refined, own_heads
-from dn_detr.models.queries import BoxQueries
+from dn_detr.layers.position_encoding import SinePosition
+from dn_detr.layers.query_content import QueryContent
+from dn_detr.models.detection_transformer import DETR
+from dn_detr.models.model_config import Numbers
+from dn_detr.models.multi_scale import deformable_detector
+from dn_detr.models.prediction_heads import Refined, own_heads
+from dn_detr.models.query_designs import BoxQueries
+from dn_detr.models.query_positions import BoxPosition
 
 
 def dab_deformable(

@@ -19,24 +19,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers.attend import Visibility
-from dn_detr.layers.content import QueryContent
-from dn_detr.layers.dense import (
+from dn_detr.layers.mlp import FeedForward
+from dn_detr.layers.multihead_attention import (
     ConditionalCrossAttention,
     ConditionalPosition,
     SplitSelfAttention,
     attend_densely,
 )
-from dn_detr.layers.mlp import FeedForward
-from dn_detr.layers.position import SinePosition
+from dn_detr.layers.position_encoding import SinePosition
+from dn_detr.layers.query_attention import Visibility
+from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.decoder import Decoder
-from dn_detr.models.deformable import deformable_encoder, feed_forward, multi_scale_neck
-from dn_detr.models.detr import DETR
+from dn_detr.models.detection_transformer import DETR
+from dn_detr.models.model_config import Numbers
+from dn_detr.models.multi_scale import deformable_encoder, feed_forward, multi_scale_neck
 from dn_detr.models.neck import Flatten
-from dn_detr.models.numbers import Numbers
-from dn_detr.models.positions import ModulatedBoxPosition
-from dn_detr.models.predictor import refined_behind_norm
-from dn_detr.models.queries import shared_box_queries
+from dn_detr.models.prediction_heads import refined_behind_norm
+from dn_detr.models.query_designs import shared_box_queries
+from dn_detr.models.query_positions import ModulatedBoxPosition
 from dn_detr.structures import Memory
 
 

@@ -20,7 +20,7 @@ As in the code, not in the paper: the encoder scales the position of the tokens 
 
 Deviations from the authors' code: the vector that all queries share is a row of its own, not the
 last row of the label table, so that a denoised checkpoint loads into a plain model that shares
-content (and into one for other classes); empty denoising slots are hidden (`assists.denoising`).
+content (and into one for other classes); empty denoising slots are hidden (`auxiliary.denoising`).
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from dataclasses import replace
 
 from torch import nn
 
-from dn_detr.layers.content import QueryContent
-from dn_detr.layers.init import xavier_
+from dn_detr.layers.initialization import xavier_
 from dn_detr.layers.mlp import MLP
+from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.decoder import Decoder
-from dn_detr.models.dense import (
+from dn_detr.models.detection_transformer import DETR
+from dn_detr.models.encoder import DenseEncoder
+from dn_detr.models.model_config import Numbers
+from dn_detr.models.prediction_heads import refined_behind_norm
+from dn_detr.models.query_designs import shared_box_queries
+from dn_detr.models.query_positions import ModulatedBoxPosition
+from dn_detr.models.single_scale import (
     conditional_decoder_layers,
     dense_encoder_layers,
     single_scale_detector,
 )
-from dn_detr.models.detr import DETR
-from dn_detr.models.encoder import DenseEncoder
-from dn_detr.models.numbers import Numbers
-from dn_detr.models.positions import ModulatedBoxPosition
-from dn_detr.models.predictor import refined_behind_norm
-from dn_detr.models.queries import shared_box_queries
 from dn_detr.structures import Memory
 
 

@@ -24,15 +24,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dn_detr.layers.content import QueryContent
-from dn_detr.layers.position import SinePosition
-from dn_detr.models.deformable import deformable_detector
-from dn_detr.models.detr import DETR
-from dn_detr.models.numbers import Numbers
-from dn_detr.models.positions import LearnedPosition
-from dn_detr.models.predictor import OffsetFromPoint, Refined, own_heads, shared_heads
+from dn_detr.layers.position_encoding import SinePosition
+from dn_detr.layers.query_content import QueryContent
+from dn_detr.models.detection_transformer import DETR
+from dn_detr.models.learned_queries import SlotQueries
+from dn_detr.models.model_config import Numbers
+from dn_detr.models.multi_scale import deformable_detector
+from dn_detr.models.prediction_heads import OffsetFromPoint, Refined, own_heads, shared_heads
 from dn_detr.models.proposals import BoxTransform, ProposalQueries
-from dn_detr.models.slots import SlotQueries
+from dn_detr.models.query_positions import LearnedPosition
 
 
 def deformable_detr(

@@ -17,19 +17,19 @@ from __future__ import annotations
 
 from torch import nn
 
-from dn_detr.layers.content import QueryContent
+from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.decoder import Decoder
-from dn_detr.models.dense import (
+from dn_detr.models.detection_transformer import DETR
+from dn_detr.models.encoder import DenseEncoder
+from dn_detr.models.learned_queries import empty_slots
+from dn_detr.models.model_config import Numbers
+from dn_detr.models.prediction_heads import Absolute, Heads, shared_heads
+from dn_detr.models.query_positions import LearnedPosition
+from dn_detr.models.single_scale import (
     dense_decoder_layers,
     dense_encoder_layers,
     single_scale_detector,
 )
-from dn_detr.models.detr import DETR
-from dn_detr.models.encoder import DenseEncoder
-from dn_detr.models.numbers import Numbers
-from dn_detr.models.positions import LearnedPosition
-from dn_detr.models.predictor import Absolute, Heads, shared_heads
-from dn_detr.models.slots import empty_slots
 
 
 def detr(

@@ -10,7 +10,7 @@ What differs from DAB-Deformable-DETR:
  - look forward twice (sec. 3.5): the next box is an offset from a moved reference with gradient;
  - all layers share their heads, a norm stands before them, and the reference moves by what the
    heads say without that norm; positions are not scaled by the content;
- - contrastive denoising (sec. 3.3, `assists.denoising`): of every object a positive copy and a
+ - contrastive denoising (sec. 3.3, `auxiliary.denoising`): of every object a positive copy and a
    negative one; no indicator beside the label.
 
 Deviations from the authors' code: padding tokens and those at the very border never become queries
@@ -21,14 +21,14 @@ is noised. Learned content starts from a standard normal instead of Xavier's uni
 
 from __future__ import annotations
 
-from dn_detr.layers.content import QueryContent
-from dn_detr.layers.position import SinePosition
-from dn_detr.models.deformable import deformable_detector
-from dn_detr.models.detr import DETR
-from dn_detr.models.numbers import Numbers
-from dn_detr.models.positions import BoxPosition
-from dn_detr.models.predictor import refined_behind_norm
+from dn_detr.layers.position_encoding import SinePosition
+from dn_detr.layers.query_content import QueryContent
+from dn_detr.models.detection_transformer import DETR
+from dn_detr.models.model_config import Numbers
+from dn_detr.models.multi_scale import deformable_detector
+from dn_detr.models.prediction_heads import refined_behind_norm
 from dn_detr.models.proposals import ProposalQueries
+from dn_detr.models.query_positions import BoxPosition
 
 
 def dino(

@@ -3,7 +3,7 @@
 Ding Jia et al., "DETRs with Hybrid Matching", 2207.13080.
 
 What differs from two-stage Deformable DETR:
- - hybrid matching (sec. 3.2, `assists.hybrid`): in training, the next best proposals become further
+ - hybrid matching (sec. 3.2, `auxiliary.extra_queries`): in training, the next best proposals become further
    queries, and each object is matched to several of them; the two parts do not see each other;
  - its "tricks" (sec. 4.2): content is learned instead of coming from the box (mixed query
    selection); the next box is an offset from a moved reference with gradient (look forward twice);
@@ -16,14 +16,14 @@ Deviations from the authors' code: those of two-stage Deformable DETR.
 
 from __future__ import annotations
 
-from dn_detr.layers.content import QueryContent
-from dn_detr.layers.position import SinePosition
-from dn_detr.models.deformable import deformable_detector
-from dn_detr.models.detr import DETR
-from dn_detr.models.numbers import Numbers
-from dn_detr.models.positions import LearnedPosition
-from dn_detr.models.predictor import Refined, own_heads
+from dn_detr.layers.position_encoding import SinePosition
+from dn_detr.layers.query_content import QueryContent
+from dn_detr.models.detection_transformer import DETR
+from dn_detr.models.model_config import Numbers
+from dn_detr.models.multi_scale import deformable_detector
+from dn_detr.models.prediction_heads import Refined, own_heads
 from dn_detr.models.proposals import BoxTransform, ProposalQueries
+from dn_detr.models.query_positions import LearnedPosition
 
 
 def h_deformable(

@@ -12,7 +12,7 @@ What differs from DETR:
    trained before the first layer too (3.2.3);
  - losses and matching costs of masks are taken at random points (3.3, `losses.mask_points`).
 
-Denoising (2203.01305, TPAMI version, whose code was not released; `assists.mask_denoising`): the mask
+Denoising (2203.01305, TPAMI version, whose code was not released; `auxiliary.denoising`): the mask
 that a denoising query first looks at is that of its object, shifted; later ones it predicts itself.
 The paper leaves open what else the query is: here its content is the label embedding, and it has no
 position, for it has looked at its place before it first meets other queries.
@@ -27,19 +27,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dn_detr.layers.attend import Visibility, additive, attention_dtype
-from dn_detr.layers.attention import SelfAttention
-from dn_detr.layers.content import QueryContent
-from dn_detr.layers.dense import DenseAttention
+from dn_detr.layers.attention_blocks import SelfAttention
 from dn_detr.layers.mlp import FeedForward
-from dn_detr.layers.points import moved_masks
-from dn_detr.layers.position import SinePosition
-from dn_detr.models.deformable import deformable_encoder, feed_forward, multi_scale_neck
-from dn_detr.models.detr import DETR
-from dn_detr.models.masks import MaskHead, MaskHeads, mask_logits
+from dn_detr.layers.multihead_attention import DenseAttention
+from dn_detr.layers.point_sampling import moved_masks
+from dn_detr.layers.position_encoding import SinePosition
+from dn_detr.layers.query_attention import Visibility, additive, attention_dtype
+from dn_detr.layers.query_content import QueryContent
+from dn_detr.models.detection_transformer import DETR
+from dn_detr.models.learned_queries import SlotTables
+from dn_detr.models.mask_head import MaskHead, MaskHeads, mask_logits
+from dn_detr.models.model_config import Numbers
+from dn_detr.models.multi_scale import deformable_encoder, feed_forward, multi_scale_neck
 from dn_detr.models.neck import Flatten
-from dn_detr.models.numbers import Numbers
-from dn_detr.models.slots import SlotTables
 from dn_detr.structures import Memory, Predictions, Queries, QueryState, Segment
 
 POINTS_PER_SIDE = 4

@@ -25,17 +25,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers.boxes import at_least_float32
-from dn_detr.layers.content import QueryContent
-from dn_detr.layers.position import SinePosition
+from dn_detr.layers.box_ops import at_least_float32
+from dn_detr.layers.position_encoding import SinePosition
+from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.decoder import Decoder
-from dn_detr.models.deformable import decoder_layer, deformable_encoder, multi_scale_neck
-from dn_detr.models.detr import DETR
-from dn_detr.models.masks import MaskHead, MaskHeads, boxes_of_masks, mask_logits
+from dn_detr.models.detection_transformer import DETR
+from dn_detr.models.mask_head import MaskHead, MaskHeads, boxes_of_masks, mask_logits
+from dn_detr.models.model_config import Numbers
+from dn_detr.models.multi_scale import decoder_layer, deformable_encoder, multi_scale_neck
 from dn_detr.models.neck import Flatten
-from dn_detr.models.numbers import Numbers
-from dn_detr.models.positions import BoxPosition
-from dn_detr.models.predictor import box_head, move
+from dn_detr.models.prediction_heads import box_head, move
 from dn_detr.models.proposals import (
     SMALLEST_COORDINATE,
     ProposalTables,
@@ -43,6 +42,7 @@ from dn_detr.models.proposals import (
     check_ranking,
     token_boxes,
 )
+from dn_detr.models.query_positions import BoxPosition
 from dn_detr.structures import Memory, Predictions, Queries, QueryState, Segment, Step
 
 

@@ -29,27 +29,27 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers.attend import Visibility
-from dn_detr.layers.attention import SelfAttention
-from dn_detr.layers.content import QueryContent
-from dn_detr.layers.dense import attend_densely
-from dn_detr.layers.init import xavier_, xavier_fused_
+from dn_detr.layers.attention_blocks import SelfAttention
+from dn_detr.layers.initialization import xavier_, xavier_fused_
 from dn_detr.layers.mlp import MLP
-from dn_detr.layers.position import SinePosition
+from dn_detr.layers.multihead_attention import attend_densely
+from dn_detr.layers.position_encoding import SinePosition
+from dn_detr.layers.query_attention import Visibility
+from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.decoder import Decoder
-from dn_detr.models.deformable import multi_scale_neck
-from dn_detr.models.dense import (
+from dn_detr.models.detection_transformer import DETR
+from dn_detr.models.encoder import DenseEncoder
+from dn_detr.models.learned_queries import SlotQueries, empty_slots
+from dn_detr.models.model_config import Numbers
+from dn_detr.models.multi_scale import multi_scale_neck
+from dn_detr.models.neck import Flatten
+from dn_detr.models.prediction_heads import OffsetFromPoint, shared_heads
+from dn_detr.models.query_positions import LearnedPosition
+from dn_detr.models.single_scale import (
     dense_encoder_layers,
     feed_forward,
     single_scale_detector,
 )
-from dn_detr.models.detr import DETR
-from dn_detr.models.encoder import DenseEncoder
-from dn_detr.models.neck import Flatten
-from dn_detr.models.numbers import Numbers
-from dn_detr.models.positions import LearnedPosition
-from dn_detr.models.predictor import OffsetFromPoint, shared_heads
-from dn_detr.models.slots import SlotQueries, empty_slots
 from dn_detr.structures import Memory
 
 SMOOTHNESS = 8.0

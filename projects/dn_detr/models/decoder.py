@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers.attend import Visibility, attention_dtype
-from dn_detr.layers.attention import SelfAttention
+from dn_detr.layers.attention_blocks import SelfAttention
 from dn_detr.layers.mlp import FeedForward
+from dn_detr.layers.query_attention import Visibility, attention_dtype
 from dn_detr.structures import Memory, Predictions, Queries
 
 

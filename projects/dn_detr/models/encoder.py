@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers.attention import DeformableAttention
-from dn_detr.layers.dense import DenseAttention
+from dn_detr.layers.attention_blocks import DeformableAttention
 from dn_detr.layers.mlp import FeedForward
+from dn_detr.layers.multihead_attention import DenseAttention
 from dn_detr.structures import Memory
 
 

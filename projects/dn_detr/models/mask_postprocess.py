@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dn_detr.layers.boxes import cxcywh_to_xyxy
-from dn_detr.models.masks import mask_logits
+from dn_detr.layers.box_ops import cxcywh_to_xyxy
+from dn_detr.models.mask_head import mask_logits
 from dn_detr.models.postprocess import Detections
 from dn_detr.structures import Predictions
 

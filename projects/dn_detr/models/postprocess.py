@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dn_detr.layers.boxes import cxcywh_to_xyxy
+from dn_detr.layers.box_ops import cxcywh_to_xyxy
 from dn_detr.structures import Predictions
 
 

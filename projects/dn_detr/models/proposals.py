@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dn_detr.layers.boxes import at_least_float32
-from dn_detr.layers.content import QueryContent
-from dn_detr.layers.position import sine
+from dn_detr.layers.box_ops import at_least_float32
+from dn_detr.layers.position_encoding import sine
+from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.encoder import token_centers
-from dn_detr.models.predictor import box_head, class_head, move
+from dn_detr.models.prediction_heads import box_head, class_head, move
 from dn_detr.structures import Memory, Predictions, Queries, QueryState, Segment
 
 BASE_SIZE = 0.05

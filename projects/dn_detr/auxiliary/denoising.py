@@ -1,0 +1,177 @@
+"""Query denoising: DN-DETR (2203.01305) and its contrastive form (2203.03605, sec. 3.3).
+
+Noised copies of the ground truth enter the decoder as further queries that must rebuild their
+object. Each object has one slot in every group (two when contrastive: one near enough to be
+rebuilt, one that must say nothing); groups see themselves and the matched queries, which in turn
+never see a denoising slot, so that no ground truth leaks into the predictions.
+
+Deviation from the published code: slots of images with fewer objects than the fullest one are no
+keys (`hides_empty`), so that an image's result does not depend on its batch partners.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dn_detr.layers.query_attention import attention_dtype
+from dn_detr.ops import noise_objects
+from dn_detr.structures import NoisedObjects, Queries, QueryState, Segment, Targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedGroups:
+    """`num_groups` groups whatever the number of objects (2203.01305: 5).
+
+    At most `max_objects` noised objects an image in all: in crowded images each group then holds a
+    random subset of the objects, so that memory is bounded.
+    """
+
+    num_groups: int = 5
+    max_objects: int = 500
+
+    def __post_init__(self):
+        if not 1 <= self.num_groups <= self.max_objects:
+            raise ValueError(
+                "the number of denoising groups must be at least 1 and at most the number of "
+                f"noised objects, got {self.num_groups} groups and {self.max_objects} objects"
+            )
+
+    def __call__(self, most_objects: int) -> tuple[int, int]:
+        """(number of groups, objects in each) when the fullest image has `most_objects`."""
+        return self.num_groups, min(most_objects, self.max_objects // self.num_groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectBudget:
+    """As many groups as fit into `max_objects` noised objects, at least one (2203.03605: 100).
+
+    An image with more objects than that gets a random subset of them.
+    """
+
+    max_objects: int = 100
+
+    def __post_init__(self):
+        if self.max_objects < 1:
+            raise ValueError(f"the denoising budget must be at least 1, got {self.max_objects}")
+
+    def __call__(self, most_objects: int) -> tuple[int, int]:
+        """(number of groups, objects in each) when the fullest image has `most_objects`."""
+        return max(1, self.max_objects // most_objects), min(most_objects, self.max_objects)
+
+
+class Denoise(nn.Module):
+    """Prepends a "denoise" segment of noised ground truth to the queries.
+
+    box_noise: 0.4 in DN-DETR, 1.0 in DINO; label_noise: probability that a label is redrawn. The
+    noise depends on `targets.noise_keys` alone. hides_empty: see the head of this file; without it,
+    empty slots are seen with a content of zero, as in the published code.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        groups: FixedGroups | ObjectBudget,
+        box_noise: float,
+        label_noise: float,
+        is_contrastive: bool = False,
+        hides_empty: bool = True,
+    ):
+        super().__init__()
+        if box_noise < 0 or not 0 <= label_noise <= 1:
+            raise ValueError(
+                "box_noise must be >= 0 and label_noise in [0, 1], got "
+                f"{box_noise} and {label_noise}"
+            )
+        self.num_classes = num_classes
+        self.groups = groups
+        self.box_noise = box_noise
+        self.label_noise = label_noise
+        self.is_contrastive = is_contrastive
+        self.hides_empty = hides_empty
+
+    def forward(self, queries: Queries, source, targets: Targets) -> Queries:
+        """source: has `from_boxes(labels [B, T], boxes [B, T, 4]) -> QueryState`."""
+        match = next(segment for segment in queries.segments if segment.name == "match")
+        noised, mask = self.noise(
+            targets, num_matched=match.size, mask_dtype=attention_dtype(queries.state.content)
+        )
+        state = self.describe(noised, source, targets)
+        if not self.hides_empty:
+            content = state.content.masked_fill(noised.is_empty[..., None], 0)
+            state = replace(state, content=content)
+        segment = Segment(
+            name="denoise",
+            size=noised.labels.shape[1],
+            num_groups=noised.num_groups,
+            sees=("match",),
+            assignment=noised.assignment,
+            is_empty=noised.is_empty,
+            copies=noised.num_groups,
+        )
+        return Queries(
+            state=QueryState.cat([state, queries.state]),
+            segments=(segment, *queries.segments),
+            proposals=queries.proposals,
+            mask=mask if match.is_empty is None else hide_last(mask, match.is_empty),
+        )
+
+    def noise(
+        self, targets: Targets, *, num_matched: int, mask_dtype: torch.dtype
+    ) -> tuple[NoisedObjects, Tensor]:
+        """T noised objects for each image, and the additive mask of their slots and the matched ones
+        after them, [B or 1, 1, T + num_matched, T + num_matched]; see `ops.noise_objects`."""
+        num_groups, slots = self.groups(targets.labels.shape[1])
+        labels, boxes, assignment, is_empty, mask = noise_objects(
+            targets.labels,
+            targets.boxes,
+            targets.is_object,
+            targets.noise_keys,
+            num_groups=num_groups,
+            slots_per_group=slots,
+            num_classes=self.num_classes,
+            box_noise=self.box_noise,
+            label_noise=self.label_noise,
+            contrastive=self.is_contrastive,
+            num_matched=num_matched,
+            mask_dtype=mask_dtype,
+            hide_empty=self.hides_empty,
+        )
+        return NoisedObjects(labels, boxes, assignment, is_empty, num_groups), mask
+
+    def describe(self, noised: NoisedObjects, source, targets: Targets) -> QueryState:
+        """The queries of noised objects."""
+        return source.from_boxes(noised.labels, noised.boxes)
+
+
+class DenoiseMasks(Denoise):
+    """`Denoise` for queries that start from a mask (2203.01305, TPAMI version, on Mask2Former).
+
+    Masks of the ground truth, shifted, must be rebuilt: a mask keeps its shape and size, and moves
+    as the centre of its box does in box denoising. Targets must have masks.
+
+    source: has `from_masks(labels [B, T], masks, object_of [B, T], shift [B, T, 2]) -> QueryState`,
+    see `Targets.masks`; shift in shares of the image.
+    """
+
+    def describe(self, noised: NoisedObjects, source, targets: Targets) -> QueryState:
+        if targets.masks is None:
+            raise ValueError("denoising of masks needs targets with masks, got None")
+        object_of = noised.assignment.clamp(min=0)
+        boxes = targets.boxes.gather(1, object_of[..., None].expand(-1, -1, 4))
+        shift = noised.boxes[..., :2] - boxes[..., :2]
+        shift = torch.where(noised.is_empty[..., None], 0, shift)
+        return source.from_masks(noised.labels, targets.masks, object_of, shift)
+
+
+def hide_last(mask: Tensor, is_empty: Tensor) -> Tensor:
+    """The additive mask [B, 1, n, n] in which nobody but themselves sees the empty ones among the
+    last slots, is_empty [B, N]. In place, because the rows of the mask are aligned."""
+    size = mask.shape[-1]
+    hidden = F.pad(is_empty, (size - is_empty.shape[1], 0))[:, None, None]
+    itself = torch.eye(size, dtype=torch.bool, device=mask.device)
+    return mask.masked_fill_(hidden & ~itself, -torch.inf)

@@ -1,0 +1,244 @@
+"""Pretrained backbones: which library a file comes from, and its parameters under our names.
+
+Known are the names of Detectron2 and of this project, ResNets of torchvision and timm, of Hugging Face
+and of Caffe2 (Detectron2's MSRA files), and for a backbone that a library built, that library's names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dn_detr.conversion.name_table import IGNORED, Rule, Table, resnet
+
+Normalisation = tuple[str, tuple[float, ...], tuple[float, ...]]
+"""Channel order, mean and standard deviation of the pixels in 0..255 that weights were trained with."""
+
+IMAGENET: Normalisation = ("RGB", (123.675, 116.280, 103.530), (58.395, 57.120, 57.375))
+CAFFE: Normalisation = ("BGR", (103.530, 116.280, 123.675), (1.0, 1.0, 1.0))
+
+TORCHVISION = "a ResNet of torchvision or timm"
+HUGGING_FACE = "a ResNet of Hugging Face"
+CAFFE2 = "a ResNet of Caffe2"
+
+CLASSIFIER = re.compile(
+    r"^(module\.)?(stem\.fc|fc|classifier|heads?|linear|fc1000(_\w)?|pred_\w)(\.|$)"
+)
+"""What a classifier has behind its backbone. Left out, by name."""
+
+PREFIXES = ("backbone.bottom_up.", "backbone.", "bottom_up.")
+CAFFE_CONVS = {"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
+CAFFE_LEAVES = {"w": "weight", "b": "bias"}
+CAFFE_NORM_LEAVES = {
+    **dict.fromkeys(("s", "gamma"), "weight"),
+    **dict.fromkeys(("b", "beta"), "bias"),
+    **dict.fromkeys(("rm", "running_mean"), "running_mean"),
+    **dict.fromkeys(("riv", "running_var"), "running_var"),
+}
+"""Detectron's own files have the short names, Detectron2's MSRA files the long ones."""
+
+
+@dataclass(frozen=True)
+class BackboneMatch:
+    """What a file holds of a backbone.
+
+    source: in words; found: parameters by the backbone's names; missing: names that the file lacks;
+    surplus: names in the file that belong to nothing; wrong: names with the shapes there and here;
+    normalisation: what the weights were trained with, None = unknown; strides_in_1x1: whether the
+    bottlenecks of its network stride in their first convolution, None = unknown; is_affine: its batch
+    norms are an affine map alone.
+    """
+
+    source: str
+    found: dict[str, Tensor]
+    missing: list[str]
+    surplus: list[str]
+    wrong: list[str]
+    normalisation: Normalisation | None
+    strides_in_1x1: bool | None = None
+    is_affine: bool = False
+
+
+def check_normalisation(weights: str, wanted: Normalisation, given: Normalisation) -> None:
+    """ValueError, with what to set, unless pixels come as the weights were trained with them: to a
+    hundredth of the spread, which rounds what papers write."""
+    pairs = zip((*wanted[1], *wanted[2]), (*given[1], *given[2]), strict=True)
+    tolerance = 0.01 * max(wanted[2])
+    if given[0] == wanted[0] and all(abs(a - b) <= tolerance for a, b in pairs):
+        return
+    order, mean, std = (wanted[0], *([round(v, 3) for v in values] for values in wanted[1:]))
+    raise ValueError(
+        f"{weights} were trained with another pixel normalisation: set INPUT.FORMAT {order} "
+        f'MODEL.PIXEL_MEAN "{mean}" MODEL.PIXEL_STD "{std}", got {given[0]}, {list(given[1])} and {list(given[2])}'
+    )
+
+
+def match_backbone(
+    state: Mapping[str, Tensor],
+    wanted: Mapping[str, torch.Size],
+    *,
+    library: str = "",
+    library_names: Mapping[str, str] | None = None,
+    library_normalisation: Normalisation | None = None,
+) -> BackboneMatch:
+    """The file's parameters for a backbone, by the names that fit best.
+
+    state: name -> tensor of the file; wanted: name -> shape of the backbone's parameters and
+    statistics; library_names: the file's names -> the backbone's where `library` built it, "" for
+    what only its classifier has.
+    """
+    candidates: list[tuple[str, Renamer, Normalisation | None]] = [
+        ("the names of Detectron2", _detectron2, None),
+        (TORCHVISION, _by_table(resnet("x")), IMAGENET),
+        (HUGGING_FACE, _by_table(HUGGING_FACE_RULES), IMAGENET),
+        (CAFFE2, _caffe2, CAFFE),
+    ]
+    if library_names is not None:
+        flat = _by_names(numbered_through(library_names))
+        candidates.insert(
+            0, (f"{library}, its blocks numbered through", flat, library_normalisation)
+        )
+        candidates.insert(0, (library, _by_names(library_names), library_normalisation))
+    matches = [_match(state, wanted, *candidate) for candidate in candidates]
+    match = max(matches, key=lambda match: len(match.found))
+    if match.source in (TORCHVISION, HUGGING_FACE):
+        return replace(match, strides_in_1x1=False)
+    if match.source == CAFFE2:
+        # ResNeXts stride in 3x3, and were trained with either standard deviation.
+        is_resnext = any(
+            name.endswith("_branch2b_w") and tensor.shape[1] < tensor.shape[0]
+            for name, tensor in state.items()
+        )
+        return replace(
+            match,
+            normalisation=None if is_resnext else CAFFE,
+            strides_in_1x1=not is_resnext and not any("_gn_" in name for name in state),
+            is_affine=_is_affine(state),
+        )
+    return match
+
+
+Renamer = Callable[[Mapping[str, Tensor]], Iterator[tuple[str, str | None, Tensor]]]
+"""State of a file -> (name there, name here, tensor); here: None = unknown, "" = not of a backbone."""
+
+
+def _match(
+    state, wanted, source: str, rename: Renamer, normalisation: Normalisation | None
+) -> BackboneMatch:
+    found, wrong, surplus = {}, [], []
+    for name, ours, tensor in rename(state):
+        if ours in wanted and tuple(tensor.shape) == tuple(wanted[ours]):
+            found[ours] = tensor
+        elif ours in wanted:
+            wrong.append(f"{ours} {list(tensor.shape)} instead of {list(wanted[ours])}")
+        elif ours != "" and not CLASSIFIER.match(name) and not IGNORED.search(name):
+            surplus.append(name)
+    lacking = [n for n in wanted if n not in found and not IGNORED.search(n)]
+    missing = [n for n in lacking if not any(entry.startswith(f"{n} ") for entry in wrong)]
+    return BackboneMatch(source, found, missing, surplus, wrong, normalisation)
+
+
+def _detectron2(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str | None, Tensor]]:
+    for name, tensor in state.items():
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+        yield name, name[len(prefix) :], tensor
+
+
+def _by_table(rules: dict[str, Rule]) -> Renamer:
+    """By rules for names below "x", to ours below "backbone."."""
+    table = Table("", rules)
+
+    def rename(state):
+        for name, tensor in state.items():
+            ours, _, _ = table.apply({f"x.{name.removeprefix('resnet.')}": tensor})
+            for new, part in ours.items():
+                yield name, new.removeprefix("backbone."), part
+            if not ours:
+                yield name, None, tensor
+
+    return rename
+
+
+def _by_names(names: Mapping[str, str]) -> Renamer:
+    def rename(state):
+        for name, tensor in state.items():
+            yield name, names.get(name), tensor
+
+    return rename
+
+
+def _is_affine(state: Mapping[str, Tensor]) -> bool:
+    """Whether a file of Caffe2 has batch norms, but none of their statistics."""
+    norms = [name for name in state if "_bn_" in name]
+    return bool(norms) and not any(name.endswith(("_rm", "_running_mean")) for name in norms)
+
+
+def _caffe2(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str | None, Tensor]]:
+    """Where norms there are an affine map alone, their statistics are 0 and 1. The bias of the first
+    convolution, which has a norm behind it, is left out, as by Detectron2."""
+    is_affine = _is_affine(state)
+    for name, tensor in state.items():
+        match = re.fullmatch(r"(?:(?:res_)?conv1|res(\d)_(\d+)_(branch\w+?))_([bg]n_)?(\w+)", name)
+        stage, index, branch, norm, leaf = match.groups() if match else (None,) * 5
+        leaf = (CAFFE_NORM_LEAVES if norm else CAFFE_LEAVES).get(leaf)
+        if name == "conv1_b":
+            yield name, "", tensor
+        elif leaf is None or (branch or "branch1") not in CAFFE_CONVS:
+            yield name, None, tensor
+        else:
+            conv = f"res{stage}.{index}.{CAFFE_CONVS[branch]}" if branch else "stem.conv1"
+            yield name, f"{conv}.{'norm.' if norm else ''}{leaf}", tensor
+            if is_affine and norm == "bn_" and leaf == "weight":
+                yield name, f"{conv}.norm.running_mean", torch.zeros_like(tensor)
+                yield name, f"{conv}.norm.running_var", torch.ones_like(tensor)
+
+
+def numbered_through(library_names: Mapping[str, str]) -> dict[str, str]:
+    """Names of EfficientNets that number their blocks from first to last, to the same as those of
+    timm's: there a block is one of a stage, and a norm is named by what stands before it."""
+    found = (re.match(r"blocks\.(\d+)\.(\d+)\.", name) for name in library_names)
+    blocks = sorted({(int(match[1]), int(match[2])) for match in found if match})
+    names = {}
+    for name, ours in library_names.items():
+        module, _, leaf = name.rpartition(".")
+        block = re.fullmatch(r"blocks\.(\d+)\.(\d+)\.(\w+)", module)
+        if block is None:
+            names[f"_{FLAT_OUTSIDE.get(module, module)}.{leaf}"] = ours
+            continue
+        stage, index = int(block[1]), int(block[2])
+        expands = f"blocks.{stage}.{index}.conv_pwl.weight" in library_names
+        part = (FLAT_EXPANDING if expands else FLAT_DEPTHWISE).get(block[3], block[3])
+        names[f"_blocks.{blocks.index((stage, index))}._{part}.{leaf}"] = ours
+    return names
+
+
+FLAT_OUTSIDE = {"bn1": "bn0", "bn2": "bn1", "classifier": "fc"}
+FLAT_DEPTHWISE = {"conv_dw": "depthwise_conv", "conv_pw": "project_conv"}
+FLAT_EXPANDING = {
+    "conv_pw": "expand_conv",
+    "bn1": "bn0",
+    "conv_dw": "depthwise_conv",
+    "bn2": "bn1",
+    "conv_pwl": "project_conv",
+    "bn3": "bn2",
+}
+
+
+def _hugging_face() -> dict[str, Rule]:
+    def conv(theirs: str, ours: str) -> dict[str, Rule]:
+        return {f"{theirs}.convolution": ours, f"{theirs}.normalization": f"{ours}.norm"}
+
+    rules = conv("x.embedder.embedder", "backbone.stem.conv1")
+    for stage in range(4):
+        theirs, ours = f"x.encoder.stages.{stage}.layers.{{}}", f"backbone.res{stage + 2}.{{}}"
+        rules |= conv(f"{theirs}.shortcut", f"{ours}.shortcut")
+        for layer in range(3):
+            rules |= conv(f"{theirs}.layer.{layer}", f"{ours}.conv{layer + 1}")
+    return rules
+
+
+HUGGING_FACE_RULES = _hugging_face()

@@ -1,0 +1,45 @@
+"""DAB-Deformable-DETR and DN-Deformable-DETR."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from dn_detr.conversion.name_table import Rule, Table
+from dn_detr.conversion.tables import detrex_names
+from dn_detr.conversion.tables.deformable_names import BODY, OWN_HEADS
+
+
+def content_rows(rows: Tensor) -> dict[str, Tensor]:
+    """Learned content [N, C], of DN-DETR [N, C - 1] without the channel of the indicator."""
+    return {"query_design.tables.content": F.pad(rows, (0, rows.shape[1] % 2))}
+
+
+RULES: dict[str, Rule] = {
+    **BODY,
+    **OWN_HEADS,
+    "transformer.decoder.query_scale.layers.{}": "decoder.position.scale.layers.{}",
+    "transformer.decoder.ref_point_head.layers.{}": "decoder.position.of_box.layers.{}",
+    "tgt_embed.weight": content_rows,
+    "refpoint_embed.weight": "query_design.tables.box_logits",
+    "label_enc.weight": "query_design.content.label_table.weight",
+}
+
+DETREX: dict[str, Rule] = {
+    **detrex_names.DEFORMABLE,
+    **OWN_HEADS,
+    "transformer.decoder.query_scale.layers.{}": "decoder.position.scale.layers.{}",
+    "transformer.decoder.ref_point_head.layers.{}": "decoder.position.of_box.layers.{}",
+    "tgt_embed.weight": content_rows,
+    "refpoint_embed.weight": "query_design.tables.box_logits",
+    "denoising_generator.label_encoder.weight": "query_design.content.label_table.weight",
+}
+
+TABLES = [
+    Table(
+        "IDEA-Research/DAB-DETR and IDEA-Research/DN-DETR",
+        RULES,
+        optional=frozenset({"label_enc.weight"}),
+    ),
+    Table("detrex, DN-Deformable-DETR", DETREX),
+]

@@ -1,0 +1,25 @@
+"""H-Deformable-DETR."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dn_detr.conversion.name_table import Rule, Table
+from dn_detr.conversion.tables.deformable_names import TWO_STAGE
+
+ONE_TO_ONE = 300
+"""Queries of the one-to-one branch in all published models; the others are for training alone."""
+
+
+def content_rows(rows: Tensor) -> dict[str, Tensor]:
+    """Learned content [N + T, C]: of the one-to-one branch, then of the one-to-many branch, which
+    is the model's first assist."""
+    converted = {"query_design.tables.content": rows[:ONE_TO_ONE]}
+    if rows.shape[0] > ONE_TO_ONE:
+        converted["assists.0.tables.content"] = rows[ONE_TO_ONE:]
+    return converted
+
+
+RULES: dict[str, Rule] = {**TWO_STAGE, "query_embed.weight": content_rows}
+
+TABLES = [Table("HDETR/H-Deformable-DETR", RULES)]

@@ -1,0 +1,1 @@
+"""Configuration: defaults of all keys, reading of files."""

@@ -1,0 +1,184 @@
+"""Which datasets a run uses, under which names, and how many classes they have."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from functools import partial
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json, register_coco_instances
+
+from dn_detr.d2.data.coco_check import check_categories, read_json
+from dn_detr.datasets.shape_drawing import CLASSES
+from dn_detr.errors import InputError
+
+
+def prepare(cfg, eval_only: bool = False) -> None:
+    """Register the datasets of this run and resolve MODEL.DN_DETR.NUM_CLASSES, in place.
+
+    An evaluation that knows the model's classes takes datasets with some of them, in any order.
+    """
+    register_shapes()
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    node = cfg.MODEL.DN_DETR
+    names = dataset_names(cfg, eval_only)
+    if not eval_only or not node.CLASS_NAMES:
+        node.NUM_CLASSES = resolve_num_classes(node.NUM_CLASSES, names)
+        return
+    node.NUM_CLASSES = len(node.CLASS_NAMES)
+    for name in names:
+        known = class_names(name)
+        if set(known).isdisjoint(node.CLASS_NAMES):
+            raise InputError(
+                f"the model knows none of the classes of the dataset {name!r}: "
+                f"{', '.join(known[:5])} are not among {', '.join(node.CLASS_NAMES[:5])}, ..."
+            )
+
+
+def dataset_names(cfg, eval_only: bool = False) -> list[str]:
+    """The datasets that this run reads, without repetition, those of training first."""
+    if eval_only and not cfg.DATASETS.TEST:
+        raise InputError("DATASETS.TEST is empty: name at least one dataset to evaluate on.")
+    if not eval_only and not cfg.DATASETS.TRAIN:
+        raise InputError("DATASETS.TRAIN is empty: name at least one dataset to train on.")
+    train = () if eval_only else cfg.DATASETS.TRAIN
+    return list(dict.fromkeys((*train, *cfg.DATASETS.TEST)))
+
+
+# ----------------------------------------------------------------------------------- registering
+
+
+def _load_shapes(folder: Path, name: str) -> list[dict]:
+    from dn_detr.datasets.shapes import (
+        generate,  # here, for `python -m dn_detr.datasets.shapes` to be clean
+    )
+
+    generate(folder.parent, name.removeprefix("shapes_"))
+    return load_coco_json(str(folder / "annotations.json"), str(folder / "images"), name)
+
+
+def register_shapes(root: str | Path | None = None) -> None:
+    """Register `shapes_train` and `shapes_val` under `root`, drawn when first loaded.
+
+    Default root: DETECTRON2_DATASETS, else `datasets`. Class names and paths are known at once.
+    Splits that are registered already are left alone.
+    """
+    for name in ("shapes_train", "shapes_val"):
+        if name in DatasetCatalog:
+            continue
+        folder = Path(root or os.environ.get("DETECTRON2_DATASETS", "datasets")) / name
+        DatasetCatalog.register(name, partial(_load_shapes, folder, name))
+        MetadataCatalog.get(name).set(
+            json_file=str(folder / "annotations.json"),
+            image_root=str(folder / "images"),
+            evaluator_type="coco",
+            thing_classes=list(CLASSES),
+            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
+            is_drawn_on_first_use=True,
+        )
+
+
+def register_coco_format(entries) -> None:
+    """Register DATASETS.COCO_FORMAT: a list of [name, json file, image folder], or one such entry.
+
+    Paths may begin with `~`. The same entry may come again; a name that other paths have taken, or
+    an entry of another form, is an InputError. Files are looked at when they are first needed.
+    """
+    if len(entries) == 3 and all(isinstance(part, str) for part in entries):
+        entries = [entries]
+    for entry in entries:
+        is_triple = isinstance(entry, (list, tuple)) and len(entry) == 3
+        if not is_triple or not all(isinstance(part, str) and part for part in entry):
+            raise InputError(
+                "DATASETS.COCO_FORMAT must be a list of [name, json file, image folder], "
+                f"each three texts, got {entry!r}."
+            )
+        name, json_file, image_root = entry
+        json_file, image_root = os.path.expanduser(json_file), os.path.expanduser(image_root)
+        if name in DatasetCatalog:
+            metadata = MetadataCatalog.get(name)
+            taken = (metadata.get("json_file"), metadata.get("image_root"))
+            if taken != (json_file, image_root):
+                raise InputError(
+                    f"DATASETS.COCO_FORMAT gives the name {name!r} to {json_file} and {image_root},"
+                    f" but {taken[0]} and {taken[1]} have it already: choose another name."
+                )
+            continue
+        register_coco_instances(name, {}, json_file, image_root)
+
+
+# --------------------------------------------------------------------------------------- classes
+
+
+def class_names(name: str) -> list[str]:
+    """The class names of a registered dataset, in the order of the model's classes.
+
+    From its metadata; of a dataset in COCO format they are read from its json file where needed.
+    """
+    if name not in DatasetCatalog:
+        similar = difflib.get_close_matches(name, DatasetCatalog.keys(), n=1)
+        hint = f"did you mean {similar[0]!r}" if similar else "register it by DATASETS.COCO_FORMAT"
+        raise InputError(f"there is no dataset {name!r}: {hint}?")
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("thing_classes") is None:
+        if metadata.get("json_file") is not None:
+            return list(
+                check_categories(metadata.json_file, read_json(metadata.json_file)).values()
+            )
+        DatasetCatalog.get(name)  # datasets of the user's own may set their metadata on loading
+    if metadata.get("thing_classes") is None:
+        raise InputError(
+            f"the dataset {name!r} has no class names: set thing_classes in its metadata."
+        )
+    return list(metadata.thing_classes)
+
+
+def resolve_num_classes(configured: int, names: list[str]) -> int:
+    """The number of classes of a run: `configured`, or that of the datasets `names` where it is 0.
+
+    InputError unless all datasets have the same classes, as many as configured.
+    """
+    first = class_names(names[0])
+    for name in names[1:]:
+        classes = class_names(name)
+        if classes != first:
+            raise InputError(
+                f"the datasets {names[0]!r} and {name!r} must have the same classes in the same "
+                f"order, but {_difference(first, classes)}."
+            )
+    if configured not in (0, len(first)):
+        raise InputError(
+            f"MODEL.DN_DETR.NUM_CLASSES is {configured}, but the dataset {names[0]!r} has "
+            f"{len(first)} classes: set it to {len(first)}, or to 0 to take it from the dataset."
+        )
+    return len(first)
+
+
+def with_num_classes(cfg: CfgNode) -> CfgNode:
+    """`cfg`, with MODEL.DN_DETR.NUM_CLASSES 0 replaced by the number of classes of the first training
+    dataset, so that Detectron2's `build_model` works on any configuration.
+
+    InputError where no dataset says it.
+    """
+    if cfg.MODEL.DN_DETR.NUM_CLASSES != 0:
+        return cfg
+    if not cfg.DATASETS.TRAIN:
+        raise InputError(
+            "MODEL.DN_DETR.NUM_CLASSES is 0 and DATASETS.TRAIN is empty: set the number of classes, "
+            "or name the dataset that has them."
+        )
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DN_DETR.NUM_CLASSES = len(class_names(cfg.DATASETS.TRAIN[0]))
+    return cfg
+
+
+def _difference(first: list[str], second: list[str]) -> str:
+    """The first difference of two unequal lists of class names, in words."""
+    for i, (ours, theirs) in enumerate(zip(first, second)):
+        if ours != theirs:
+            return f"class {i} is {ours!r} in the one and {theirs!r} in the other"
+    return f"the one has {len(first)} and the other {len(second)}"

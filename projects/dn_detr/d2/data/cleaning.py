@@ -1,0 +1,47 @@
+"""An annotation file without boxes that cannot be trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dn_detr.d2.data.coco_check import check_annotations
+from dn_detr.d2.data.dataset_dicts import fit_box
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """A cleaned COCO file, and how many boxes were dropped (no size, or outside of their image) and
+    clipped at the border of their image."""
+
+    content: dict
+    num_dropped: int
+    num_clipped: int
+
+
+def clean_content(json_file: str, content: dict) -> Cleaning:
+    """The content of a COCO json file with the boxes that training would see; all else stays.
+
+    Crowd regions are left as they are, images that lose all their boxes stay as empty ones. The
+    area of a box that is clipped follows it where no outline gives it. InputError, which names
+    `json_file`, for what is not in COCO format.
+    """
+    check_annotations(json_file, content)
+    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    kept, num_dropped, num_clipped = [], 0, 0
+    for annotation in content.get("annotations", ()):
+        if annotation.get("iscrowd", 0):
+            kept.append(annotation)
+            continue
+        x, y, w, h = annotation["bbox"]
+        corners = [x, y, x + w, y + h]
+        box, _ = fit_box(corners, *sizes[annotation["image_id"]])
+        if box is None:
+            num_dropped += 1
+            continue
+        if box != corners:
+            num_clipped += 1
+            annotation = {**annotation, "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]]}
+            if not annotation.get("segmentation"):
+                annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+        kept.append(annotation)
+    return Cleaning({**content, "annotations": kept}, num_dropped, num_clipped)

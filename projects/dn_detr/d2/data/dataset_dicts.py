@@ -1,0 +1,184 @@
+"""Loads a dataset once: checked, cleaned, counted, and kept in a form that workers share."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
+from detectron2.structures import BoxMode
+
+from dn_detr.d2.data.catalog import class_names
+from dn_detr.d2.data.coco_check import check_annotations, check_image_files, read_json
+from dn_detr.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+ROUNDING = 0.1  # pixels by which a box may leave its image without being mentioned
+_NUM_EXAMPLES = 3
+
+
+@dataclass
+class Finding:
+    """Boxes with the same fault: how many, and the first few as text."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, record: dict, box) -> None:
+        self.count += 1
+        if len(self.examples) < _NUM_EXAMPLES:
+            self.examples.append(f"{record['file_name']} [{', '.join(f'{v:g}' for v in box)}]")
+
+
+@dataclass(eq=False)
+class LoadedDataset:
+    """A dataset ready for training or evaluation.
+
+    records: Detectron2's dataset dicts, with boxes as xyxy pixels inside their image; num_objects
+    [images]: boxes that are no crowd regions; class_counts [K]: the same by class. no_size (zero,
+    negative or not finite) and outside were dropped, clipped were cut at the border of their image
+    (boxes as in the source, before the cut).
+    """
+
+    name: str
+    class_names: list[str]
+    records: DatasetFromList
+    num_objects: np.ndarray
+    class_counts: np.ndarray
+    num_crowd: int
+    no_size: Finding
+    outside: Finding
+    clipped: Finding
+
+
+def describe(no_size: Finding, outside: Finding, clipped: Finding) -> list[str]:
+    """One line for every kind of fault that boxes had; none if all were right."""
+    kinds = (
+        ("dropped    boxes with zero, negative or not finite size", no_size),
+        ("dropped    boxes outside of their image", outside),
+        ("clipped    boxes at the border of their image", clipped),
+    )
+    return [
+        f"{text}: {finding.count} ({', '.join(finding.examples)}"
+        f"{', ...' if finding.count > len(finding.examples) else ''})"
+        for text, finding in kinds
+        if finding.count
+    ]
+
+
+def load(name: str, *, check: str = "full", with_masks: bool = False) -> LoadedDataset:
+    """Load a registered dataset; a second call gives the same object.
+
+    check: "full" looks at the annotation file and at all image files first, "off" does not. Boxes
+    are cleaned either way. Segmentation is kept only `with_masks`. Raises InputError with one
+    sentence for everything that is wrong with the files.
+    """
+    if check not in ("full", "off"):
+        raise InputError(f"DATASETS.CHECK must be 'full' or 'off', got {check!r}.")
+    names = class_names(name)  # also refuses names that are not registered
+    return _load(name, DatasetCatalog[name], tuple(names), check == "full", with_masks)
+
+
+@cache
+def _load(name, load_records, names, is_checked, with_masks) -> LoadedDataset:
+    """`load_records` is the catalog's function, so that a name given anew is loaded anew."""
+    metadata = MetadataCatalog.get(name)
+    json_file = metadata.get("json_file")
+    if is_checked and json_file is not None and not metadata.get("is_drawn_on_first_use", False):
+        check_annotations(json_file, read_json(json_file))
+    try:
+        records = load_records()
+    except FileNotFoundError as error:
+        raise InputError(f"the dataset {name!r} cannot be loaded: {error}.") from error
+    if not records:
+        raise InputError(f"the dataset {name!r} has no images.")
+    if is_checked:
+        check_image_files(records, name)
+    loaded = clean(records, name=name, class_names=list(names), with_masks=with_masks)
+    if not is_checked:  # otherwise the report says it
+        for line in describe(loaded.no_size, loaded.outside, loaded.clipped):
+            logger.warning(f"dataset {name}: {line}")
+    return loaded
+
+
+def clean(records, *, name: str, class_names: list[str], with_masks: bool = False) -> LoadedDataset:
+    """Drop boxes without size, cut the others at the border of their image, count everything.
+
+    Makes new records; their number is the image id of those without. Raises InputError where a
+    class is not in [0, K), or where a segmentation is missing `with_masks`.
+    """
+    unused = {"keypoints", "score"}  # a score would make a teacher's box of an object
+    if not with_masks:
+        unused.add("segmentation")
+    no_size, outside, clipped = Finding(), Finding(), Finding()
+    cleaned, num_objects, num_crowd = [], [], 0
+    class_counts = np.zeros(len(class_names), np.int64)
+    for i, record in enumerate(records):
+        kept, count = [], 0
+        for annotation in record.get("annotations", ()):
+            annotation = {key: annotation[key] for key in annotation if key not in unused}
+            if annotation.get("iscrowd", 0):
+                num_crowd += 1
+                kept.append(annotation)
+                continue
+            box, fault = fit_box(_corners(annotation), record.get("width"), record.get("height"))
+            if fault is not None:
+                finding = {"no size": no_size, "outside": outside, "clipped": clipped}[fault]
+                finding.add(record, annotation["bbox"])
+            if box is None:
+                continue
+            label = annotation["category_id"]
+            if not 0 <= label < len(class_names):
+                raise InputError(
+                    f"the dataset {name!r} has the class {label} in {record['file_name']}, but "
+                    f"only {len(class_names)} class names."
+                )
+            if with_masks and not annotation.get("segmentation"):
+                raise InputError(
+                    f"MODEL.MASK_ON needs a segmentation for every box, but the dataset {name!r} "
+                    f"has one without in {record['file_name']}."
+                )
+            annotation.update(bbox=box, bbox_mode=BoxMode.XYXY_ABS)
+            kept.append(annotation)
+            count += 1
+            class_counts[label] += 1
+        cleaned.append({"image_id": i, **record, "annotations": kept})
+        num_objects.append(count)
+    return LoadedDataset(
+        name=name,
+        class_names=class_names,
+        records=DatasetFromList(cleaned, copy=False),
+        num_objects=np.array(num_objects),
+        class_counts=class_counts,
+        num_crowd=num_crowd,
+        no_size=no_size,
+        outside=outside,
+        clipped=clipped,
+    )
+
+
+def _corners(annotation: dict) -> list[float]:
+    """x0, y0, x1, y1 of an annotation's box."""
+    box, mode = annotation["bbox"], annotation["bbox_mode"]
+    if mode == BoxMode.XYWH_ABS:  # the usual one, without a tensor for every box
+        x, y, width, height = (float(value) for value in box)
+        return [x, y, x + width, y + height]
+    return [float(value) for value in BoxMode.convert(list(box), mode, BoxMode.XYXY_ABS)]
+
+
+def fit_box(corners, width, height) -> tuple[list[float] | None, str | None]:
+    """The box inside its image (None if nothing is left), and what had to be done to it."""
+    x0, y0, x1, y1 = corners
+    if not all(map(math.isfinite, corners)) or x1 <= x0 or y1 <= y0:
+        return None, "no size"
+    if width is None or height is None:
+        return corners, None
+    box = [max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))]
+    if box[2] <= box[0] or box[3] <= box[1]:
+        return None, "outside"
+    moved = max(abs(new - old) for new, old in zip(box, corners))
+    return box, "clipped" if moved > ROUNDING else None

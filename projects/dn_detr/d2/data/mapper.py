@@ -1,0 +1,205 @@
+"""From one dataset record to one model input: DETR's augmentation in Detectron2's form."""
+
+import numpy as np
+import torch
+from detectron2.config import configurable
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, polygons_to_bitmask
+from pycocotools import mask as coco_mask
+
+from dn_detr.d2.data.coco_check import UNREADABLE, reason
+from dn_detr.errors import InputError
+
+ROUNDING = 0.1  # pixels by which a box may leave its image without counting as cut
+
+
+class EitherOr(T.Augmentation):
+    """Apply one list of augmentations or the other, with equal probability."""
+
+    def __init__(self, either, other):
+        self.either = T.AugmentationList(either)
+        self.other = T.AugmentationList(other)
+
+    def __call__(self, aug_input):
+        chosen = self.either if self._rand_range() < 0.5 else self.other
+        return chosen(aug_input)
+
+    def __repr__(self):
+        return f"EitherOr({self.either}, {self.other})"
+
+
+def train_augmentations(*, min_sizes, max_size, sample_style, flip, crop=None, jitter=None):
+    """Flip with probability 0.5 and resize; with `crop`, every second image is cropped in between.
+
+    `jitter` = (smallest factor, largest factor, size), in place of resizing: large scale jitter
+    (2012.07177, sec. 3) without padding. `crop` = (short sides to resize to before the crop, crop type, crop size); the sizes of DETR
+    (2005.12872, appendix A.4) are (400, 500, 600), "absolute_range", (384, 600). `flip` is
+    "horizontal", "vertical" or "none".
+    """
+    augmentations = []
+    if flip != "none":
+        augmentations.append(
+            T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")
+        )
+    if jitter is not None:
+        low, high, size = jitter
+        scale = T.ResizeScale(low, high, target_height=size, target_width=size)
+        return [*augmentations, scale, T.FixedSizeCrop((size, size), pad=False)]
+    resize = T.ResizeShortestEdge(min_sizes, max_size, sample_style)
+    if crop is None:
+        return [*augmentations, resize]
+    sizes_before, crop_type, crop_size = crop
+    cropped = [
+        T.ResizeShortestEdge(sizes_before, sample_style="choice"),
+        T.RandomCrop(crop_type, crop_size),
+        resize,
+    ]
+    return [*augmentations, EitherOr([resize], cropped)]
+
+
+def read_image(record, image_format):
+    """The image of a record as uint8 [height, width, 3], EXIF orientation applied.
+
+    Fills in the record's width and height where absent. Raises InputError that names file and image
+    id where the file cannot be read or has another size than the annotations say.
+    """
+    name = f"image {record['file_name']} (id {record.get('image_id')})"
+    try:
+        image = detection_utils.read_image(record["file_name"], format=image_format)
+    except FileNotFoundError:
+        raise InputError(f"{name} does not exist: check the image folder of its dataset.") from None
+    except UNREADABLE as error:
+        why = reason(error)
+        raise InputError(f"{name} cannot be read ({why}): replace or remove it.") from error
+    try:
+        detection_utils.check_image_size(record, image)
+    except detection_utils.SizeMismatchError:
+        raise InputError(
+            f"{name} has {image.shape[1]}x{image.shape[0]} pixels, but its annotations say "
+            f"{record['width']}x{record['height']}: correct width and height there."
+        ) from None
+    return image
+
+
+def _bitmask(segmentation, height, width):
+    """[height, width] bool from polygons or a run-length code."""
+    if isinstance(segmentation, dict):
+        return coco_mask.decode(segmentation).astype(bool)
+    return polygons_to_bitmask(segmentation, height, width)
+
+
+def make_instances(
+    annotations, transforms, *, size_before, size, with_masks, with_teacher, min_visible=0.0
+):
+    """What `transforms` make of the annotations of an image: the "instances" of a sample and, with
+    a teacher, its "teacher_instances".
+
+    size_before, size: (height, width) of the image before and after. Crowd regions are left out, and
+    boxes of which less than the share min_visible is inside.
+    """
+    annotations = [a for a in annotations if not a.get("iscrowd", 0)]
+    objects = [a for a in annotations if "score" not in a]
+    instances, is_cut, is_kept = _boxes(objects, transforms, size, min_visible)
+    if with_masks:
+        masks = np.zeros((len(objects), *size), bool)
+        for i, annotation in enumerate(objects):
+            mask = _bitmask(annotation["segmentation"], *size_before)
+            masks[i] = transforms.apply_segmentation(mask.astype(np.uint8))
+        instances.gt_masks = BitMasks(torch.from_numpy(masks))
+        visible = instances.gt_masks[is_cut].get_bounding_boxes().tensor
+        instances.gt_boxes.tensor[is_cut] = visible
+        is_kept = is_kept & instances.gt_masks.nonempty()
+    made = {"instances": instances[is_kept & instances.gt_boxes.nonempty(threshold=1e-5)]}
+    if with_teacher:
+        taught = [a for a in annotations if "score" in a]
+        instances, _, is_kept = _boxes(taught, transforms, size, min_visible)
+        instances.scores = torch.tensor([a["score"] for a in taught], dtype=torch.float32)
+        is_kept &= instances.gt_boxes.nonempty(threshold=1e-5)
+        made["teacher_instances"] = instances[is_kept]
+    return made
+
+
+def _boxes(annotations, transforms, size, min_visible):
+    """Instances with gt_boxes, inside the image of `size`, and gt_classes; which of them were cut;
+    and of which at least the share min_visible is left."""
+    height, width = size
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    boxes = transforms.apply_box(np.array(boxes, np.float64).reshape(-1, 4))
+    inside = boxes.clip(0, [width, height, width, height])
+    instances = Instances((height, width))
+    instances.gt_boxes = Boxes(inside)
+    instances.gt_classes = torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64)
+    is_cut = np.abs(inside - boxes).max(axis=1, initial=0) > ROUNDING
+    return instances, is_cut, torch.from_numpy(_area(inside) >= min_visible * _area(boxes))
+
+
+def _area(boxes_xyxy):
+    return (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(axis=1)
+
+
+class DetrMapper:
+    """Reads the image, augments it, and makes `instances` of its annotations.
+
+    The result has "image" (uint8 [3, h, w]), "height", "width" (of the file), "file_name",
+    "image_id", and with `with_instances` also "instances": gt_boxes (xyxy pixels of "image"),
+    gt_classes and, if asked for, gt_masks. Crowd annotations are left out, and boxes and masks that
+    a crop leaves nothing of; an image without objects is a negative, not an error. With masks, the
+    box of an object that was cut is that of what is still visible. Annotations with a "score" are a
+    teacher's boxes: `with_teacher` they make "teacher_instances", with scores beside gt_boxes and
+    gt_classes. The record is not changed. Random numbers come from numpy's global generator.
+    """
+
+    @configurable
+    def __init__(
+        self, *, augmentations, image_format, with_instances, with_masks=False, with_teacher=False
+    ):
+        """`augmentations`: Detectron2's, in order; `image_format`: "RGB" or "BGR"."""
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format = image_format
+        self.with_instances = with_instances
+        self.with_masks = with_masks
+        self.with_teacher = with_teacher
+
+    @classmethod
+    def from_config(cls, cfg, is_train=True):
+        if is_train:
+            crop, jitter = cfg.INPUT.CROP, cfg.INPUT.SCALE_JITTER
+            if crop.ENABLED and jitter.ENABLED:
+                raise InputError("INPUT.CROP and INPUT.SCALE_JITTER exclude each other.")
+            augmentations = train_augmentations(
+                min_sizes=cfg.INPUT.MIN_SIZE_TRAIN,
+                max_size=cfg.INPUT.MAX_SIZE_TRAIN,
+                sample_style=cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
+                flip=cfg.INPUT.RANDOM_FLIP,
+                crop=(crop.MIN_SIZE_BEFORE, crop.TYPE, crop.SIZE) if crop.ENABLED else None,
+                jitter=(*jitter.RANGE, jitter.SIZE) if jitter.ENABLED else None,
+            )
+        else:
+            augmentations = [
+                T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")
+            ]
+        return {
+            "augmentations": augmentations,
+            "image_format": cfg.INPUT.FORMAT,
+            "with_instances": is_train,
+            "with_masks": cfg.MODEL.MASK_ON,
+            "with_teacher": is_train and cfg.MODEL.DN_DETR.TEACH.ENABLED,
+        }
+
+    def __call__(self, record):
+        sample = {key: value for key, value in record.items() if key != "annotations"}
+        aug_input = T.AugInput(read_image(sample, self.image_format))
+        transforms = self.augmentations(aug_input)
+        image = np.ascontiguousarray(aug_input.image.transpose(2, 0, 1))
+        sample["image"] = torch.from_numpy(image)
+        if self.with_instances:
+            sample |= make_instances(
+                record["annotations"],
+                transforms,
+                size_before=(sample["height"], sample["width"]),
+                size=image.shape[1:],
+                with_masks=self.with_masks,
+                with_teacher=self.with_teacher,
+            )
+        return sample

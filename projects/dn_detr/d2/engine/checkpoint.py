@@ -1,0 +1,318 @@
+"""Checkpoints: Detectron2's, with a refusal to train or evaluate on weights that do not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottleneckBlock
+from torch import nn
+
+from dn_detr.conversion.backbone_weights import (
+    IMAGENET,
+    Normalisation,
+    check_normalisation,
+    match_backbone,
+)
+from dn_detr.conversion.convert_weights import ABSENT, COCO_CATEGORIES, convert, keep_coco_classes
+from dn_detr.conversion.safe_load import read_arrays, read_pickle, read_safetensors
+from dn_detr.d2.data.catalog import class_names
+from dn_detr.d2.engine.ema import KEY as EMA
+from dn_detr.d2.modeling.timm_torchvision import NamedBackbone
+from dn_detr.errors import InputError
+
+CLASS_DEPENDENT = ("class_head", "class_heads", "label_table", "cls_score", "bbox_pred")
+"""Parameters whose size is the number of classes: start anew together when it changes."""
+
+TRAINING_ONLY = ("assists", "label_table")
+"""Parameters that only an assist uses: a checkpoint may have them or not."""
+
+UNFINISHED = ".unfinished"
+"""Part of the name of a file that is being written."""
+
+BEST = "model_best.pth"
+"""The best one by a metric: no training is resumed from it."""
+
+AVERAGED = f"@{EMA}"
+"""At the end of a path: the moving average that the checkpoint holds."""
+
+DETECTOR = "detector"
+"""Under this key a checkpoint says which detector it holds."""
+
+FOREIGN = ("transformer", "class_embed", "sem_seg_head", "input_proj", "query_embed", "bbox_embed")
+"""Parts of names in detectors of the authors, of detrex and of Hugging Face."""
+
+
+def check_hash(address: str, filename: str) -> None:
+    """InputError where an address names the beginning of its file's sha256, as torchvision's do, and
+    the file has another. Digits alone are a date, but for PyTorch's own addresses."""
+    named = re.search(r"-([0-9a-f]{8,64})\.\w+$", address.removesuffix(AVERAGED))
+    if named is None or (named[1].isdigit() and "://download.pytorch.org/" not in address):
+        return
+    with open(filename, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(named[1]):
+        raise InputError(
+            f"{filename}, fetched from {address}, is damaged: its sha256 begins with {found[:8]} and "
+            f"should begin with {named[1]}. Remove the file and try again."
+        )
+
+
+def read_checkpoint(filename: str) -> dict:
+    """{"model": name -> tensor, ...}, whatever the file is. Nothing in it is run; InputError if it is
+    damaged, or no checkpoint."""
+    readers = {".safetensors": read_safetensors, ".pkl": read_arrays}
+    try:
+        content = readers.get(os.path.splitext(filename)[1], read_pickle)(filename)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{filename!r} cannot be loaded as a checkpoint: {error}.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{filename!r} is not a checkpoint: it must hold arrays by name.")
+    name = next((name for name in ("model", "state_dict", "blobs") if name in content), None)
+    state = content if name is None else content[name]
+    if isinstance(state, dict) and "state_dict" in state:
+        state = state["state_dict"]
+    if isinstance(state, dict):
+        state = {k: v for k, v in state.items() if not str(k).endswith("_momentum")}
+    others = {} if name is None else content
+    return {**others, "model": state, "matching_heuristics": False}
+
+
+def describe(cfg: CfgNode) -> dict:
+    """What checkpoints of this training say of their model, in plain types, which
+    `torch.load(weights_only=True)` reads."""
+    names = [str(name) for name in class_names(cfg.DATASETS.TRAIN[0])]
+    return {"config": cfg.dump(), "class_names": names}
+
+
+def has_part(key: str, parts: tuple[str, ...]) -> bool:
+    return any(part in key.split(".") for part in parts)
+
+
+def is_counter(key: str) -> bool:
+    """Whether it is a counter of batch norm: no weight, and filled in by PyTorch where missing."""
+    return key.endswith("num_batches_tracked")
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Loads a detector of the same architecture; to begin a training, also a detector with other
+    classes, or a backbone alone, by the names of any library (`conversion.backbone`).
+
+    A checkpoint that lacks parameters of this model, or has others, is an InputError: filling the
+    gaps with random numbers would only show as a low AP. With other classes (another number, or
+    other names) the class heads and the label table start anew, both. Parameters that only training needs may come or be missing.
+    """
+
+    def __init__(
+        self,
+        model,
+        save_dir: str = "",
+        *,
+        is_for_training: bool = False,
+        detector: dict | None = None,
+        may_be_new: Sequence[str] = (),
+        **checkpointables,
+    ):
+        """`detector` is what files of this checkpointer say of their model: see `describe`.
+        may_be_new: MODEL.DN_DETR.NEW_PARAMETERS."""
+        super().__init__(model, save_dir, **checkpointables)
+        self.is_for_training = is_for_training
+        self.detector = detector
+        self.may_be_new = tuple(may_be_new)
+
+    def save(self, name: str, **kwargs) -> None:
+        """Save under a name; a crash while writing leaves an older file of that name as it was."""
+        about = {} if self.detector is None else {DETECTOR: self.detector}
+        super().save(name + UNFINISHED, **about, **kwargs)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        unfinished = os.path.join(self.save_dir, last_filename_basename)
+        finished = unfinished.replace(UNFINISHED, "")
+        os.replace(unfinished, finished)
+        if os.path.basename(finished) == BEST:
+            return
+        super().tag_last_checkpoint(os.path.basename(finished))
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
+        """checkpointables: what else than the model is restored, None = all: that is a resume.
+
+        path: with "@ema" at its end, the moving average of the weights is loaded instead of them.
+        """
+        self.path = path
+        path = path.removesuffix(AVERAGED)
+        self.may_start_anew = self.is_for_training and checkpointables is not None
+        if path and "://" not in path and not os.path.isfile(path):
+            raise InputError(f"there is no checkpoint {path!r}: correct MODEL.WEIGHTS.")
+        try:
+            return super().load(path, checkpointables)
+        except OSError as error:
+            raise InputError(
+                f"the checkpoint {path!r} cannot be fetched ({error}): bring the file to this machine "
+                "and set MODEL.WEIGHTS to its path, or to '' to start from random weights."
+            ) from error
+
+    def _load_file(self, filename: str) -> dict:
+        """{"model": name -> array, ...}, whatever the file is. Nothing in it is run."""
+        if "://" in self.path:
+            check_hash(self.path, filename)
+        checkpoint = read_checkpoint(filename)
+        if self.path.endswith(AVERAGED):
+            if EMA not in checkpoint:
+                raise InputError(
+                    f"{filename!r} holds no moving average of the weights: it was saved without "
+                    f"SOLVER.EMA.ENABLED, so leave {AVERAGED!r} out of MODEL.WEIGHTS."
+                )
+            checkpoint["model"] = checkpoint.pop(EMA)["model"]
+        state = checkpoint["model"]
+        if not isinstance(state, dict) or not all(hasattr(v, "shape") for v in state.values()):
+            raise InputError(f"{filename!r} is not a checkpoint: it must hold arrays by name.")
+        return checkpoint
+
+    def _load_model(self, checkpoint: dict):
+        self._convert_ndarray_to_tensor(checkpoint["model"])
+        state, known = checkpoint["model"], self.model.state_dict()
+        if not any(has_part(key, ("core", "roi_heads")) for key in state):
+            converted = self._converted(state)
+            if converted is None and self.may_start_anew:
+                return self._load_backbone(checkpoint)
+            state = checkpoint["model"] = state if converted is None else converted
+        has_other_classes = self.may_start_anew and self._has_other_classes(checkpoint)
+        start_anew = CLASS_DEPENDENT if has_other_classes else ()
+        for key in [key for key in state if has_part(key, start_anew)]:
+            del state[key]
+        # Seen before loading, since frozen batch norms then make up the statistics that they lack.
+        missing = [key for key in known if key not in state and not is_counter(key)]
+        incompatible = super()._load_model(checkpoint)
+        shapes = [f"{k} {old} instead of {new}" for k, old, new in incompatible.incorrect_shapes]
+        total = sum(not is_counter(key) for key in known)
+        summary = f"Loaded {total - len(missing) - len(shapes)} of {total} parameters"
+        lacking = [k for k in missing if not has_part(k, (*start_anew, *TRAINING_ONLY))]
+        surplus = [k for k in incompatible.unexpected_keys if not has_part(k, TRAINING_ONLY)]
+        for kind, keys in (("differs in", shapes), ("lacks", lacking), ("has also", surplus)):
+            if keys:
+                raise InputError(
+                    f"{self.path!r} is a checkpoint of another model: it {kind} {len(keys)} of "
+                    f"{total} parameters, the first being {keys[0]}."
+                )
+        if missing:
+            because = "other classes" if start_anew else "not in the checkpoint"
+            summary += f"; {because}, so these start anew: {', '.join(missing)}"
+        self.logger.info(summary)
+        return incompatible
+
+    def _load_backbone(self, checkpoint: dict):
+        """A backbone alone, by whatever names: all of it, or an InputError."""
+        backbone = self.model.backbone
+        prefix = "backbone.bottom_up." if hasattr(backbone, "bottom_up") else "backbone."
+        body = getattr(backbone, "bottom_up", backbone)
+        wanted = {name: value.shape for name, value in body.state_dict().items()}
+        library = {}
+        if isinstance(body, NamedBackbone):
+            names, normalisation = body.library_names(), body.normalisation
+            library = {
+                "library": body.name,
+                "library_names": names,
+                "library_normalisation": normalisation,
+            }
+        state = {name.removeprefix("module."): v for name, v in checkpoint["model"].items()}
+        match = match_backbone(state, wanted, **library)
+        if not match.found:
+            raise InputError(
+                f"{self.path!r} holds none of the parameters of this model's backbone, whose first is "
+                f"{next(iter(wanted))}, under any known name; the file's first is "
+                f"{next(iter(checkpoint['model']), 'none')}."
+            )
+        missing = [name for name in match.missing if not name.startswith(self.may_be_new or "\0")]
+        for fault, names in (
+            ("these shapes differ", match.wrong),
+            ("the file lacks parameters of the backbone", missing),
+            ("the file has parameters that the backbone does not have", match.surplus),
+        ):
+            if names:
+                raise InputError(
+                    f"{self.path!r}, read as {match.source}, does not fit the backbone of "
+                    f"{len(wanted)} parameters and statistics: {fault}, {len(names)} in all, the first "
+                    f"{names[0]}. (MODEL.DN_DETR.NEW_PARAMETERS names what the file may lack.)"
+                )
+        normalisation, strides = match.normalisation, match.strides_in_1x1
+        if checkpoint.get("__author__") == "torchvision":
+            normalisation, strides = IMAGENET, False
+        if normalisation is not None:
+            self._check_normalisation(normalisation)
+        self._check_network(body, strides, is_affine=match.is_affine)
+        state = {f"{prefix}{name}": tensor for name, tensor in match.found.items()}
+        incompatible = super()._load_model({"model": state})
+        new = f"; these start anew: {', '.join(match.missing)}" if match.missing else ""
+        self.logger.info(
+            f"Loaded {len(match.found)} of {len(wanted)} parameters and statistics of the backbone from "
+            f"{self.path}, read as {match.source}{new}"
+        )
+        return incompatible
+
+    def _check_network(self, body, strides_in_1x1: bool | None, *, is_affine: bool) -> None:
+        """InputError where a backbone has the parameters, but computes something else with them."""
+        modules = list(body.modules())
+        if is_affine and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
+            raise InputError(
+                f"the batch norms in {self.path!r} are without statistics, so they can only stay as "
+                "they are: set MODEL.RESNETS.NORM FrozenBN."
+            )
+        blocks = (BottleneckBlock, DeformBottleneckBlock)
+        strided = next((m for m in modules if isinstance(m, blocks) and m.stride == 2), None)
+        if strides_in_1x1 is None or strided is None:
+            return
+        if (strided.conv1.stride == (2, 2)) != strides_in_1x1:
+            raise InputError(
+                f"the network of the weights in {self.path!r} strides in other convolutions: set "
+                f"MODEL.RESNETS.STRIDE_IN_1X1 {strides_in_1x1}."
+            )
+
+    def _converted(self, state: dict) -> dict | None:
+        """A detector of the authors, of detrex or of Hugging Face under our names; None where it is
+        none. InputError where it is one of another method."""
+        method = getattr(self.model, "method", None)
+        try:
+            ours, table = convert({k.removeprefix("module."): v for k, v in state.items()}, method)
+        except ValueError as error:
+            if not any(has_part(key, FOREIGN) for key in state):
+                return None
+            raise InputError(
+                f"{self.path!r} is a detector of another project, which cannot be read as "
+                f"{method or type(self.model).__name__}: {error}."
+            ) from error
+        self.logger.info(f"Read {self.path} as {table.source}")
+        self._check_normalisation(IMAGENET)
+        known = self.model.state_dict()
+        surplus = {
+            value.shape[0] - known[name].shape[0]
+            for name, value in ours.items()
+            if has_part(name, CLASS_DEPENDENT) and name in known and value.shape[0] > 1
+        }
+        is_coco = self.model.num_classes == len(COCO_CATEGORIES)
+        return keep_coco_classes(ours) if is_coco and surplus == {len(ABSENT) + 1} else ours
+
+    def _check_normalisation(self, normalisation: Normalisation) -> None:
+        mean, std = (v.flatten().tolist() for v in (self.model.pixel_mean, self.model.pixel_std))
+        try:
+            given = (self.model.input_format, mean, std)
+            check_normalisation(f"the weights in {self.path!r}", normalisation, given)
+        except ValueError as error:
+            raise InputError(f"{error}.") from error
+
+    def _has_other_classes(self, checkpoint: dict) -> bool:
+        """By their names where both sides know them, and by the sizes of what depends on them."""
+        saved, ours = (
+            (about or {}).get("class_names") for about in (checkpoint.get(DETECTOR), self.detector)
+        )
+        if saved and ours and saved != ours:
+            return True
+        state, known = checkpoint["model"], self.model.state_dict()
+        return any(
+            tuple(state[key].shape) != tuple(known[key].shape)
+            for key in known.keys() & state.keys()
+            if has_part(key, CLASS_DEPENDENT)
+        )

@@ -1,0 +1,127 @@
+"""The best checkpoint by a metric of the evaluation, and a training that ends when it stops rising."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+
+from dn_detr.d2.engine.collective import on_main
+from dn_detr.d2.engine.evaluation_hooks import AfterEvaluation
+from dn_detr.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+MODES = ("max", "min")
+
+
+class StopEarly(Exception):
+    """Ends a training before its last iteration, in good order."""
+
+
+class SaveBest(hooks.BestCheckpointer):
+    """Detectron2's BestCheckpointer, which refuses a metric that does not exist and goes on after a
+    resume with the best so far. It writes model_best.pth, from which no training is resumed."""
+
+    def _best_checking(self):
+        on_main(lambda: metric(self.trainer.storage, self._val_metric, "TEST.BEST.METRIC"))
+        if comm.is_main_process():
+            super()._best_checking()
+
+    def state_dict(self) -> dict:
+        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+
+
+class EarlyStopping(AfterEvaluation):
+    """Ends the training when `name` has not got better in `patience` evaluations in a row.
+
+    The last weights become model_final.pth. A training that was ended so ends at once when resumed.
+    """
+
+    def __init__(self, period: int, checkpointer, *, name: str, patience: int, mode: str):
+        super().__init__(period)
+        self.checkpointer = checkpointer
+        self.name = name
+        self.patience = patience
+        self.sign = 1 if mode == "max" else -1
+        self.best = -math.inf
+        self.num_worse = 0
+
+    def before_train(self):
+        self.stop_if_out_of_patience()
+
+    def after_evaluation(self):
+        storage = self.trainer.storage
+        value = self.sign * on_main(lambda: metric(storage, self.name, "TEST.EARLY_STOP.METRIC"))
+        if value > self.best:  # NaN is not
+            self.best, self.num_worse = value, 0
+        else:
+            self.num_worse += 1
+        if self.trainer.iter < self.trainer.max_iter:
+            if self.num_worse >= self.patience and comm.is_main_process():
+                self.checkpointer.save("model_final", iteration=self.trainer.iter)
+            self.stop_if_out_of_patience()
+
+    def stop_if_out_of_patience(self) -> None:
+        if self.num_worse >= self.patience:
+            raise StopEarly(
+                f"stopped early: {self.name} has not been better than {self.sign * self.best:g} in "
+                f"the last {self.num_worse} evaluations (TEST.EARLY_STOP)"
+            )
+
+    def state_dict(self) -> dict:
+        return {"best": self.best, "num_worse": self.num_worse}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best, self.num_worse = state["best"], state["num_worse"]
+
+
+def metric(storage: EventStorage, name: str, key: str) -> float:
+    """Its value at the evaluation of the current iteration; InputError with all names otherwise."""
+    found = {
+        metric: value
+        for metric, (value, iteration) in storage.latest().items()
+        if iteration == storage.iter and "/" in metric
+    }
+    if name not in found:
+        close = difflib.get_close_matches(name, found, n=1)
+        hint = f", perhaps {close[0]!r}" if close else ""
+        raise InputError(
+            f"{key} must be a metric of this evaluation{hint}, got {name!r}; there are "
+            f"{', '.join(sorted(found)) or 'none'}."
+        )
+    return found[name]
+
+
+def build_best(cfg, checkpointer) -> list[HookBase]:
+    """What TEST.BEST and TEST.EARLY_STOP ask for."""
+    best, early, period = cfg.TEST.BEST, cfg.TEST.EARLY_STOP, cfg.TEST.EVAL_PERIOD
+    for key, node in (("TEST.BEST", best), ("TEST.EARLY_STOP", early)):
+        if node.METRIC and (node.MODE not in MODES or period < 1):
+            raise InputError(
+                f"{key}.METRIC needs {key}.MODE 'max' or 'min' and a TEST.EVAL_PERIOD of at least 1, "
+                f"got {node.MODE!r} and {period}."
+            )
+    if early.METRIC and early.PATIENCE < 1:
+        raise InputError(f"TEST.EARLY_STOP.PATIENCE must be at least 1, got {early.PATIENCE}.")
+    built: list[HookBase] = []
+    if best.METRIC:
+        built.append(SaveBest(period, checkpointer, best.METRIC, best.MODE))
+    if early.METRIC:
+        built.append(
+            EarlyStopping(
+                period,
+                checkpointer,
+                name=early.METRIC,
+                patience=early.PATIENCE,
+                mode=early.MODE,
+            )
+        )
+    return built

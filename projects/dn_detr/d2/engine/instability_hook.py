@@ -1,0 +1,127 @@
+"""The instruments of DN-DETR as a hook: instability of matching, distance of anchors to objects."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from detectron2.evaluation import inference_context
+from detectron2.utils import comm
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from dn_detr.analysis.matching_instability import (
+    anchor_target_distances,
+    largest_distances,
+    last_matches,
+    matching_instability,
+)
+from dn_detr.d2.data import dataset_dicts
+from dn_detr.d2.data.mapper import DetrMapper
+from dn_detr.d2.engine.evaluation_hooks import AfterEvaluation
+from dn_detr.losses.matcher import assign
+
+logger = logging.getLogger(__name__)
+
+
+class MatchingInstruments(AfterEvaluation):
+    """After every evaluation, matches the queries with the objects of some images, without loss.
+
+    It puts into the event storage "matching/instability": queries per image that have another object
+    than at the evaluation before, or now one or none (2203.01305, sec. 3.1); absent at the first
+    evaluation, and for queries that are proposals, which have no identity. "matching/anchor_distance"
+    and "matching/anchor_distance_100": mean and mean of the 100 largest L1 distances between the
+    initial reference of a query and its object (sec. 3.2; 2203.03605); absent for pages whose
+    queries start without one.
+
+    loader: this process's images, one at a time, as (index, samples).
+    """
+
+    def __init__(self, period: int, model: nn.Module, loader: DataLoader):
+        super().__init__(period)
+        self.model = model
+        self.loader = loader
+        self.matches: torch.Tensor | None = None
+
+    def after_evaluation(self):
+        matches, distances = self.measure()
+        scalars = {}
+        if matches is not None and self.matches is not None:
+            if self.matches.shape == matches.shape:
+                scalars["instability"] = matching_instability(self.matches, matches)
+            else:
+                logger.warning("matches of other images or queries: no instability this time")
+        self.matches = matches
+        if distances.numel():
+            scalars["anchor_distance"] = distances.mean()
+            scalars["anchor_distance_100"] = largest_distances(distances, 100)
+        scalars = {f"matching/{name}": float(value) for name, value in scalars.items()}
+        self.trainer.storage.put_scalars(**scalars, smoothing_hint=False)
+        logger.info("  ".join(f"{name}: {value:.4g}" for name, value in scalars.items()))
+
+    @torch.no_grad()
+    def measure(self) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Object of every query [images, Q] int64, -1 = none (None where queries are proposals), and
+        the distances of all matched queries [n]; of the images of all processes, on each."""
+        found, distances = {}, []
+        model = self.model
+        with inference_context(model):
+            for index, samples in self.loader:
+                images, padding = model.preprocess(samples)
+                features = model.backbone(images.tensor)
+                predictions = model.core([features[name] for name in model.in_features], padding)
+                targets = model.targets(samples)
+                part = predictions.of("match")
+                match = assign(part, targets, model.costs)["match"]
+                if part.references[0] is not None:
+                    distances.append(
+                        anchor_target_distances(part.references[0], targets, match).cpu()
+                    )
+                if predictions.proposals is None:
+                    found[index] = last_matches(match)[0].cpu()
+        everywhere = comm.all_gather((found, distances))
+        found = {index: row for part, _ in everywhere for index, row in part.items()}
+        distances = [row for _, part in everywhere for row in part]
+        matches = torch.stack([found[index] for index in sorted(found)]) if found else None
+        return matches, torch.cat(distances) if distances else torch.zeros(0)
+
+    def state_dict(self) -> dict:
+        return {} if self.matches is None else {"matches": self.matches}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.matches = state["matches"]
+
+
+class _Numbered(torch.utils.data.Dataset):
+    """Samples beside their numbers."""
+
+    def __init__(self, dataset, numbers, mapper):
+        self.dataset = Subset(dataset, numbers)
+        self.numbers = numbers
+        self.mapper = mapper
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> tuple[int, list[dict]]:
+        return self.numbers[place], [self.mapper(self.dataset[place])]
+
+
+def build_instruments(cfg, model: nn.Module) -> MatchingInstruments | None:
+    """As TEST.INSTABILITY says, on the first dataset of DATASETS.TEST; None where switched off."""
+    node = cfg.TEST.INSTABILITY
+    if not node.ENABLED or not cfg.DATASETS.TEST:
+        return None
+    dataset = dataset_dicts.load(
+        cfg.DATASETS.TEST[0], check=cfg.DATASETS.CHECK, with_masks=cfg.MODEL.MASK_ON
+    ).records
+    wanted = min(node.NUM_IMAGES or len(dataset), len(dataset))
+    numbers = np.linspace(0, len(dataset) - 1, wanted).round().astype(int).tolist()
+    mapper = DetrMapper(**{**DetrMapper.from_config(cfg, False), "with_instances": True})
+    loader = DataLoader(
+        _Numbered(dataset, numbers[comm.get_rank() :: comm.get_world_size()], mapper),
+        batch_size=None,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+    return MatchingInstruments(cfg.TEST.EVAL_PERIOD, model, loader)

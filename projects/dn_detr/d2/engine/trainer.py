@@ -1,0 +1,244 @@
+"""Detectron2's DefaultTrainer with this project's data, optimizer, checkpoints and printing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import weakref
+
+import torch
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from fvcore.nn.precise_bn import get_bn_modules
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dn_detr.d2.data.loader import build_test_loader, build_train_loader
+from dn_detr.d2.engine.activation_checkpointing import recompute
+from dn_detr.d2.engine.checkpoint import Checkpointer, describe
+from dn_detr.d2.engine.collective import together
+from dn_detr.d2.engine.compile import compile_core
+from dn_detr.d2.engine.early_stopping import StopEarly, build_best
+from dn_detr.d2.engine.ema import KEY as EMA
+from dn_detr.d2.engine.ema import FollowWeights, MovingAverage
+from dn_detr.d2.engine.evaluation_hooks import SaveEvaluation
+from dn_detr.d2.engine.instability_hook import build_instruments
+from dn_detr.d2.engine.nonfinite_dump import Evidence
+from dn_detr.d2.engine.train_step import TrainStep
+from dn_detr.d2.engine.wandb_writer import WandbWriter
+from dn_detr.d2.engine.writers import ProgressBar, ProgressLines
+from dn_detr.d2.evaluation.coco_evaluator import Evaluator, build_evaluator
+from dn_detr.d2.modeling.batch import num_parts
+from dn_detr.d2.modeling.meta_arch import core_of
+from dn_detr.d2.modeling.operator_checks import checked_operators
+from dn_detr.d2.solver.lr_scheduler import build_lr_scheduler
+from dn_detr.d2.solver.optimizer import build_optimizer
+from dn_detr.errors import InputError, NotFinite
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """Trains any configuration of dn_detr; resuming continues exactly where the run stopped."""
+
+    def __init__(self, cfg):
+        # Not DefaultTrainer's constructor: its steps need CUDA for mixed precision and wait for
+        # the device at every loss, and its several processes need a GPU each.
+        TrainerBase.__init__(self)
+        self.draws_seed = cfg.SEED < 0
+        cfg = with_drawn_seed(self.auto_scale_workers(cfg, comm.get_world_size()))
+        if cfg.DETERMINISTIC:
+            use_deterministic_algorithms()
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        loader = self.build_train_loader(cfg)
+        ema = cfg.SOLVER.EMA
+        self.average = (
+            MovingAverage(model, decay=ema.DECAY, warmup=ema.WARMUP) if ema.ENABLED else None
+        )
+        recompute(model, cfg.MODEL.DN_DETR.RECOMPUTE)
+        if cfg.MODEL.DN_DETR.COMPILE:
+            compile_core(core_of(model, "MODEL.DN_DETR.COMPILE"), cfg.MODEL.DN_DETR.COMPILE)
+        model = across_processes(model)
+        self._trainer = TrainStep(
+            model,
+            loader,
+            optimizer,
+            precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else None,
+            seed=loader.seed,
+            num_parts=num_parts(cfg),
+            evidence=Evidence(cfg.OUTPUT_DIR, cfg.dump()),
+        )
+        self.checkpointer = Checkpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            is_for_training=True,
+            detector=describe(cfg),
+            may_be_new=cfg.MODEL.DN_DETR.NEW_PARAMETERS,
+            trainer=weakref.proxy(self),
+            **({EMA: self.average} if self.average else {}),
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's hooks in its order, so that evaluation sees what was saved."""
+        cfg, is_main = self.cfg, comm.is_main_process()
+        writers = together(lambda: self.build_writers() if is_main else [])
+        return [
+            ProgressBar() if is_main and sys.stdout.isatty() else None,
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            FollowWeights(self.average, without_wrapper(self.model)) if self.average else None,
+            self.build_precise_bn(),
+            hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+            if is_main
+            else None,
+            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate),
+            *self.build_evaluation_hooks(),
+            hooks.PeriodicWriter(writers, cfg.LOG_PERIOD) if is_main else None,
+        ]
+
+    def build_evaluation_hooks(self) -> list[HookBase | None]:
+        """What acts on evaluations, and writes the checkpoint again with their outcome."""
+        cfg, period = self.cfg, self.cfg.TEST.EVAL_PERIOD
+        instruments = build_instruments(cfg, without_wrapper(self.model))
+        if instruments:
+            core_of(without_wrapper(self.model), "TEST.INSTABILITY")
+        actors = [*([instruments] if instruments else []), *build_best(cfg, self.checkpointer)]
+        if not actors:
+            return []
+        again = SaveEvaluation(period, self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+        return [*actors, again if comm.is_main_process() else None]
+
+    def evaluate(self) -> dict:
+        """Metrics of the weights, and under "ema" those of their moving average.
+
+        The latter's files stand in the folder "ema" of OUTPUT_DIR.
+        """
+        results = self.test(self.cfg, self.model)
+        if self.average:
+            cfg = self.cfg.clone()
+            cfg.defrost()
+            cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, EMA)
+            logger.info("evaluating the moving average of the weights")
+            averaged = self.test(cfg, self.average.model)
+            results = {**results, EMA: averaged} if results else results
+        self._last_eval_results = results
+        return results
+
+    def build_precise_bn(self) -> HookBase | None:
+        """Detectron2's TEST.PRECISE_BN, where it is asked for and the model has what it needs."""
+        test = self.cfg.TEST
+        if not test.PRECISE_BN.ENABLED or not get_bn_modules(self.model):
+            return None
+        loader = self.build_train_loader(self.cfg)
+        return hooks.PreciseBN(test.EVAL_PERIOD, self.model, loader, test.PRECISE_BN.NUM_ITER)
+
+    def build_writers(self) -> list[EventWriter]:
+        output, period = self.cfg.OUTPUT_DIR, self.cfg.LOG_PERIOD
+        return [
+            ProgressLines(self.max_iter, period),
+            JSONWriter(os.path.join(output, "metrics.json"), period),
+            TensorboardXWriter(output, period),
+            *([WandbWriter(self.cfg)] if self.cfg.WANDB.ENABLED else []),
+        ]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        step = self._trainer
+        step.data_loader.set_start_iteration(self.start_iter)
+        if self.draws_seed and step.saved_seed is not None:
+            model = without_wrapper(self.model)
+            step.seed = step.data_loader.seed = model.seed = step.saved_seed
+            logger.info(
+                f"going on with the seed {step.seed} that was drawn when this training began"
+            )
+
+    def state_dict(self) -> dict:
+        # Saved behind the last iteration: it has been done, and a longer training goes on after it.
+        return {**super().state_dict(), "iteration": min(self.iter, self.max_iter - 1)}
+
+    def train(self):
+        logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_input_error)
+        try:
+            return super().train()
+        except StopEarly as stop:
+            logger.info(str(stop))
+            return getattr(self, "_last_eval_results", None)
+        except NotFinite as error:
+            logger.error(str(error))
+            raise
+
+    @classmethod
+    def build_model(cls, cfg) -> nn.Module:
+        try:
+            with checked_operators(cfg):
+                return super().build_model(cfg)
+        except (ValueError, KeyError) as error:
+            raise InputError(
+                f"the model cannot be built from this configuration: {error.args[0]}."
+            ) from error
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name: str):
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name: str) -> Evaluator:
+        return build_evaluator(cfg, dataset_name)
+
+
+def across_processes(model: nn.Module) -> nn.Module:
+    """The model as DistributedDataParallel where there are several processes, else as it is.
+
+    Every parameter gets a gradient from every batch, empty ones too, so none is looked for.
+    """
+    device = next(model.parameters()).device
+    device_ids = [device] if device.type == "cuda" else None
+    return create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+
+
+def with_drawn_seed(cfg):
+    """With a SEED that all processes share, drawn now if the configuration leaves it open."""
+    if cfg.SEED >= 0:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEED = comm.shared_random_seed()
+    cfg.freeze()
+    return cfg
+
+
+def use_deterministic_algorithms() -> None:
+    """PyTorch's switch, and what its CUDA libraries need beside it."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, or as it is."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _is_no_input_error(record: logging.LogRecord) -> bool:
+    """Detectron2's loop logs every error with its traceback; train_net.py says these itself."""
+    return not (record.exc_info and isinstance(record.exc_info[1], InputError | StopEarly))

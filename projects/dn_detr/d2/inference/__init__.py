@@ -1,0 +1,1 @@
+"""Trained detectors: loading, drawing, attention."""

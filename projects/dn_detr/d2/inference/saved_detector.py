@@ -1,0 +1,155 @@
+"""A detector from its checkpoint, which says itself what it holds (`checkpoint.describe`)."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from dataclasses import dataclass
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from torch import nn
+
+from dn_detr.conversion.safe_load import read_pickle
+from dn_detr.d2.config.defaults import add_dn_detr_config, merge, read_config
+from dn_detr.d2.data.catalog import class_names, register_coco_format
+from dn_detr.d2.engine.checkpoint import AVERAGED, DETECTOR, Checkpointer
+from dn_detr.d2.engine.trainer import Trainer
+from dn_detr.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class SavedDetector:
+    """A detector as it was saved: ready for inference, with its configuration and class names."""
+
+    model: nn.Module
+    cfg: CfgNode
+    class_names: list[str]
+
+
+def description_in(path: str) -> dict | None:
+    """{"config": yaml, "class_names": list} of a checkpoint; None where it does not say: that of an
+    earlier version, of Detectron2's model zoo, or a converted one."""
+    path = path.removesuffix(AVERAGED)
+    if not os.path.isfile(path):
+        raise InputError(f"there is no checkpoint {path!r}.")
+    if path.endswith((".pkl", ".safetensors")):
+        return None
+    try:
+        checkpoint = read_pickle(path, mmap=zipfile.is_zipfile(path))  # tensors are not read
+    except ValueError as error:
+        raise InputError(f"{path!r} cannot be loaded as a checkpoint: {error}.") from error
+    about = checkpoint.get(DETECTOR) if isinstance(checkpoint, dict) else None
+    return about if isinstance(about, dict) else None
+
+
+def weights_named(config_file: str | None, opts: list[str]) -> str:
+    """MODEL.WEIGHTS of the command line of a tool: of the pairs `opts`, else of the file."""
+    pairs = dict(zip(opts[::2], opts[1::2], strict=False))
+    path = pairs.get("MODEL.WEIGHTS", "")
+    if not path and config_file is not None:
+        path = read_config(config_file, list(opts)).MODEL.WEIGHTS
+    if not path:
+        raise InputError("name the checkpoint as MODEL.WEIGHTS, e.g. MODEL.WEIGHTS model.pth.")
+    return path
+
+
+def read_saved_config(
+    path: str,
+    *,
+    config_file: str | None = None,
+    opts: list[str] = (),
+    names: list[str] = (),
+) -> tuple[CfgNode, list[str]]:
+    """Configuration and class names of a checkpoint.
+
+    `config_file` replaces the configuration that the checkpoint holds, and is needed where it holds
+    none; `names` likewise, except that a checkpoint without names has those of the training dataset
+    of its configuration. `opts`: pairs of key and value on top. InputError where something is
+    missing, or where configuration and names do not agree.
+    """
+    about = description_in(path)
+    if config_file is not None:
+        cfg = read_config(config_file, list(opts))
+    elif about is not None:
+        cfg = get_cfg()
+        add_dn_detr_config(cfg)
+        merge(
+            f"the configuration in {path}",
+            cfg.merge_from_other_cfg,
+            _parsed(about, path),
+        )
+        merge("the KEY VALUE pairs of the command line", cfg.merge_from_list, list(opts))
+    else:
+        raise InputError(f"{path!r} holds no configuration: give the one that it was made with.")
+    names = list(names) or (list(about["class_names"]) if about is not None else [])
+    if not names:
+        register_coco_format(cfg.DATASETS.COCO_FORMAT)
+        names = _names_of_dataset(cfg, path)
+    node = cfg.MODEL.DN_DETR
+    if node.NUM_CLASSES not in (0, len(names)):
+        raise InputError(
+            f"{path!r} has {node.NUM_CLASSES} classes by its configuration, but {len(names)} names "
+            "of classes: they must be as many."
+        )
+    node.NUM_CLASSES = len(names)
+    return cfg, names
+
+
+def read_evaluation_config(config_file: str, opts: list[str]) -> CfgNode:
+    """The configuration of an evaluation of MODEL.WEIGHTS: that of a file, or where none is named
+    that of the checkpoint, with `opts` on top. The model's classes are the checkpoint's if it names
+    them and the configuration does not."""
+    if config_file:
+        cfg = read_config(config_file, opts)
+    else:
+        cfg, _ = read_saved_config(weights_named(None, opts), opts=opts)
+    path = cfg.MODEL.WEIGHTS
+    node = cfg.MODEL.DN_DETR
+    if not node.CLASS_NAMES and os.path.isfile(path.removesuffix(AVERAGED)):
+        about = description_in(path)
+        if about is not None:
+            node.CLASS_NAMES = list(about["class_names"])
+    return cfg
+
+
+def load_detector(
+    path: str,
+    *,
+    config_file: str | None = None,
+    opts: list[str] = (),
+    names: list[str] = (),
+    device: str | None = None,
+) -> SavedDetector:
+    """The detector of a checkpoint, in evaluation mode on `device`: None is the MODEL.DEVICE of
+    `opts`, or else a GPU if there is one. The other arguments are those of `read_saved_config`.
+    """
+    cfg, names = read_saved_config(path, config_file=config_file, opts=opts, names=names)
+    if device is not None:
+        cfg.MODEL.DEVICE = device
+    elif "MODEL.DEVICE" not in opts:
+        cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg.MODEL.DN_DETR.BACKBONE_PRETRAINED = False  # the checkpoint holds the backbone
+    cfg.freeze()
+    model = Trainer.build_model(cfg).eval()
+    Checkpointer(model).load(path, checkpointables=[])
+    return SavedDetector(model, cfg, names)
+
+
+def _parsed(about: dict, path: str) -> CfgNode:
+    try:
+        return CfgNode.load_cfg(about["config"])
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"the configuration in {path!r} cannot be read: {error}.") from error
+
+
+def _names_of_dataset(cfg: CfgNode, path: str) -> list[str]:
+    if not cfg.DATASETS.TRAIN:
+        raise InputError(f"{path!r} holds no names of its classes: give them.")
+    try:
+        return class_names(cfg.DATASETS.TRAIN[0])
+    except InputError as error:
+        raise InputError(
+            f"{path!r} holds no names of its classes: give them, or the dataset that it was "
+            f"trained on ({error})"
+        ) from error

@@ -1,0 +1,1 @@
+"""Meta-architectures, backbones, and what a configuration says of them."""

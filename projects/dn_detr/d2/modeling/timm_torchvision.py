@@ -1,0 +1,232 @@
+"""Any backbone of torchvision or timm, by its name there."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import Tensor, nn
+
+from dn_detr.conversion.backbone_weights import Normalisation, check_normalisation
+from dn_detr.errors import InputError
+
+STAGES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
+"""Names of the features by their stride, those of Detectron2's ResNet."""
+
+PROBE = (128, 192)
+"""Height and width of the image that tells the strides of features: unequal numbers of cells."""
+
+
+class NamedBackbone(Backbone):
+    """Images [B, 3, H, W] -> {"res2": [B, C, H / 4, W / 4], ..., "res5": ...}, those there are.
+
+    stages: images -> list of maps, channels first or last, one for each of its `parts`. Parameters
+    of the parts up to the feature "res<freeze_at>" learn nothing; 0 freezes none.
+    """
+
+    def __init__(self, stages: nn.Module, freeze_at: int, name: str = ""):
+        super().__init__()
+        self.stages = stages
+        self.name = name  # "<library>/<name>"
+        self.place: dict[str, int] = {}
+        self.is_channels_last: dict[str, bool] = {}
+        self._out_feature_channels, self._out_feature_strides = {}, {}
+        with torch.no_grad():
+            outputs = stages.eval()(torch.zeros(1, 3, *PROBE))
+        stages.train()
+        for index, output in enumerate(outputs):
+            for stride, name in STAGES.items():
+                cells = tuple(size // stride for size in PROBE)
+                is_last = tuple(output.shape[1:3]) == cells
+                if is_last or tuple(output.shape[2:]) == cells:
+                    self.place[name] = index
+                    self.is_channels_last[name] = is_last
+                    self._out_feature_channels[name] = output.shape[-1 if is_last else 1]
+                    self._out_feature_strides[name] = stride
+        self._out_features = list(self.place)
+        if not self.place:
+            raise ValueError("the backbone has no features of stride 4, 8, 16 or 32")
+        if freeze_at:
+            name = f"res{freeze_at}"
+            if name not in self.place or not stages.parts:
+                raise ValueError(
+                    f"MODEL.BACKBONE.FREEZE_AT must be 0 or the number of a feature of the "
+                    f"backbone {self._out_features}, and 0 for timm, got {freeze_at}"
+                )
+            stages.parts[: self.place[name] + 1].requires_grad_(False)
+
+    def library_names(self) -> dict[str, str]:
+        """Names of parameters in the library's own files -> names here; "" where only the classifier
+        has them."""
+        return {
+            theirs: ours and f"stages.{ours}"
+            for theirs, ours in self.stages.library_names().items()
+        }
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What the library's weights were trained with."""
+        return self.stages.normalisation
+
+    @property
+    def size_divisibility(self) -> int:
+        """Images are padded to a multiple of this."""
+        return 32
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        outputs = self.stages(images)
+        features = {}
+        for name, index in self.place.items():
+            feature = outputs[index]
+            if self.is_channels_last[name]:
+                feature = feature.permute(0, 3, 1, 2).contiguous()
+            features[name] = feature
+        return features
+
+
+class TorchvisionStages(nn.Module):
+    """The trunk of a torchvision classifier: what stands before its pooling."""
+
+    def __init__(self, name: str, is_pretrained: bool):
+        super().__init__()
+        models = importlib.import_module("torchvision.models")
+        if name not in models.list_models(models):
+            raise ValueError(f"torchvision has no model {name!r}")
+        classifier = models.get_model(name, weights="DEFAULT" if is_pretrained else None)
+        trunk = getattr(classifier, "features", None)
+        if trunk is None:
+            children = list(classifier.named_children())
+            names = [child for child, _ in children]
+            if "avgpool" not in names:
+                raise ValueError(f"torchvision's {name} is no backbone of stages before a pooling")
+            names = names[: names.index("avgpool")]
+            trunk = {child: getattr(classifier, child) for child in names}
+            place = {child: f"parts.{index}" for index, child in enumerate(trunk)}
+        else:
+            trunk = dict(trunk.named_children())
+            place = {f"features.{child}": f"parts.{index}" for index, child in enumerate(trunk)}
+        self.parts = nn.ModuleList(trunk.values())
+        self.names = {key: _renamed(key, place) for key in classifier.state_dict()}
+        transforms = models.get_model_weights(name).DEFAULT.transforms()
+        self.normalisation = _normalisation(transforms.mean, transforms.std)
+
+    def library_names(self) -> dict[str, str]:
+        return self.names
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        outputs = []
+        for part in self.parts:
+            images = part(images)
+            outputs.append(images)
+        return outputs
+
+
+class TimmStages(nn.Module):
+    """timm's own feature extractor of a model."""
+
+    def __init__(self, name: str, is_pretrained: bool):
+        super().__init__()
+        try:
+            timm = importlib.import_module("timm")
+        except ImportError as error:
+            raise ValueError(f"the backbone timm/{name} needs timm: pip install timm") from error
+        self.parts = nn.ModuleList()
+        options = {"pretrained": is_pretrained, "features_only": True}
+        try:  # transformers with windows are made for images of one size, unless told otherwise
+            self.model = timm.create_model(name, strict_img_size=False, **options)
+        except TypeError as error:
+            if "strict_img_size" not in str(error):
+                raise
+            self.model = timm.create_model(name, **options)
+        self.name = name
+        self.normalisation = _normalisation(
+            self.model.default_cfg["mean"], self.model.default_cfg["std"]
+        )
+
+    def library_names(self) -> dict[str, str]:
+        """A feature extractor joins the names of nested modules by "_", and lacks the classifier."""
+        with torch.device("meta"):
+            whole = importlib.import_module("timm").create_model(self.name)
+        own = {key.removeprefix("model.").replace(".", "_"): key for key in self.model.state_dict()}
+        return {
+            key: f"model.{own[flat]}" if (flat := key.replace(".", "_")) in own else ""
+            for key in whole.state_dict()
+        }
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return self.model(images)
+
+
+def _renamed(key: str, place: dict[str, str]) -> str:
+    """A name of the classifier below the part that holds it; "" where none does."""
+    for child, part in place.items():
+        if key.startswith(f"{child}."):
+            return part + key.removeprefix(child)
+    return ""
+
+
+def _normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> Normalisation:
+    return "RGB", tuple(255 * value for value in mean), tuple(255 * value for value in std)
+
+
+class FrozenNormAct(FrozenBatchNorm2d):
+    """A frozen batch norm that goes on with the dropout and the activation of timm's."""
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__(norm.num_features, norm.eps)
+        frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(norm)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            getattr(self, name).copy_(getattr(frozen, name))
+        self.drop, self.act = norm.drop, norm.act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+def freeze_norms(module: nn.Module) -> None:
+    """Freeze all batch norms below `module`. Detectron2 alone would drop timm's activations, which
+    are a part of them."""
+    for name, child in module.named_children():
+        if isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm)) and hasattr(child, "act"):
+            setattr(module, name, FrozenNormAct(child))
+        elif isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            setattr(module, name, FrozenBatchNorm2d.convert_frozen_batchnorm(child))
+        else:
+            freeze_norms(child)
+
+
+LIBRARIES = {"torchvision": TorchvisionStages, "timm": TimmStages}
+
+
+@BACKBONE_REGISTRY.register()
+def build_named_backbone(cfg, input_shape: ShapeSpec) -> NamedBackbone:
+    """The backbone MODEL.DN_DETR.BACKBONE, "<library>/<name>". Reads also MODEL.BACKBONE.FREEZE_AT,
+    and MODEL.RESNETS.NORM: with "FrozenBN" its batch norms are frozen, as for Detectron2's ResNet.
+    With MODEL.DN_DETR.BACKBONE_PRETRAINED and no MODEL.WEIGHTS it has the library's own weights.
+    """
+    node = cfg.MODEL.DN_DETR
+    library, _, name = node.BACKBONE.partition("/")
+    if library not in LIBRARIES or not name:
+        raise ValueError(
+            f'MODEL.DN_DETR.BACKBONE must be "<library>/<name>" with a library of '
+            f"{sorted(LIBRARIES)}, got {node.BACKBONE!r}"
+        )
+    is_pretrained = node.BACKBONE_PRETRAINED and not cfg.MODEL.WEIGHTS
+    try:
+        stages = LIBRARIES[library](name, is_pretrained)
+    except OSError as error:  # of urllib, and of timm's hub
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(
+            f"{library} cannot fetch its weights of {name} ({reason}): bring the file to this machine "
+            "and set MODEL.WEIGHTS to its path, or MODEL.DN_DETR.BACKBONE_PRETRAINED False to start "
+            "from random weights."
+        ) from error
+    if cfg.MODEL.RESNETS.NORM == "FrozenBN":
+        freeze_norms(stages)
+    backbone = NamedBackbone(stages, cfg.MODEL.BACKBONE.FREEZE_AT, node.BACKBONE)
+    if is_pretrained:
+        given = (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+        check_normalisation(f"the weights of {node.BACKBONE}", backbone.normalisation, given)
+    return backbone

@@ -1,0 +1,136 @@
+"""Datasets in YOLO's text format: for every image a text file, for every object a line.
+
+`class cx cy w h`, or for outlines `class x y x y x y ...`: the class counts from 0, coordinates are
+shares of the image's width and height. An image without a text file has no objects.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import yaml
+
+from dn_detr.datasets.coco_json import CocoFile, find_images, image_size
+from dn_detr.errors import InputError
+
+_ROUNDING = 1e-3  # by which a share may leave [0, 1]: text files hold few digits
+
+
+def read_class_names(path: str | Path) -> list[str]:
+    """Class names from a data.yaml (its `names`, a list or a mapping from 0 on) or a text file with
+    a name on every line."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the class names in {path} cannot be read: {error}.") from error
+    if path.suffix not in (".yaml", ".yml"):
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is no valid yaml: {' '.join(str(error).split())}.") from error
+    names = content.get("names") if isinstance(content, dict) else None
+    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+        names = [names[i] for i in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise InputError(f"{path} must have 'names': a list, or a mapping from 0, 1, ... to names.")
+    return [str(name) for name in names]
+
+
+def label_folder_of(images: Path) -> Path:
+    """Where the text files are, by the usual rule: the last folder `images` in the path is `labels`
+    instead; without one, they lie beside the images."""
+    parts = list(images.parts)
+    for i in reversed(range(len(parts))):
+        if parts[i] == "images":
+            parts[i] = "labels"
+            return Path(*parts)
+    return images
+
+
+def from_yolo(images: str | Path, class_names: list[str], labels: str | Path | None = None) -> dict:
+    """The content of a COCO json file for the images of a folder.
+
+    labels: the folder of text files, None: by `label_folder_of`. file_name is relative to `images`.
+    InputError with file and line for everything that is not in the format.
+    """
+    images = Path(images)
+    paths = find_images(images)
+    labels = label_folder_of(images) if labels is None else Path(labels)
+    if not labels.is_dir():
+        raise InputError(f"there is no folder {str(labels)!r} with text files: say where they are.")
+    coco, used = CocoFile(class_names), set()
+    for path in paths:
+        inside = path.relative_to(images)
+        text_file = (labels / inside).with_suffix(".txt")
+        if text_file in used:
+            raise InputError(f"{text_file} belongs to two images, one of them {path}.")
+        used.add(text_file)
+        width, height = image_size(path)
+        coco.add_image(inside.as_posix(), (width, height))
+        if not text_file.is_file():
+            continue
+        for number, line in enumerate(_lines(text_file), 1):
+            if line.strip():
+                place = f"{text_file}, line {number}"
+                label, values = _parse(line, place, len(class_names))
+                _add(coco, label, values, width, height)
+    _refuse_texts_without_image(labels, used)
+    return coco.content
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
+
+
+def _parse(line: str, place: str, num_classes: int) -> tuple[int, list[float]]:
+    """Class and coordinates of a line."""
+    try:
+        label, *values = map(float, line.split())
+    except ValueError:
+        raise InputError(f"{place}: expected numbers, got {line.strip()!r}.") from None
+    if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+        raise InputError(
+            f"{place}: expected a class and 4 numbers (centre and size), or a class and the points "
+            f"of an outline, got {len(values) + 1} numbers."
+        )
+    if not label.is_integer() or not 0 <= label < num_classes:
+        raise InputError(f"{place}: the class must be 0 to {num_classes - 1}, got {label:g}.")
+    if not all(math.isfinite(v) and -_ROUNDING <= v <= 1 + _ROUNDING for v in values):
+        raise InputError(
+            f"{place}: coordinates must be shares of the image in [0, 1], not pixels, got "
+            f"{line.strip()!r}."
+        )
+    return int(label), values
+
+
+def _add(coco: CocoFile, label: int, values: list[float], width: int, height: int) -> None:
+    if len(values) == 4:
+        cx, cy, w, h = values
+        box = (
+            (cx - w / 2) * width,
+            (cy - h / 2) * height,
+            (cx + w / 2) * width,
+            (cy + h / 2) * height,
+        )
+        coco.add_object(label, box)
+        return
+    x, y = [v * width for v in values[::2]], [v * height for v in values[1::2]]
+    outline = [v for point in zip(x, y, strict=True) for v in point]
+    coco.add_object(label, (min(x), min(y), max(x), max(y)), polygon=outline)
+
+
+def _refuse_texts_without_image(labels: Path, used: set[Path]) -> None:
+    """Text files that no image belongs to show that the folders do not fit."""
+    other = ("classes.txt", "train.txt", "val.txt", "test.txt")
+    lost = [p for p in sorted(labels.rglob("*.txt")) if p not in used and p.name not in other]
+    lost = [p for p in lost if not p.name.lower().startswith("readme")]
+    if lost:
+        raise InputError(
+            f"{len(lost)} text files in {labels} belong to no image, the first is {lost[0]}."
+        )

@@ -1,0 +1,84 @@
+"""The attention blocks of decoder and encoder layers: projection, attention, residual, norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dn_detr.layers.initialization import xavier_fused_
+from dn_detr.layers.query_attention import Visibility, attend
+from dn_detr.ops.deformable_attention import deformable_attention
+from dn_detr.structures import Memory
+
+
+class SelfAttention(nn.Module):
+    """Residual self-attention between queries; q and k get the position added (2005.12872).
+
+    content, position [B, Q, C] -> [B, Q, C]; a norm follows the residual.
+    """
+
+    def __init__(self, *, channels: int, num_heads: int, dropout: float):
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"channels {channels} must be a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.out = (nn.Linear(channels, channels) for _ in range(4))
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(channels)
+        xavier_fused_([self.q, self.k, self.v])
+        xavier_fused_([self.out])
+
+    def forward(self, content: Tensor, position: Tensor, visibility: Visibility) -> Tensor:
+        with_position = content + position
+        q, k, v = self.q(with_position), self.k(with_position), self.v(content)
+        dropout = self.dropout.p if self.training else 0.0
+        update = self.out(attend(q, k, v, self.num_heads, visibility, dropout=dropout))
+        return self.norm(content + self.dropout(update))
+
+
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable attention (2010.04159, eq. 3): query [B, Q, C] -> [B, Q, C].
+
+    Samples `num_points` points a head and level around a reference [B, Q, 2 or 4] in [0, 1] of the
+    unpadded image, from value tokens [B, S, C] with padding taken as zero. Offsets of a point
+    reference are in cells; those of a box in half box sizes over the number of points.
+    """
+
+    def __init__(self, *, channels: int, num_heads: int, num_levels: int, num_points: int):
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"channels {channels} must be a multiple of num_heads {num_heads}")
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        samples = num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(channels, samples * 2)
+        self.attention_weights = nn.Linear(channels, samples)
+        self.value_proj = nn.Linear(channels, channels)
+        self.output_proj = nn.Linear(channels, channels)
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for linear in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(self._initial_offsets().flatten())
+
+    def _initial_offsets(self) -> Tensor:
+        """Each head looks into its own direction, point p at distance p + 1 (on a square)."""
+        angle = torch.arange(self.num_heads) * (2 * torch.pi / self.num_heads)
+        direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)
+        distance = torch.arange(1, self.num_points + 1)
+        offsets = direction[:, None, None, :] * distance[None, None, :, None]
+        return offsets.expand(-1, self.num_levels, -1, -1)
+
+    def forward(self, query: Tensor, reference: Tensor, memory: Memory) -> Tensor:
+        batch, queries, _ = query.shape
+        heads, levels, points = self.num_heads, self.num_levels, self.num_points
+        value = self.value_proj(memory.tokens).unflatten(-1, (heads, -1))
+        offsets = self.sampling_offsets(query).reshape(batch, queries, heads, levels, points, 2)
+        logits = self.attention_weights(query).reshape(batch, queries, heads, levels * points)
+        sampled = deformable_attention(
+            value, memory.shapes, memory.valid_sizes, reference, offsets, logits, memory.padding
+        )
+        return self.output_proj(sampled)

@@ -1,0 +1,117 @@
+"""Who rebuilds what: bipartite matching (2005.12872, sec. 3.1) of all layers and segments at once.
+
+Nothing here waits for a GPU: costs, assignments and the places where numbers are not finite stay on
+the device. Only without the compiled operators the costs travel to the host, in one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dn_detr.losses.linear_assignment import solve
+from dn_detr.losses.matching_costs import Costs, Objects, list_objects
+from dn_detr.losses.segments import split_segments
+from dn_detr.ops.extension import use_kernel
+from dn_detr.ops.matching import has_nonfinite
+from dn_detr.structures import Assignment, Assignments, Predictions, Targets
+
+__all__ = ["Costs", "assign", "find_nonfinite"]
+
+
+@torch.no_grad()
+def assign(
+    predictions: Predictions,
+    targets: Targets,
+    costs: Callable[[Predictions, Objects], Tensor],
+    only: Collection[str] | None = None,
+) -> Assignments:
+    """Assign the objects of each image to its slots, for every layer and segment on its own.
+
+    Segments with a fixed assignment get that; in the others each group of slots takes each object
+    at most `repeats` times at the least total cost. Empty slots are never matched; objects that
+    find no slot stay without. Proposals are answered under "encoder/<name>". only: names of the
+    segments wanted, None = all.
+
+    Where logits, boxes or costs are not finite, `Assignment.is_bad` is set. On the CPU that is a
+    FloatingPointError; on a GPU, which nobody waits for here, the losses of such layers become NaN
+    (`Criterion`), and whoever notices may ask `find_nonfinite`.
+    """
+    objects = list_objects(targets)
+    parts = split_segments(predictions, only)
+    matched = {name: part for name, part in parts.items() if part.segments[0].assignment is None}
+    segments = [part.segments[0] for part in matched.values()]
+    object_of, has_bad_cost = solve(
+        [_costs(part, objects, costs) for part in matched.values()],
+        objects.image_of,
+        targets.labels.shape[0],
+        [segment.is_empty for segment in segments],
+        [segment.num_groups for segment in segments],
+        [segment.repeats for segment in segments],
+    )
+    found = dict(zip(matched, zip(object_of, has_bad_cost, strict=True), strict=True))
+    assignments = {}
+    for name, part in parts.items():
+        if name in found:
+            object_of, is_bad = found[name]
+            object_of = _leave_out(object_of, part.segments[0].leaves_out)
+            assignment = Assignment(object_of, _is_real(part), is_bad | _is_nonfinite(part))
+        else:
+            fixed = part.segments[0].assignment.expand(part.logits.shape[0], -1, -1)
+            assignment = Assignment(fixed, _is_real(part))
+        assignments[name] = assignment
+    if predictions.logits.device.type == "cpu" and (sentence := find_nonfinite(assignments)):
+        raise FloatingPointError(sentence)
+    return assignments
+
+
+def find_nonfinite(assignments: Assignments) -> str:
+    """A sentence that names segment, layer and image where `is_bad` is set, else "". Waits for the
+    device."""
+    for name, assignment in assignments.items():
+        places = [] if assignment.is_bad is None else assignment.is_bad.nonzero().tolist()
+        if places:
+            layer, image = places[0]
+            return (
+                f"NaN or infinity in the logits, boxes or matching costs of segment {name!r}, "
+                f"layer {layer}, image {image} of the batch ({len(places)} such places in all)"
+            )
+    return ""
+
+
+def _leave_out(object_of: Tensor, leaves_out: Tensor | None) -> Tensor:
+    """object_of [L, B, size], with -1 for the objects that are left out, [B, M] or None."""
+    if leaves_out is None:
+        return object_of
+    leaves_out = leaves_out.expand(object_of.shape[0], -1, -1)
+    return torch.where(leaves_out.gather(2, object_of.clamp(min=0)), -1, object_of)
+
+
+def _costs(part: Predictions, objects: Objects, costs: Callable) -> Tensor:
+    """[L, T, size] of a single segment."""
+    if part.is_class_agnostic:
+        objects = replace(objects, labels=torch.zeros_like(objects.labels))
+    return costs(part, objects)
+
+
+def _is_real(part: Predictions) -> Tensor:
+    """[B, size] bool: the slots of a single segment that exist."""
+    is_empty = part.segments[0].is_empty
+    if is_empty is None:
+        return torch.ones(part.logits.shape[1:3], dtype=torch.bool, device=part.logits.device)
+    return ~is_empty
+
+
+def _is_nonfinite(part: Predictions) -> Tensor:
+    """[L, B] bool: whether logits or boxes of slots that exist hold NaN or infinity."""
+    is_bad = torch.zeros(part.logits.shape[:2], dtype=torch.bool, device=part.logits.device)
+    for values in (part.logits, part.boxes) if part.boxes is not None else (part.logits,):
+        if use_kernel("has_nonfinite", values.device):
+            values = values.to(torch.promote_types(values.dtype, torch.float32))
+            is_bad |= has_nonfinite(values, part.segments[0].is_empty)
+        else:
+            is_bad |= (_is_real(part) & ~values.isfinite().all(-1)).any(-1)
+    return is_bad

@@ -1,0 +1,76 @@
+"""What other detectors saw, as a second set of targets (Teach-DETR, 2211.11953, sec. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import Tensor
+
+from dn_detr.losses.criterion import Criterion
+from dn_detr.losses.loss_terms import L1, Focal, GIoU, Softmax
+from dn_detr.losses.matcher import assign
+from dn_detr.losses.matching_costs import Costs
+from dn_detr.structures import Predictions, Targets
+
+
+class Teaching:
+    """Losses of the matched queries against boxes of a teacher, beside those of the ground truth.
+
+    The same predictions are matched once more, in every layer on its own, now with the teacher's
+    boxes. A box weighs as much as its score s: the class loss of the slot that is matched with it is
+    multiplied by s, those of the others by `unmatched_weight`; L1 by s; GIoU too, s (1 - GIoU).
+    Nothing is added to the model. Keys are "loss_teacher_class" and so on.
+
+    The authors' code has 1 - s GIoU in the last term, whose gradient is the same; here a box with
+    score 0 costs nothing, as in the other terms. Of several teachers the paper adds up the losses,
+    its code merges their boxes to one set; here the latter, before the training
+    (`tools/make_teacher_boxes.py`). Proposals of two-stage pages, which the authors' code teaches
+    too, learn from the ground truth alone.
+
+    costs: of the matching, for boxes alone; they also say which class loss it is. weight: of the
+    whole (lambda in the paper). no_object_weight: with softmax, of slots without object; it and
+    `unmatched_weight` multiply. segments: names of those that learn from the teacher; the others,
+    and proposals, keep to the ground truth. With Group DETR these are all groups, over which losses
+    are a mean; of H-DETR's the authors teach the one-to-one queries alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        costs: Costs,
+        weight: float = 1.0,
+        class_weight: float = 2.0,
+        l1_weight: float = 5.0,
+        giou_weight: float = 2.0,
+        unmatched_weight: float = 0.5,
+        no_object_weight: float = 0.1,
+        segments: Collection[str] = ("match",),
+    ):
+        if costs.l1 == costs.giou == 0:
+            raise ValueError("a teacher's boxes can only teach a detector that predicts boxes")
+        self.costs = costs
+        self.segments = tuple(segments)
+        self.criterion = Criterion(
+            {
+                "class": (
+                    Softmax(unmatched_weight=no_object_weight * unmatched_weight)
+                    if costs.kind == "softmax"
+                    else Focal(
+                        alpha=costs.alpha, gamma=costs.gamma, unmatched_weight=unmatched_weight
+                    ),
+                    weight * class_weight,
+                ),
+                "box": (L1(), weight * l1_weight),
+                "giou": (GIoU(), weight * giou_weight),
+            },
+            prefix="teacher",
+            segments=self.segments,
+        )
+
+    def __call__(
+        self, predictions: Predictions, boxes: Targets, num_boxes: float | Tensor
+    ) -> dict[str, Tensor]:
+        """Scalar losses, as `Criterion` says. boxes: the teacher's, with scores. num_boxes: of the
+        batch, averaged over the processes and at least 1."""
+        assignments = assign(predictions, boxes, self.costs, only=self.segments)
+        return self.criterion(predictions, boxes, assignments, num_boxes)

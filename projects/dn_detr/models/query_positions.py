@@ -1,0 +1,86 @@
+"""Query positions: (layer, content, reference, learned position, memory) -> (for self-attention, for
+cross-attention)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dn_detr.layers.initialization import xavier_
+from dn_detr.layers.mlp import MLP
+from dn_detr.layers.multihead_attention import ConditionalPosition
+from dn_detr.layers.position_encoding import sine_of_reference
+from dn_detr.structures import Memory
+
+SMALLEST_SIDE = 1e-4
+"""Widths and heights below count as this much, lest modulation overflow half precision."""
+
+
+class BoxPosition(nn.Module):
+    """Query position from the reference box: MLP(sine(box)) (2201.12329, sec. 4.2). One vector for
+    self- and cross-attention.
+
+    scales_with_content: from the second layer on it is scaled by an MLP of the content (sec. 4.3).
+    scales_with_canvas: the box is first scaled by the share of the finest map that is not padding,
+    as the published code of DAB-Deformable-DETR and DINO does; positions then depend on how much
+    padding the other images of the batch cause. Needed only where their weights are loaded.
+    """
+
+    def __init__(self, *, channels: int, scales_with_content: bool, scales_with_canvas: bool):
+        super().__init__()
+        self.channels = channels
+        self.scales_with_canvas = scales_with_canvas
+        self.of_box = MLP(in_dim=2 * channels, hidden_dim=channels, out_dim=channels, num_layers=2)
+        self.scale = None
+        if scales_with_content:
+            self.scale = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=2)
+        xavier_(self)
+
+    def forward(
+        self, layer: int, content: Tensor, reference: Tensor, learned: None, memory: Memory
+    ) -> tuple[Tensor, Tensor]:
+        if self.scales_with_canvas:
+            height, width = memory.shapes[0]
+            valid_width, valid_height = memory.valid_sizes[:, 0].unbind(-1)
+            ratio = torch.stack((valid_width / width, valid_height / height), dim=-1)
+            reference = reference * ratio.repeat(1, 2)[:, None]
+        encoded = sine_of_reference(reference, self.channels // 2)
+        position = self.of_box(encoded.to(content.dtype))
+        if layer > 0 and self.scale is not None:
+            position = position * self.scale(content)
+        return position, position
+
+
+class LearnedPosition(nn.Module):
+    """Query position is the learned vector, in every layer, for self- and cross-attention."""
+
+    def forward(
+        self, layer: int, content: Tensor, reference: Tensor, learned: Tensor, memory: Memory
+    ) -> tuple[Tensor, Tensor]:
+        return learned, learned
+
+
+class ModulatedBoxPosition(nn.Module):
+    """Query positions from the reference box (2201.12329, sec. 4.2 to 4.4)."""
+
+    def __init__(self, *, channels: int):
+        super().__init__()
+        self.channels = channels
+        self.of_box = MLP(in_dim=2 * channels, hidden_dim=channels, out_dim=channels, num_layers=2)
+        self.scale = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=2)
+        self.size = MLP(in_dim=channels, hidden_dim=channels, out_dim=2, num_layers=2)
+        xavier_(self)
+
+    def forward(
+        self, layer: int, content: Tensor, reference: Tensor, learned: None, memory: Memory
+    ) -> tuple[Tensor, ConditionalPosition]:
+        encoded = sine_of_reference(reference, self.channels // 2)  # y, x, w, h
+        for_self = self.of_box(encoded.to(content.dtype))
+        width, height = reference[..., 2:].clamp(min=SMALLEST_SIDE).split(1, dim=-1)
+        wanted_width, wanted_height = self.size(content).sigmoid().split(1, dim=-1)
+        y, x = encoded[..., : self.channels].chunk(2, dim=-1)
+        modulated = torch.cat((y * (wanted_height / height), x * (wanted_width / width)), dim=-1)
+        spatial = modulated.to(content.dtype)
+        if layer > 0:
+            spatial = spatial * self.scale(content)
+        return for_self, ConditionalPosition(spatial=spatial, learned=for_self)

@@ -1,0 +1,140 @@
+"""Tables of names: everything finds its place, and what does not is named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dn_detr.conversion.convert_weights import COCO_CATEGORIES, convert, keep_coco_classes
+from dn_detr.conversion.name_table import Table, attention
+from dn_detr.conversion.tables import TABLES
+
+TABLE = Table(
+    "somewhere",
+    {
+        "layers.{}.norm": "encoder.{}.norm",
+        **attention("layers.{}.attn", "encoder.{}.attention"),
+        "alias.{}": None,
+        "extra.weight": "extra",
+    },
+    optional=frozenset({"extra.weight"}),
+)
+
+
+def full_state():
+    return {
+        "layers.3.norm.weight": torch.ones(2),
+        "layers.3.norm.bias": torch.zeros(2),
+        "layers.3.attn.in_proj_weight": torch.arange(12.0).reshape(6, 2),
+        "layers.3.attn.in_proj_bias": torch.arange(6.0),
+        "layers.3.attn.out_proj.weight": torch.ones(2, 2),
+        "alias.0.weight": torch.ones(1),
+        "alias.0.num_batches_tracked": torch.ones(1),
+    }
+
+
+def test_modules_keep_their_number_and_their_parts():
+    ours, unknown, unused = TABLE.apply(full_state())
+    assert not unknown and not unused
+    assert sorted(ours) == [
+        "core.encoder.3.attention.k.bias",
+        "core.encoder.3.attention.k.weight",
+        "core.encoder.3.attention.out.weight",
+        "core.encoder.3.attention.q.bias",
+        "core.encoder.3.attention.q.weight",
+        "core.encoder.3.attention.v.bias",
+        "core.encoder.3.attention.v.weight",
+        "core.encoder.3.norm.bias",
+        "core.encoder.3.norm.weight",
+    ]
+    assert ours["core.encoder.3.attention.k.weight"].tolist() == [[4, 5], [6, 7]]
+    assert ours["core.encoder.3.attention.v.bias"].tolist() == [4, 5]
+
+
+def test_leftovers_on_either_side_are_named():
+    state = full_state()
+    del state["layers.3.norm.weight"], state["layers.3.norm.bias"]
+    state["surprise.weight"] = torch.ones(1)
+    _, unknown, unused = TABLE.apply(state)
+    assert unknown == ["surprise.weight"]
+    assert unused == ["layers.{}.norm"]
+
+
+def test_a_checkpoint_of_another_method_is_refused_with_what_is_left_over():
+    with pytest.raises(ValueError, match="parameters without a rule.*it lacks"):
+        convert(full_state(), "conditional_detr")
+    with pytest.raises(ValueError, match="no table for 'nothing'"):
+        convert(full_state(), "nothing")
+
+
+@pytest.mark.parametrize("method", TABLES)
+def test_no_two_rules_of_a_table_give_the_same_name(method):
+    for table in TABLES[method]:
+        names = [
+            name
+            for rule in table.rules.values()
+            if isinstance(rule, (str, tuple))
+            for name in ((rule,) if isinstance(rule, str) else rule)
+        ]
+        assert len(set(names)) == len(names), table.source
+
+
+def test_the_80_categories_are_taken_out_of_raw_numbers():
+    assert len(COCO_CATEGORIES) == 80
+    assert COCO_CATEGORIES[0] == 1 and COCO_CATEGORIES[-1] == 90  # person, toothbrush
+    assert COCO_CATEGORIES[11] == 13  # stop sign, after the absent street sign
+    rows = torch.arange(92.0)[:, None]
+    kept = keep_coco_classes(
+        {
+            "core.decoder.predictor.heads.class_heads.0.weight": rows[:91],
+            "core.query_design.content.label_table.weight": rows,
+            "core.encoder.norm": rows,
+        }
+    )
+    heads = kept["core.decoder.predictor.heads.class_heads.0.weight"]
+    assert heads.flatten().tolist() == list(COCO_CATEGORIES)
+    labels = kept["core.query_design.content.label_table.weight"]
+    assert labels.flatten().tolist() == [*COCO_CATEGORIES, 91]  # "unknown" stays
+    assert kept["core.encoder.norm"].shape == (92, 1)
+
+
+def test_a_head_of_other_classes_cannot_be_taken_for_raw_numbers():
+    with pytest.raises(ValueError, match="91 or 92 rows"):
+        keep_coco_classes({"core.decoder.predictor.heads.class_heads.0.bias": torch.ones(80)})
+
+
+def other_method(path):
+    torch.save({"model": full_state()}, path)
+
+
+def cut_off(path):
+    torch.save({"model": {"a": torch.zeros(100, 100)}}, path)
+    path.write_bytes(path.read_bytes()[:20_000])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (other_method, "no checkpoint of detr"),
+        (cut_off, "is damaged"),
+        (lambda path: path.write_text("no weights"), "is damaged, or torch.save did not write it"),
+        (lambda path: None, "cannot be read: No such file"),
+    ],
+)
+def test_the_tool_says_in_one_line_what_is_wrong(tmp_path, make, words):
+    path = tmp_path / "checkpoint.pth"
+    make(path)
+    tool = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
+    result = subprocess.run(
+        [sys.executable, tool, "--method", "detr", path, tmp_path / "out.pth"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert words in result.stderr and "Traceback" not in result.stderr
+    assert result.stderr.startswith(f"convert_checkpoint.py: {path}")
+    assert not (tmp_path / "out.pth").exists()

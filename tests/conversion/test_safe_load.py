@@ -1,0 +1,100 @@
+"""Checkpoints are read without running anything that stands in them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from dn_detr.conversion.safe_load import read_parameters
+
+WEIGHT = torch.arange(6.0).reshape(2, 3)
+
+
+class Bomb:
+    """Writes a file as soon as an unpickler runs what it asks for."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+class Settings(argparse.Namespace):
+    """A class that the reader has never heard of."""
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_command_line_in_the_file_does_not_stop_the_reading(tmp_path, is_zip):
+    """The authors' files hold the arguments of their training, which torch >= 2.6 refuses."""
+    path = tmp_path / "checkpoint.pth"
+    content = {"model": {"a.weight": WEIGHT}, "args": argparse.Namespace(lr=1e-4, lists=[1, "b"])}
+    torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+    state = read_parameters(path)
+    assert list(state) == ["a.weight"]
+    assert torch.equal(state["a.weight"], WEIGHT)
+
+
+def test_unknown_classes_are_replaced(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": {"a": WEIGHT}, "args": Settings(depth=[Settings()])}, path)
+    assert torch.equal(read_parameters(path)["a"], WEIGHT)
+
+
+def test_nothing_that_stands_in_the_file_is_executed(tmp_path):
+    path, trace = tmp_path / "checkpoint.pth", tmp_path / "exploded"
+    torch.save({"model": {"a": WEIGHT}, "args": Bomb(trace)}, path)
+    assert torch.equal(read_parameters(path)["a"], WEIGHT)
+    assert not trace.exists()
+
+
+def test_arrays_of_detectron2s_model_zoo_are_read_without_executing_anything(tmp_path):
+    path, trace = tmp_path / "model_final.pkl", tmp_path / "exploded"
+    arrays = {"a.weight": WEIGHT.numpy(), "count": np.array(3), "scale": np.float32(2)}
+    for content in (
+        {"model": arrays, "__author__": "someone", "bomb": Bomb(trace), "names": [Settings()]},
+        {**arrays, "bomb": Bomb(trace)},
+    ):
+        path.write_bytes(pickle.dumps(content))
+        state = read_parameters(path)
+        assert list(state) == ["a.weight"]
+        assert torch.equal(state["a.weight"], WEIGHT)
+        assert not trace.exists()
+    path.write_bytes(b"no pickle")
+    with pytest.raises(ValueError, match="or no pickle file"):
+        read_parameters(path)
+
+
+def test_names_of_distributed_training_lose_their_prefix(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"state_dict": {"module.a": WEIGHT, "step": 7}}, path)
+    assert list(read_parameters(path)) == ["a"]
+
+
+def test_safetensors_are_read_by_their_specification(tmp_path):
+    path = tmp_path / "model.safetensors"
+    half = torch.tensor([1.5, -2.0], dtype=torch.bfloat16)
+    raw = WEIGHT.numpy().tobytes() + half.view(torch.int16).numpy().tobytes()
+    header = json.dumps(
+        {
+            "__metadata__": {"format": "pt"},
+            "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+            "b": {"dtype": "BF16", "shape": [2], "data_offsets": [24, 28]},
+        }
+    ).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + raw)
+    state = read_parameters(path)
+    assert torch.equal(state["a"], WEIGHT) and torch.equal(state["b"], half)
+
+
+def test_a_file_without_parameters_is_refused(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": {}, "epoch": 3}, path)
+    with pytest.raises(ValueError, match="no parameters"):
+        read_parameters(path)

@@ -1,0 +1,82 @@
+"""What is recorded of the decoder is what it computes with."""
+
+import pytest
+import torch
+from tiny import tiny_features, tiny_model, tiny_padding
+
+from dn_detr.d2.inference.attention_recorder import record
+from dn_detr.layers.attention_blocks import DeformableAttention
+from dn_detr.methods import METHODS
+from dn_detr.ops import ms_deform_attn_plain
+
+SIZES = [(96, 128), (64, 72)]
+DEFORMABLE = ("dab_deformable", "deformable_detr_refine", "dino", "deformable_detr")
+
+
+def recorded(model):
+    with torch.no_grad(), record(model) as looks:
+        predictions = model(tiny_features(2), tiny_padding(SIZES))
+    return predictions, looks
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_page_shows_where_each_of_its_layers_looks(method):
+    model = tiny_model(method).eval()
+    with torch.no_grad():
+        expected = model(tiny_features(2), tiny_padding(SIZES))
+    predictions, looks = recorded(model)
+    assert torch.equal(predictions.logits, expected.logits)  # looking changes nothing
+    assert len(looks) == len(model.decoder.layers)
+    for look in looks:
+        assert look.samples or look.maps
+        for samples in look.samples:
+            total = samples.weights.sum((-2, -1))
+            torch.testing.assert_close(total, torch.ones_like(total))
+            assert samples.locations.shape[:2] == (2, predictions.logits.shape[2])
+        levels = [attention.level for attention in look.maps]
+        assert len(set(levels)) == len(levels)
+        for attention in look.maps:
+            assert attention.weights.shape[-2:] == look.memory.shapes[attention.level]
+            total = attention.weights.sum((-2, -1))
+            torch.testing.assert_close(total, torch.ones_like(total))
+            width, height = attention.valid_sizes[1].long().tolist()
+            assert attention.weights[1, :, height:].sum() < 1e-9  # the padding
+            assert attention.weights[1, :, :, width:].sum() < 1e-9
+    with torch.no_grad():
+        model(tiny_features(2), tiny_padding(SIZES))
+    assert len(looks) == len(model.decoder.layers)  # nothing is recorded any more
+
+
+@pytest.mark.parametrize("method", [m for m in DEFORMABLE if m in METHODS])
+def test_sampling_the_recorded_points_gives_the_layers_output(method):
+    model, outputs, inputs = tiny_model(method).eval(), [], []
+    attentions = [
+        module
+        for layer in model.decoder.layers
+        for module in layer.modules()
+        if isinstance(module, DeformableAttention)
+    ]
+
+    def keep(module, arguments, output) -> None:
+        inputs.append(arguments)
+        outputs.append(output)
+
+    for attention in attentions:
+        attention.register_forward_hook(keep)
+    _, looks = recorded(model)
+    assert len(outputs) == len(looks)
+    for attention, (_, _, memory), output, look in zip(
+        attentions, inputs, outputs, looks, strict=True
+    ):
+        (samples,) = look.samples
+        value = attention.value_proj(memory.tokens).masked_fill(memory.padding[..., None], 0)
+        value = value.unflatten(-1, (attention.num_heads, -1))
+        canvas = torch.tensor([(w, h) for h, w in memory.shapes]).to(value)
+        share = memory.valid_sizes.to(value)[:, None, None, :, None] / canvas[:, None]
+        with torch.no_grad():
+            again = attention.output_proj(
+                ms_deform_attn_plain(
+                    value, memory.shapes, samples.locations * share, samples.weights
+                )
+            )
+        torch.testing.assert_close(again, output)

@@ -1,0 +1,295 @@
+import json
+import logging
+import re
+
+import numpy as np
+import pytest
+from coco_files import forget, make_content, write
+from detectron2.config import get_cfg
+from PIL import Image
+
+from dn_detr.d2 import add_dn_detr_config
+from dn_detr.d2.data import coco_check, dataset_dicts
+from dn_detr.d2.data.catalog import prepare
+from dn_detr.d2.data.loader import build_test_loader, build_train_loader
+from dn_detr.d2.data.summary import check_datasets
+from dn_detr.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def clean_catalogs():
+    yield
+    forget("made_up", "made_up_val")
+
+
+def config_for(paths, name="made_up"):
+    cfg = get_cfg()
+    add_dn_detr_config(cfg)
+    cfg.DATASETS.COCO_FORMAT = [[name, *paths]]
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (name,), (name,)
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    cfg.INPUT.MIN_SIZE_TRAIN = (40,)
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def sentence_for(paths):
+    """The one sentence that the whole start of a run answers to bad input."""
+    cfg = config_for(paths)
+    with pytest.raises(InputError) as caught:
+        prepare(cfg)
+        check_datasets(cfg)
+        build_train_loader(cfg)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and sentence.endswith(".") and ". " not in sentence
+    return sentence
+
+
+def test_report_counts_what_is_in_the_dataset(tmp_path):
+    cfg = config_for(write(tmp_path, make_content()))
+    prepare(cfg)
+    (report,) = check_datasets(cfg)
+    assert (report.num_images, report.num_empty, report.num_boxes, report.num_crowd) == (4, 2, 3, 1)
+    assert (report.median_boxes, report.most_boxes) == (0.5, 2)
+    assert report.fullest_image.endswith("10.png")
+    assert (report.no_size.count, report.outside.count, report.clipped.count) == (2, 1, 1)
+    assert report.no_size.examples[0].endswith("12.png [8, 9, 0, 12]")
+    assert report.clipped.examples[0].endswith("12.png [50, 30, 20, 20]")
+    assert report.outside.examples[0].endswith("13.png [100, 100, 5, 5]")
+    assert (report.category_ids, report.num_classes, report.unused_classes) == ([3, 7], 2, [])
+    text = str(report)
+    for part in ("4, 2 without objects (trained on as negatives)", "ids 3, 7", "all have boxes"):
+        assert part in text
+    assert "300 queries; 5 denoising groups hold all" in text
+    assert len(text.splitlines()) < 12
+
+
+def test_cleaned_boxes_are_what_training_sees(tmp_path):
+    cfg = config_for(write(tmp_path, make_content()))
+    prepare(cfg)
+    batch = next(iter(build_train_loader(cfg)))
+    found = {sample["image_id"]: sample["instances"] for sample in batch}
+    assert sorted(found) == [10, 11, 12, 13]
+    assert [len(found[i]) for i in (10, 11, 12, 13)] == [2, 0, 1, 0]
+    assert sorted(found[10].gt_classes.tolist()) == [0, 1]
+    corners = found[12].gt_boxes.tensor[0].tolist()
+    assert corners in ([50, 30, 60, 40], [0, 30, 10, 40])  # clipped, perhaps flipped
+    assert [sample[0]["image_id"] for sample in build_test_loader(cfg, "made_up")] == [
+        10,
+        11,
+        12,
+        13,
+    ]
+
+
+def test_empty_images_can_be_left_out(tmp_path):
+    cfg = config_for(write(tmp_path, make_content()))
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
+    prepare(cfg)
+    (report,) = check_datasets(cfg)
+    assert "2 without objects (left out" in str(report)
+    batch = next(iter(build_train_loader(cfg)))
+    assert sorted(sample["image_id"] for sample in batch) == [10, 10, 12, 12]
+
+
+def test_report_sets_boxes_against_queries_and_denoising(tmp_path):
+    content = make_content()
+    content["annotations"] += [
+        {**content["annotations"][0], "id": 100 + i, "image_id": 11} for i in range(40)
+    ]
+    cfg = config_for(write(tmp_path, content))
+    cfg.MODEL.DN_DETR.NUM_QUERIES = 30
+    cfg.MODEL.DN_DETR.DENOISING.MAX_OBJECTS = 100
+    prepare(cfg)
+    (report,) = check_datasets(cfg)
+    assert "30 queries can find only 30 of them; 5 denoising groups hold 20 at random" in str(
+        report
+    )
+    cfg.MODEL.DN_DETR.DENOISING.NUM_GROUPS = 0
+    assert "2 denoising groups hold all" in str(check_datasets(cfg)[0])
+    cfg.MODEL.DN_DETR.DENOISING.ENABLED = False
+    assert "denoising" not in str(check_datasets(cfg)[0])
+
+
+def test_classes_without_boxes_are_named(tmp_path):
+    content = make_content()
+    content["categories"] += [{"id": 20 + i, "name": f"rare{i}"} for i in range(12)]
+    cfg = config_for(write(tmp_path, content))
+    prepare(cfg)
+    text = str(check_datasets(cfg)[0])
+    assert "14, category ids 3 to 31; without boxes: rare0, " in text
+    assert "rare9 and 2 more" in text
+
+
+def test_check_off_cleans_all_the_same_and_says_so(tmp_path, caplog):
+    paths = write(tmp_path, make_content())
+    (tmp_path / "images" / "11.png").unlink()
+    cfg = config_for(paths)
+    cfg.DATASETS.CHECK = "off"
+    prepare(cfg)
+    assert check_datasets(cfg) == []
+    with caplog.at_level(logging.WARNING):
+        build_train_loader(cfg)
+    lines = [line for line in caplog.messages if line.startswith("dataset made_up")]
+    assert len(lines) == 3 and "zero, negative or not finite size: 2 (" in lines[0]
+    cfg.DATASETS.CHECK = "on"
+    with pytest.raises(InputError, match="'full' or 'off', got 'on'"):
+        build_train_loader(cfg)
+
+
+def _without(key):
+    return lambda content: content.pop(key)
+
+
+def _set(key, number, field, value):
+    def change(content):
+        content[key][number][field] = value
+
+    return change
+
+
+def _delete(key, number, field):
+    return lambda content: content[key][number].pop(field)
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (_without("images"), "a.json is not in COCO format: it has no list 'images'"),
+        (_without("categories"), "a.json is not in COCO format: it has no list 'categories'"),
+        (_without("annotations"), "has no boxes"),
+        (lambda content: content["annotations"].clear(), "has no boxes"),
+        (lambda content: content["images"].clear(), "a.json has no images"),
+        (lambda content: content["categories"].clear(), "a.json has no 'categories'"),
+        (_delete("images", 1, "file_name"), "entry 1 of 'images' has no 'file_name'"),
+        (_set("images", 1, "width", 0), "11.png must be at least 1x1 pixels, got 0x40"),
+        (_set("images", 1, "width", "60"), "entry 1 of 'images' has an impossible 'width': '60'"),
+        (_set("images", 1, "id", 10), "the image id 10 is used twice"),
+        (_set("images", 1, "id", "11"), "image ids must be all numbers or all texts"),
+        (_set("categories", 1, "id", 7), "the category id 7 is used twice"),
+        (_set("annotations", 1, "id", 1), "the annotation id 1 is used twice"),
+        (_set("annotations", 1, "category_id", 4), "annotation 2 has category_id 4, which is not"),
+        (_set("annotations", 1, "image_id", 99), "annotation 2 has image_id 99, which is not in"),
+        (_delete("annotations", 1, "bbox"), "entry 1 of 'annotations' has no 'bbox'"),
+        (_set("annotations", 1, "bbox", [1, 2, 3]), r"annotation 2 must have a bbox \[x, y, width"),
+        (_set("annotations", 1, "bbox", [1, 2, 3, "4"]), "annotation 2 must have a bbox"),
+        (_set("annotations", 1, "bbox", [1, 2, 3, None]), "annotation 2 must have a bbox"),
+        (_set("annotations", 1, "ignore", 1), "annotation 2 has 'ignore', which is not supported"),
+        (_set("images", 1, "file_name", "b.png"), "1 of the 4 image files .*/b.png"),
+        (_set("images", 1, "width", 61), "11.png, which has 60x40 pixels .* say 61x40"),
+    ],
+)
+def test_bad_annotations_are_answered_in_one_sentence(tmp_path, change, expected):
+    content = make_content()
+    paths = write(tmp_path, content)
+    change(content)
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert re.search(expected, sentence_for(paths))
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", "a.json is not a valid json file"),
+        (json.dumps(make_content())[:200], "a.json is not a valid json file"),
+        ("[1, 2]", "must hold an object with 'images', .* got a list"),
+        ("3", "got a int"),
+    ],
+)
+def test_broken_files_are_answered_in_one_sentence(tmp_path, text, expected):
+    assert re.search(expected, sentence_for(write(tmp_path, make_content(), text)))
+
+
+def test_missing_files_are_answered_in_one_sentence(tmp_path):
+    json_file, image_root = write(tmp_path, make_content())
+    assert "b.json does not exist" in sentence_for((str(tmp_path / "b.json"), image_root))
+    forget("made_up")
+    sentence = sentence_for((json_file, str(tmp_path / "elsewhere")))
+    assert "4 of the 4 image files of the dataset 'made_up' do not exist" in sentence
+    assert "elsewhere/10.png" in sentence
+
+
+def test_broken_images_are_found_before_training(tmp_path):
+    paths = write(tmp_path, make_content())
+    (tmp_path / "images" / "12.png").write_bytes(b"not an image")
+    sentence = sentence_for(paths)
+    assert "12.png, which cannot be read (no known image format)" in sentence
+
+
+def test_images_are_not_opened_in_large_datasets(tmp_path, monkeypatch):
+    paths = write(tmp_path, make_content())
+    (tmp_path / "images" / "12.png").write_bytes(b"not an image")
+    monkeypatch.setattr(coco_check, "MAX_OPENED_IMAGES", 3)
+    cfg = config_for(paths)
+    prepare(cfg)
+    assert len(check_datasets(cfg)) == 1
+
+
+def test_turned_images_have_the_size_that_is_seen(tmp_path):
+    paths = write(tmp_path, make_content())
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(np.zeros((60, 40, 3), np.uint8)).save(tmp_path / "images" / "12.png", exif=exif)
+    cfg = config_for(paths)
+    prepare(cfg)
+    assert len(check_datasets(cfg)) == 1
+
+
+def test_an_annotation_file_without_annotations_can_be_evaluated_on(tmp_path):
+    content = make_content()
+    del content["annotations"]
+    cfg = config_for(write(tmp_path, content))
+    prepare(cfg, eval_only=True)
+    (report,) = check_datasets(cfg, eval_only=True)
+    assert (report.num_boxes, report.num_empty, report.is_for_training) == (0, 4, False)
+    assert "made_up (evaluation)" in str(report)
+
+
+def test_a_dataset_is_loaded_once(tmp_path):
+    cfg = config_for(write(tmp_path, make_content()))
+    prepare(cfg)
+    check_datasets(cfg)
+    assert dataset_dicts.load("made_up") is dataset_dicts.load("made_up")
+    forget("made_up")
+    prepare(cfg)
+    assert dataset_dicts.load("made_up").num_objects.tolist() == [2, 0, 1, 0]
+
+
+def test_datasets_of_the_user_s_own_are_cleaned_too():
+    record = {"file_name": "a.png", "image_id": "a", "width": 10, "height": 10}
+    box = {"bbox": [2, 3, 15, 8], "bbox_mode": 0, "category_id": 0, "segmentation": [[0] * 6]}
+    loaded = dataset_dicts.clean([{**record, "annotations": [box]}], name="own", class_names=["x"])
+    (annotation,) = loaded.records[0]["annotations"]
+    assert annotation["bbox"] == [2, 3, 10, 8] and "segmentation" not in annotation
+    assert loaded.clipped.count == 1 and box["bbox"] == [2, 3, 15, 8]
+    nameless = [{"file_name": "a.png"}, {"file_name": "b.png"}]
+    cleaned = dataset_dicts.clean(nameless, name="own", class_names=["x"]).records
+    assert [record["image_id"] for record in cleaned] == [0, 1]
+    with pytest.raises(InputError, match="has the class 3 in a.png, but only 1 class names"):
+        bad = {**record, "annotations": [{**box, "category_id": 3}]}
+        dataset_dicts.clean([bad], name="own", class_names=["x"])
+
+
+def test_real_datasets_pass(real_data, caplog):
+    cfg = config_for(
+        (str(real_data / "bccd/annotations/instances_train.json"), str(real_data / "bccd/images"))
+    )
+    val = real_data / "coco128"
+    cfg.DATASETS.COCO_FORMAT += [
+        ["made_up_val", str(val / "annotations/instances_val2017.json"), str(val / "val2017")]
+    ]
+    cfg.DATASETS.TEST = ()
+    prepare(cfg)
+    assert cfg.MODEL.DN_DETR.NUM_CLASSES == 3
+    (report,) = check_datasets(cfg)
+    assert (report.num_images, report.num_boxes, report.no_size.count) == (205, 2804, 1)
+    cfg.DATASETS.TRAIN, cfg.MODEL.DN_DETR.NUM_CLASSES = ("made_up_val",), 0
+    prepare(cfg)
+    assert cfg.MODEL.DN_DETR.NUM_CLASSES == 80
+    (report,) = check_datasets(cfg)
+    assert (report.num_images, report.num_boxes) == (128, 898)
+    for sample in next(iter(build_train_loader(cfg))):
+        boxes = sample["instances"].gt_boxes.tensor
+        assert bool((boxes[:, 2:] > boxes[:, :2]).all())
