@@ -38,7 +38,7 @@ from dn_detr.d2.engine.checkpoint import Checkpointer
 from dn_detr.d2.engine.collective import together
 from dn_detr.d2.engine.trainer import Trainer
 from dn_detr.d2.inference.saved_detector import read_evaluation_config
-from dn_detr.errors import InputError, ToldElsewhere, sentence_in
+from dn_detr.errors import InputError, RemoteInputError, sentence_in
 from dn_detr.ops.extension import slow_sentence
 
 INTERRUPTED = 130
@@ -143,7 +143,7 @@ def invoke_main(arguments: list[str] | None = None) -> None:
     """Run with these arguments of the command line; the user's mistakes end it in one sentence."""
     try:
         run(default_argument_parser().parse_args(arguments))
-    except ToldElsewhere:
+    except RemoteInputError:
         sys.exit(1)
     except InputError as error:
         sys.exit(f"train_net.py: {error}")

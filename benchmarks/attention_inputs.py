@@ -131,7 +131,7 @@ def normalize(logits: Tensor, levels: int) -> Tensor:
 
 
 def in_float32(x: Inputs) -> Inputs:
-    """The same numbers, so that an error in bfloat16 is seen as one."""
+    """The same config, so that an error in bfloat16 is seen as one."""
     names = ("value", "offsets", "logits", "grad")
     floats = {name: getattr(x, name).detach().float().requires_grad_() for name in names}
     return replace(x, **floats | {"grad": floats["grad"].detach()})

@@ -78,7 +78,7 @@ def time_side_by_side(
     first = {name: clock(prepare, device) for name, prepare in candidates.items()}
     # On CUDA what takes less than 7 ms runs 17 times a round: at least 51 times in all.
     most, budget = (17, 120) if device == "cuda" else (20, 20)
-    repeats = {name: max(1, min(most, int(budget / ms))) for name, ms in first.items()}
+    matches_per_object = {name: max(1, min(most, int(budget / ms))) for name, ms in first.items()}
     samples = {name: [ms] if ms > SLOW_MS else [] for name, ms in first.items()}
     start, rounds = time.perf_counter(), 0
     while rounds < MAX_ROUNDS:
@@ -86,7 +86,7 @@ def time_side_by_side(
             break
         for name, prepare in candidates.items():
             if rounds > 0 or not samples[name]:
-                samples[name] += [clock(prepare, device) for _ in range(repeats[name])]
+                samples[name] += [clock(prepare, device) for _ in range(matches_per_object[name])]
         rounds += 1
     return {name: _summarize(times) for name, times in samples.items()}
 

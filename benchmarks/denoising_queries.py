@@ -39,7 +39,7 @@ from common import (
 from torch import Tensor
 
 from dn_detr.auxiliary.denoising import FixedGroups, ObjectBudget
-from dn_detr.ops import noise_objects, noise_objects_plain
+from dn_detr.ops import noise_objects, noise_objects_pytorch
 from dn_detr.structures import Target, Targets, pad_targets
 
 NUM_CLASSES = 80
@@ -94,7 +94,7 @@ def make_targets(case: Case) -> list[Target]:
         centre = size / 2 + torch.rand(count, 2, generator=generator) * (1 - size)
         labels = torch.randint(NUM_CLASSES, (count,), generator=generator)
         targets.append(
-            Target(labels, torch.cat((centre, size), dim=1), noise_key=image + 100 * case.step)
+            Target(labels, torch.cat((centre, size), dim=1), noise_seed=image + 100 * case.step)
         )
     return targets
 
@@ -106,7 +106,7 @@ def build(function, targets: Targets, case: Case, dtype: torch.dtype, groups=Non
         targets.labels,
         targets.boxes,
         targets.is_object,
-        targets.noise_keys,
+        targets.noise_seeds,
         num_groups=num_groups,
         slots_per_group=slots,
         num_classes=NUM_CLASSES,
@@ -179,7 +179,7 @@ def check(case: Case, device: str) -> None:
     padded = pad_targets(targets).to(device)
     got = build(noise_objects, padded, case, torch.float32)
     for mine, plain in zip(
-        got, build(noise_objects_plain, padded, case, torch.float32), strict=True
+        got, build(noise_objects_pytorch, padded, case, torch.float32), strict=True
     ):
         if not torch.equal(mine, plain):
             raise AssertionError("the kernel and its plain twin differ")
@@ -231,7 +231,7 @@ def candidates_of(case: Case, device: str) -> dict[str, Callable]:
         "dn_detr, with padding of targets": lambda: build(
             noise_objects, pad_targets(targets).to(device), case, torch.float32
         ),
-        "plain": lambda: build(noise_objects_plain, padded, case, torch.float32),
+        "plain": lambda: build(noise_objects_pytorch, padded, case, torch.float32),
         "published style": lambda: published_style(labels, boxes, case),
         "published style, mask as numbers": published_with_numbers,
     }

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dn_detr.layers.box_ops import cxcywh_to_xyxy, elementwise_generalized_iou
 from dn_detr.losses.matcher import Costs, assign
-from dn_detr.ops import plain_operators
+from dn_detr.ops import pytorch_operators
 from dn_detr.structures import Predictions, Segment, Target, Targets, pad_targets
 
 CLASSES = 80
@@ -120,7 +120,7 @@ def check(predictions: Predictions, targets: Targets, lists: list, case: Case) -
 
 
 def assign_plainly(predictions: Predictions, targets: Targets):
-    with plain_operators():
+    with pytorch_operators():
         return assign(predictions, targets, Costs())
 
 

@@ -40,9 +40,9 @@ from torch import Tensor
 
 from dn_detr.ops import (
     deformable_attention,
-    deformable_attention_plain,
+    deformable_attention_pytorch,
     ms_deform_attn,
-    ms_deform_attn_plain,
+    ms_deform_attn_pytorch,
 )
 
 TOLERANCES = {"float32": (1e-4, 2e-2), "bfloat16": (2e-2, 5e-2)}
@@ -141,9 +141,9 @@ def right_ones(case: Case, candidates: dict, run: Callable, expected: list, name
 
 def measure(case: Case, device: str, peers: dict[str, Attend], seconds: float, peak: float) -> list:
     x = make_inputs(case, device)
-    sampling = {"dn_detr": ms_deform_attn, "plain": ms_deform_attn_plain, **peers}
+    sampling = {"dn_detr": ms_deform_attn, "plain": ms_deform_attn_pytorch, **peers}
     modules = {"dn_detr": deformable_attention, "dn_detr, unfused": as_module(ms_deform_attn)}
-    modules["plain"] = deformable_attention_plain
+    modules["plain"] = deformable_attention_pytorch
     modules.update({name: as_module(attend) for name, attend in peers.items()})
     if "deformops" in peers:
         modules["deformops"] = deformops_module
@@ -173,14 +173,14 @@ def measure(case: Case, device: str, peers: dict[str, Attend], seconds: float, p
             )
 
     names = ("output", "value", "locations", "weights")
-    expected = [part.detach() for part in sample(ms_deform_attn_plain, in_float32(x))]
+    expected = [part.detach() for part in sample(ms_deform_attn_pytorch, in_float32(x))]
     verdicts = right_ones(case, sampling, lambda f: sample(f, x), expected, names)
     plain_sampling = {k: v for k, v in sampling.items() if "deterministic" not in k}
     add("forward", plain_sampling, verdicts, prepare_forward, True)
     add("backward", sampling, verdicts, prepare_backward, True)
     if case.locations == "realistic":
         names = ("output", "value", "offsets", "logits")
-        expected = [part.detach() for part in whole(deformable_attention_plain, in_float32(x))]
+        expected = [part.detach() for part in whole(deformable_attention_pytorch, in_float32(x))]
         verdicts = right_ones(case, modules, lambda f: whole(f, x), expected, names)
         add("module", modules, verdicts, lambda module, x: lambda: whole(module, x), False)
         if device == "cuda":
@@ -210,7 +210,7 @@ def equal_twice(case: Case, device: str) -> list[dict]:
 def prepare_module(name: str, device: str, paths: dict, case: Case) -> Callable:
     """For `peak_mib`, in a process of its own."""
     own = {"dn_detr": deformable_attention, "dn_detr, unfused": as_module(ms_deform_attn)}
-    own["plain"] = deformable_attention_plain
+    own["plain"] = deformable_attention_pytorch
     if name == "deformops":
         module = deformops_module
     else:

@@ -27,7 +27,7 @@ from peak_memory import peak_mib
 
 from dn_detr.d2.config.defaults import read_config
 from dn_detr.d2.solver.optimizer import build_optimizer
-from dn_detr.ops import plain_operators
+from dn_detr.ops import pytorch_operators
 
 NUM_CLASSES, OBJECTS = 80, 7
 
@@ -115,7 +115,7 @@ def make_step(case: Case):
         return total
 
     def plain_step():
-        with plain_operators():
+        with pytorch_operators():
             return step()
 
     return plain_step if case.is_plain else step

@@ -20,7 +20,7 @@ using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 struct MatchSegment {
   at::Tensor cost; // contiguous
   std::optional<at::Tensor> is_empty; // [B, slots] bool, contiguous
-  int64_t layers, groups, group_slots, repeats;
+  int64_t layers, groups, group_slots, matches_per_object;
   at::Tensor object_of; // [L, B, slots], filled with -1
   at::Tensor is_bad; // [L, B], false
 
@@ -33,14 +33,14 @@ inline std::vector<MatchSegment> check_assign_objects(
     int64_t batch,
     const OptionalTensors& is_empty,
     at::IntArrayRef num_groups,
-    at::IntArrayRef repeats) {
+    at::IntArrayRef matches_per_object) {
   check_ndim(image_of, "image_of", 1, "[T]");
   check_dtype(image_of, "image_of", {at::kLong});
   TORCH_CHECK_VALUE(
       is_empty.size() == costs.size() && num_groups.size() == costs.size() &&
-          repeats.size() == costs.size(),
-      "expected is_empty, num_groups and repeats for each of ", costs.size(), " segments, got ",
-      is_empty.size(), ", ", num_groups.size(), " and ", repeats.size());
+          matches_per_object.size() == costs.size(),
+      "expected is_empty, num_groups and matches_per_object for each of ", costs.size(), " segments, got ",
+      is_empty.size(), ", ", num_groups.size(), " and ", matches_per_object.size());
   std::vector<MatchSegment> segments;
   for (size_t i = 0; i < costs.size(); ++i) {
     const at::Tensor& cost = costs[i];
@@ -50,14 +50,14 @@ inline std::vector<MatchSegment> check_assign_objects(
     check_dtype(cost, "costs", {costs[0].scalar_type()});
     check_device(cost, "costs", image_of);
     TORCH_CHECK_VALUE(
-        num_groups[i] > 0 && cost.size(2) % num_groups[i] == 0 && repeats[i] > 0,
-        "expected repeats > 0 and num_groups to divide ", cost.size(2), " slots, got ", repeats[i],
+        num_groups[i] > 0 && cost.size(2) % num_groups[i] == 0 && matches_per_object[i] > 0,
+        "expected matches_per_object > 0 and num_groups to divide ", cost.size(2), " slots, got ", matches_per_object[i],
         " and ", num_groups[i]);
     TORCH_CHECK_VALUE(
-        cost.size(2) < (1 << 30) && image_of.size(0) * repeats[i] < (1 << 30),
+        cost.size(2) < (1 << 30) && image_of.size(0) * matches_per_object[i] < (1 << 30),
         "expected less than 2^30 slots and objects, got ", cost.sizes());
     MatchSegment segment{cost.contiguous(), is_empty.get(i), cost.size(0), num_groups[i],
-                         cost.size(2) / num_groups[i], repeats[i], {}, {}};
+                         cost.size(2) / num_groups[i], matches_per_object[i], {}, {}};
     if (segment.is_empty) {
       check_shape(*segment.is_empty, "is_empty", {batch, cost.size(2)});
       check_dtype(*segment.is_empty, "is_empty", {at::kBool});

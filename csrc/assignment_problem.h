@@ -17,17 +17,17 @@ struct ProblemSet {
   const bool* is_empty; // [B, slots] or null
   int64_t* object_of; // [L, B, slots], -1
   bool* is_bad; // [L, B], false
-  int32_t batch, objects, slots, groups, repeats;
+  int32_t batch, objects, slots, groups, matches_per_object;
   // Scratch: arrays of the workspace, slots that are open, and bits of columns that are closed.
   double* doubles;
   int32_t *integers, *open_slots;
   uint32_t* closed;
-  int64_t workspace; // size of each array: layers * groups * objects * repeats
+  int64_t workspace; // size of each array: layers * groups * objects * matches_per_object
 
   DN_DETR_ANYWHERE int32_t group_slots() const { return slots / groups; }
   // Columns are slots, or copies of objects.
   DN_DETR_ANYWHERE int32_t words() const {
-    const int32_t copies = objects * repeats;
+    const int32_t copies = objects * matches_per_object;
     return ((group_slots() > copies ? group_slots() : copies) + 31) / 32;
   }
 };
@@ -127,13 +127,13 @@ DN_DETR_ANYWHERE void solve_problem(const Team& team, const ProblemSet<T>& p, in
 
   // Where the scratch of this problem starts: each object and repeat has one place in it.
   const int64_t start =
-      (static_cast<int64_t>(layer * p.groups + group) * p.objects + first) * p.repeats;
+      (static_cast<int64_t>(layer * p.groups + group) * p.objects + first) * p.matches_per_object;
   const Workspace w(p.doubles, p.integers, p.workspace, start);
-  const int32_t copies = n * p.repeats;
+  const int32_t copies = n * p.matches_per_object;
   BitGrid<T> grid{
       p.cost + (static_cast<int64_t>(layer) * p.objects + first) * p.slots + first_slot,
       p.slots, n, slots, nullptr, closed};
-  int32_t rows = n, capacity = p.repeats;
+  int32_t rows = n, capacity = p.matches_per_object;
   if (copies > open) {
     int32_t* open_slots = p.open_slots + start;
     if (team.rank() == 0) {

@@ -4,7 +4,7 @@
 // It exploits that rows are few and columns many. A column that no row has taken yet has price 0,
 // so only the cheapest open column of a row can end a path through it; that one is remembered until
 // it is taken. Paths therefore run through the taken columns alone, at most rows * capacity of
-// them, and the costs are read in full only once. Copies of a row (capacity > 1, H-DETR's repeats)
+// them, and the costs are read in full only once. Copies of a row (capacity > 1, H-DETR's matches_per_object)
 // are one node: whoever reaches a row reaches all its columns.
 //
 // Sums are float64 in one fixed order, and ties go to the lower index, so that the answer is the

@@ -1,5 +1,5 @@
 // L1 and GIoU costs of boxes, common to the CPU and CUDA (projects/dn_detr/losses/matching_costs.py is the plain
-// twin). Numbers are T or vectors V of T. No include guard: included once per instruction set.
+// twin). ModelConfig are T or vectors V of T. No include guard: included once per instruction set.
 
 // Divisors below this are raised to it, as in layers/box_ops.py.
 constexpr double SMALLEST_AREA = 1e-9;

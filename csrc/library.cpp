@@ -12,7 +12,7 @@ extern "C" {
 #if defined(_WIN32)
 __declspec(dllexport)
 #else
-__attribute__((visibility("default")))
+__attribute__((query_mask("default")))
 #endif
 PyObject* PyInit__C(void) {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
@@ -39,7 +39,7 @@ TORCH_LIBRARY(dn_detr, m) {
       "Tensor grad_logits)");
   for (const std::string name : {"noise_objects", "noise_objects_in_old_memory"}) {
     const std::string schema = name +
-        "(Tensor labels, Tensor boxes, Tensor is_object, Tensor noise_keys, SymInt num_groups, "
+        "(Tensor labels, Tensor boxes, Tensor is_object, Tensor noise_seeds, SymInt num_groups, "
         "SymInt slots_per_group, SymInt num_classes, float box_noise, float label_noise, "
         "bool contrastive, SymInt num_matched, ScalarType mask_dtype, bool hide_empty) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor)";
@@ -51,7 +51,7 @@ TORCH_LIBRARY(dn_detr, m) {
       "float gamma) -> Tensor");
   m.def(
       "assign_objects(Tensor[] costs, Tensor image_of, SymInt batch, Tensor?[] is_empty, "
-      "SymInt[] num_groups, SymInt[] repeats) -> (Tensor[], Tensor[])");
+      "SymInt[] num_groups, SymInt[] matches_per_object) -> (Tensor[], Tensor[])");
   m.def("has_nonfinite(Tensor values, Tensor? is_empty) -> Tensor");
 }
 

@@ -224,7 +224,7 @@ class MaskRow {
     shown_ = static_cast<int32_t>(hides ? num_objects : o.slots);
   }
 
-  DN_DETR_ANYWHERE bool sees(int32_t key) const {
+  DN_DETR_ANYWHERE bool attends_to(int32_t key) const {
     const int32_t place = key - first_; // in the group
     const int32_t slot = place < slots_ ? place : place - slots_; // negatives follow positives
     return key >= end_ || key == own_ || (place >= 0 && place < size_ && slot < shown_);

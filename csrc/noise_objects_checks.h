@@ -16,18 +16,18 @@ inline void check_noise_objects(
     const at::Tensor& labels,
     const at::Tensor& boxes,
     const at::Tensor& is_object,
-    const at::Tensor& noise_keys,
+    const at::Tensor& noise_seeds,
     at::ScalarType mask_dtype) {
   check_shape(boxes, "boxes", {o.batch, o.most_objects, 4});
   check_shape(is_object, "is_object", {o.batch, o.most_objects});
-  check_shape(noise_keys, "noise_keys", {o.batch});
+  check_shape(noise_seeds, "noise_seeds", {o.batch});
   check_dtype(labels, "labels", {at::kLong});
   check_dtype(boxes, "boxes", {at::kFloat, at::kDouble});
   check_dtype(is_object, "is_object", {at::kBool});
-  check_dtype(noise_keys, "noise_keys", {at::kLong});
+  check_dtype(noise_seeds, "noise_seeds", {at::kLong});
   check_device(boxes, "boxes", labels);
   check_device(is_object, "is_object", labels);
-  check_device(noise_keys, "noise_keys", labels);
+  check_device(noise_seeds, "noise_seeds", labels);
   TORCH_CHECK_VALUE(
       o.groups >= 0 && o.slots >= 0 && o.slots <= o.most_objects,
       "expected num_groups >= 0 and slots_per_group in [0, ", o.most_objects, "], got ", o.groups,

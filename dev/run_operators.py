@@ -76,7 +76,7 @@ def run_sampling(device: str, is_deterministic: bool) -> None:
             return output, *torch.autograd.grad(output, (value, *others), grad)
 
         results = under(is_deterministic, run, ops.ms_deform_attn)
-        for got, expected in zip(results, run(ops.ms_deform_attn_plain), strict=True):
+        for got, expected in zip(results, run(ops.ms_deform_attn_pytorch), strict=True):
             close(got, expected, f"ms_deform_attn {dtype} {shapes} {size}")
 
 
@@ -100,7 +100,7 @@ def run_deformable_attention(device: str, is_deterministic: bool) -> None:
                 return output, *torch.autograd.grad(output, leaves, grad)
 
             results = under(is_deterministic, run, ops.deformable_attention)
-            for got, expected in zip(results, run(ops.deformable_attention_plain), strict=True):
+            for got, expected in zip(results, run(ops.deformable_attention_pytorch), strict=True):
                 close(got, expected, f"deformable_attention {dtype} {shapes} {size} {width}")
 
 
@@ -120,7 +120,7 @@ def run_noise(device: str) -> None:
         for slots, hide_empty in ((most, True), (max(1, most // 2), True), (most, False)):
             numbers = (5, slots, 7, 0.4, 0.5, contrastive, 13, dtype, hide_empty)
             got = _noise(ops.noise_objects, [x.to(device) for x in inputs], numbers)
-            expected = _noise(ops.noise_objects_plain, [x.to(device) for x in inputs], numbers)
+            expected = _noise(ops.noise_objects_pytorch, [x.to(device) for x in inputs], numbers)
             if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
                 sys.exit(f"noise_objects: another result for {counts} {numbers}")
 
@@ -128,7 +128,7 @@ def run_noise(device: str) -> None:
 def run_matching(device: str) -> None:
     """By `losses.assign`, with and without operators; random costs have one best assignment."""
     generator = torch.Generator().manual_seed(0)
-    for counts, queries, num_groups, repeats in (
+    for counts, queries, num_groups, matches_per_object in (
         ((3, 1, 0, 5), 12, 1, 1), ((40, 2), 66, 3, 1), ((1,), 1, 1, 1), ((4, 7), 30, 2, 2)
     ):  # fmt: skip
         targets = pad_targets(
@@ -143,7 +143,11 @@ def run_matching(device: str) -> None:
         shape = (3, len(counts), queries)
         is_empty = torch.rand(shape[1:], generator=generator) < 0.1
         segment = Segment(
-            "match", queries, num_groups=num_groups, repeats=repeats, is_empty=is_empty.to(device)
+            "match",
+            queries,
+            num_groups=num_groups,
+            matches_per_object=matches_per_object,
+            is_empty=is_empty.to(device),
         )
         predictions = Predictions(
             logits=torch.randn(*shape, 7, generator=generator).to(device),
@@ -152,10 +156,12 @@ def run_matching(device: str) -> None:
             segments=(segment,),
         )
         got = assign(predictions, targets, Costs())["match"].object_of
-        with ops.plain_operators():
+        with ops.pytorch_operators():
             expected = assign(predictions, targets, Costs())["match"].object_of
         if not torch.equal(got, expected):
-            sys.exit(f"matching: another assignment for {counts} {queries} {num_groups} {repeats}")
+            sys.exit(
+                f"matching: another assignment for {counts} {queries} {num_groups} {matches_per_object}"
+            )
 
 
 def _noise(function, inputs, numbers):

@@ -26,7 +26,7 @@ from torchvision.models import resnet18
 from dn_detr.build import Denoising, build_criterion, build_model
 from dn_detr.datasets.shapes import generate
 from dn_detr.losses.matcher import Costs, assign
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 from dn_detr.models.postprocess import postprocess
 from dn_detr.structures import Target, pad_targets
 
@@ -41,7 +41,7 @@ class Detector(nn.Module):
         self.stages = nn.ModuleList([net.layer2, net.layer3, net.layer4])
         self.core = build_model(
             "dab_deformable",
-            Numbers(
+            ModelConfig(
                 num_classes=num_classes,
                 num_queries=60,
                 channels=96,
@@ -89,7 +89,7 @@ def collate(samples: list, step: int):
         images[i, :, :h, :w] = image
         padding[i, :h, :w] = False
         # The noise follows from this key: another one for every image and step.
-        targets.append(Target(labels, boxes, noise_key=step * len(samples) + i))
+        targets.append(Target(labels, boxes, noise_seed=step * len(samples) + i))
     return images, padding, pad_targets(targets)
 
 

@@ -27,7 +27,7 @@ def test_text_without_an_input_error_has_no_sentence():
 
 def test_a_loss_that_is_not_finite_is_an_error_with_a_sentence():
     try:
-        raise NotFinite("loss_box is not finite.")
+        raise NotFinite("loss_bbox is not finite.")
     except FloatingPointError:
         text = traceback.format_exc()
-    assert sentence_in(text) == "loss_box is not finite."
+    assert sentence_in(text) == "loss_bbox is not finite."

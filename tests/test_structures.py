@@ -7,9 +7,9 @@ import torch
 from dn_detr.structures import (
     Assignment,
     FeatureMaps,
+    MaskFeatures,
     Memory,
     NoisedObjects,
-    PixelMap,
     Predictions,
     Queries,
     QueryState,
@@ -69,7 +69,7 @@ def test_a_wrong_target_says_what_was_expected_and_what_came(wrong, message):
 
 @pytest.mark.parametrize(("multiple_of", "most"), [(1, 3), (2, 4), (3, 3), (8, 8)])
 def test_targets_are_padded_to_the_fullest_image_rounded_up(multiple_of, most):
-    targets = pad_targets([target(1), target(0), target(3, noise_key=7)], multiple_of)
+    targets = pad_targets([target(1), target(0), target(3, noise_seed=7)], multiple_of)
     assert targets.counts == (1, 0, 3)
     assert targets.boxes.shape == (3, most, 4)
     padding = [0] * (most - 3)
@@ -82,7 +82,7 @@ def test_targets_are_padded_to_the_fullest_image_rounded_up(multiple_of, most):
     assert targets.is_object[2, :3].all() and targets.is_object[0, 0]
     assert (targets.boxes[~targets.is_object] == 0.5).all()
     assert torch.equal(targets.boxes[2, :3], target(3).boxes)
-    assert targets.noise_keys.tolist() == [0, 0, 7]
+    assert targets.noise_seeds.tolist() == [0, 0, 7]
     assert targets.scores is None and targets.masks is None
 
 
@@ -173,13 +173,13 @@ def test_query_states_are_joined_along_the_query_axis():
 
 
 def test_segments_must_fill_the_queries_and_name_each_other_correctly():
-    match, denoise = Segment("match", 4), Segment("denoise", 6, num_groups=2, sees=("match",))
+    match, denoise = Segment("match", 4), Segment("dn", 6, num_groups=2, attends_to=("match",))
     check_segments((denoise, match), 10)
     with pytest.raises(ValueError, match="segments hold 10 slots, but there are 9 queries"):
         check_segments((denoise, match), 9)
     with pytest.raises(ValueError, match=r"unique, got \['match', 'match'\]"):
         check_segments((match, match), 8)
-    with pytest.raises(ValueError, match=r"'denoise' sees \['match'\], known are \['denoise'\]"):
+    with pytest.raises(ValueError, match=r"'dn' attends to \['match'\], known are \['dn'\]"):
         check_segments((denoise,), 6)
     with pytest.raises(ValueError, match="num_groups must divide size 6, got 4"):
         replace(denoise, num_groups=4)
@@ -196,11 +196,11 @@ def test_segments_must_fill_the_queries_and_name_each_other_correctly():
 
 
 def test_predictions_of_a_segment_are_views_of_its_slots():
-    denoise, match = Segment("denoise", 6, sees=("match",), weight=2.0), Segment("match", 4)
-    pixel_map = PixelMap(torch.randn(3, 8, 4, 4), torch.full((3, 2), 4.0))
+    denoise, match = Segment("dn", 6, attends_to=("match",), weight=2.0), Segment("match", 4)
+    mask_features = MaskFeatures(torch.randn(3, 8, 4, 4), torch.full((3, 2), 4.0))
     embeddings = torch.randn(2, 3, 10, 8)
-    whole = predictions(denoise, match, mask_embeddings=embeddings, pixel_map=pixel_map)
-    for name, slots in (("denoise", slice(0, 6)), ("match", slice(6, 10))):
+    whole = predictions(denoise, match, mask_embeddings=embeddings, mask_features=mask_features)
+    for name, slots in (("dn", slice(0, 6)), ("match", slice(6, 10))):
         part = whole.of(name)
         assert torch.equal(part.logits, whole.logits[:, :, slots])
         assert torch.equal(part.boxes, whole.boxes[:, :, slots])
@@ -209,8 +209,8 @@ def test_predictions_of_a_segment_are_views_of_its_slots():
             assert torch.equal(got, reference[:, slots])
         assert part.logits.untyped_storage().data_ptr() == whole.logits.untyped_storage().data_ptr()
         assert [segment.name for segment in part.segments] == [name]
-    assert whole.of("denoise").segments[0].weight == 2.0
-    with pytest.raises(ValueError, match=r"no segment 'groups', only \['denoise', 'match'\]"):
+    assert whole.of("dn").segments[0].weight == 2.0
+    with pytest.raises(ValueError, match=r"no segment 'groups', only \['dn', 'match'\]"):
         whole.of("groups")
 
 

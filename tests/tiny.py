@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from dn_detr.build import (
+    BoxPrompting,
     Denoising,
     HybridMatching,
-    Prompting,
     build_criterion,
     build_model,
     mask_terms,
@@ -17,7 +19,7 @@ from dn_detr.layers.box_ops import cxcywh_to_xyxy
 from dn_detr.losses.mask_costs import MaskCosts
 from dn_detr.losses.mask_points import PointSampling
 from dn_detr.losses.matcher import Costs, assign
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 from dn_detr.structures import Predictions, Target, Targets, pad_targets
 
 ASSISTS = {
@@ -25,14 +27,14 @@ ASSISTS = {
     "budget": {"denoising": Denoising(num_groups=0, max_objects=9)},
     "contrastive": {"denoising": Denoising(num_groups=3, is_contrastive=True)},
     "groups": {"num_groups": 3},
-    "hybrid": {"hybrid": HybridMatching(num_queries=5, repeats=2)},
+    "hybrid": {"hybrid": HybridMatching(num_queries=5, matches_per_object=2)},
     "denoising and groups": {"denoising": Denoising(num_groups=2), "num_groups": 3},
     "denoising and hybrid": {
         "denoising": Denoising(num_groups=2),
-        "hybrid": HybridMatching(num_queries=5, repeats=2),
+        "hybrid": HybridMatching(num_queries=5, matches_per_object=2),
     },
 }
-"""What `tiny_model` is given for each training assist and combination of assists."""
+"""What `tiny_model` is given for each training assist and combination of auxiliary."""
 
 STRIDES = [8, 16, 32]
 WIDTHS = [12, 16, 20]
@@ -52,7 +54,7 @@ def tiny_model(
     denoising: Denoising | None = None,
     num_groups: int = 1,
     hybrid: HybridMatching | None = None,
-    known: Prompting | None = None,
+    prompts: BoxPrompting | None = None,
     seed: int = 0,
     **numbers,
 ):
@@ -72,13 +74,13 @@ def tiny_model(
     }
     model = build_model(
         method,
-        Numbers(**{**sizes, **numbers}),
+        ModelConfig(**{**sizes, **numbers}),
         in_channels=WIDTHS,
         strides=STRIDES,
         denoising=denoising,
         num_groups=num_groups,
         hybrid=hybrid,
-        known=known,
+        prompts=prompts,
     ).double()
     for parameter in model.parameters():
         # Zero-initialised heads and offsets would hide leaks and dead paths.
@@ -117,7 +119,7 @@ def tiny_target(count: int, *, key: int = 0, num_classes: int = 5) -> Target:
     sizes = torch.rand(count, 2, dtype=torch.float64, generator=generator) * 0.3 + 0.05
     labels = torch.randint(num_classes, (count,), generator=generator)
     boxes = torch.cat((centers, sizes), dim=1)
-    return Target(labels, boxes, masks=filled_boxes(boxes), noise_key=key)
+    return Target(labels, boxes, masks=filled_boxes(boxes), noise_seed=key)
 
 
 def filled_boxes(boxes: torch.Tensor, height: int = 48, width: int = 64) -> torch.Tensor:
@@ -152,3 +154,8 @@ def outputs_of(predictions: Predictions) -> dict[str, torch.Tensor]:
     """The tensors of predictions that there are: name -> [L, B, Q, ...]."""
     values = {name: getattr(predictions, name) for name in ("logits", "boxes", "mask_embeddings")}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def key_of(key: str, segment: str) -> str:
+    """The name of the same loss in another segment: loss_ce_0 -> loss_ce_<segment>_0."""
+    return re.sub(r"^(.*?)((?:_\d+)?)$", rf"\1_{segment}\2", key)

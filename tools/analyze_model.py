@@ -146,7 +146,7 @@ def build(config_file: str, opts: list[str] = ()) -> nn.Module:
 def parameters(model: nn.Module) -> tuple[float, float]:
     """Millions of parameters, and of those that train. What only training uses is left out, as in
     published counts."""
-    kept = [p for name, p in model.named_parameters() if "assists." not in name]
+    kept = [p for name, p in model.named_parameters() if "auxiliary." not in name]
     return tuple(sum(p.numel() for p in some) / 1e6 for some in (kept, filter(is_trained, kept)))
 
 

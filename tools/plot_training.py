@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-LOSSES = {"total_loss": "total", "loss_match": "matched", "loss_denoise": "denoising"}
+LOSSES = {"total_loss": "total", "loss_match": "matched", "loss_dn": "denoising"}
 METRICS = {"bbox/AP50": "AP50", "bbox/AP": "AP"}
 INSTRUMENTS = {
     "matching/instability": "queries an image with another object than before",

@@ -24,7 +24,7 @@ from dn_detr.conversion.safe_load import read_pickle
 from dn_detr.d2.config.defaults import add_dn_detr_config, merge
 from dn_detr.d2.engine.nonfinite_dump import as_sample
 from dn_detr.d2.engine.train_step import TrainStep
-from dn_detr.d2.modeling.batch import whole_batch
+from dn_detr.d2.modeling.batch import batch_stats
 from dn_detr.d2.solver.optimizer import build_optimizer
 from dn_detr.errors import InputError
 
@@ -91,7 +91,7 @@ def main() -> None:
     model.seed = kept["seed"]
     step.iter = kept["iteration"]
     normalisers = {name: kept[name] for name in ("num_objects", "num_teacher_boxes")}
-    whole = replace(whole_batch(samples, step.device), **normalisers)
+    whole = replace(batch_stats(samples, step.device), **normalisers)
     broken = watch(model)
     print(f"weights and statistics that are not finite: {unhealthy or 'none'}")
     torch.manual_seed(kept["device_seed"])

@@ -31,7 +31,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dn_detr.auxiliary.denoising import Denoise
+from dn_detr.auxiliary.denoising import DenoisingQueries
 from dn_detr.d2.config.defaults import read_config
 from dn_detr.d2.data import dataset_dicts
 from dn_detr.d2.data.catalog import class_names, prepare
@@ -89,7 +89,7 @@ def denoised(cfg: CfgNode, iteration: int) -> Pictures:
     names = class_names(cfg.DATASETS.TRAIN[0])
     model = Trainer.build_model(cfg)
     core = core_of(model, "--source denoising")
-    assist = next((a for a in core.assists if isinstance(a, Denoise)), None)
+    assist = next((a for a in core.auxiliary if isinstance(a, DenoisingQueries)), None)
     if assist is None:
         raise InputError("this configuration trains without denoising (DENOISING.ENABLED).")
     for number, batch in batches(cfg, iteration):

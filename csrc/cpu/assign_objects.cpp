@@ -104,7 +104,7 @@ bool solve_group(
     Scratch<T>& scratch,
     int64_t* object_of) {
   const auto slots = static_cast<int32_t>(segment.group_slots);
-  const auto wanted = static_cast<int32_t>(n * segment.repeats);
+  const auto wanted = static_cast<int32_t>(n * segment.matches_per_object);
   const int64_t pitch = segment.cost.size(2);
   scratch.closed.assign(slots, T(0));
   scratch.open.clear();
@@ -120,7 +120,7 @@ bool solve_group(
   if (wanted <= num_open) { // objects choose slots
     const Matrix<T> matrix{cost, pitch, scratch.closed.data(), slots, has_empty, scans};
     const Workspace w = scratch.workspace(wanted);
-    if (!solve(Alone{}, matrix, w, n, static_cast<int32_t>(segment.repeats))) {
+    if (!solve(Alone{}, matrix, w, n, static_cast<int32_t>(segment.matches_per_object))) {
       return false;
     }
     for (int32_t k = 0; k < wanted; ++k) {
@@ -194,9 +194,9 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> assign_objects(
     int64_t batch,
     const OptionalTensors& is_empty,
     at::IntArrayRef num_groups,
-    at::IntArrayRef repeats) {
+    at::IntArrayRef matches_per_object) {
   const auto segments =
-      check_assign_objects(costs, image_of, batch, is_empty, num_groups, repeats);
+      check_assign_objects(costs, image_of, batch, is_empty, num_groups, matches_per_object);
   const std::vector<int64_t> first = first_of_each_image(image_of, batch);
   if (!segments.empty()) {
     AT_DISPATCH_FLOATING_TYPES(costs[0].scalar_type(), "assign_objects", [&] {

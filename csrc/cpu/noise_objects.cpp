@@ -116,7 +116,7 @@ Result build(
     at::ScalarType mask_dtype) {
   check_noise_objects(o, labels_, boxes_, is_object_, noise_keys_, mask_dtype);
   const auto labels = labels_.contiguous(), boxes = boxes_.contiguous();
-  const auto is_object = is_object_.contiguous(), noise_keys = noise_keys_.contiguous();
+  const auto is_object = is_object_.contiguous(), noise_seeds = noise_keys_.contiguous();
   const int64_t slots = o.total_slots(), most = o.most_objects;
   const NoisedSlots out = empty_noised_slots(o, labels, boxes);
   std::optional<NoiseMask> old;
@@ -137,7 +137,7 @@ Result build(
           write_slots<T>(
               o, {labels.const_data_ptr<int64_t>() + b * most,
                   boxes.const_data_ptr<T>() + b * most * 4,
-                  noise_keys.const_data_ptr<int64_t>()[b], count,
+                  noise_seeds.const_data_ptr<int64_t>()[b], count,
                   out.labels.mutable_data_ptr<int64_t>() + b * slots,
                   out.boxes.mutable_data_ptr<T>() + b * slots * 4,
                   out.assignment.mutable_data_ptr<int64_t>() + b * slots,
@@ -163,7 +163,7 @@ Result noise_objects(
     const at::Tensor& labels,
     const at::Tensor& boxes,
     const at::Tensor& is_object,
-    const at::Tensor& noise_keys,
+    const at::Tensor& noise_seeds,
     int64_t num_groups,
     int64_t slots_per_group,
     int64_t num_classes,
@@ -184,7 +184,7 @@ Result noise_objects(
     const bool counts_versions = !c10::InferenceMode::is_enabled();
     old_masks = counts_versions ? masks : nullptr;
   }
-  return build(old_masks, labels, boxes, is_object, noise_keys, o, mask_dtype);
+  return build(old_masks, labels, boxes, is_object, noise_seeds, o, mask_dtype);
 }
 
 } // namespace

@@ -87,7 +87,7 @@ int threads_for(int64_t group_slots) {
 template <typename T>
 void solve_segment(const MatchSegment& segment, const at::Tensor& image_of, int64_t batch) {
   const int64_t problems = segment.problems(batch), objects = image_of.numel();
-  const int64_t workspace = segment.layers * segment.groups * objects * segment.repeats;
+  const int64_t workspace = segment.layers * segment.groups * objects * segment.matches_per_object;
   TORCH_CHECK_VALUE(
       problems < std::numeric_limits<int32_t>::max(),
       "expected less than 2^31 layers x images x groups, got ", problems);
@@ -104,7 +104,7 @@ void solve_segment(const MatchSegment& segment, const at::Tensor& image_of, int6
   p.objects = static_cast<int32_t>(objects);
   p.slots = static_cast<int32_t>(segment.cost.size(2));
   p.groups = static_cast<int32_t>(segment.groups);
-  p.repeats = static_cast<int32_t>(segment.repeats);
+  p.matches_per_object = static_cast<int32_t>(segment.matches_per_object);
   p.workspace = workspace;
   const auto integer = image_of.options().dtype(at::kInt);
   const at::Tensor doubles = at::empty(
@@ -127,10 +127,10 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> assign_objects(
     int64_t batch,
     const OptionalTensors& is_empty,
     at::IntArrayRef num_groups,
-    at::IntArrayRef repeats) {
+    at::IntArrayRef matches_per_object) {
   const c10::cuda::CUDAGuard guard(image_of_.device());
   const auto segments =
-      check_assign_objects(costs, image_of_, batch, is_empty, num_groups, repeats);
+      check_assign_objects(costs, image_of_, batch, is_empty, num_groups, matches_per_object);
   const auto image_of = image_of_.contiguous();
   for (const MatchSegment& segment : segments) {
     AT_DISPATCH_FLOATING_TYPES(segment.cost.scalar_type(), "assign_objects", [&] {

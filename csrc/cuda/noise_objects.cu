@@ -22,7 +22,7 @@ struct NoiseBatch {
   const int64_t* labels;
   const T* boxes;
   const bool* is_object;
-  const int64_t* noise_keys;
+  const int64_t* noise_seeds;
   int64_t* out_labels;
   T* out_boxes;
   int64_t* assignment;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(THREADS) noise_kernel(
     const int64_t place = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
     if (place < o.groups * most) {
       const NoiseImage<T> image{
-          batch.labels + b * most, batch.boxes + b * most * 4, batch.noise_keys[b], num_objects,
+          batch.labels + b * most, batch.boxes + b * most * 4, batch.noise_seeds[b], num_objects,
           batch.out_labels + b * slots, batch.out_boxes + b * slots * 4,
           batch.assignment + b * slots, batch.is_empty + b * slots};
       noise_place(o, image, place / most, place % most);
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(THREADS) noise_kernel(
 #pragma unroll
     for (int k = 0; k < size; ++k) {
       const int32_t key = first + k;
-      keys.number[k] = key < side && row.sees(key) ? S(0) : hidden;
+      keys.number[k] = key < side && row.attends_to(key) ? S(0) : hidden;
     }
     *reinterpret_cast<Chunk<S>*>(to + first) = keys;
   }
@@ -106,7 +106,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> noise_obj
   TORCH_CHECK_VALUE(o.batch <= 65535, "expected at most 65535 images, got ", o.batch);
   const c10::cuda::CUDAGuard guard(labels_.device());
   const auto labels = labels_.contiguous(), boxes = boxes_.contiguous();
-  const auto is_object = is_object_.contiguous(), noise_keys = noise_keys_.contiguous();
+  const auto is_object = is_object_.contiguous(), noise_seeds = noise_keys_.contiguous();
   const NoisedSlots out = empty_noised_slots(o, labels, boxes);
   const auto mask = at::empty({o.batch, 1, o.side(), o.pitch()}, boxes.options().dtype(mask_dtype));
 
@@ -123,7 +123,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> noise_obj
       using T = scalar_t;
       const NoiseBatch<T> batch{
           labels.const_data_ptr<int64_t>(), boxes.const_data_ptr<T>(),
-          is_object.const_data_ptr<bool>(), noise_keys.const_data_ptr<int64_t>(),
+          is_object.const_data_ptr<bool>(), noise_seeds.const_data_ptr<int64_t>(),
           out.labels.mutable_data_ptr<int64_t>(), out.boxes.mutable_data_ptr<T>(),
           out.assignment.mutable_data_ptr<int64_t>(), out.is_empty.mutable_data_ptr<bool>()};
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, mask_dtype, "noise_objects", [&] {

@@ -1,13 +1,18 @@
-"""Joins a page with its content, its assists and the numbers. Used by the Detectron2 adapter, the
+"""Joins a page with its content, its auxiliary queries and the numbers. Used by the Detectron2 adapter, the
 examples and the tests alike."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dn_detr.auxiliary.box_prompts import Known
-from dn_detr.auxiliary.denoising import Denoise, DenoiseMasks, FixedGroups, ObjectBudget
-from dn_detr.auxiliary.extra_queries import Groups, Hybrid
+from dn_detr.auxiliary.box_prompts import RandomBoxPrompts
+from dn_detr.auxiliary.denoising import (
+    DenoisingQueries,
+    FixedGroups,
+    MaskDenoisingQueries,
+    ObjectBudget,
+)
+from dn_detr.auxiliary.extra_queries import GroupQueries, HybridQueries
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.losses.criterion import Criterion
 from dn_detr.losses.loss_terms import L1, Focal, GIoU, MatchabilityAware, Softmax
@@ -16,7 +21,7 @@ from dn_detr.losses.mask_terms import Dice, MaskCrossEntropy, MaskTerms
 from dn_detr.methods import METHODS
 from dn_detr.methods.mask2former import MaskQueries
 from dn_detr.models.detection_transformer import DETR
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +46,12 @@ class HybridMatching:
     is matched among them, and the weight of their losses."""
 
     num_queries: int = 1500
-    repeats: int = 6
+    matches_per_object: int = 6
     weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompting:
+class BoxPrompting:
     """Which objects are given in training (2203.01305, TPAMI version, sec. 5.7): the share of images
     that have any, the share of them without label, and how far their boxes are noised."""
 
@@ -57,14 +62,14 @@ class Prompting:
 
 def build_model(
     method: str,
-    numbers: Numbers,
+    config: ModelConfig,
     *,
     in_channels: list[int],
     strides: list[int],
     denoising: Denoising | None = None,
     num_groups: int = 1,
     hybrid: HybridMatching | None = None,
-    known: Prompting | None = None,
+    prompts: BoxPrompting | None = None,
 ) -> DETR:
     """The core of a detector: (features, padding, targets=None) -> Predictions.
 
@@ -81,27 +86,31 @@ def build_model(
             f"among further queries of their own; got {num_groups} groups and {hybrid}"
         )
     content = QueryContent(
-        channels=numbers.channels,
-        num_classes=numbers.num_classes,
-        has_labels=denoising is not None or known is not None,
+        channels=config.channels,
+        num_classes=config.num_classes,
+        has_labels=denoising is not None or prompts is not None,
         has_indicator=True,
     )
-    model = METHODS[method](numbers, in_channels, strides, content)
+    model = METHODS[method](config, in_channels, strides, content)
     if denoising is not None:
         groups = (
             FixedGroups(num_groups=denoising.num_groups, max_objects=denoising.max_objects)
             if denoising.num_groups
             else ObjectBudget(max_objects=denoising.max_objects)
         )
-        kind = DenoiseMasks if isinstance(model.query_design, MaskQueries) else Denoise
-        if kind is DenoiseMasks and denoising.is_contrastive:
+        kind = (
+            MaskDenoisingQueries
+            if isinstance(model.query_design, MaskQueries)
+            else DenoisingQueries
+        )
+        if kind is MaskDenoisingQueries and denoising.is_contrastive:
             raise ValueError(
                 f"{method} is denoised by shifted masks; contrastive noise, which moves the sides of "
                 "boxes, has no meaning there"
             )
-        model.assists.append(
+        model.auxiliary.append(
             kind(
-                num_classes=numbers.num_classes,
+                num_classes=config.num_classes,
                 groups=groups,
                 box_noise=denoising.box_noise,
                 label_noise=denoising.label_noise,
@@ -109,33 +118,33 @@ def build_model(
                 hides_empty=denoising.hides_empty,
             )
         )
-    if known is not None:
+    if prompts is not None:
         if model.mask_head is not None:
             raise ValueError(f"{method} finds masks: only boxes can be given, not masks")
         if denoising is not None and not denoising.hides_empty:
             raise ValueError("given objects need the empty slots of denoising to be hidden")
-        model.assists.append(
-            Known(
-                num_classes=numbers.num_classes,
-                probability=known.probability,
-                hidden_labels=known.hidden_labels,
-                box_noise=known.box_noise,
+        model.auxiliary.append(
+            RandomBoxPrompts(
+                num_classes=config.num_classes,
+                probability=prompts.probability,
+                hidden_labels=prompts.hidden_labels,
+                box_noise=prompts.box_noise,
             )
         )
     if num_groups > 1:
-        model.assists.append(
-            Groups(
+        model.auxiliary.append(
+            GroupQueries(
                 query_design=model.query_design,
-                num_queries=numbers.num_queries,
+                num_queries=config.num_queries,
                 num_groups=num_groups,
             )
         )
     if hybrid is not None:
-        model.assists.append(
-            Hybrid(
+        model.auxiliary.append(
+            HybridQueries(
                 query_design=model.query_design,
                 num_queries=hybrid.num_queries,
-                repeats=hybrid.repeats,
+                matches_per_object=hybrid.matches_per_object,
                 weight=hybrid.weight,
             )
         )
@@ -173,9 +182,9 @@ def build_criterion(
             'the class loss "mal" asks for the overlap of boxes, which are not trained without a '
             "weight of L1 or GIoU"
         )
-    terms = {"class": (class_terms[kind], class_weight)}
+    terms = {"ce": (class_terms[kind], class_weight)}
     if has_boxes:
-        terms |= {"box": (L1(), l1_weight), "giou": (GIoU(), giou_weight)}
+        terms |= {"bbox": (L1(), l1_weight), "giou": (GIoU(), giou_weight)}
     return Criterion(terms, masks=masks)
 
 
@@ -188,7 +197,7 @@ def mask_terms(
 ) -> MaskTerms:
     """Losses of masks with the weights of Mask2Former and Mask DINO, for pages that predict masks.
 
-    without: names of the segments whose masks are not trained, e.g. ("denoise",).
+    without: names of the segments whose masks are not trained, e.g. ("dn",).
     """
     return MaskTerms(
         terms={"mask": (MaskCrossEntropy(), cross_entropy), "dice": (Dice(), dice)},

@@ -6,7 +6,7 @@
     found = detector("street.jpg")
     for box, score, name in zip(found.boxes_xyxy_px, found.scores, found.class_names):
         ...
-    found = detector("street.jpg", known=KnownObjects([[10, 20, 90, 150]], ["dog"]))
+    found = detector("street.jpg", prompts=BoxPrompts([[10, 20, 90, 150]], ["dog"]))
 
 Detectron2 is needed; `dn_detr.Detector` says so where it is missing.
 """
@@ -52,8 +52,8 @@ class DetectedObjects:
 
 
 @dataclass(frozen=True, eq=False)
-class KnownObjects:
-    """Objects of an image that are known already, so that the detector need not find them.
+class BoxPrompts:
+    """Objects of an image that are already known, so that the detector need not find them.
 
     boxes_xyxy_px [N, 4]: as in `DetectedObjects`; class_names: of each, None where it is not known;
     without them, of none.
@@ -67,13 +67,13 @@ class KnownObjects:
         boxes = boxes.reshape(0, 4) if boxes.size == 0 else boxes
         if boxes.ndim != 2 or boxes.shape[1] != 4:
             raise InputError(
-                f"known boxes must be [N, 4], left, top, right, bottom, got {list(boxes.shape)}."
+                f"box prompts must be [N, 4], left, top, right, bottom, got {list(boxes.shape)}."
             )
         if not (np.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all()):
-            raise InputError("known boxes must have left < right and top < bottom.")
+            raise InputError("box prompts must have left < right and top < bottom.")
         names = [None] * len(boxes) if self.class_names is None else list(self.class_names)
         if len(names) != len(boxes):
-            raise InputError(f"there are {len(boxes)} known boxes, but {len(names)} class names.")
+            raise InputError(f"there are {len(boxes)} box prompts, but {len(names)} class names.")
         object.__setattr__(self, "boxes_xyxy_px", boxes)
         object.__setattr__(self, "class_names", names)
 
@@ -143,7 +143,7 @@ class Detector:
         threshold: float | None = None,
         channel_order: str | None = None,
         batch_size: int = 8,
-        known: KnownObjects | Sequence[KnownObjects | None] | None = None,
+        prompts: BoxPrompts | Sequence[BoxPrompts | None] | None = None,
     ) -> DetectedObjects | list[DetectedObjects]:
         """Detect objects in one image, or in every image of a list or tuple.
 
@@ -155,7 +155,7 @@ class Detector:
         `batch_size` of them; none is ever padded because of another, so that a list gives what its
         images give one by one, up to float rounding.
 
-        known: what is known of the image, or of each image of the list. Known objects come first in
+        prompts: known objects of the image, or of each image of the list. They come first in
         what is found: boxes as they were given, names too, with a score of 1; a name that was not
         given is the detector's, with its score.
         """
@@ -167,67 +167,67 @@ class Detector:
             to_pixels(image, self.input_format, channel_order)
             for image in (images if is_many else [images])
         ]
-        given = self._given(known, len(pixels))
+        given = self._checked_prompts(prompts, len(pixels))
         transforms = [self.resize.get_transform(image) for image in pixels]
         found: list[DetectedObjects | None] = [None] * len(pixels)
         for batch in _batches([(t.new_h, t.new_w) for t in transforms], batch_size):
             samples = [_sample(pixels[i], transforms[i].apply_image(pixels[i])) for i in batch]
             for i, sample in zip(batch, samples, strict=True):
                 if given[i] is not None:
-                    sample["known"] = self._prompt(given[i], transforms[i])
+                    sample["prompts"] = self._prompt(given[i], transforms[i])
             with torch.inference_mode():
                 outputs = self.model(samples)
             for i, output in zip(batch, outputs, strict=True):
                 found[i] = self._named(output["instances"], threshold)
                 if given[i] is not None:
-                    found[i] = self._with_known(given[i], output["known"].to("cpu"), found[i])
+                    found[i] = self._with_prompts(given[i], output["prompts"].to("cpu"), found[i])
         return found if is_many else found[0]
 
-    def _given(
-        self, known: KnownObjects | Sequence[KnownObjects | None] | None, num_images: int
-    ) -> list[KnownObjects | None]:
-        """What is known of each image; InputError where this detector cannot use it."""
-        known = [None] * num_images if known is None else known
-        known = [known] if isinstance(known, KnownObjects) else list(known)
-        if len(known) != num_images:
-            raise InputError(f"there are {num_images} images, but known objects of {len(known)}.")
-        given = [one for one in known if one is not None]
+    def _checked_prompts(
+        self, prompts: BoxPrompts | Sequence[BoxPrompts | None] | None, num_images: int
+    ) -> list[BoxPrompts | None]:
+        """The prompts of each image; InputError where this detector cannot use them."""
+        prompts = [None] * num_images if prompts is None else prompts
+        prompts = [prompts] if isinstance(prompts, BoxPrompts) else list(prompts)
+        if len(prompts) != num_images:
+            raise InputError(f"there are {num_images} images, but box prompts of {len(prompts)}.")
+        given = [one for one in prompts if one is not None]
         names = {name for one in given for name in one.class_names}
         if given:
             check_promptable(self.model, asks_names=None in names)
         if unknown := names - {None, *self.class_names}:
             raise InputError(
-                f"known objects have classes that this detector has not: {', '.join(sorted(unknown))}."
+                f"box prompts have classes this detector was not trained on: {', '.join(sorted(unknown))}."
             )
-        return known
+        return prompts
 
-    def _prompt(self, known: KnownObjects, transform) -> Instances:
-        """Known objects in pixels of the resized image; see `d2.known.prompt_in`."""
+    def _prompt(self, prompts: BoxPrompts, transform) -> Instances:
+        """Prompted objects in pixels of the resized image; see `d2.modeling.prompts.prompts_from`."""
         prompt = Instances((transform.new_h, transform.new_w))
         boxes = (
-            transform.apply_box(known.boxes_xyxy_px)
-            if len(known.boxes_xyxy_px)
+            transform.apply_box(prompts.boxes_xyxy_px)
+            if len(prompts.boxes_xyxy_px)
             else np.zeros((0, 4))
         )
         prompt.gt_boxes = Boxes(torch.from_numpy(boxes).float())
         prompt.gt_boxes.clip(prompt.image_size)
         if not prompt.gt_boxes.nonempty().all():
-            raise InputError("known boxes must lie in the image.")
+            raise InputError("box prompts must lie in the image.")
         names = [*self.class_names, None]
-        labels = [names.index(name) for name in known.class_names]
+        labels = [names.index(name) for name in prompts.class_names]
         prompt.gt_classes = torch.tensor(labels, dtype=torch.int64)
         return prompt
 
-    def _with_known(
-        self, known: KnownObjects, told: Instances, others: DetectedObjects
+    def _with_prompts(
+        self, prompts: BoxPrompts, told: Instances, others: DetectedObjects
     ) -> DetectedObjects:
-        """Known objects, then the others. told: what the model takes the known ones for."""
+        """Prompted objects, then the others. told: what the model predicts for the prompts."""
         labels, scores = told.pred_classes.tolist(), told.scores.tolist()
-        for i, name in enumerate(known.class_names):
+        for i, name in enumerate(prompts.class_names):
             if name is not None:
                 labels[i], scores[i] = self.class_names.index(name), 1.0
         return DetectedObjects(
-            boxes_xyxy_px=np.concatenate((known.boxes_xyxy_px, others.boxes_xyxy_px)),
+            boxes_xyxy_px=np.concatenate((prompts.boxes_xyxy_px, others.boxes_xyxy_px)),
             scores=np.concatenate((np.array(scores, np.float32), others.scores)),
             labels=np.concatenate((np.array(labels, np.int64), others.labels)),
             class_names=[self.class_names[label] for label in labels] + others.class_names,

@@ -30,5 +30,5 @@ class NotFinite(InputError, FloatingPointError):
     """A loss of a training was not a finite number; the sentence says where, and what to do."""
 
 
-class ToldElsewhere(InputError):
+class RemoteInputError(InputError):
     """An InputError of another process, which says it: this one only ends."""

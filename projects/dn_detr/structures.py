@@ -42,14 +42,14 @@ class Target:
 
     labels [n] int64 >= 0; boxes [n, 4] cxcywh in [0, 1] of the unpadded image, finite, w, h > 0;
     masks [n, H, W] bool or None; scores [n] in (0, 1] or None (a teacher's confidence);
-    noise_key: integer made from (seed, iteration, image id), the source of all denoising noise.
+    noise_seed: integer made from (seed, iteration, image id), the source of all denoising noise.
     """
 
     labels: Tensor
     boxes: Tensor
     masks: Tensor | None = None
     scores: Tensor | None = None
-    noise_key: int = 0
+    noise_seed: int = 0
 
     def __post_init__(self):
         count = self.labels.shape[0]
@@ -74,7 +74,7 @@ class Targets:
     """The objects of a batch, padded to M >= 1 an image; made once by `pad_targets`.
 
     labels [B, M] int64; boxes [B, M, 4]; is_object [B, M] bool, True first; scores [B, M] or None;
-    noise_keys [B] int64; masks: B tensors [n_b, H, W] or None (ragged). Where not is_object the
+    noise_seeds [B] int64; masks: B tensors [n_b, H, W] or None (ragged). Where not is_object the
     label is 0 and the box (.5, .5, .5, .5). `counts` holds the number of objects of each image on
     the host: only for the assignment and mask terms, never read inside the model.
     """
@@ -82,7 +82,7 @@ class Targets:
     labels: Tensor
     boxes: Tensor
     is_object: Tensor
-    noise_keys: Tensor
+    noise_seeds: Tensor
     counts: tuple[int, ...]
     scores: Tensor | None = None
     masks: tuple[Tensor, ...] | None = None
@@ -92,7 +92,7 @@ class Targets:
         _check(self.labels, "labels", (batch, most), integer=True)
         _check(self.boxes, "boxes", (batch, most, 4))
         _check(self.is_object, "is_object", (batch, most), boolean=True)
-        _check(self.noise_keys, "noise_keys", (batch,), integer=True)
+        _check(self.noise_seeds, "noise_seeds", (batch,), integer=True)
         if self.scores is not None:
             _check(self.scores, "scores", (batch, most))
 
@@ -139,7 +139,7 @@ def pad_targets(targets: list[Target], multiple_of: int = 1) -> Targets:
         labels=labels,
         boxes=boxes,
         is_object=is_object,
-        noise_keys=torch.tensor([t.noise_key for t in targets], device=like.device),
+        noise_seeds=torch.tensor([t.noise_seed for t in targets], device=like.device),
         counts=counts,
         scores=scores,
         masks=tuple(target.masks for target in targets) if has_masks[0] else None,
@@ -192,7 +192,7 @@ class FeatureMaps:
 
 
 @dataclass(frozen=True, eq=False)
-class PixelMap:
+class MaskFeatures:
     """What masks are made of: a mask is the product of an embedding [C] and features [B, C, h, w].
 
     valid_sizes [B, 2]: (w, h) of the unpadded image in cells of the map, fractions included.
@@ -213,7 +213,7 @@ class Memory:
 
     tokens [B, S, C]; position [B, S, C]; padding [B, S] bool; shapes: (h, w) of each level as host
     integers, sum of h * w = S; valid_sizes [B, levels, 2]: (w, h) of the unpadded part in cells;
-    pixel_map: only behind the encoder of a page that predicts masks.
+    mask_features: only behind the encoder of a page that predicts masks.
     """
 
     tokens: Tensor
@@ -221,7 +221,7 @@ class Memory:
     padding: Tensor
     shapes: tuple[tuple[int, int], ...]
     valid_sizes: Tensor
-    pixel_map: PixelMap | None = None
+    mask_features: MaskFeatures | None = None
 
     def __post_init__(self):
         batch, tokens, channels = self.tokens.shape
@@ -271,10 +271,10 @@ class Segment:
 
     name: unique, also the prefix of its losses (none for "match"); num_groups equal groups that do
     not see each other; sees: names of other segments whose slots (of all groups) it attends to.
-    leaves_out [B, M] bool: a slot that the matcher gives one of these objects must say nothing.
+    ignored_objects [B, M] bool: a slot that the matcher gives one of these objects must say nothing.
     assignment [B, size] int64: object that a slot must rebuild, -1 = must say nothing; None = the
     matcher decides. is_empty [B, size] bool: the slot does not exist: no key, no loss, no match.
-    repeats: how often an object may be matched inside one group (H-DETR, 2207.13080). copies: how
+    matches_per_object: how often an object may be matched inside one group (H-DETR, 2207.13080). copies: how
     many slots an object has in the segment in all, part of the loss normaliser. weight: factor on
     all its losses.
     """
@@ -282,13 +282,13 @@ class Segment:
     name: str
     size: int
     num_groups: int = 1
-    sees: tuple[str, ...] = ()
+    attends_to: tuple[str, ...] = ()
     assignment: Tensor | None = None
     is_empty: Tensor | None = None
-    repeats: int = 1
-    copies: float = 1.0
+    matches_per_object: int = 1
+    positives_per_object: float = 1.0
     weight: float = 1.0
-    leaves_out: Tensor | None = None
+    ignored_objects: Tensor | None = None
 
     def __post_init__(self):
         if self.num_groups < 1 or self.size % self.num_groups:
@@ -300,8 +300,8 @@ class Segment:
             _check(self.assignment, f"{self.name}.assignment", (None, self.size), integer=True)
         if self.is_empty is not None:
             _check(self.is_empty, f"{self.name}.is_empty", (None, self.size), boolean=True)
-        if self.leaves_out is not None:
-            _check(self.leaves_out, f"{self.name}.leaves_out", (None, None), boolean=True)
+        if self.ignored_objects is not None:
+            _check(self.ignored_objects, f"{self.name}.ignored_objects", (None, None), boolean=True)
 
 
 def check_segments(segments: tuple[Segment, ...], num_queries: int) -> None:
@@ -313,9 +313,11 @@ def check_segments(segments: tuple[Segment, ...], num_queries: int) -> None:
     if total != num_queries:
         raise ValueError(f"segments hold {total} slots, but there are {num_queries} queries")
     for segment in segments:
-        unknown = set(segment.sees) - set(names)
+        unknown = set(segment.attends_to) - set(names)
         if unknown:
-            raise ValueError(f"segment {segment.name!r} sees {sorted(unknown)}, known are {names}")
+            raise ValueError(
+                f"segment {segment.name!r} attends to {sorted(unknown)}, known are {names}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -325,7 +327,7 @@ class Queries:
     proposals: predictions of a two-stage encoder, or None. mask [B or 1, 1, n, n]: the additive
     attention mask between the first n slots, those of segments that see or are seen by others,
     where whoever prepended the last of them has it ready; None: it follows from the segments
-    (`layers.attend.Visibility`).
+    (`layers.attend.QueryAttentionMask`).
     """
 
     state: QueryState
@@ -344,7 +346,7 @@ class Queries:
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class LayerOutput:
     """One decoder layer's outcome: logits [B, Q, K] and boxes [B, Q, 4] (None before the first
     prediction); mask_embeddings [B, Q, C] or None; reference: what the next layer attends with,
     detached between layers; base: what the next box is an offset from (the same, or with gradient:
@@ -364,7 +366,7 @@ class Predictions:
     logits [L, B, Q, K]; boxes [L, B, Q, 4] or None; references: L entries [B, Q, R], detached, or
     None, references[0] the initial one (widths may differ between layers, so they are not stacked);
     proposals: predictions of a two-stage encoder (L = 1) or None; is_class_agnostic: all labels
-    count as 0; mask_embeddings [L, B, Q, C] and pixel_map: masks are their product; both or None.
+    count as 0; mask_embeddings [L, B, Q, C] and mask_features: masks are their product; both or None.
     """
 
     logits: Tensor
@@ -374,7 +376,7 @@ class Predictions:
     proposals: Predictions | None = None
     is_class_agnostic: bool = False
     mask_embeddings: Tensor | None = None
-    pixel_map: PixelMap | None = None
+    mask_features: MaskFeatures | None = None
 
     def __post_init__(self):
         layers, batch, queries, _ = self.logits.shape
@@ -383,10 +385,12 @@ class Predictions:
             _check(self.boxes, "boxes", (layers, batch, queries, 4))
         if len(self.references) != layers:
             raise ValueError(f"references must have {layers} entries, got {len(self.references)}")
-        if (self.mask_embeddings is None) != (self.pixel_map is None):
-            raise ValueError("either both or none of mask_embeddings and pixel_map must be given")
+        if (self.mask_embeddings is None) != (self.mask_features is None):
+            raise ValueError(
+                "either both or none of mask_embeddings and mask_features must be given"
+            )
         if self.mask_embeddings is not None:
-            channels = self.pixel_map.features.shape[1]
+            channels = self.mask_features.features.shape[1]
             _check(self.mask_embeddings, "mask_embeddings", (layers, batch, queries, channels))
 
     def segment(self, name: str) -> Segment:
@@ -413,10 +417,10 @@ class Predictions:
             logits=cut(self.logits, 2),
             boxes=cut(self.boxes, 2),
             references=tuple(cut(reference, 1) for reference in self.references),
-            segments=(replace(segment, sees=()),),
+            segments=(replace(segment, attends_to=()),),
             is_class_agnostic=self.is_class_agnostic,
             mask_embeddings=cut(self.mask_embeddings, 2),
-            pixel_map=self.pixel_map,
+            mask_features=self.mask_features,
         )
 
 
@@ -471,7 +475,7 @@ class Matched:
     logits [L, B, q, K]; boxes [L, B, q, 4]; labels [L, B, q] int64, target_boxes [L, B, q, 4] and
     target_scores [L, B, q] are those of the assigned object (of object 0 where there is none:
     select with is_positive); is_positive, is_real [L, B, q] bool; assignment of the segment;
-    copies: part of the normaliser; mask_points: None unless the criterion samples masks.
+    positives_per_object: part of the normaliser; mask_points: None unless the criterion samples masks.
     """
 
     logits: Tensor
@@ -482,5 +486,5 @@ class Matched:
     is_positive: Tensor
     is_real: Tensor
     assignment: Assignment
-    copies: float
+    positives_per_object: float
     mask_points: MaskPoints | None = None

@@ -1,4 +1,4 @@
-"""Known objects: they are seen by the matched queries, which find the others."""
+"""Prompted objects: they are seen by the matched queries, which find the others."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tiny import (
     tiny_targets,
 )
 
-from dn_detr.auxiliary.box_prompts import GivenObjects, Known, give
-from dn_detr.build import Denoising, HybridMatching, Prompting
+from dn_detr.auxiliary.box_prompts import PromptedObjects, RandomBoxPrompts, add_prompts
+from dn_detr.build import BoxPrompting, Denoising, HybridMatching
 from dn_detr.layers.query_attention import allowed_pairs
 from dn_detr.losses.matcher import Costs, assign
 from dn_detr.methods import METHODS
@@ -25,12 +25,12 @@ from dn_detr.structures import Predictions, Segment, pad_targets
 
 PAGES = [method for method in METHODS if method not in PAGES_WITH_MASKS]
 SIZES = [(96, 128), (64, 96)]
-ALWAYS = Prompting(probability=1.0, hidden_labels=0.5)
+ALWAYS = BoxPrompting(probability=1.0, hidden_labels=0.5)
 
 
-def given(*rows: list[bool]) -> GivenObjects:
+def given(*rows: list[bool]) -> PromptedObjects:
     targets = tiny_targets(3, 3)
-    return GivenObjects(targets.labels, targets.boxes, torch.tensor(rows))
+    return PromptedObjects(targets.labels, targets.boxes, torch.tensor(rows))
 
 
 def matched(model, prompt=None) -> Predictions:
@@ -41,19 +41,19 @@ def matched(model, prompt=None) -> Predictions:
 @pytest.mark.parametrize("method", PAGES)
 def test_matched_queries_see_the_given_objects_of_their_own_image(method):
     """And nothing of slots where none is given."""
-    model = tiny_model(method, known=ALWAYS)
+    model = tiny_model(method, prompts=ALWAYS)
     alone = matched(model)
-    nothing = matched(model, partial(give, given=given([False] * 3, [False] * 3)))
+    nothing = matched(model, partial(add_prompts, given=given([False] * 3, [False] * 3)))
     torch.testing.assert_close(nothing.logits, alone.logits)
     torch.testing.assert_close(nothing.boxes, alone.boxes)
-    told = matched(model, partial(give, given=given([False] * 3, [False, True, False])))
+    told = matched(model, partial(add_prompts, given=given([False] * 3, [False, True, False])))
     torch.testing.assert_close(told.logits[:, 0], alone.logits[:, 0])
     assert (told.logits[-1, 1] - alone.logits[-1, 1]).abs().min(dim=0).values.max() > 1e-6
 
 
 @pytest.mark.parametrize("method", PAGES)
 def test_training_has_finite_losses_under_the_same_names_and_a_gradient_everywhere(method):
-    model = tiny_model(method, known=ALWAYS, denoising=Denoising(num_groups=2))
+    model = tiny_model(method, prompts=ALWAYS, denoising=Denoising(num_groups=2))
     keys = []
     for targets in (tiny_targets(3, 1), tiny_targets(0, 2), tiny_targets(0, 0)):
         losses = tiny_losses(method, model(tiny_features(2), tiny_padding(SIZES), targets), targets)
@@ -63,19 +63,17 @@ def test_training_has_finite_losses_under_the_same_names_and_a_gradient_everywhe
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
         keys.append(list(losses))
     assert keys[0] == keys[1] == keys[2]
-    assert {"loss_known_class", "loss_known_box", "loss_denoise_class", "loss_class"} <= set(
-        keys[0]
-    )
+    assert {"loss_ce_prompt", "loss_bbox_prompt", "loss_ce_dn", "loss_ce"} <= set(keys[0])
 
 
 def test_who_sees_whom():
     """Two given objects, the second slot empty; two groups of one noised object; two queries."""
-    model = tiny_model("dab_deformable", known=ALWAYS, denoising=Denoising(num_groups=2))
+    model = tiny_model("dab_deformable", prompts=ALWAYS, denoising=Denoising(num_groups=2))
     is_given = torch.tensor([[True, False]])
     segments = (
-        Segment("known", 2, sees=("match",), is_empty=~is_given),
-        Segment("denoise", 2, num_groups=2, sees=("match",)),
-        Segment("match", 2, sees=("known",), leaves_out=is_given),
+        Segment("prompt", 2, attends_to=("match",), is_empty=~is_given),
+        Segment("dn", 2, num_groups=2, attends_to=("match",)),
+        Segment("match", 2, attends_to=("prompt",), ignored_objects=is_given),
     )
     rows = allowed_pairs(segments, torch.device("cpu"))[0, 0].int().tolist()
     assert rows == [
@@ -87,46 +85,50 @@ def test_who_sees_whom():
         [1, 0, 0, 0, 1, 1],
     ]
     found = model(tiny_features(2), tiny_padding(SIZES), tiny_targets(3, 1))
-    assert [(s.name, s.sees) for s in found.segments] == [(s.name, s.sees) for s in segments]
+    assert [(s.name, s.attends_to) for s in found.segments] == [
+        (s.name, s.attends_to) for s in segments
+    ]
 
 
 @pytest.mark.parametrize(
     ("method", "further", "name"),
     [
-        ("dab_deformable", {"num_groups": 3}, "groups"),
-        ("dino", {"hybrid": HybridMatching(num_queries=5, repeats=2)}, "hybrid"),
+        ("dab_deformable", {"num_groups": 3}, "group"),
+        ("dino", {"hybrid": HybridMatching(num_queries=5, matches_per_object=2)}, "hybrid"),
     ],
 )
 def test_further_queries_are_told_nothing(method, further, name):
     """They find all objects, with the predictions that they have where nothing is given."""
     denoising = Denoising(num_groups=2, is_contrastive=True)
-    model = tiny_model(method, known=ALWAYS, denoising=denoising, **further)
+    model = tiny_model(method, prompts=ALWAYS, denoising=denoising, **further)
     targets = tiny_targets(3, 3)
     told = model(tiny_features(2), tiny_padding(SIZES), targets)
-    del model.assists[1]
+    del model.auxiliary[1]
     alone = model(tiny_features(2), tiny_padding(SIZES), targets)
-    assert [s.name for s in told.segments] == ["known", "denoise", "match", name]
-    assert told.segment("match").leaves_out.any() and told.segment(name).leaves_out is None
+    assert [s.name for s in told.segments] == ["prompt", "dn", "match", name]
+    assert (
+        told.segment("match").ignored_objects.any() and told.segment(name).ignored_objects is None
+    )
     torch.testing.assert_close(told.of(name).boxes, alone.of(name).boxes, rtol=1e-9, atol=1e-9)
     assert (told.of("match").boxes - alone.of("match").boxes).abs().max() > 1e-6
 
 
 def test_a_query_that_is_matched_with_a_given_object_must_say_nothing():
-    model = tiny_model("dab_deformable", known=ALWAYS)
+    model = tiny_model("dab_deformable", prompts=ALWAYS)
     targets = tiny_targets(3, 3)
     rows = ([True, False, True], [False, False, False])
-    prompt = partial(give, given=given(*rows))
+    prompt = partial(add_prompts, given=given(*rows))
     predictions = model(tiny_features(2), tiny_padding(SIZES), prompt=prompt)
     object_of = assign(predictions, targets, Costs())["match"].object_of
     for layer in object_of:
         assert sorted(set(layer[0].tolist())) == [-1, 1]
         assert sorted(set(layer[1].tolist())) == [-1, 0, 1, 2]
-    known = assign(predictions, targets, Costs())["known"]
-    assert known.object_of[0].tolist() == [[0, -1, 2], [-1, -1, -1]]
+    prompts = assign(predictions, targets, Costs())["prompt"]
+    assert prompts.object_of[0].tolist() == [[0, -1, 2], [-1, -1, -1]]
 
 
 def test_what_is_given_follows_from_the_noise_key_alone():
-    assist = Known(num_classes=5, probability=1.0, hidden_labels=0.5, box_noise=0.1)
+    assist = RandomBoxPrompts(num_classes=5, probability=1.0, hidden_labels=0.5, box_noise=0.1)
     target, other = tiny_target(4, key=7), tiny_target(9, key=8)
     alone = assist.choose(pad_targets([target]))
     beside = assist.choose(pad_targets([other, target]))
@@ -136,7 +138,7 @@ def test_what_is_given_follows_from_the_noise_key_alone():
 
 def test_shares_are_as_asked_and_boxes_are_noised_a_little():
     """2000 images of 4 objects: half of the images asked, half of their objects given, on average."""
-    assist = Known(num_classes=5, probability=0.5, hidden_labels=0.25, box_noise=0.1)
+    assist = RandomBoxPrompts(num_classes=5, probability=0.5, hidden_labels=0.25, box_noise=0.1)
     targets = pad_targets([tiny_target(4, key=key) for key in range(2000)])
     chosen = assist.choose(targets)
     share = chosen.is_given.double().mean(dim=1)
@@ -149,6 +151,6 @@ def test_shares_are_as_asked_and_boxes_are_noised_a_little():
     assert 0.04 < moved[..., :2].max() <= 0.05 + 1e-9 and 0.09 < moved[..., 2:].max() <= 0.1 + 1e-9
 
 
-def test_masks_cannot_be_given():
+def test_masks_cannot_be_prompted():
     with pytest.raises(ValueError, match="mask2former finds masks"):
-        tiny_model("mask2former", known=ALWAYS)
+        tiny_model("mask2former", prompts=ALWAYS)

@@ -34,7 +34,7 @@ def test_the_loss_is_a_mean_over_groups(method, is_contrastive):
         model = tiny_model(method, denoising=denoising)
         predictions = model(tiny_features(2), tiny_padding(SIZES), targets)
         losses.append(tiny_losses(method, predictions, targets, 5.0))
-    assert losses[0]["loss_denoise_class"] > 0
+    assert losses[0]["loss_ce_dn"] > 0
     for key, value in losses[0].items():
         torch.testing.assert_close(losses[1][key], value, rtol=1e-9, atol=1e-9, msg=key)
 
@@ -43,10 +43,10 @@ def test_the_loss_is_a_mean_over_groups(method, is_contrastive):
 def test_references_have_finite_logits_where_boxes_end_at_the_border(method):
     """Their centres are at 0 and 1, and so, nearly, are their sizes."""
     boxes = torch.tensor([[0.0, 1.0, 1e-9, 1.0], [1.0, 0.0, 1.0, 1e-9]], dtype=torch.float64)
-    targets = pad_targets([Target(torch.tensor([0, 1]), boxes, noise_key=key) for key in (0, 1)])
+    targets = pad_targets([Target(torch.tensor([0, 1]), boxes, noise_seed=key) for key in (0, 1)])
     denoising = Denoising(num_groups=1, box_noise=0.0, label_noise=0.0)
     model = tiny_model(method, denoising=denoising)
-    predictions = model(tiny_features(2), tiny_padding(SIZES), targets).of("denoise")
+    predictions = model(tiny_features(2), tiny_padding(SIZES), targets).of("dn")
     reference = predictions.references[0]
     if reference is not None:
         assert reference.min() == pytest.approx(1e-3) and reference.max() == pytest.approx(0.999)

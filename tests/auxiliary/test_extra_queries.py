@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_features, tiny_losses, tiny_model, tiny_padding, tiny_targets
+from tiny import key_of, tiny_features, tiny_losses, tiny_model, tiny_padding, tiny_targets
 
 from dn_detr.build import HybridMatching
 from dn_detr.methods import METHODS
@@ -23,17 +23,16 @@ def losses_of(method, model, targets, num_objects):
 def test_the_loss_is_the_mean_over_groups_that_are_trained_alone(method):
     targets = tiny_targets(2, 3)
     model = tiny_model(method, num_groups=3)
-    assist = model.assists[0]
+    assist = model.auxiliary[0]
     together = losses_of(method, model, targets, 5.0)
-    del model.assists[0]
-    own = model.query_design.tables
+    del model.auxiliary[0]
+    own = model.query_design.learned
     alone = []
-    for tables in (own, *assist.tables):
-        model.query_design.tables = tables
+    for learned in (own, *assist.learned):
+        model.query_design.learned = learned
         alone.append(losses_of(method, model, targets, 5.0))
     for key, value in alone[0].items():
-        place, _, rest = key.removeprefix("loss_").rpartition("encoder_")
-        mean = together[key] + together[f"loss_{place}{_}groups_{rest}"]
+        mean = together[key] + together[key_of(key, "group")]
         expected = torch.stack([one[key] for one in alone]).mean()
         torch.testing.assert_close(mean, expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(together[key], value / 3, rtol=1e-9, atol=1e-9)
@@ -41,36 +40,36 @@ def test_the_loss_is_the_mean_over_groups_that_are_trained_alone(method):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in TWO_STAGE])
 def test_the_one_to_many_loss_is_that_of_repeated_objects(method):
-    model = tiny_model(method, hybrid=HybridMatching(num_queries=9, repeats=2))
+    model = tiny_model(method, hybrid=HybridMatching(num_queries=9, matches_per_object=2))
     targets = tiny_targets(2, 3)
     together = losses_of(method, model, targets, 5.0)
-    model.query_design.tables = model.assists[0].tables
-    del model.assists[0]
+    model.query_design.learned = model.auxiliary[0].learned
+    del model.auxiliary[0]
     repeated = pad_targets(
         [
             Target(
                 targets.labels[i, :n].repeat(2),
                 targets.boxes[i, :n].repeat(2, 1),
                 masks=targets.masks[i].repeat(2, 1, 1),
-                noise_key=int(targets.noise_keys[i]),
+                noise_seed=int(targets.noise_seeds[i]),
             )
             for i, n in enumerate(targets.counts)
         ]
     )
     alone = losses_of(method, model, repeated, 10.0)
     for key, value in alone.items():
-        hybrid = together[key.replace("loss_", "loss_hybrid_", 1)]
+        hybrid = together[key_of(key, "hybrid")]
         torch.testing.assert_close(hybrid, value, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", TWO_STAGE)
 def test_the_one_to_many_queries_are_the_next_best_proposals(method):
-    model = tiny_model(method, hybrid=HybridMatching(num_queries=5, repeats=2))
+    model = tiny_model(method, hybrid=HybridMatching(num_queries=5, matches_per_object=2))
     inputs = tiny_features(2), tiny_padding(SIZES)
     split = model(*inputs, tiny_targets(2, 3))
-    model.query_design.tables.num_queries = 12
-    if model.query_design.tables.content is not None:
-        model.query_design.tables.content.data = torch.zeros(12, 32, dtype=torch.float64)
+    model.query_design.learned.num_queries = 12
+    if model.query_design.learned.content is not None:
+        model.query_design.learned.content.data = torch.zeros(12, 32, dtype=torch.float64)
     first = model(*inputs).references[0]
     assert torch.equal(split.references[0], first)
 
@@ -80,7 +79,9 @@ def test_groups_and_hybrid_matching_are_refused_together():
         tiny_model("dab_deformable", num_groups=2, hybrid=HybridMatching())
 
 
-@pytest.mark.parametrize("wrong", [{"num_groups": 0}, {"hybrid": HybridMatching(repeats=0)}])
+@pytest.mark.parametrize(
+    "wrong", [{"num_groups": 0}, {"hybrid": HybridMatching(matches_per_object=0)}]
+)
 def test_numbers_below_one_are_refused(wrong):
     with pytest.raises(ValueError, match="at least 1"):
         tiny_model("dab_deformable", **wrong)

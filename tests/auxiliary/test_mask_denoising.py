@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_features, tiny_model, tiny_padding, tiny_target
 
-from dn_detr.auxiliary.denoising import Denoise, FixedGroups
+from dn_detr.auxiliary.denoising import DenoisingQueries, FixedGroups
 from dn_detr.build import Denoising
 from dn_detr.structures import QueryState, pad_targets
 
@@ -32,7 +32,7 @@ class Boxes:
 
 def noised_boxes(queries, targets, box_noise):
     """What box denoising makes of the same keys: [B, T, 4]."""
-    assist = Denoise(
+    assist = DenoisingQueries(
         num_classes=5, groups=FixedGroups(num_groups=3), box_noise=box_noise, label_noise=0.0
     )
     content = queries.state.content[:, -7:, :1]
@@ -45,10 +45,10 @@ def noised_boxes(queries, targets, box_noise):
 def test_a_query_looks_where_the_mask_of_its_object_was_moved_to(box_noise):
     denoising = Denoising(num_groups=3, box_noise=box_noise, label_noise=0.0)
     model = tiny_model("mask2former", denoising=denoising)
-    model.assists.append(Probe())
+    model.auxiliary.append(Probe())
     targets = pad_targets([tiny_target(2, key=4), tiny_target(3, key=5)])
     model(tiny_features(2, *CANVAS), tiny_padding(SIZES, *CANVAS), targets)
-    probe = model.assists[1]
+    probe = model.auxiliary[1]
     segment, state, memory = probe.queries.segments[0], probe.queries.state, probe.memory
     boxes = noised_boxes(probe.queries, targets, box_noise)
     height, width = memory.shapes[-1]
@@ -60,7 +60,7 @@ def test_a_query_looks_where_the_mask_of_its_object_was_moved_to(box_noise):
             continue
         instance = segment.assignment[image, slot]
         label = targets.labels[image, instance]
-        content = model.query_design.content.label_table.weight[label]
+        content = model.query_design.content.label_embedding.weight[label]
         torch.testing.assert_close(state.content[image, slot], content)
         shift = boxes[image, slot, :2] - targets.boxes[image, instance, :2]
         num_moved += bool(shift.abs().max() > 0.01)

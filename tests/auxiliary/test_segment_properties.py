@@ -50,7 +50,7 @@ class ContentProbe(torch.nn.Module):
 def forward(method, assist, targets, *, edit=None, sizes=SIZES):
     model = tiny_model(method, **ASSISTS[assist])
     probe = ContentProbe(edit)
-    model.assists.append(probe)
+    model.auxiliary.append(probe)
     predictions = model(tiny_features(len(sizes)), tiny_padding(sizes), targets)
     return predictions, probe
 
@@ -96,7 +96,7 @@ def test_a_group_sees_only_itself_and_what_its_segment_says(method, assist):
         start = slots[segment.name].start
         assert gradient[:, start : start + per_group].abs().max() > 0
         gradient[:, start : start + per_group] = 0
-        for name in segment.sees:
+        for name in segment.attends_to:
             assert gradient[:, slots[name]].abs().max() > 0
             gradient[:, slots[name]] = 0
         assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -123,7 +123,7 @@ def test_scribbling_on_empty_slots_changes_nothing(method, assist):
     plain, probe = forward(method, assist, targets)
     scribbled, _ = forward(method, assist, targets, edit=scribble)
     exists = existing(probe.segments)
-    if "denoise" not in slots_of(plain):
+    if "dn" not in slots_of(plain):
         pytest.skip("only denoising leaves slots empty here")
     assert not exists.all()
     for name, before in outputs_of(plain).items():
@@ -153,7 +153,7 @@ def test_an_image_alone_gives_the_result_it_has_in_a_batch(method, assist):
     for segment in together.segments:
         for name, single in outputs_of(alone.of(segment.name)).items():
             batched = outputs_of(together.of(segment.name))[name][:, 1:]
-            if segment.name == "denoise":  # the fuller image has 3 slots where this one fills 2
+            if segment.name == "dn":  # the fuller image has 3 slots where this one fills 2
                 batched = batched.unflatten(2, (-1, 3))[:, :, :, :2].flatten(2, 3)
             torch.testing.assert_close(batched, single, rtol=1e-9, atol=1e-9)
 
@@ -162,6 +162,6 @@ def test_the_ready_mask_is_the_one_that_follows_from_the_segments(method, assist
     _, probe = forward(method, assist, tiny_targets(1, 3))
     if probe.queries.mask is None:
         pytest.skip("without denoising there is no ready mask")
-    seen = [s for s in probe.segments if s.name in ("denoise", "match")]
+    seen = [s for s in probe.segments if s.name in ("dn", "match")]
     allowed = allowed_pairs(tuple(seen), torch.device("cpu"))
     assert torch.equal(probe.queries.mask, additive(allowed, torch.float64))

@@ -91,13 +91,13 @@ def test_the_80_categories_are_taken_out_of_raw_numbers():
     kept = keep_coco_classes(
         {
             "core.decoder.predictor.heads.class_heads.0.weight": rows[:91],
-            "core.query_design.content.label_table.weight": rows,
+            "core.query_design.content.label_embedding.weight": rows,
             "core.encoder.norm": rows,
         }
     )
     heads = kept["core.decoder.predictor.heads.class_heads.0.weight"]
     assert heads.flatten().tolist() == list(COCO_CATEGORIES)
-    labels = kept["core.query_design.content.label_table.weight"]
+    labels = kept["core.query_design.content.label_embedding.weight"]
     assert labels.flatten().tolist() == [*COCO_CATEGORIES, 91]  # "unknown" stays
     assert kept["core.encoder.norm"].shape == (92, 1)
 

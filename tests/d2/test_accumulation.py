@@ -7,7 +7,7 @@ from detectron2.utils.events import EventStorage
 from samples import sample
 
 from dn_detr.d2.engine.train_step import TrainStep
-from dn_detr.d2.modeling.batch import Whole
+from dn_detr.d2.modeling.batch import BatchStats
 from dn_detr.d2.solver.optimizer import build_optimizer
 
 FROZEN = (
@@ -77,7 +77,7 @@ def test_parts_have_the_losses_and_gradients_of_the_whole(tiny_config, opts):
 
 
 def test_a_part_is_padded_like_the_whole():
-    whole = Whole(num_objects=1.0, most_objects=1, height=40, width=70)
+    whole = BatchStats(num_objects=1.0, most_objects=1, height=40, width=70)
     images = torch.ones(1, 3, 32, 32)
     padded = whole.pad(images, 32)
     assert padded.shape == (1, 3, 64, 96)

@@ -72,7 +72,7 @@ def test_every_page_of_boxes_can_be_computed_again(tiny_config, method):
     assert all(torch.equal(loss, found[0][name]) for name, loss in expected[0].items())
 
 
-@pytest.mark.parametrize("name", ["dn_mask2former", "mask_dino", "known_dn_deformable"])
+@pytest.mark.parametrize("name", ["dn_mask2former", "mask_dino", "prompted_dn_deformable"])
 def test_detectors_with_masks_and_known_objects_can_be_computed_again(tiny_config, name):
     cfg = tiny_config(config_file=QUICK / f"{name}.yaml")
     plain, model = both(cfg, ["backbone", "encoder", "decoder"])

@@ -7,7 +7,7 @@ from tiny import tiny_features, tiny_model, tiny_padding
 from dn_detr.d2.inference.attention_recorder import record
 from dn_detr.layers.attention_blocks import DeformableAttention
 from dn_detr.methods import METHODS
-from dn_detr.ops import ms_deform_attn_plain
+from dn_detr.ops import ms_deform_attn_pytorch
 
 SIZES = [(96, 128), (64, 72)]
 DEFORMABLE = ("dab_deformable", "deformable_detr_refine", "dino", "deformable_detr")
@@ -75,7 +75,7 @@ def test_sampling_the_recorded_points_gives_the_layers_output(method):
         share = memory.valid_sizes.to(value)[:, None, None, :, None] / canvas[:, None]
         with torch.no_grad():
             again = attention.output_proj(
-                ms_deform_attn_plain(
+                ms_deform_attn_pytorch(
                     value, memory.shapes, samples.locations * share, samples.weights
                 )
             )

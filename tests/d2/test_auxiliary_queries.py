@@ -1,4 +1,4 @@
-"""Training assists together, and under all that a training can be switched to."""
+"""Training auxiliary queries together, and under all that a training can be switched to."""
 
 import json
 from pathlib import Path
@@ -15,16 +15,16 @@ from dn_detr.d2.engine.trainer import Trainer
 from dn_detr.errors import InputError
 
 QUICK = Path(__file__).resolve().parents[2] / "configs" / "quick"
-KNOWN = ("MODEL.DN_DETR.KNOWN.ENABLED", True, "MODEL.DN_DETR.KNOWN.PROBABILITY", 1.0)
+KNOWN = ("MODEL.DN_DETR.BOX_PROMPTS.ENABLED", True, "MODEL.DN_DETR.BOX_PROMPTS.PROBABILITY", 1.0)
 TEACH = ("MODEL.DN_DETR.TEACH.ENABLED", True)
 GROUPS = ("MODEL.DN_DETR.NUM_GROUPS", 3)
 HYBRID = ("MODEL.DN_DETR.HYBRID.ENABLED", True, "MODEL.DN_DETR.HYBRID.NUM_QUERIES", 20)
 FEW_POINTS = ("MODEL.DN_DETR.LOSS.MASK_POINTS", 40)
 
 CASES = {
-    "known": ("dab_deformable", KNOWN),
-    "known, noised, groups": ("dn_deformable", (*KNOWN, *GROUPS)),
-    "known, contrastive, hybrid": ("dino", (*KNOWN, *HYBRID)),
+    "prompts": ("dab_deformable", KNOWN),
+    "prompts, noised, groups": ("dn_deformable", (*KNOWN, *GROUPS)),
+    "prompts, contrastive, hybrid": ("dino", (*KNOWN, *HYBRID)),
     "taught, noised, groups": ("dn_deformable", (*TEACH, *GROUPS)),
     "taught, hybrid": ("h_deformable", (*TEACH, *HYBRID)),
     "taught, masks": ("mask_dino", (*TEACH, *FEW_POINTS)),
@@ -77,9 +77,9 @@ def test_any_batch_gives_the_same_losses_by_name_and_every_weight_a_gradient(con
         check_gradients(model)
         names.add(tuple(losses))
     (names,) = names
-    for part in ("known", "taught", "groups", "hybrid"):
-        prefix = {"taught": "loss_teacher_"}.get(part, f"loss_{part}_")
-        assert (part in name) == any(key.startswith(prefix) for key in names), part
+    for part in ("prompts", "taught", "groups", "hybrid"):
+        label = {"prompts": "prompt", "taught": "teacher", "groups": "group"}.get(part, part)
+        assert (part in name) == any(f"_{label}" in key for key in names), part
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "masks"])
@@ -112,22 +112,22 @@ MEASURED = ("TEST.INSTABILITY.ENABLED", True)
         (
             "dn_deformable",
             (*KNOWN, *GROUPS, *IN_PARTS, *MEASURED),
-            ("loss_known", "loss_groups"),
+            ("loss_prompt", "loss_group"),
         ),
         (
             "mask_dino",
             (*TEACH, *FEW_POINTS, *IN_PARTS, *MEASURED),
-            ("loss_teacher", "loss_dice"),
+            ("loss_ce_teacher", "loss_dice"),
         ),
         (
             "dn_mask2former",
             (*FEW_POINTS, "MODEL.DN_DETR.RECOMPUTE", "['decoder']"),
-            ("loss_denoise_dice",),
+            ("loss_dice_dn",),
         ),
         (
             "dn_faster_rcnn_fpn",
             (*SMALL, "MODEL.DN_DETR.RECOMPUTE", "['backbone']"),
-            ("loss_denoise_box",),
+            ("loss_box_reg_dn",),
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -165,19 +165,19 @@ def test_a_training_with_all_that_there_is_resumes_bit_for_bit(
 @pytest.mark.parametrize(
     ("file", "opts", "reason"),
     [
-        ("known_dn_deformable", TEACH, "TEACH and KNOWN exclude each other"),
+        ("prompted_dn_deformable", TEACH, "TEACH and BOX_PROMPTS exclude each other"),
         ("mask_dino", KNOWN, "mask_dino finds masks: only boxes can be given"),
         ("mask2former", TEACH, "can only teach a detector that predicts boxes"),
         ("faster_rcnn_fpn", KNOWN, "DenoisingRCNN has no queries"),
         ("faster_rcnn_fpn", TEACH, "DenoisingRCNN has no queries"),
         (
-            "known_dn_deformable",
+            "prompted_dn_deformable",
             ("MODEL.DN_DETR.DENOISING.HIDES_EMPTY", False),
             "need the empty slots of denoising to be hidden",
         ),
         (
-            "known_dn_deformable",
-            ("MODEL.DN_DETR.KNOWN.PROBABILITY", 0.0),
+            "prompted_dn_deformable",
+            ("MODEL.DN_DETR.BOX_PROMPTS.PROBABILITY", 0.0),
             "probability must be in .0, 1.",
         ),
         ("h_deformable", GROUPS, "groups and hybrid matching exclude each other"),

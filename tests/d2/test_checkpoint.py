@@ -7,7 +7,8 @@ import torch
 from detectron2.modeling import build_model
 from samples import sample
 
-from dn_detr.d2.engine.checkpoint import Checkpointer
+from dn_detr.d2.engine.checkpoint import FORMAT, Checkpointer
+from dn_detr.d2.inference.saved_detector import description_in
 from dn_detr.errors import InputError
 
 
@@ -21,7 +22,7 @@ def model_of(tiny_config):
         torch.manual_seed(seed)
         model = build_model(cfg).eval()
         for name, parameter in model.named_parameters():
-            if not name.endswith("tables.content"):  # whose last channel must stay zero
+            if not name.endswith("learned.content"):  # whose last channel must stay zero
                 parameter.data.add_(torch.randn_like(parameter) * 0.1)
         return model
 
@@ -82,9 +83,9 @@ def test_denoising_can_start_from_a_plain_checkpoint_and_says_what_is_new(
     denoised, path = model_of(seed=2), save(model_of(*PLAIN, seed=1), tmp_path)
     with caplog.at_level("INFO"):
         load(denoised, path, is_for_training=True)
-    assert differing(denoised, path) == {"core.query_design.content.label_table.weight"}
+    assert differing(denoised, path) == {"core.query_design.content.label_embedding.weight"}
     (line,) = [text for text in caplog.messages if text.startswith("Loaded")]
-    assert "not in the checkpoint" in line and line.endswith("label_table.weight")
+    assert "not in the checkpoint" in line and line.endswith("label_embedding.weight")
 
 
 def test_with_other_classes_heads_and_label_table_start_anew_together(model_of, tmp_path, caplog):
@@ -93,8 +94,8 @@ def test_with_other_classes_heads_and_label_table_start_anew_together(model_of, 
     with caplog.at_level("INFO"):
         load(model, path, is_for_training=True)
     anew = differing(model, path)
-    assert {name.split(".")[-2] for name in anew} == {"0", "1", "label_table"}
-    assert all("class_heads" in name or "label_table" in name for name in anew)
+    assert {name.split(".")[-2] for name in anew} == {"0", "1", "label_embedding"}
+    assert all("class_heads" in name or "label_embedding" in name for name in anew)
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in anew)
     (line,) = [text for text in caplog.messages if text.startswith("Loaded")]
     assert "other classes" in line and all(name in line for name in anew)
@@ -110,7 +111,7 @@ def test_as_many_classes_with_other_names_are_other_classes(model_of, tmp_path, 
     checkpointer.load(path, checkpointables=[])
     anew = differing(model, path)
     assert bool(anew) == is_new
-    assert all("class_heads" in name or "label_table" in name for name in anew)
+    assert all("class_heads" in name or "label_embedding" in name for name in anew)
 
 
 def test_other_classes_are_refused_in_evaluation_and_on_resuming(model_of, tmp_path):
@@ -162,7 +163,7 @@ def test_a_detector_without_statistics_of_frozen_norms_is_refused(model_of, tmp_
 
 def test_parameters_that_only_training_needs_may_be_surplus(model_of, tmp_path):
     path = save(model_of("MODEL.DN_DETR.NUM_GROUPS", 3, seed=1), tmp_path)
-    assert any("assists." in name for name in torch.load(path)["model"])
+    assert any("auxiliary." in name for name in torch.load(path)["model"])
     load(model_of(*PLAIN, seed=2), path)
 
 
@@ -206,3 +207,20 @@ def test_files_that_are_no_checkpoints_are_refused_in_one_sentence(
         load(model_of(), str(tmp_path / name), is_for_training=True)
     assert words in str(caught.value) and str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("saved", [None, FORMAT - 1, FORMAT + 1])
+def test_parameter_names_of_another_version_are_refused_in_one_sentence(model_of, tmp_path, saved):
+    about = {"config": "", "class_names": list("abcdef")}
+    model = model_of(seed=1)
+    Checkpointer(model, str(tmp_path), detector={**about, "format": FORMAT}).save("now")
+    load(model, str(tmp_path / "now.pth"))
+    Checkpointer(
+        model, str(tmp_path), detector=about if saved is None else {**about, "format": saved}
+    ).save("other")
+    path = str(tmp_path / "other.pth")
+    for read in (lambda: load(model, path), lambda: description_in(path)):
+        with pytest.raises(
+            InputError, match=rf"names of format {saved or 1}, .* reads format 2: use"
+        ):
+            read()

@@ -1,4 +1,4 @@
-"""The compiled core: the same numbers, one graph, few compilations."""
+"""The compiled core: the same config, one graph, few compilations."""
 
 import pytest
 import torch

@@ -86,7 +86,7 @@ def test_a_configuration_trains_and_detects(name):
                 assert parameter.grad is not None, parameter_name
                 assert parameter.grad.isfinite().all(), parameter_name
     assert keys[0] == keys[1] == keys[2]
-    assert any("denoise" in key for key in keys[0]) == cfg.MODEL.DN_DETR.DENOISING.ENABLED
+    assert any("dn" in key for key in keys[0]) == cfg.MODEL.DN_DETR.DENOISING.ENABLED
     assert any("teacher" in key for key in keys[0]) == cfg.MODEL.DN_DETR.TEACH.ENABLED
     optimizer.step()
 

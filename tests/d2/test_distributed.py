@@ -32,14 +32,19 @@ def in_two_processes(function, *args, timeout: float) -> None:
 def test_a_rank_without_objects_trains_in_step_with_the_other(tiny_config, tmp_path):
     cfg = tiny_config("MODEL.DN_DETR.TEACH.ENABLED", True)
     others = {  # the loss of what rank 1 has none of -> configuration
-        "loss_denoise_box": tiny_config(config_file=QUICK / "dn_faster_rcnn_fpn.yaml"),
-        "loss_denoise_dice": tiny_config(*FEW_POINTS, config_file=QUICK / "dn_mask2former.yaml"),
-        "loss_denoise_mask": tiny_config(*FEW_POINTS, config_file=QUICK / "mask_dino.yaml"),
-        "loss_known_box": tiny_config(
-            *("MODEL.DN_DETR.KNOWN.ENABLED", True, "MODEL.DN_DETR.KNOWN.PROBABILITY", 1.0),
+        "loss_box_reg_dn": tiny_config(config_file=QUICK / "dn_faster_rcnn_fpn.yaml"),
+        "loss_dice_dn": tiny_config(*FEW_POINTS, config_file=QUICK / "dn_mask2former.yaml"),
+        "loss_mask_dn": tiny_config(*FEW_POINTS, config_file=QUICK / "mask_dino.yaml"),
+        "loss_bbox_prompt": tiny_config(
+            *(
+                "MODEL.DN_DETR.BOX_PROMPTS.ENABLED",
+                True,
+                "MODEL.DN_DETR.BOX_PROMPTS.PROBABILITY",
+                1.0,
+            ),
             *("MODEL.DN_DETR.NUM_GROUPS", 3, "SEED", 0),  # which gives objects of the first image
         ),
-        "loss_teacher_groups_box": tiny_config(
+        "loss_bbox_group_teacher": tiny_config(
             "MODEL.DN_DETR.TEACH.ENABLED", True, "MODEL.DN_DETR.NUM_GROUPS", 3
         ),
     }
@@ -53,7 +58,7 @@ def test_a_rank_without_objects_trains_in_step_with_the_other(tiny_config, tmp_p
         if name != "data_time":
             assert second["losses"][name] == value, name
     assert first["losses"].keys() == second["losses"].keys()
-    assert first["losses"]["loss_denoise_box"] > 0 and first["losses"]["loss_teacher_box"] > 0
+    assert first["losses"]["loss_bbox_dn"] > 0 and first["losses"]["loss_bbox_teacher"] > 0
     for kind in ("gradients", "weights"):
         assert first[kind].keys() == second[kind].keys()
         for name, value in first[kind].items():
@@ -62,7 +67,7 @@ def test_a_rank_without_objects_trains_in_step_with_the_other(tiny_config, tmp_p
                 assert torch.equal(value, second[kind][name]), name
     # Both end when one of them breaks, and each says whose images it was.
     assert "images [2, 3] of rank 1" in second["error"]
-    assert "loss_box_0, in iteration 1, but not from rank 0" in first["error"]
+    assert "loss_bbox_0, in iteration 1, but not from rank 0" in first["error"]
     for number, loss in enumerate(others):
         first, second = (torch.load(tmp_path / f"{number}_{rank}.pt") for rank in (0, 1))
         assert first["losses"] == second["losses"] and first["losses"][loss] > 0
@@ -75,7 +80,7 @@ def test_an_error_of_one_process_ends_all_and_is_told_once(tiny_config, tmp_path
     cfg = tiny_config("WANDB.ENABLED", True)
     in_two_processes(two_processes.meet_errors_of_one, tmp_path, cfg, timeout=120)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    told, heard = "InputError", "ToldElsewhere"
+    told, heard = "InputError", "RemoteInputError"
     wandb = "WANDB.ENABLED needs wandb: pip install wandb."
     assert first[:2] == ["read by 0", "read by 0"] and second[:2] == ["read by 0", "read by 1"]
     zero, one = ("the file of 0 is broken.", "the file of 1 is broken.")

@@ -120,7 +120,7 @@ def test_regions_of_the_smallest_objects_have_an_area(model_of):
     model = model_of("MODEL.DN_DETR.DENOISING.BOX_NOISE", 1.0, **DENOISED)
     tiny = sample(0, 1)
     tiny["instances"].gt_boxes = Boxes(torch.tensor([[95.9999, 63.9999, 96, 64]]))
-    assert losses_of(model, [tiny])["loss_denoise_box"].isfinite()
+    assert losses_of(model, [tiny])["loss_box_reg_dn"].isfinite()
 
 
 # --------------------------------------------------------------------- what denoising leaves alone
@@ -132,12 +132,12 @@ def test_without_denoising_it_is_detectron2s_own_and_with_it_all_other_losses_ar
     theirs = losses_of(detectron2s_own)
     names = ["loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"]
     plain, denoised = (losses_of(model_of(**file)) for file in (PLAIN, DENOISED))
-    ours = ["loss_rpn_class", "loss_rpn_box", "loss_class", "loss_box"]
-    assert list(plain) == ours and list(denoised) == [*ours, "loss_denoise_box"]
+    ours = names
+    assert list(plain) == ours and list(denoised) == [*ours, "loss_box_reg_dn"]
     for name, their_name in zip(ours, names, strict=True):
         assert torch.equal(plain[name], theirs[their_name]), name
         assert torch.equal(denoised[name], theirs[their_name]), name
-    assert denoised["loss_denoise_box"] > 0
+    assert denoised["loss_box_reg_dn"] > 0
 
 
 def test_inference_is_detectron2s_own_to_the_last_bit(model_of, detectron2s_own):
@@ -156,7 +156,7 @@ def test_inference_is_detectron2s_own_to_the_last_bit(model_of, detectron2s_own)
 
 def test_denoising_trains_boxes_and_features_but_neither_classes_nor_proposals(model_of):
     model = model_of(**DENOISED)
-    losses_of(model)["loss_denoise_box"].backward()
+    losses_of(model)["loss_box_reg_dn"].backward()
     heads = model.roi_heads
     trained = [heads.box_head.fc1.weight, heads.box_predictor.bbox_pred.weight]
     trained += [model.backbone.fpn_output2.weight, model.backbone.bottom_up.res2[0].conv1.weight]
@@ -174,7 +174,7 @@ def test_images_without_objects_have_no_regions_and_the_same_losses_by_name(mode
     model = model_of(**DENOISED)
     losses = [losses_of(model, batch) for batch in (BATCH, BATCH[2:])]
     assert list(losses[0]) == list(losses[1])
-    assert losses[1]["loss_denoise_box"] == 0 and losses[1]["loss_class"] > 0
+    assert losses[1]["loss_box_reg_dn"] == 0 and losses[1]["loss_cls"] > 0
     sum(losses[1].values()).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
@@ -246,7 +246,7 @@ def test_it_trains_resumes_and_detects(run, tmp_path):
         if "total_loss" in line
     ]
     assert [line["iteration"] for line in losses] == [0, 1, 2, 3, 2, 3]
-    assert losses[2:4] == losses[4:] and losses[3]["loss_denoise"] > 0
+    assert losses[2:4] == losses[4:] and losses[3]["loss_dn"] > 0
     results = json.loads((tmp_path / "run/inference/coco_instances_results.json").read_text())
     assert {"bbox", "score", "category_id", "image_id"} <= set(results[0])
     assert "groups hold all" in (tmp_path / "run/log.txt").read_text()

@@ -80,7 +80,7 @@ def test_the_instruments_are_those_of_the_paper(tiny_config, method, has_distanc
         assert first["matching/anchor_distance"] == pytest.approx(mean, rel=1e-5)
         assert first["matching/anchor_distance_100"] == pytest.approx(mean, rel=1e-5)
     assert scalars(hook)["matching/instability"] == 0
-    for table in hook.model.core.query_design.tables.parameters():
+    for table in hook.model.core.query_design.learned.parameters():
         table.data = table.data.flip(0)
     after = [brute_force(hook, one) for one in SAMPLES]
     changed = sum(

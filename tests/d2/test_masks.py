@@ -20,7 +20,7 @@ from dn_detr.d2.inference.visualization import draw_found, draw_record
 from dn_detr.d2.modeling.instances import to_instances
 from dn_detr.errors import InputError
 from dn_detr.models.mask_postprocess import boxes_around, postprocess_masks
-from dn_detr.structures import PixelMap, Predictions, Segment
+from dn_detr.structures import MaskFeatures, Predictions, Segment
 
 QUICK = Path(__file__).resolve().parents[2] / "configs" / "quick"
 CONFIGS = {name: QUICK / f"{name}.yaml" for name in ("dn_mask2former", "mask_dino")}
@@ -47,8 +47,8 @@ def test_losses_have_the_same_keys_with_and_without_objects(name, model_of):
     losses = [model(batch) for batch in batches]
     assert list(losses[0]) == list(losses[1]) == list(losses[2])
     assert all(loss.isfinite() for part in losses for loss in part.values())
-    assert losses[0]["loss_denoise_mask"] > 0 and losses[0]["loss_dice_0"] > 0
-    assert losses[2]["loss_denoise_dice"] == 0 and losses[2]["loss_mask"] == 0
+    assert losses[0]["loss_mask_dn"] > 0 and losses[0]["loss_dice_0"] > 0
+    assert losses[2]["loss_dice_dn"] == 0 and losses[2]["loss_mask"] == 0
 
 
 @both
@@ -115,7 +115,7 @@ def test_real_images_train_and_are_evaluated_with_polygons_and_codes(run, real_d
 
 
 class Oracle(torch.nn.Module):
-    """Predictions that are the ground truth: a channel of the pixel map for every object."""
+    """Predictions that are the ground truth: a channel of the mask features for every object."""
 
     def __init__(self, name, num_classes):
         super().__init__()
@@ -140,7 +140,7 @@ class Oracle(torch.nn.Module):
             references=(None,),
             segments=(Segment("match", count),),
             mask_embeddings=torch.eye(count)[None, None],
-            pixel_map=PixelMap(features, torch.tensor([[width, height]]).float()),
+            mask_features=MaskFeatures(features, torch.tensor([[width, height]]).float()),
         )
         options = {"canvas": size, "output_sizes": [size], "has_no_object": False}
         (found,) = postprocess_masks(predictions, [size], top_k=count, **options)
@@ -165,7 +165,7 @@ def test_scores_are_those_of_the_class_times_the_mean_probability_in_the_mask():
         references=(None,),
         segments=(Segment("match", 2),),
         mask_embeddings=torch.tensor([[[[1.0], [-1.0]]]]),
-        pixel_map=PixelMap(features, torch.tensor([[6.0, 4.0]])),
+        mask_features=MaskFeatures(features, torch.tensor([[6.0, 4.0]])),
     )
     (found,) = postprocess_masks(
         predictions,

@@ -18,7 +18,7 @@ import dn_detr.losses.matcher
 from dn_detr.d2.data.loader import build_test_loader
 from dn_detr.d2.engine.checkpoint import Checkpointer
 from dn_detr.d2.engine.train_step import TrainStep
-from dn_detr.d2.modeling.batch import whole_batch
+from dn_detr.d2.modeling.batch import batch_stats
 from dn_detr.d2.solver.optimizer import build_optimizer
 from dn_detr.errors import InputError
 from dn_detr.losses.matcher import Costs
@@ -48,17 +48,17 @@ def test_losses_have_the_same_keys_with_and_without_objects(model_of):
     losses = [model(batch) for batch in batches]
     assert list(losses[0]) == list(losses[1]) == list(losses[2])
     assert all(loss.isfinite() for part in losses for loss in part.values())
-    assert losses[2]["loss_denoise_class"] == 0 and losses[2]["loss_box"] == 0
-    assert losses[2]["loss_class"] > 0  # queries must say nothing
+    assert losses[2]["loss_ce_dn"] == 0 and losses[2]["loss_bbox"] == 0
+    assert losses[2]["loss_ce"] > 0  # queries must say nothing
 
 
 def test_noise_of_an_image_does_not_depend_on_its_batch(model_of):
     model = model_of().eval()
     batches = [[sample(7, 2), sample(8, 5)], [sample(9, 1), sample(7, 2)], [sample(7, 2)]]
-    keys = [model.targets(batch, iteration=3).noise_keys for batch in batches]
+    keys = [model.targets(batch, iteration=3).noise_seeds for batch in batches]
     assert keys[0][0] == keys[1][1] == keys[2][0]
     assert len({int(key) for part in keys for key in part}) == 3
-    assert model.targets(batches[0], iteration=4).noise_keys[0] != keys[0][0]
+    assert model.targets(batches[0], iteration=4).noise_seeds[0] != keys[0][0]
 
 
 @pytest.mark.parametrize("has_storage", [False, True])
@@ -66,7 +66,7 @@ def test_in_anybodys_own_loop_the_noise_changes_from_step_to_step(model_of, has_
     """It came from Detectron2's EventStorage, and without one was the same in every step."""
 
     def losses(model, **options) -> list[float]:
-        steps = (float(model([sample(0, 3)], **options)["loss_denoise_box"]) for _ in range(3))
+        steps = (float(model([sample(0, 3)], **options)["loss_bbox_dn"]) for _ in range(3))
         return list(steps)
 
     with EventStorage(7) if has_storage else contextlib.nullcontext():
@@ -74,7 +74,7 @@ def test_in_anybodys_own_loop_the_noise_changes_from_step_to_step(model_of, has_
         assert len(set(counted)) == 3
         assert losses(model_of()) == counted  # the same seed gives the same noise
         model = model_of()
-        told = [float(model([sample(0, 3)], iteration=i)["loss_denoise_box"]) for i in range(3)]
+        told = [float(model([sample(0, 3)], iteration=i)["loss_bbox_dn"]) for i in range(3)]
         assert told == counted
         assert len(set(losses(model, iteration=1))) == 1
 
@@ -91,7 +91,7 @@ def test_the_normaliser_counts_the_objects_of_the_batch(model_of):
 def test_the_normaliser_is_at_least_one():
     counts = [[3, 0, 2], [0, 0]]
     batches = [[sample(i, n) for i, n in enumerate(batch)] for batch in counts]
-    wholes = [whole_batch(batch, torch.device("cpu")) for batch in batches]
+    wholes = [batch_stats(batch, torch.device("cpu")) for batch in batches]
     assert [whole.num_objects for whole in wholes] == [5, 1]
     assert [whole.most_objects for whole in wholes] == [3, 1]
 
@@ -118,11 +118,11 @@ def test_costs_and_losses_have_the_weights_of_the_configuration(model_of):
     assert model.costs == Costs(class_cost=3.0, l1=4.0, giou=6.0, alpha=0.3, gamma=1.7)
     terms = model.criterion.terms
     assert {name: weight for name, (_, weight) in terms.items()} == {
-        "class": 30.0,
-        "box": 40.0,
+        "ce": 30.0,
+        "bbox": 40.0,
         "giou": 60.0,
     }
-    assert (terms["class"][0].alpha, terms["class"][0].gamma) == (0.3, 1.7)
+    assert (terms["ce"][0].alpha, terms["ce"][0].gamma) == (0.3, 1.7)
 
 
 def test_frozen_stages_and_norms_do_not_move(model_of, tiny_config):
@@ -166,8 +166,8 @@ def test_a_loss_that_is_not_finite_names_iteration_images_and_losses(model_of, t
     with EventStorage(start_iter=5), pytest.raises(FloatingPointError) as caught:
         step.run_step()
     message = str(caught.value)
-    assert "not finite: loss_denoise_giou, loss_giou, in iteration 5" in message
-    assert "from the images [11, 12]" in message and "'loss_box': " in message
+    assert "not finite: loss_giou_dn, loss_giou, in iteration 5" in message
+    assert "from the images [11, 12]" in message and "'loss_bbox': " in message
     for name, parameter in step.model.named_parameters():  # nothing was learned from it
         assert torch.equal(parameter, weights[name]), name
 

@@ -12,6 +12,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from samples import sample, with_teacher
 from test_accumulation import FROZEN, check_equal, gradients_and_losses, unequal_batch
+from tiny import key_of
 
 from dn_detr.d2 import add_dn_detr_config
 from dn_detr.d2.data import dataset_dicts
@@ -19,7 +20,7 @@ from dn_detr.d2.data.catalog import prepare
 from dn_detr.d2.data.loader import build_train_loader
 from dn_detr.d2.data.summary import check_datasets
 from dn_detr.d2.data.teacher_boxes import load_teacher_boxes
-from dn_detr.d2.modeling.batch import whole_batch
+from dn_detr.d2.modeling.batch import batch_stats
 from dn_detr.errors import InputError
 
 TEACH = ("MODEL.DN_DETR.TEACH.ENABLED", True)
@@ -224,7 +225,7 @@ def test_a_teacher_adds_losses_and_nothing_else(model_of):
     assert list(own) == list(expected)
     assert all(torch.equal(own[key], expected[key]) for key in expected)
     added = found.keys() - own.keys()
-    assert added == {key.replace("loss_", "loss_teacher_") for key in own if "denoise" not in key}
+    assert added == {key_of(key, "teacher") for key in own if "dn" not in key}
     assert all(found[key] > 0 for key in added)
 
 
@@ -241,7 +242,7 @@ def test_mixed_precision_gives_finite_losses_and_gradients(model_of, precision):
 
 def test_losses_are_divided_by_the_number_of_teacher_boxes(model_of):
     model, batch = model_of(*TEACH), taught_batch()[:3]
-    whole = whole_batch(batch, torch.device("cpu"))
+    whole = batch_stats(batch, torch.device("cpu"))
     assert (whole.num_objects, whole.num_teacher_boxes) == (6, 7)
     losses = model(batch, whole, iteration=0)
     halved = model(batch, replace(whole, num_teacher_boxes=14.0), iteration=0)
@@ -256,22 +257,23 @@ def test_a_box_teaches_as_much_as_its_score_says(model_of):
     for one in batch:
         one["teacher_instances"].scores *= 0.5
     doubtful = model(batch, iteration=0)
-    for name in ("box", "giou", "box_0", "giou_0"):
+    for name in ("bbox", "giou", "bbox_0", "giou_0"):
         torch.testing.assert_close(
-            doubtful[f"loss_teacher_{name}"], losses[f"loss_teacher_{name}"] / 2
+            doubtful[key_of(f"loss_{name}", "teacher")],
+            losses[key_of(f"loss_{name}", "teacher")] / 2,
         )
-    assert doubtful["loss_teacher_class"] != losses["loss_teacher_class"]
+    assert doubtful["loss_ce_teacher"] != losses["loss_ce_teacher"]
 
 
 def test_there_is_a_normaliser_where_no_teacher_has_a_box():
-    assert whole_batch(unequal_batch(), torch.device("cpu")).num_teacher_boxes == 1
-    assert whole_batch([with_teacher(sample(1, 3), 0)], torch.device("cpu")).num_teacher_boxes == 1
+    assert batch_stats(unequal_batch(), torch.device("cpu")).num_teacher_boxes == 1
+    assert batch_stats([with_teacher(sample(1, 3), 0)], torch.device("cpu")).num_teacher_boxes == 1
 
 
 def test_parts_have_the_losses_and_gradients_of_the_whole(tiny_config):
     cfg = tiny_config(*FROZEN, *TEACH)
     whole, losses = gradients_and_losses(cfg, 1, taught_batch())
-    assert losses["loss_teacher_giou"] > 0
+    assert losses["loss_giou_teacher"] > 0
     parts, losses_of_parts = gradients_and_losses(cfg, 4, taught_batch())
     check_equal(parts, losses_of_parts, whole, losses)
 
@@ -299,7 +301,7 @@ def test_a_taught_training_resumes_bit_for_bit(run, tiny_data, tmp_path):
         [json.loads(line) for line in (tmp_path / name / "metrics.json").read_text().splitlines()]
         for name in ("once", "run")
     )
-    assert len(once) == 6 and once[-1]["loss_teacher_box"] > 0
+    assert len(once) == 6 and once[-1]["loss_bbox_teacher"] > 0
     for one, other in zip(once, twice, strict=True):
         losses = {key for key in one if key.startswith("loss_")}
         assert {key: one[key] for key in losses} == {key: other[key] for key in losses}

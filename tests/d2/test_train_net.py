@@ -62,17 +62,17 @@ def test_a_training_leaves_what_detectron2_users_look_for(run, tmp_path):
     *iterations, evaluation = metrics(folder)
     assert [line["iteration"] for line in iterations] == [0, 1, 2]
     losses = {
-        f"loss_{segment}{term}{layer}"
-        for segment in ("", "denoise_")
-        for term in ("class", "box", "giou")
+        f"loss_{term}{segment}{layer}"
+        for segment in ("", "_dn")
+        for term in ("ce", "bbox", "giou")
         for layer in ("", "_0")
     }
     for line in iterations:
         assert {name for name in line if "loss" in name} == losses | {
-            *("total_loss", "loss_match", "loss_denoise")
+            *("total_loss", "loss_match", "loss_dn")
         }
         assert line["total_loss"] == pytest.approx(sum(line[name] for name in losses))
-        assert line["loss_match"] + line["loss_denoise"] == pytest.approx(line["total_loss"])
+        assert line["loss_match"] + line["loss_dn"] == pytest.approx(line["total_loss"])
     assert ["bbox/AP50" in line for line in iterations] == [False, True, False]
     assert "bbox/AP50" in evaluation and "total_loss" not in evaluation
     assert list(folder.glob("events.out.tfevents.*"))
@@ -120,7 +120,7 @@ def test_mixed_precision_trains_close_to_float32(run, tmp_path, precision):
     exact, mixed = (metrics(tmp_path / folder)[0] for folder in ("run", precision))
     for name in (name for name in exact if "loss" in name):
         assert mixed[name] == pytest.approx(exact[name], rel=0.1), name
-    assert mixed["loss_class"] != exact["loss_class"]
+    assert mixed["loss_ce"] != exact["loss_ce"]
     weights = torch.load(tmp_path / precision / "model_final.pth")["model"]
     assert all(value.isfinite().all() for value in weights.values())
     assert all(value.dtype != torch.float16 for value in weights.values())
@@ -165,7 +165,7 @@ def test_a_log_gets_plain_lines_with_three_sums(run, capfd):
     assert "\r" not in printed and "it/s" not in printed
     (line,) = [line for line in printed.splitlines() if "iter 2/3" in line]
     shown = [word for word in line.split() if "loss" in word]
-    assert shown == ["total_loss:", "loss_match:", "loss_denoise:"]
+    assert shown == ["total_loss:", "loss_match:", "loss_dn:"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dn_detr.auxiliary.denoising import Denoise
+from dn_detr.auxiliary.denoising import DenoisingQueries
 from dn_detr.errors import InputError
 
 
@@ -22,7 +22,7 @@ def test_the_noise_that_is_drawn_is_the_noise_of_the_training(
 ):
     cfg = tiny_config("MODEL.DN_DETR.DENOISING.CONTRASTIVE", is_contrastive)
     model = visualize_data.Trainer.build_model(cfg).train()
-    (assist,) = (a for a in model.core.assists if isinstance(a, Denoise))
+    (assist,) = (a for a in model.core.auxiliary if isinstance(a, DenoisingQueries))
     seen = []
     assist.register_forward_hook(lambda module, args, queries: seen.append(queries))
     number, batch = next(visualize_data.batches(cfg, iteration=5))
@@ -30,7 +30,7 @@ def test_the_noise_that_is_drawn_is_the_noise_of_the_training(
     targets = model.targets(batch, iteration=number)
     assert number == 5
     noised, _ = assist.noise(targets, num_matched=1, mask_dtype=torch.float32)
-    segment = next(s for s in seen[0].segments if s.name == "denoise")
+    segment = next(s for s in seen[0].segments if s.name == "dn")
     assert torch.equal(noised.assignment, segment.assignment)
     assert torch.equal(noised.is_empty, segment.is_empty)
     reference = seen[0].state.reference[:, : segment.size]

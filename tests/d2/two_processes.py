@@ -13,7 +13,7 @@ from dn_detr.d2.data.catalog import prepare
 from dn_detr.d2.engine.collective import on_main, together
 from dn_detr.d2.engine.train_step import TrainStep
 from dn_detr.d2.engine.trainer import Trainer, across_processes
-from dn_detr.d2.modeling.batch import whole_batch
+from dn_detr.d2.modeling.batch import batch_stats
 from dn_detr.d2.solver.optimizer import build_optimizer
 from dn_detr.errors import InputError
 
@@ -33,7 +33,7 @@ def train_with_an_empty_rank(rank: int, folder: Path, cfg, *others) -> None:
     step = TrainStep(
         model, [batch] * 3, build_optimizer(cfg, model), precision=None, seed=0, num_parts=2
     )
-    whole = whole_batch(batch, torch.device("cpu"))
+    whole = batch_stats(batch, torch.device("cpu"))
     seen = {"normalisers": (float(whole.num_objects), float(whole.num_teacher_boxes))}
     with EventStorage() as storage:
         for step.iter in range(2):
@@ -46,7 +46,7 @@ def train_with_an_empty_rank(rank: int, folder: Path, cfg, *others) -> None:
         }
         seen["weights"] = model.module.state_dict()
         if rank == 1:
-            model.module.criterion.terms["box"] = (infinite_in_the_first_layer, 1.0)
+            model.module.criterion.terms["bbox"] = (infinite_in_the_first_layer, 1.0)
         try:
             step.run_step()
         except FloatingPointError as error:

@@ -36,7 +36,7 @@ CHECKPOINTS = (
     "output/bccd/model_final.pth",
     "output/cells/model_final.pth",
     "output/demo/model_final.pth",
-    "output/known_dn_deformable/model_final.pth",
+    "output/prompted_dn_deformable/model_final.pth",
     "output/dn_deformable/model_final.pth",
 )
 """Names under which documents speak of a trained detector."""

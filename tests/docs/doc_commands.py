@@ -25,12 +25,12 @@ RUN = (
 """Programs that run for real, made small by `reduced`. They see the files of the fixture `world`."""
 
 PARSED = {
-    "python benchmarks/assists.py": "tests/benchmarks run it",
+    "python benchmarks/auxiliary.py": "tests/benchmarks run it",
     "python tools/analyze_model.py": "tests/tools run it",
     "python tools/benchmark.py": "tests/tools run it",
     "python tools/convert_checkpoint.py": "needs weights of others; tests/conversion run it",
     "python tools/convert_dataset.py": "needs other formats; tests/data run it",
-    "python tools/evaluate_known.py": "tests/d2/test_prompts.py runs it",
+    "python tools/evaluate_prompts.py": "tests/d2/test_prompts.py runs it",
     "python tools/export.py": "takes a minute; tests/d2/test_export.py runs it",
     "python tools/make_teacher_boxes.py": "tests/d2 run it",
     "python tools/replay_not_finite.py": "needs a training that failed; tests/d2 run it",

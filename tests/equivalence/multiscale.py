@@ -12,7 +12,7 @@ from peers import GivenFeatures, difference
 
 from dn_detr.build import build_criterion, build_model
 from dn_detr.losses.matcher import Costs, assign
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 
 NUMBERS = {"num_classes": 91, "num_queries": 11, "feed_forward_dim": 64, "encoder_layers": 2}
 ARGS = Namespace(
@@ -55,13 +55,13 @@ def use_fallback(load, ops, monkeypatch):
     monkeypatch.setattr(function.MSDeformAttnFunction, "apply", apply)
 
 
-def our_model(method, numbers=None, **assists):
+def our_model(method, config=None, **auxiliary):
     return build_model(
         method,
-        Numbers(**{**NUMBERS, **(numbers or {})}),
+        ModelConfig(**{**NUMBERS, **(config or {})}),
         in_channels=[8, 16, 24],
         strides=[8, 16, 32],
-        **assists,
+        **auxiliary,
     )
 
 
@@ -80,10 +80,9 @@ def compare_all_losses(ours, theirs, patterns):
     """Compare every loss. patterns: our segment -> their key, with {} for loss_ce and the like."""
     found = {}
     for name, value in ours.items():
-        segment, term, layer = re.fullmatch(
-            r"loss_(?:(.+)_)?(class|box|giou)(?:_(\d+))?", name
+        term, segment, layer = re.fullmatch(
+            r"(loss_(?:ce|bbox|giou))(?:_([a-z_]+))?(?:_(\d+))?", name
         ).groups()
-        term = {"class": "loss_ce", "box": "loss_bbox", "giou": "loss_giou"}[term]
         key = patterns[segment or "match"].format(term) + (f"_{layer}" if layer else "")
         found[name] = difference(value.reshape(1), theirs[key].reshape(1))
     print(f"largest relative difference of {len(found)} losses: {max(found.values()):.1e}")

@@ -149,7 +149,7 @@ def objects(*counts: int, num_classes: int = 91):
         boxes = boxes + torch.tensor([0.3, 0.3, 0.05, 0.05])
         labels = torch.randint(num_classes, (count,), generator=generator)
         theirs.append({"labels": labels, "boxes": boxes})
-        ours.append(Target(labels, boxes, noise_key=key))
+        ours.append(Target(labels, boxes, noise_seed=key))
     return theirs, pad_targets(ours)
 
 
@@ -160,20 +160,17 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
 
 
-LOSS_NAMES = {"loss_class": "loss_ce", "loss_box": "loss_bbox", "loss_giou": "loss_giou"}
-
-
 def loss_differences(ours: dict, theirs: dict, prefix: str = "") -> dict[str, float]:
     """Relative difference of every loss of ours from the unweighted one of theirs.
 
-    prefix: of the denoising losses of theirs, for ours with "denoise" in the name.
+    prefix: of the denoising losses of theirs, for ours with "dn" in the name.
     """
     found = {}
     for name, value in ours.items():
         layer = name.rpartition("_")[2]
         stem = name.removesuffix(f"_{layer}") if layer.isdigit() else name
-        their_prefix = prefix if "denoise" in stem else ""
-        their_name = their_prefix + LOSS_NAMES[stem.replace("denoise_", "")]
+        their_prefix = prefix if "dn" in stem else ""
+        their_name = their_prefix + stem.removesuffix("_dn")
         if layer.isdigit():
             their_name += f"_{layer}"
         found[name] = difference(value.reshape(1), theirs[their_name].reshape(1))

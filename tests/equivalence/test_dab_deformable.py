@@ -84,7 +84,7 @@ def test_dn_deformable_encoder_only_equals_the_authors(
         "dab_deformable_encoder_only", ours, theirs, output, features, padding, targets
     )
     losses = criterion(output, their_targets, denoised)
-    patterns = {"match": "{}", "denoise": "tgt_{}"}
+    patterns = {"match": "{}", "dn": "tgt_{}"}
     compare_all_losses(losses_of(predictions, targets), losses, patterns)
 
 
@@ -117,7 +117,7 @@ def test_dn_deformable_equals_the_authors(authors, inputs, monkeypatch, counts):
     )
     predictions = compare("dab_deformable", ours, theirs, output, features, padding, targets)
     losses = criterion(output, their_targets, denoised)
-    patterns = {"match": "{}", "denoise": "tgt_{}"}
+    patterns = {"match": "{}", "dn": "tgt_{}"}
     compare_all_losses(losses_of(predictions, targets), losses, patterns)
 
 

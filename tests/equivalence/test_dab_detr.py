@@ -11,7 +11,7 @@ from peers import GivenFeatures, layers_of, objects, randomize
 from torch import nn
 
 from dn_detr.build import Denoising, build_model
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 
 ARGS = Namespace(
     hidden_dim=256,
@@ -71,7 +71,7 @@ def test_dab_detr_equals_the_authors(authors, inputs, num_patterns):
     output = theirs(nested(padding[:, None].float(), padding))
     ours = build_model(
         "dab_detr",
-        Numbers(**NUMBERS, num_patterns=num_patterns),
+        ModelConfig(**NUMBERS, num_patterns=num_patterns),
         in_channels=[24],
         strides=[32],
     )
@@ -92,15 +92,15 @@ def test_dn_detr_equals_the_authors(authors, inputs, num_patterns, counts):
     output, denoised = theirs.train()(nested(padding[:, None].float(), padding), noise)
     ours = build_model(
         "dab_detr",
-        Numbers(**NUMBERS, num_patterns=num_patterns, shares_content=True),
+        ModelConfig(**NUMBERS, num_patterns=num_patterns, shares_content=True),
         in_channels=[24],
         strides=[32],
         denoising=Denoising(num_groups=3, box_noise=0, label_noise=0, hides_empty=False),
     )
     predictions = compare("dab_detr", ours, theirs, output, features, padding, targets)
     their_boxes = denoised["output_known_lbs_bboxes"][1]
-    is_real = ~predictions.segment("denoise").is_empty
-    boxes = predictions.of("denoise").boxes
+    is_real = ~predictions.segment("dn").is_empty
+    boxes = predictions.of("dn").boxes
     torch.testing.assert_close(boxes[:, is_real], their_boxes[:, is_real], rtol=1e-4, atol=1e-5)
     losses = their_losses(load, "DN_DAB_DETR", output, their_targets, denoised)
     compare_losses(predictions, targets, losses, "tgt_")
@@ -157,7 +157,7 @@ def test_dn_detr_of_detrex_has_the_same_predictions(authors, inputs):
     }
     ours = build_model(
         "dab_detr",
-        Numbers(**NUMBERS, shares_content=True),
+        ModelConfig(**NUMBERS, shares_content=True),
         in_channels=[24],
         strides=[32],
         denoising=Denoising(),

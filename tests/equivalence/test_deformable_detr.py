@@ -74,5 +74,5 @@ def test_deformable_detr_equals_the_authors(authors, inputs, monkeypatch, method
     compare_all_losses(
         losses_of(predictions, targets, counts_empty=empty),
         losses,
-        {"match": "{}", "encoder": "{}_enc"},
+        {"match": "{}", "enc": "{}_enc"},
     )

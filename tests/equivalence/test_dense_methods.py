@@ -10,7 +10,7 @@ from peers import GivenFeatures, objects, randomize
 
 from dn_detr.build import build_model
 from dn_detr.losses.matcher import Costs
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 
 ARGS = Namespace(
     hidden_dim=256,
@@ -42,7 +42,7 @@ def our_model(method, **numbers):
         "epsilon": 1e-5,
     }
     return build_model(
-        method, Numbers(**{**sizes, **numbers}), in_channels=[24], strides=[32], denoising=None
+        method, ModelConfig(**{**sizes, **numbers}), in_channels=[24], strides=[32], denoising=None
     )
 
 

@@ -84,7 +84,7 @@ def test_dino_equals_the_authors(authors, inputs, monkeypatch, counts):
     assert difference(proposals.boxes[0], output["interm_outputs"]["pred_boxes"]) < 1e-4
     losses = criterion(output, their_targets)
     compare_all_losses(
-        losses_of(predictions, targets, counts_empty=["denoise"]),
+        losses_of(predictions, targets, counts_empty=["dn"]),
         losses,
-        {"match": "{}", "denoise": "{}_dn", "encoder": "{}_interm"},
+        {"match": "{}", "dn": "{}_dn", "enc": "{}_interm"},
     )

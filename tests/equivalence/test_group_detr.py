@@ -9,9 +9,10 @@ import pytest
 from compare import load as load_weights
 from multiscale import compare_all_losses, losses_of
 from peers import GivenFeatures, difference, layers_of, objects, randomize
+from tiny import key_of
 
 from dn_detr.build import build_model
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 
 ARGS = Namespace(
     hidden_dim=256,
@@ -25,7 +26,7 @@ ARGS = Namespace(
     position_embedding="sine",
     group_detr=3,
 )
-NUMBERS = Numbers(
+NUMBERS = ModelConfig(
     num_classes=91,
     num_queries=11,
     feed_forward_dim=64,
@@ -61,7 +62,7 @@ def our_model(theirs):
     plain = build_model("conditional_detr", NUMBERS, **sizes)
     load_weights("conditional_detr", plain, SimpleNamespace(state_dict=lambda: state))
     ours = build_model("conditional_detr", NUMBERS, **sizes, num_groups=3)
-    rows = {f"assists.0.tables.{i}.position": group for i, group in enumerate(others)}
+    rows = {f"auxiliary.0.learned.{i}.position": group for i, group in enumerate(others)}
     ours.load_state_dict({**plain.state_dict(), **rows})
     return ours
 
@@ -77,8 +78,8 @@ def test_group_detr_equals_the_authors(authors, inputs, counts):
         assert difference(ours, layers_of(output, name)) < 1e-4
     ours = losses_of(predictions, targets)
     together = {
-        name: value + ours[name.replace("loss_", "loss_groups_", 1)]
+        name: value + ours[key_of(name, "group")]
         for name, value in ours.items()
-        if not name.startswith("loss_groups_")
+        if "_group" not in name
     }
     compare_all_losses(together, criterion(output, their_targets), {"match": "{}"})

@@ -65,7 +65,7 @@ def test_h_deformable_equals_the_authors(authors, inputs, monkeypatch, counts):
     ours = our_model(
         "h_deformable",
         {"epsilon": 1e-5, "num_queries": 300},
-        hybrid=HybridMatching(num_queries=40, repeats=6),
+        hybrid=HybridMatching(num_queries=40, matches_per_object=6),
     )
     their_targets, targets = objects(*counts)
     predictions = compare("h_deformable", ours, theirs, output, features, padding, targets)
@@ -84,4 +84,4 @@ def test_h_deformable_equals_the_authors(authors, inputs, monkeypatch, counts):
     for layer in range(5):
         for term in ("loss_ce", "loss_bbox", "loss_giou"):
             losses[f"{term}_many_{layer}"] = losses[f"{term}_{layer}_many"]
-    compare_all_losses(ours, losses, {"match": "{}", "hybrid": "{}_many", "encoder": "{}_enc"})
+    compare_all_losses(ours, losses, {"match": "{}", "hybrid": "{}_many", "enc": "{}_enc"})

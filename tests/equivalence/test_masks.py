@@ -19,7 +19,7 @@ from dn_detr.losses.mask_costs import MaskCosts
 from dn_detr.losses.mask_points import CANDIDATES, MATCHING, RANDOM, PointSampling
 from dn_detr.losses.matcher import Costs, assign
 from dn_detr.models.mask_head import mask_logits
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 
 WIDTHS, STRIDES = [8, 8, 16, 24], [4, 8, 16, 32]
 HEIGHT, WIDTH = 128, 160
@@ -34,8 +34,6 @@ NUMBERS = {
     "encoder_feed_forward_dim": 64,
 }
 SAMPLING = PointSampling(num_points=NUM_POINTS)
-TERMS = {"class": "loss_ce", "box": "loss_bbox", "giou": "loss_giou"}
-TERMS |= {"mask": "loss_mask", "dice": "loss_dice"}
 
 
 @pytest.fixture
@@ -112,13 +110,13 @@ class Head(torch.nn.Module):
         self.criterion.empty_weight = torch.nn.Parameter(torch.ones(NUM_CLASSES + 1))
 
 
-def our_model(method, numbers, theirs, **assists):
+def our_model(method, config, theirs, **auxiliary):
     ours = build_model(
         method,
-        Numbers(**{**NUMBERS, **numbers}),
+        ModelConfig(**{**NUMBERS, **config}),
         in_channels=WIDTHS,
         strides=STRIDES,
-        **assists,
+        **auxiliary,
     )
     return load(method, ours, theirs, backbone=None)
 
@@ -135,7 +133,7 @@ def our_losses(predictions, targets, costs, *, counts_empty=(), **criterion):
 
 def compare_masks(part, theirs):
     ours = torch.stack(
-        [mask_logits(layer, part.pixel_map.features) for layer in part.mask_embeddings]
+        [mask_logits(layer, part.mask_features.features) for layer in part.mask_embeddings]
     )
     return difference(ours, theirs)
 
@@ -149,9 +147,9 @@ def compare_losses(ours, theirs, patterns):
     """
     found = {}
     for name, value in ours.items():
-        parts = name.removeprefix("loss_").split("_")
-        layer = f"_{parts.pop()}" if parts[-1].isdigit() else ""
-        term = TERMS[parts.pop()]
+        _, term, *parts = name.split("_")
+        layer = f"_{parts.pop()}" if parts and parts[-1].isdigit() else ""
+        term = f"loss_{term}"
         key = patterns["_".join(parts) or "match"].format(term) + layer
         size = theirs[key].detach().abs().clamp(min=1.0)
         found[name] = float((value.detach() - theirs[key].detach()).abs() / size)
@@ -202,7 +200,7 @@ def test_mask2former_equals_the_authors(authors, features, fixed_points, monkeyp
     padding = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
     predictions = ours(features, padding, targets)
     found = {
-        "map": difference(predictions.pixel_map.features, maps),
+        "map": difference(predictions.mask_features.features, maps),
         "logits": difference(predictions.logits, layers_of(output, "pred_logits")),
         "masks": compare_masks(predictions, layers_of(output, "pred_masks")),
     }
@@ -290,7 +288,7 @@ def test_mask_dino_equals_the_authors(authors, features, fixed_points, monkeypat
     proposals, found = predictions.proposals, {}
     for name, part, their_output in (
         ("match", predictions.of("match"), output),
-        ("denoise", predictions.of("denoise"), denoised["output_known_lbs_bboxes"]),
+        ("dn", predictions.of("dn"), denoised["output_known_lbs_bboxes"]),
     ):
         found[name] = [
             difference(part.logits, layers_of(their_output, "pred_logits")),
@@ -319,10 +317,10 @@ def test_mask_dino_equals_the_authors(authors, features, fixed_points, monkeypat
             predictions,
             targets,
             MaskCosts(others=Costs(class_cost=4.0), num_points=NUM_POINTS),
-            counts_empty=["denoise"],
+            counts_empty=["dn"],
             l1_weight=1.0,
             giou_weight=1.0,
         ),
         losses,
-        {"match": "{}", "denoise": "{}_dn", "encoder": "{}_interm"},
+        {"match": "{}", "dn": "{}_dn", "enc": "{}_interm"},
     )

@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dn_detr.layers.query_attention import Visibility
+from dn_detr.layers.query_attention import QueryAttentionMask
 from dn_detr.ops.extension import KERNELS
 from dn_detr.structures import Segment
 
@@ -52,7 +52,7 @@ def train_forward(assist, device, amp):
     targets = replace(targets, boxes=targets.boxes.float()).to(device)
     with torch.autocast(device, torch.bfloat16, enabled=amp), Operators() as operators:
         predictions = model(features, padding, targets)
-    return operators, predictions.segment("denoise").size + MATCHED
+    return operators, predictions.segment("dn").size + MATCHED
 
 
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
@@ -95,8 +95,8 @@ def is_of_pairs(shape, total):
 @pytest.mark.parametrize("is_folded", [False, True])
 def test_masks_made_from_segments_are_aligned_too(is_folded, dtype):
     is_empty = torch.tensor([[False, True, True], [False, False, True]])
-    first = Segment("denoise", 3, sees=() if is_folded else ("match",), is_empty=is_empty)
-    visibility = Visibility((first, Segment("match", 4)), device="cpu", dtype=dtype)
-    mask = visibility.parts[0][3]
+    first = Segment("dn", 3, attends_to=() if is_folded else ("match",), is_empty=is_empty)
+    query_mask = QueryAttentionMask((first, Segment("match", 4)), device="cpu", dtype=dtype)
+    mask = query_mask.parts[0][3]
     assert mask.dtype == dtype
     assert_aligned(mask)

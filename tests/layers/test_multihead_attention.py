@@ -13,7 +13,7 @@ from dn_detr.layers.multihead_attention import (
     SplitSelfAttention,
     attend_densely,
 )
-from dn_detr.layers.query_attention import Visibility
+from dn_detr.layers.query_attention import QueryAttentionMask
 from dn_detr.layers.row_column_attention import RowColumnAttention
 from dn_detr.structures import Memory, Segment
 
@@ -107,12 +107,12 @@ def test_split_self_attention_adds_projected_content_and_position():
     layer = SplitSelfAttention(channels=CHANNELS, num_heads=HEADS, dropout=0.0).double()
     content, position = randn(2, 3, CHANNELS), randn(2, 3, CHANNELS)
     segments = (Segment("match", 3),)
-    visibility = Visibility(segments, device=torch.device("cpu"), dtype=torch.float64)
+    query_mask = QueryAttentionMask(segments, device=torch.device("cpu"), dtype=torch.float64)
     q = layer.content_q(content) + layer.position_q(position)
     k = layer.content_k(content) + layer.position_k(position)
     update = layer.out(loop(q, k, layer.v(content), HEADS, torch.zeros(2, 3).bool()))
     expected = layer.norm(content + update)
-    torch.testing.assert_close(layer(content, position, visibility), expected)
+    torch.testing.assert_close(layer(content, position, query_mask), expected)
 
 
 def test_row_column_attention_is_that_of_a_loop():

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from dn_detr.layers.point_sampling import moved_masks, random_points, sample_features, sample_masks
-from dn_detr.structures import PixelMap
+from dn_detr.structures import MaskFeatures
 
 KEYS = torch.tensor([3, 1 << 40, 3])
 
@@ -43,7 +43,7 @@ def test_features_are_bilinear_within_the_unpadded_image():
     points = torch.rand(2, 50, 2, dtype=torch.float64)
     points[:, :3] = torch.tensor([[0, 0], [1, 1], [0.999, 0.001]])
     features = torch.where(features.isnan(), 1e9, features)  # grid_sample multiplies by 0
-    sampled = sample_features(PixelMap(features, valid), points)
+    sampled = sample_features(MaskFeatures(features, valid), points)
     for image, (width, height) in enumerate(valid.int().tolist()):
         for i, (x, y) in enumerate(points[image].tolist()):
             for channel in range(3):
@@ -64,7 +64,7 @@ def test_features_are_the_same_by_gathering_which_is_deterministic_on_a_gpu(vali
     for is_deterministic in (False, True):
         torch.use_deterministic_algorithms(is_deterministic)
         try:
-            sampled = sample_features(PixelMap(features, sizes), points)
+            sampled = sample_features(MaskFeatures(features, sizes), points)
             (gradient,) = torch.autograd.grad((sampled * weight).sum(), features)
         finally:
             torch.use_deterministic_algorithms(False)
@@ -76,7 +76,7 @@ def test_features_are_the_same_by_gathering_which_is_deterministic_on_a_gpu(vali
 def test_masks_are_bilinear_like_features():
     masks = torch.rand(4, 7, 9) < 0.5
     points = torch.rand(60, 2)
-    whole = PixelMap(masks[None].double(), torch.tensor([[9.0, 7.0]]))
+    whole = MaskFeatures(masks[None].double(), torch.tensor([[9.0, 7.0]]))
     expected = sample_features(whole, points[None].double())[0]
     torch.testing.assert_close(sample_masks(masks, points).double(), expected, atol=1e-5, rtol=0)
     assert sample_masks(masks[:0], points).shape == (0, 60)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dn_detr.layers.query_attention import Visibility, attend
+from dn_detr.layers.query_attention import QueryAttentionMask, attend
 from dn_detr.structures import Segment
 
 HEADS = 2
@@ -41,17 +41,17 @@ IS_EMPTY = torch.tensor([[False, True, False, True], [False, False, False, False
 CASES = {
     "matched only": (Segment("match", 5),),
     "denoising": (
-        Segment("denoise", 4, num_groups=2, sees=("match",), is_empty=IS_EMPTY),
+        Segment("dn", 4, num_groups=2, attends_to=("match",), is_empty=IS_EMPTY),
         Segment("match", 3),
     ),
     "denoising and groups": (
-        Segment("denoise", 4, num_groups=2, sees=("match",)),
+        Segment("dn", 4, num_groups=2, attends_to=("match",)),
         Segment("match", 3),
         Segment("group", 6, num_groups=2),
     ),
     "empty matched slots": (Segment("match", 4, is_empty=IS_EMPTY),),
     "denoising that sees the groups": (
-        Segment("denoise", 2, sees=("match", "group")),
+        Segment("dn", 2, attends_to=("match", "group")),
         Segment("match", 3),
         Segment("group", 6, num_groups=2),
     ),
@@ -72,22 +72,24 @@ def test_each_query_attends_to_what_its_segment_may_see(case):
             return True
         (mine, group), (theirs, other) = where[i], where[j]
         same = mine is theirs and group == other
-        return (same or theirs.name in mine.sees) and not bool(empty[b, j])
+        return (same or theirs.name in mine.attends_to) and not bool(empty[b, j])
 
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, len(where), 8, dtype=torch.float64)
-    visibility = Visibility(segments, device=q.device, dtype=q.dtype)
-    torch.testing.assert_close(attend(q, k, v, HEADS, visibility), loop(q, k, v, sees))
+    query_mask = QueryAttentionMask(segments, device=q.device, dtype=q.dtype)
+    torch.testing.assert_close(attend(q, k, v, HEADS, query_mask), loop(q, k, v, sees))
 
 
 def test_isolated_segments_are_folded_and_need_no_mask():
-    visibility = Visibility(CASES["denoising and groups"], device="cpu", dtype=torch.float32)
-    (_, size, _, mask), (start, _, groups, no_mask) = visibility.parts
+    query_mask = QueryAttentionMask(
+        CASES["denoising and groups"], device="cpu", dtype=torch.float32
+    )
+    (_, size, _, mask), (start, _, groups, no_mask) = query_mask.parts
     assert (size, mask.shape[-1]) == (7, 7)
     assert (start, groups, no_mask) == (7, 2, None)
 
 
 def test_isolated_segments_must_come_last():
-    segments = (Segment("group", 2), Segment("denoise", 2, sees=("match",)), Segment("match", 2))
+    segments = (Segment("group", 2), Segment("dn", 2, attends_to=("match",)), Segment("match", 2))
     with pytest.raises(ValueError, match="must come last"):
-        Visibility(segments, device="cpu", dtype=torch.float32)
+        QueryAttentionMask(segments, device="cpu", dtype=torch.float32)

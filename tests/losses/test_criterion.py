@@ -4,14 +4,15 @@ import plain_loops
 import pytest
 import torch
 from random_values import random_mask, random_predictions, random_targets
+from tiny import key_of
 from torch.testing import assert_close
 
-from dn_detr.losses.criterion import Criterion, look_up, summarize
+from dn_detr.losses.criterion import Criterion, gather_targets, summarize
 from dn_detr.losses.loss_terms import L1, Focal, GIoU, MatchabilityAware, Softmax
 from dn_detr.losses.matcher import Costs, assign
 from dn_detr.structures import Segment
 
-TERMS = {"class": (Focal(), 1.0), "box": (L1(), 5.0), "giou": (GIoU(), 2.0)}
+TERMS = {"ce": (Focal(), 1.0), "bbox": (L1(), 5.0), "giou": (GIoU(), 2.0)}
 
 
 def denoise_segment(targets, num_groups=2):
@@ -19,13 +20,13 @@ def denoise_segment(targets, num_groups=2):
     index = torch.arange(targets.labels.shape[1])
     fixed = torch.where(targets.is_object, index, -1).repeat(1, num_groups)
     return Segment(
-        "denoise",
+        "dn",
         fixed.shape[1],
         num_groups=num_groups,
-        sees=("match",),
+        attends_to=("match",),
         assignment=fixed,
         is_empty=fixed < 0,
-        copies=float(num_groups),
+        positives_per_object=float(num_groups),
     )
 
 
@@ -42,7 +43,7 @@ def everything(*counts, layers=3, **options):
     segments = (
         denoise_segment(targets),
         Segment("match", 6, weight=0.5),
-        Segment("groups", 12, num_groups=2, copies=2.0, weight=0.5),
+        Segment("group", 12, num_groups=2, positives_per_object=2.0, weight=0.5),
     )
     predictions = random_predictions(*segments, layers=layers, batch=batch, proposals=proposals)
     return predictions, targets
@@ -64,10 +65,10 @@ def losses_in_plain_loops(predictions, targets, assignments, num_objects):
     parts["encoder/match"] = predictions.proposals
     for name, part in parts.items():
         segment = part.segments[0]
-        prefix = {"match": "", "encoder/match": "encoder_"}.get(name, name + "_")
+        infix = {"match": "", "encoder/match": "_enc"}.get(name, f"_{name}")
         layers, batch, size, _ = part.logits.shape
         for layer in range(layers):
-            total = {"class": 0.0, "box": 0.0, "giou": 0.0}
+            total = {"ce": 0.0, "bbox": 0.0, "giou": 0.0}
             for image in range(batch):
                 for slot in range(size):
                     if segment.is_empty is not None and segment.is_empty[image, slot]:
@@ -75,16 +76,16 @@ def losses_in_plain_loops(predictions, targets, assignments, num_objects):
                     j = assignments[name].object_of[layer, image, slot].item()
                     label = 0 if part.is_class_agnostic else targets.labels[image, j].item()
                     for k, logit in enumerate(part.logits[layer, image, slot].tolist()):
-                        total["class"] += plain_loops.focal_loss(logit, j >= 0 and k == label)
+                        total["ce"] += plain_loops.focal_loss(logit, j >= 0 and k == label)
                     if j >= 0:
                         box = part.boxes[layer, image, slot].tolist()
                         target = targets.boxes[image, j].tolist()
-                        total["box"] += 5 * plain_loops.l1(box, target)
+                        total["bbox"] += 5 * plain_loops.l1(box, target)
                         total["giou"] += 2 * (1 - plain_loops.generalized_iou(box, target))
             suffix = "" if layer == layers - 1 else f"_{layer}"
             for term, value in total.items():
-                value = value * segment.weight / (segment.copies * num_objects)
-                expected[f"loss_{prefix}{term}{suffix}"] = value
+                value = value * segment.weight / (segment.positives_per_object * num_objects)
+                expected[f"loss_{term}{infix}{suffix}"] = value
     return expected
 
 
@@ -107,41 +108,39 @@ def test_keys_do_not_depend_on_the_objects():
         keys.append(list(Criterion(TERMS)(predictions, targets, assignments, 1.0)))
     assert keys[0] == keys[1]
     assert [key for key in keys[0] if "giou" in key] == [
-        *("loss_denoise_giou_0", "loss_denoise_giou_1", "loss_denoise_giou"),
+        *("loss_giou_dn_0", "loss_giou_dn_1", "loss_giou_dn"),
         *("loss_giou_0", "loss_giou_1", "loss_giou"),
-        *("loss_groups_giou_0", "loss_groups_giou_1", "loss_groups_giou"),
-        "loss_encoder_giou",
+        *("loss_giou_group_0", "loss_giou_group_1", "loss_giou_group"),
+        "loss_giou_enc",
     ]
 
 
-def test_prefix_and_segments_make_a_second_criterion_over_the_same_predictions():
+def test_suffix_and_segments_make_a_second_criterion_over_the_same_predictions():
     predictions, _ = everything(3, 0, 5)
     teacher = random_targets(4, 2, 0, seed=5, has_scores=True)
     assignments = assign(predictions, teacher, Costs(), only=("match",))
-    terms = {"class": (Focal(unmatched_weight=0.5), 1.0)}
-    criterion = Criterion(terms, prefix="teacher", segments=("match",))
+    terms = {"ce": (Focal(unmatched_weight=0.5), 1.0)}
+    criterion = Criterion(terms, suffix="teacher", segments=("match",))
     found = criterion(predictions, teacher, assignments, 6.0)
-    assert list(found) == ["loss_teacher_class_0", "loss_teacher_class_1", "loss_teacher_class"]
-    with pytest.raises(ValueError, match=r"'denoise' has no assignment, only \['match'\] have"):
+    assert list(found) == ["loss_ce_teacher_0", "loss_ce_teacher_1", "loss_ce_teacher"]
+    with pytest.raises(ValueError, match=r"'dn' has no assignment, only \['match'\] have"):
         Criterion(terms)(predictions, teacher, assignments, 6.0)
-    with pytest.raises(ValueError, match=r"no segments \['dn'\]"):
-        Criterion(terms, segments=("dn",))(predictions, teacher, assignments, 6.0)
-    with pytest.raises(ValueError, match="lower-case letters, got 'class_0'"):
-        Criterion({"class_0": (Focal(), 1.0)})
+    with pytest.raises(ValueError, match=r"no segments \['denoise'\]"):
+        Criterion(terms, segments=("denoise",))(predictions, teacher, assignments, 6.0)
+    with pytest.raises(ValueError, match="lower-case letters, got 'ce_0'"):
+        Criterion({"ce_0": (Focal(), 1.0)})
 
 
 def test_totals_of_each_segment():
     predictions, targets = everything(3, 0, 5)
     assignments = assign(predictions, targets, Costs())
     losses = Criterion(TERMS)(predictions, targets, assignments, 8.0)
-    teacher = {"loss_teacher_denoise_class_0": torch.tensor(1.0)}
+    teacher = {"loss_ce_dn_teacher_0": torch.tensor(1.0)}
     totals = summarize({**losses, **teacher})
-    assert list(totals) == [
-        *("loss_denoise", "loss_match", "loss_groups", "loss_encoder", "loss_teacher_denoise")
-    ]
+    assert list(totals) == [*("loss_dn", "loss_match", "loss_group", "loss_enc", "loss_dn_teacher")]
     by_hand = sum(
         losses[f"loss_{term}{suffix}"]
-        for term in ("class", "box", "giou")
+        for term in ("ce", "bbox", "giou")
         for suffix in ("", "_0", "_1")
     )
     assert_close(totals["loss_match"], by_hand)
@@ -161,7 +160,7 @@ def test_garbage_in_empty_slots_changes_no_loss_and_no_gradient(garbage, channel
     for is_scribbled in (False, True):
         part = leaves(predictions)
         if is_scribbled:
-            empty = part.segment("denoise").is_empty
+            empty = part.segment("dn").is_empty
             width = empty.shape[1]
             for values in (part.logits, part.boxes):
                 values.data[:, :, :width, channels][:, empty] = garbage
@@ -180,9 +179,9 @@ def test_an_object_named_in_an_empty_slot_counts_for_nothing():
     predictions, targets = everything(3, 0, 5)
     assignments = assign(predictions, targets, Costs())
     expected = Criterion(TERMS)(predictions, targets, assignments, 8.0)
-    denoise = assignments["denoise"]
+    denoise = assignments["dn"]
     named = torch.where(denoise.is_real, denoise.object_of, 1)
-    assignments["denoise"] = replace(denoise, object_of=named)
+    assignments["dn"] = replace(denoise, object_of=named)
     found = Criterion(TERMS)(predictions, targets, assignments, 8.0)
     for key in expected:
         assert torch.equal(found[key], expected[key])
@@ -195,10 +194,10 @@ def test_an_empty_batch_gives_zero_box_losses_that_are_part_of_the_graph():
     losses = Criterion(TERMS)(predictions, targets, assignments, 1.0)
     for key, value in losses.items():
         assert value.requires_grad and value.isfinite(), key
-        if "class" not in key or "denoise" in key:
+        if "_ce" not in key or "dn" in key:
             assert value == 0, key
     sum(losses.values()).backward()
-    denoise = slice(0, predictions.segment("denoise").size)
+    denoise = slice(0, predictions.segment("dn").size)
     assert (predictions.logits.grad[:, :, denoise] == 0).all()
     assert (predictions.boxes.grad == 0).all()
     assert predictions.logits.grad.isfinite().all() and predictions.logits.grad.any()
@@ -233,12 +232,14 @@ def test_losses_of_groups_are_the_mean_of_those_of_each_group():
     targets = random_targets(3, 0, 4)
     terms = {"softmax": (Softmax(), 1.0), **TERMS}
     group = random_predictions(*(Segment(f"group{i}", 6) for i in range(3)))
-    pooled = replace(group, segments=(Segment("match", 18, num_groups=3, copies=3.0),))
+    pooled = replace(
+        group, segments=(Segment("match", 18, num_groups=3, positives_per_object=3.0),)
+    )
     criterion = Criterion(terms)
     each = criterion(group, targets, assign(group, targets, Costs()), 7.0)
     together = criterion(pooled, targets, assign(pooled, targets, Costs()), 7.0)
     for key, value in together.items():
-        mean = sum(each[key.replace("loss_", f"loss_group{i}_")] for i in range(3)) / 3
+        mean = sum(each[key_of(key, f"group{i}")] for i in range(3)) / 3
         assert_close(value, mean)
 
 
@@ -306,15 +307,15 @@ def test_a_layer_whose_matching_is_bad_has_the_loss_nan_and_no_other():
     assignments["match"] = replace(assignments["match"], is_bad=is_bad)
     losses = Criterion(TERMS)(predictions, targets, assignments, 6.0)
     for name, value in losses.items():
-        is_of_layer = name in ("loss_class_1", "loss_box_1", "loss_giou_1")
+        is_of_layer = name in ("loss_ce_1", "loss_bbox_1", "loss_giou_1")
         assert value.isnan() if is_of_layer else value == expected[name], name
 
 
 def test_matched_slots_stand_beside_their_object():
     predictions, targets = everything(3, 0, 5, has_scores=True)
-    part = predictions.of("denoise")
-    assignment = assign(predictions, targets, Costs())["denoise"]
-    matched = look_up(part, targets, assignment)
+    part = predictions.of("dn")
+    assignment = assign(predictions, targets, Costs())["dn"]
+    matched = gather_targets(part, targets, assignment)
     assert matched.is_positive.sum() == 2 * 3 * 8  # groups x layers x objects
     for layer, image, slot in matched.is_positive.nonzero().tolist():
         j = assignment.object_of[layer, image, slot]

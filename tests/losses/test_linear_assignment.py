@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from dn_detr.losses.linear_assignment import solve, solve_plain
+from dn_detr.losses.linear_assignment import solve, solve_pytorch
 from dn_detr.ops.extension import KERNELS
 
 pytestmark = pytest.mark.usefixtures("operators")
@@ -17,7 +17,7 @@ def image_numbers(counts):
     return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
 
 
-def problems_of(cost, counts, is_empty, num_groups, repeats):
+def problems_of(cost, counts, is_empty, num_groups, matches_per_object):
     """(place, matrix, slots) of each problem: its rows are objects, repeated, its columns slots."""
     width = cost.shape[2] // num_groups
     starts = np.cumsum([0, *counts])
@@ -30,18 +30,20 @@ def problems_of(cost, counts, is_empty, num_groups, repeats):
             if is_empty is None or not is_empty[image, slot]
         ]
         rows = cost[layer, starts[image] : starts[image + 1]].double().numpy()
-        yield (layer, image), np.tile(rows[:, slots], (repeats, 1)), slots
+        yield (layer, image), np.tile(rows[:, slots], (matches_per_object, 1)), slots
 
 
-def check_optimum(cost, counts, is_empty, num_groups, repeats, object_of):
+def check_optimum(cost, counts, is_empty, num_groups, matches_per_object, object_of):
     """Every object stands in as many slots as it can, and the total is the least; returns how many
     problems that were."""
     checked = 0
-    for (layer, image), matrix, slots in problems_of(cost, counts, is_empty, num_groups, repeats):
+    for (layer, image), matrix, slots in problems_of(
+        cost, counts, is_empty, num_groups, matches_per_object
+    ):
         found = object_of[layer, image, slots].numpy()
         used = np.flatnonzero(found >= 0)
         assert used.size == min(matrix.shape)
-        assert np.bincount(found[used], minlength=1).max(initial=0) <= repeats
+        assert np.bincount(found[used], minlength=1).max(initial=0) <= matches_per_object
         best = matrix[linear_sum_assignment(matrix)].sum()
         scale = np.abs(matrix).max(initial=0) * max(used.size, 1)
         assert matrix[found[used], used].sum() == pytest.approx(best, rel=0, abs=1e-13 * scale)
@@ -72,17 +74,20 @@ def test_the_total_cost_is_that_of_scipy(kind, dtype):
     checked = 0
     for _ in range(12):
         counts = generator.choice([0, 1, 2, 3, 8, 20], size=4).tolist()
-        num_groups, repeats = (int(generator.integers(1, 4)), int(generator.choice([1, 1, 2, 5])))
+        num_groups, matches_per_object = (
+            int(generator.integers(1, 4)),
+            int(generator.choice([1, 1, 2, 5])),
+        )
         slots = num_groups * int(generator.choice([1, 2, 7, 16, 33, 60]))
         cost = random_costs(generator, kind, (2, sum(counts), slots)).to(dtype)
         share = generator.choice([0.0, 0.2, 0.8, 1.0])
         is_empty = torch.from_numpy(generator.random((4, slots)) < share) if share else None
         (object_of,), (is_bad,) = solve(
-            [cost], image_numbers(counts), 4, [is_empty], [num_groups], [repeats]
+            [cost], image_numbers(counts), 4, [is_empty], [num_groups], [matches_per_object]
         )
         assert not is_bad.any()
         assert is_empty is None or (object_of[:, is_empty] == -1).all()
-        checked += check_optimum(cost, counts, is_empty, num_groups, repeats, object_of)
+        checked += check_optimum(cost, counts, is_empty, num_groups, matches_per_object, object_of)
     assert checked > 150  # for each of 2 x 7 cases
 
 
@@ -119,9 +124,13 @@ def test_segments_of_different_layers_and_slots_are_solved_together():
         torch.rand(3, slots, generator=generator) < share if share else None
         for (_, slots), (_, _, share) in shapes.items()
     ]
-    groups, repeats, _ = zip(*shapes.values(), strict=True)
-    object_of, _ = solve(costs, image_numbers(counts), 3, empty, list(groups), list(repeats))
-    for arguments in zip(costs, [counts] * 3, empty, groups, repeats, object_of, strict=True):
+    groups, matches_per_object, _ = zip(*shapes.values(), strict=True)
+    object_of, _ = solve(
+        costs, image_numbers(counts), 3, empty, list(groups), list(matches_per_object)
+    )
+    for arguments in zip(
+        costs, [counts] * 3, empty, groups, matches_per_object, object_of, strict=True
+    ):
         assert check_optimum(*arguments) == arguments[0].shape[0] * 3 * arguments[3]
 
 
@@ -178,14 +187,14 @@ def test_many_threads_find_what_one_finds():
 def test_a_gpu_finds_what_the_cpu_finds(kind, slots, operators):
     generator = np.random.default_rng(slots)
     counts = [7, 0, 1, 20, 50]
-    for repeats, share in ((1, 0.0), (3, 0.5)):
+    for matches_per_object, share in ((1, 0.0), (3, 0.5)):
         cost = random_costs(generator, kind, (6, 78, slots)).float()
         cost[1, 8, 0] = torch.nan
         is_empty = torch.from_numpy(generator.random((5, slots)) < share) if share else None
-        arguments = ([cost], image_numbers(counts), 5, [is_empty], [1], [repeats])
+        arguments = ([cost], image_numbers(counts), 5, [is_empty], [1], [matches_per_object])
         on_gpu = (
             [cost.cuda()], arguments[1].cuda(), 5,
-            [None if is_empty is None else is_empty.cuda()], [1], [repeats],
+            [None if is_empty is None else is_empty.cuda()], [1], [matches_per_object],
         )  # fmt: skip
         expected, found = solve(*arguments), solve(*on_gpu)
         assert torch.equal(found[1][0].cpu(), expected[1][0])
@@ -206,5 +215,5 @@ def test_a_cuda_graph_can_hold_the_matcher(operators):
         (object_of,), _ = solve([cost], image_of, 2, [None], [1], [1])
     cost.uniform_()
     graph.replay()
-    (expected,), _ = solve_plain([cost], image_of, 2, [None], [1], [1])
+    (expected,), _ = solve_pytorch([cost], image_of, 2, [None], [1], [1])
     assert torch.equal(object_of, expected)

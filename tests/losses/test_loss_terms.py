@@ -9,7 +9,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.testing import assert_close
 
 from dn_detr.build import build_criterion
-from dn_detr.losses.criterion import look_up
+from dn_detr.losses.criterion import gather_targets
 from dn_detr.losses.loss_terms import L1, Focal, GIoU, MatchabilityAware, Softmax
 from dn_detr.structures import Assignment, Matched, Segment
 
@@ -22,10 +22,10 @@ TERMS = {
 }
 
 
-def random_matched(seed=0, has_scores=False, copies=2.0):
+def random_matched(seed=0, has_scores=False, positives_per_object=2.0):
     """Two layers, three images, six slots; some empty, some with an object of their image."""
     targets = random_targets(3, 2, 1, seed=seed, has_scores=has_scores)
-    segment = Segment("match", 6, copies=copies)
+    segment = Segment("match", 6, positives_per_object=positives_per_object)
     is_real = ~random_mask(3, 6, probability=0.3)
     object_of = torch.full((2, 3, 6), -1)
     for image, count in enumerate(targets.counts):
@@ -33,7 +33,7 @@ def random_matched(seed=0, has_scores=False, copies=2.0):
         count = min(count, slots.numel())
         object_of[0, image, slots[:count]] = torch.arange(count)
         object_of[1, image, slots[-count:]] = torch.arange(count)
-    return look_up(random_predictions(segment), targets, Assignment(object_of, is_real))
+    return gather_targets(random_predictions(segment), targets, Assignment(object_of, is_real))
 
 
 def one_slot(logits, box, label=None, target_box=(0.5, 0.5, 0.2, 0.2), score=1.0):
@@ -50,7 +50,7 @@ def one_slot(logits, box, label=None, target_box=(0.5, 0.5, 0.2, 0.2), score=1.0
         assignment=Assignment(
             torch.tensor([[[0 if is_positive else -1]]]), torch.ones(1, 1, dtype=torch.bool)
         ),
-        copies=1.0,
+        positives_per_object=1.0,
     )
 
 
@@ -114,7 +114,7 @@ def test_the_class_loss_is_chosen_by_its_name():
     ):
         numbers = {"focal_alpha": 0.3, "focal_gamma": 1.7, "mal_gamma": 1.3}
         criterion = build_criterion(kind=kind, no_object_weight=0.2, **numbers)
-        assert_close(criterion.terms["class"][0](matched, 2.0), term(matched, 2.0))
+        assert_close(criterion.terms["ce"][0](matched, 2.0), term(matched, 2.0))
     with pytest.raises(ValueError, match="must be one of .*'mal'.*, got 'vfl'"):
         build_criterion(kind="vfl")
     with pytest.raises(ValueError, match='"mal" asks for the overlap of boxes'):
@@ -232,7 +232,7 @@ def test_without_objects_and_without_slots_losses_are_finite_and_attached(name, 
         assignment = Assignment(
             torch.full((2, 2, slots), -1), torch.full((2, slots), is_real, dtype=torch.bool)
         )
-        matched = look_up(predictions, targets, assignment)
+        matched = gather_targets(predictions, targets, assignment)
         logits, boxes = matched.logits.requires_grad_(), matched.boxes.requires_grad_()
         loss = TERMS[name](replace(matched, logits=logits, boxes=boxes), 1.0)
         assert loss.isfinite().all() and loss.requires_grad

@@ -15,7 +15,7 @@ from dn_detr.losses.mask_costs import MaskCosts
 from dn_detr.losses.mask_points import CANDIDATES, MATCHING, RANDOM, PointSampling
 from dn_detr.losses.matcher import Costs, assign
 from dn_detr.losses.matching_costs import list_objects
-from dn_detr.structures import PixelMap, Predictions, Segment
+from dn_detr.structures import MaskFeatures, Predictions, Segment
 
 CLASS_ONLY = Costs(l1=0, giou=0)
 
@@ -24,7 +24,7 @@ def with_masks(targets, seed=3):
     generator = torch.Generator().manual_seed(seed)
     masks = [torch.rand(n, 20, 30, generator=generator) < 0.5 for n in targets.counts]
     keys = torch.arange(len(masks)) + 7
-    return replace(targets, masks=tuple(masks), noise_keys=keys)
+    return replace(targets, masks=tuple(masks), noise_seeds=keys)
 
 
 def masked_predictions(*segments, batch=2, layers=2) -> Predictions:
@@ -36,7 +36,7 @@ def masked_predictions(*segments, batch=2, layers=2) -> Predictions:
         mask_embeddings=torch.randn(
             layers, batch, slots, 6, generator=generator, dtype=torch.float64
         ),
-        pixel_map=PixelMap(
+        mask_features=MaskFeatures(
             torch.randn(batch, 6, 8, 12, generator=generator, dtype=torch.float64),
             torch.tensor([[12.0, 8.0], [9.0, 8.0]], dtype=torch.float64)[:batch],
         ),
@@ -53,8 +53,8 @@ def at(grid, points):
 
 def whole_mask(predictions, layer, image, slot):
     """[1, h, w] of the unpadded image."""
-    width, height = predictions.pixel_map.valid_sizes[image].int().tolist()
-    features = predictions.pixel_map.features[image, :, :height, :width]
+    width, height = predictions.mask_features.valid_sizes[image].int().tolist()
+    features = predictions.mask_features.features[image, :, :height, :width]
     embedding = predictions.mask_embeddings[layer, image, slot]
     return torch.einsum("c,chw->hw", embedding, features)[None]
 
@@ -72,7 +72,7 @@ def test_costs_are_those_of_whole_masks_at_the_points():
     costs = MaskCosts(others=CLASS_ONLY, cross_entropy=3.0, dice=7.0, num_points=50)
     objects = list_objects(targets)
     found = costs(predictions, objects) - CLASS_ONLY(predictions, objects)
-    points = random_points(targets.noise_keys, 50, MATCHING)
+    points = random_points(targets.noise_seeds, 50, MATCHING)
     for t, image in enumerate([0, 0, 1, 1, 1]):
         place = t if image == 0 else t - 2
         labels = at(targets.masks[image][place][None], points[image])[0]
@@ -90,17 +90,19 @@ def test_losses_are_those_of_whole_masks_at_the_most_unsure_candidates(counts):
     fixed = torch.tensor([[0, 1, -1, 1, 0, -1], [2, 0, 1, -1, 1, 2]])
     if counts[0] == 0:
         fixed[0] = -1
-    denoise = Segment("denoise", 6, num_groups=2, sees=("match",), assignment=fixed, copies=2)
+    denoise = Segment(
+        "dn", 6, num_groups=2, attends_to=("match",), assignment=fixed, positives_per_object=2
+    )
     predictions = masked_predictions(denoise, Segment("match", 4))
     targets = with_masks(random_targets(*counts))
     sampling = PointSampling(num_points=12, oversample=2.5, importance=0.75)
     criterion = build_criterion(masks=mask_terms(cross_entropy=2.0, dice=3.0, points=sampling))
     assignments = assign(predictions, targets, MaskCosts(others=Costs(), num_points=9))
     losses = criterion(predictions, targets, assignments, 4.0)
-    candidates = random_points(targets.noise_keys, 30, CANDIDATES)
-    others = random_points(targets.noise_keys, 3, RANDOM)
-    for name, copies in (("denoise", 2), ("match", 1)):
-        part, prefix = predictions.of(name), "denoise_" if name == "denoise" else ""
+    candidates = random_points(targets.noise_seeds, 30, CANDIDATES)
+    others = random_points(targets.noise_seeds, 3, RANDOM)
+    for name, copies in (("dn", 2), ("match", 1)):
+        part, label = predictions.of(name), "_dn" if name == "dn" else ""
         for layer, suffix in ((0, "_0"), (1, "")):
             total = torch.zeros(2, dtype=torch.float64)
             for image, slot in (assignments[name].object_of[layer] >= 0).nonzero().tolist():
@@ -109,39 +111,39 @@ def test_losses_are_those_of_whole_masks_at_the_most_unsure_candidates(counts):
                 order = at(whole, candidates[image])[0].abs().argsort()
                 points = torch.cat((candidates[image][order[:9]], others[image]))
                 total += torch.stack(losses_of_one(at(whole, points)[0], at(mask, points)[0]))
-            found = [losses[f"loss_{prefix}{term}{suffix}"] for term in ("mask", "dice")]
+            found = [losses[f"loss_{term}{label}{suffix}"] for term in ("mask", "dice")]
             expected = total * torch.tensor([2.0, 3.0]) / (4 * copies)
             torch.testing.assert_close(torch.stack(found), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_segment_can_do_without_masks():
     fixed = torch.tensor([[0, 1], [1, 0]])
-    predictions = masked_predictions(Segment("denoise", 2, assignment=fixed), Segment("match", 4))
+    predictions = masked_predictions(Segment("dn", 2, assignment=fixed), Segment("match", 4))
     targets = with_masks(random_targets(2, 2))
-    masks = mask_terms(points=PointSampling(num_points=8), without=("denoise",))
+    masks = mask_terms(points=PointSampling(num_points=8), without=("dn",))
     assignments = assign(predictions, targets, CLASS_ONLY)
     names = build_criterion(masks=masks)(predictions, targets, assignments, 4.0)
-    assert {"loss_mask", "loss_dice_0", "loss_denoise_box"} <= set(names)
-    assert not {"loss_denoise_mask", "loss_denoise_dice_0"} & set(names)
+    assert {"loss_mask", "loss_dice_0", "loss_bbox_dn"} <= set(names)
+    assert not {"loss_mask_dn", "loss_dice_dn_0"} & set(names)
 
 
 def test_what_is_around_an_image_in_its_batch_changes_nothing():
     predictions, targets = masked_predictions(Segment("match", 4)), with_masks(random_targets(3, 2))
     sampling = PointSampling(num_points=20)
     together = sampling.sample(predictions, targets)
-    pixels = predictions.pixel_map
+    pixels = predictions.mask_features
     alone = sampling.sample(
         replace(
             predictions,
             logits=predictions.logits[:, 1:],
             boxes=predictions.boxes[:, 1:],
             mask_embeddings=predictions.mask_embeddings[:, 1:],
-            pixel_map=PixelMap(pixels.features[1:, :, :, :9], pixels.valid_sizes[1:]),
+            mask_features=MaskFeatures(pixels.features[1:, :, :, :9], pixels.valid_sizes[1:]),
         ),
         replace(
             targets,
             **{name: getattr(targets, name)[1:, :2] for name in ("labels", "boxes", "is_object")},
-            noise_keys=targets.noise_keys[1:],
+            noise_seeds=targets.noise_seeds[1:],
             counts=targets.counts[1:],
             masks=targets.masks[1:],
         ),

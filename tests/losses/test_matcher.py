@@ -48,7 +48,7 @@ def assign_one_by_one(part, targets, layer, image):
             for slot in range(first, first + per_group)
             if segment.is_empty is None or not segment.is_empty[image, slot]
         ]
-        objects = list(range(cost.shape[0])) * segment.repeats
+        objects = list(range(cost.shape[0])) * segment.matches_per_object
         chosen = cost[np.ix_(objects, slots)] if objects else np.zeros((0, len(slots)))
         for row, column in zip(*linear_sum_assignment(chosen), strict=True):
             object_of[slots[column]] = objects[row]
@@ -81,9 +81,9 @@ def test_the_matcher_finds_the_best_of_all_permutations():
 
 MATCHED = {
     "plain": {},
-    "groups": {"num_groups": 3},
-    "repeats": {"repeats": 2},
-    "groups and repeats": {"num_groups": 2, "repeats": 3},
+    "group": {"num_groups": 3},
+    "matches_per_object": {"matches_per_object": 2},
+    "groups and matches_per_object": {"num_groups": 2, "matches_per_object": 3},
     "empty slots": {"is_empty": random_mask(3, 12, probability=0.4)},
     "mostly empty groups": {"num_groups": 2, "is_empty": random_mask(3, 12, probability=0.8)},
 }
@@ -106,15 +106,15 @@ def test_fixed_assignments_pass_through_and_matched_segments_do_not_see_their_ne
     targets = random_targets(2, 0, 4)
     fixed = torch.full((3, 6), -1)
     fixed[0, :2] = torch.tensor([1, 0])
-    denoise = Segment("denoise", 6, assignment=fixed, is_empty=fixed < 0)
-    segments = (denoise, Segment("match", 5), Segment("groups", 10, num_groups=2))
+    denoise = Segment("dn", 6, assignment=fixed, is_empty=fixed < 0)
+    segments = (denoise, Segment("match", 5), Segment("group", 10, num_groups=2))
     predictions = random_predictions(*segments)
     found = assign(predictions, targets, Costs())
-    assert list(found) == ["denoise", "match", "groups"]
-    assert torch.equal(found["denoise"].object_of, fixed.expand(2, 3, 6))
-    assert found["denoise"].object_of.data_ptr() == fixed.data_ptr()
-    assert torch.equal(found["denoise"].is_real, fixed >= 0)
-    for name in ("match", "groups"):
+    assert list(found) == ["dn", "match", "group"]
+    assert torch.equal(found["dn"].object_of, fixed.expand(2, 3, 6))
+    assert found["dn"].object_of.data_ptr() == fixed.data_ptr()
+    assert torch.equal(found["dn"].is_real, fixed >= 0)
+    for name in ("match", "group"):
         check_against_one_by_one(predictions.of(name), targets, found[name])
 
 
@@ -137,12 +137,12 @@ def test_proposals_are_matched_like_a_decoder_layer(is_class_agnostic):
 
 def test_only_the_wanted_segments_are_answered():
     targets = random_targets(2, 0, 4)
-    predictions = random_predictions(Segment("match", 5), Segment("groups", 5))
+    predictions = random_predictions(Segment("match", 5), Segment("group", 5))
     everything = assign(predictions, targets, Costs())
-    found = assign(predictions, targets, Costs(), only=("groups",))
-    assert list(found) == ["groups"]
-    assert torch.equal(found["groups"].object_of, everything["groups"].object_of)
-    with pytest.raises(ValueError, match=r"no segments \['dn'\], only \['match', 'groups'\]"):
+    found = assign(predictions, targets, Costs(), only=("group",))
+    assert list(found) == ["group"]
+    assert torch.equal(found["group"].object_of, everything["group"].object_of)
+    with pytest.raises(ValueError, match=r"no segments \['dn'\], only \['match', 'group'\]"):
         assign(predictions, targets, Costs(), only=("dn",))
 
 
@@ -151,9 +151,9 @@ def test_only_the_wanted_segments_are_answered():
 @pytest.mark.parametrize("counts", [(1, 2, 3), (1, 2, 0)])
 def test_what_is_not_finite_is_named_instead_of_matched(field, value, counts):
     targets = random_targets(*counts)
-    predictions = random_predictions(Segment("match", 4), Segment("groups", 4))
+    predictions = random_predictions(Segment("match", 4), Segment("group", 4))
     getattr(predictions, field)[1, 2, 5, 0] = value
-    with pytest.raises(FloatingPointError, match=r"segment 'groups', layer 1, image 2 .*\(1 such"):
+    with pytest.raises(FloatingPointError, match=r"segment 'group', layer 1, image 2 .*\(1 such"):
         assign(predictions, targets, Costs())
     assign(predictions, targets, Costs(), only=("match",))
 
@@ -181,7 +181,7 @@ def test_matching_reads_nothing_on_the_host_but_all_costs_at_once_where_scipy_do
 ):
     targets = random_targets(2, 0, 4)
     proposals = random_predictions(Segment("match", 200), layers=1)
-    segments = Segment("match", 6), Segment("groups", 12, num_groups=2)
+    segments = Segment("match", 6), Segment("group", 12, num_groups=2)
     predictions = random_predictions(*segments, proposals=proposals)
     # What the CPU does in addition, because there it costs nothing.
     monkeypatch.setattr(assign_module, "find_nonfinite", lambda assignments: "")

@@ -37,9 +37,9 @@ def test_losses_by_hand():
     predictions = predicted([[[LN3], [0.0]]], [[NEAR, FAR]])
     losses = Teaching(costs=Costs())(predictions, one_box(0.6), 4.0)
     # Matched: 0.6 x 0.25 x 0.25^2 x -ln 0.75 = 0.0026970. Not: 0.5 x 0.75 x 0.5^2 x ln 2 = 0.0649825.
-    assert losses["loss_teacher_class"].item() == pytest.approx(2 * 0.0676795 / 4, abs=1e-6)
-    assert losses["loss_teacher_box"].item() == pytest.approx(5 * 0.6 * 0.2 / 4, abs=1e-6)
-    assert losses["loss_teacher_giou"].item() == pytest.approx(2 * 0.6 * (1 - 0.5) / 4, abs=1e-6)
+    assert losses["loss_ce_teacher"].item() == pytest.approx(2 * 0.0676795 / 4, abs=1e-6)
+    assert losses["loss_bbox_teacher"].item() == pytest.approx(5 * 0.6 * 0.2 / 4, abs=1e-6)
+    assert losses["loss_giou_teacher"].item() == pytest.approx(2 * 0.6 * (1 - 0.5) / 4, abs=1e-6)
     assert len(losses) == 3
 
 
@@ -48,18 +48,18 @@ def test_every_weight_multiplies_its_loss():
     weights = {"class_weight": 1.0, "l1_weight": 1.0, "giou_weight": 1.0, "unmatched_weight": 0.2}
     losses = Teaching(costs=Costs(), weight=0.5, **weights)(predictions, one_box(0.6), 1.0)
     # 0.2 in place of 0.5 for the slot without box: 0.0259930.
-    expected = {"class": 0.0026970 + 0.0259930, "box": 0.6 * 0.2, "giou": 0.6 * 0.5}
+    expected = {"ce": 0.0026970 + 0.0259930, "bbox": 0.6 * 0.2, "giou": 0.6 * 0.5}
     for name, value in expected.items():
-        assert losses[f"loss_teacher_{name}"].item() == pytest.approx(0.5 * value, abs=1e-6)
+        assert losses[f"loss_{name}_teacher"].item() == pytest.approx(0.5 * value, abs=1e-6)
 
 
 def test_every_layer_has_a_matching_of_its_own():
     """The second layer has exchanged its slots, so that its losses are those of the first."""
     predictions = predicted([[[LN3], [0.0]], [[0.0], [LN3]]], [[NEAR, FAR], [FAR, NEAR]])
     losses = Teaching(costs=Costs())(predictions, one_box(0.6), 1.0)
-    assert losses["loss_teacher_box"].item() == pytest.approx(0.6)
-    for name in ("class", "box", "giou"):
-        assert_close(losses[f"loss_teacher_{name}"], losses[f"loss_teacher_{name}_0"])
+    assert losses["loss_bbox_teacher"].item() == pytest.approx(0.6)
+    for name in ("ce", "bbox", "giou"):
+        assert_close(losses[f"loss_{name}_teacher"], losses[f"loss_{name}_teacher_0"])
 
 
 def test_a_sure_teacher_who_sees_the_ground_truth_doubles_its_losses():
@@ -74,7 +74,7 @@ def test_a_sure_teacher_who_sees_the_ground_truth_doubles_its_losses():
     teaching = Teaching(costs=Costs(), class_weight=1.0, unmatched_weight=1.0)
     found = teaching(predictions, sure, 8.0)
     expected = build_criterion()(predictions, truth, assign(predictions, truth, Costs()), 8.0)
-    assert {key.replace("teacher_", ""): value for key, value in found.items()} == expected
+    assert {key.replace("_teacher", ""): value for key, value in found.items()} == expected
 
 
 def test_images_without_a_teachers_box_only_teach_to_say_less():
@@ -82,15 +82,15 @@ def test_images_without_a_teachers_box_only_teach_to_say_less():
     nothing = pad_targets([Target(torch.zeros(0).long(), torch.zeros(0, 4), scores=torch.zeros(0))])
     losses = Teaching(costs=Costs())(predictions, nothing, 1.0)
     # 2 x 0.5 x 0.75 x (0.75^2 x ln 4 + 0.5^2 x ln 2)
-    assert losses["loss_teacher_class"].item() == pytest.approx(0.7148080, abs=1e-6)
-    assert losses["loss_teacher_box"] == 0 and losses["loss_teacher_giou"] == 0
+    assert losses["loss_ce_teacher"].item() == pytest.approx(0.7148080, abs=1e-6)
+    assert losses["loss_bbox_teacher"] == 0 and losses["loss_giou_teacher"] == 0
     sum(losses.values()).backward()
     assert (predictions.logits.grad > 0).all() and (predictions.boxes.grad == 0).all()
 
 
 def test_only_matched_queries_are_taught():
     assignment = torch.zeros(3, 4, dtype=torch.int64)
-    denoise = Segment("denoise", 4, assignment=assignment)
+    denoise = Segment("dn", 4, assignment=assignment)
     empty = random_mask(3, 6, probability=0.3)
     match = Segment("match", 6, is_empty=empty)
     proposals = random_predictions(Segment("match", 9), layers=1, seed=5)
@@ -101,7 +101,7 @@ def test_only_matched_queries_are_taught():
         values.requires_grad_()
     losses = Teaching(costs=Costs())(predictions, random_targets(3, 0, 2, has_scores=True), 5.0)
     assert {key.removesuffix("_0") for key in losses} == {
-        *("loss_teacher_class", "loss_teacher_box", "loss_teacher_giou")
+        *("loss_ce_teacher", "loss_bbox_teacher", "loss_giou_teacher")
     }
     sum(losses.values()).backward()
     moved = (predictions.logits.grad != 0).any(-1).any(0)  # [B, Q]
@@ -114,7 +114,7 @@ def test_groups_that_predict_the_same_are_taught_as_one():
     """The losses of Group DETR are a mean over all groups, those of the teacher too."""
     alone = random_predictions(Segment("match", 6))
     match = Segment("match", 6, weight=1 / 3)
-    groups = Segment("groups", 12, num_groups=2, copies=2, weight=2 / 3)
+    groups = Segment("group", 12, num_groups=2, positives_per_object=2, weight=2 / 3)
     together = Predictions(
         logits=alone.logits.repeat(1, 1, 3, 1),
         boxes=alone.boxes.repeat(1, 1, 3, 1),
@@ -123,10 +123,10 @@ def test_groups_that_predict_the_same_are_taught_as_one():
     )
     boxes = random_targets(3, 0, 5, has_scores=True)
     expected = Teaching(costs=Costs())(alone, boxes, 8.0)
-    found = Teaching(costs=Costs(), segments=("match", "groups"))(together, boxes, 8.0)
+    found = Teaching(costs=Costs(), segments=("match", "group"))(together, boxes, 8.0)
     assert len(found) == 2 * len(expected)
     for key, value in expected.items():
-        of_groups = found[key.replace("teacher_", "teacher_groups_")]
+        of_groups = found[key.replace("_teacher", "_group_teacher")]
         assert_close(found[key] + of_groups, value)
 
 
@@ -135,7 +135,7 @@ def test_softmax_weighs_slots_by_both_factors():
     predictions = predicted([[[LN3, 0.0], [0.0, 0.0]]], [[NEAR, FAR]])
     losses = Teaching(costs=Costs(kind="softmax"))(predictions, one_box(0.6), 7.0)
     expected = (0.6 * -math.log(0.75) + 0.05 * math.log(2)) / 0.65
-    assert losses["loss_teacher_class"].item() == pytest.approx(2 * expected, abs=1e-6)
+    assert losses["loss_ce_teacher"].item() == pytest.approx(2 * expected, abs=1e-6)
 
 
 def test_losses_are_float32_inside_of_autocast():

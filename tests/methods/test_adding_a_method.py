@@ -16,7 +16,7 @@ from dn_detr.models.decoder import Decoder
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.multi_scale import decoder_layer, multi_scale_neck
 from dn_detr.models.neck import Flatten
-from dn_detr.models.prediction_heads import Refined, shared_heads
+from dn_detr.models.prediction_heads import IterativeRefinement, shared_heads
 from dn_detr.models.query_designs import BoxQueries
 from dn_detr.models.query_positions import BoxPosition
 from dn_detr.structures import Memory
@@ -31,25 +31,25 @@ class AddPosition(nn.Module):
         return replace(memory, tokens=memory.tokens + memory.position)
 
 
-def without_encoder(numbers, in_channels, strides, content) -> DETR:
+def without_encoder(config, in_channels, strides, content) -> DETR:
     """A method nobody has published: anchor boxes that look straight at the neck's features."""
-    n = numbers
-    sines = SinePosition(channels=n.channels, temperature=20.0, cell_offset=0.0)
+    c = config
+    sines = SinePosition(channels=c.channels, temperature=20.0, cell_offset=0.0)
     return DETR(
-        neck=multi_scale_neck(n, in_channels, strides),
-        flatten=Flatten(position=sines, channels=n.channels, num_levels=n.num_levels),
+        neck=multi_scale_neck(c, in_channels, strides),
+        flatten=Flatten(position=sines, channels=c.channels, num_levels=c.num_levels),
         encoder=AddPosition(),
-        query_design=BoxQueries(content=content, num_queries=n.num_queries, epsilon=n.epsilon),
+        query_design=BoxQueries(content=content, num_queries=c.num_queries, epsilon=c.epsilon),
         decoder=Decoder(
-            layers=[decoder_layer(n) for _ in range(n.decoder_layers)],
+            layers=[decoder_layer(c) for _ in range(c.decoder_layers)],
             position=BoxPosition(
-                channels=n.channels, scales_with_content=True, scales_with_canvas=False
+                channels=c.channels, scales_with_content=True, scales_with_canvas=False
             ),
-            predictor=Refined(
-                heads=shared_heads(n),
-                norm=nn.LayerNorm(n.channels),
+            predictor=IterativeRefinement(
+                heads=shared_heads(c),
+                norm=nn.LayerNorm(c.channels),
                 looks_forward_twice=True,
-                epsilon=n.epsilon,
+                epsilon=c.epsilon,
             ),
         ),
     )
@@ -81,7 +81,7 @@ def promises_of(file: str) -> list[tuple[str, dict]]:
     "promise, arguments",
     [
         *promises_of("methods/test_all_methods.py"),
-        *promises_of("assists/test_segment_properties.py"),
+        *promises_of("auxiliary/test_segment_properties.py"),
     ],
 )
 def test_a_new_page_keeps_what_every_page_promises(promise, arguments, monkeypatch):

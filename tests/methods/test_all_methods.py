@@ -21,7 +21,7 @@ from tiny import (
 from dn_detr.methods import METHODS
 
 SIZES = [(96, 128), (64, 96)]
-TRAINING_ONLY = ("assists.", "label_table.", "box_embedding.")
+TRAINING_ONLY = ("auxiliary.", "label_embedding.", "box_embedding.")
 pytestmark = pytest.mark.parametrize("method", METHODS)
 
 
@@ -39,10 +39,10 @@ def test_predictions_have_a_layer_axis_and_boxes_inside_the_image(method):
     if predictions.boxes is not None:
         assert predictions.boxes.shape == (layers, 2, 7, 4)
         assert (predictions.boxes > 0).all() and (predictions.boxes < 1).all()
-    assert (predictions.pixel_map is not None) == (method in PAGES_WITH_MASKS)
-    if predictions.pixel_map is not None:
-        assert predictions.pixel_map.features.shape == (2, 32, 12, 16)
-        assert predictions.pixel_map.valid_sizes.tolist() == [[16, 12], [12, 8]]
+    assert (predictions.mask_features is not None) == (method in PAGES_WITH_MASKS)
+    if predictions.mask_features is not None:
+        assert predictions.mask_features.features.shape == (2, 32, 12, 16)
+        assert predictions.mask_features.valid_sizes.tolist() == [[16, 12], [12, 8]]
         assert predictions.mask_embeddings.shape == (layers, 2, 7, 32)
 
 
@@ -75,21 +75,21 @@ def test_values_in_the_padding_change_nothing(method):
     assert outputs_of(before).keys() == outputs_of(after).keys()
     for name, value in outputs_of(before).items():
         torch.testing.assert_close(value, outputs_of(after)[name], rtol=1e-10, atol=1e-10)
-    if before.pixel_map is not None:
+    if before.mask_features is not None:
         inside = (slice(1, 2), slice(None), slice(8), slice(12))
-        was, now = before.pixel_map.features, after.pixel_map.features
+        was, now = before.mask_features.features, after.mask_features.features
         torch.testing.assert_close(was[0], now[0])
         torch.testing.assert_close(was[inside], now[inside], rtol=1e-10, atol=1e-10)
 
 
 def test_permuted_queries_give_permuted_predictions(method):
     model = tiny_model(method)
-    if hasattr(model.query_design.tables, "head"):
+    if hasattr(model.query_design.learned, "head"):
         pytest.skip("queries are ranked proposals: their order has a meaning")
     features, padding = tiny_features(2), tiny_padding(SIZES)
     before = model(features, padding)
     order = torch.randperm(7)
-    for table in model.query_design.tables.parameters():
+    for table in model.query_design.learned.parameters():
         table.data = table.data[order]
     after = model(features, padding)
     for name, value in outputs_of(before).items():
@@ -99,7 +99,7 @@ def test_permuted_queries_give_permuted_predictions(method):
 @pytest.mark.parametrize("assist", ASSISTS)
 def test_a_checkpoint_with_assists_loads_into_the_plain_model(method, assist):
     assisted = tiny_model(method, **ASSISTS[assist])
-    content = getattr(assisted.query_design.tables, "content", None)
+    content = getattr(assisted.query_design.learned, "content", None)
     if assisted.query_design.content.has_indicator and content is not None:
         content.data[:, -1] = 0  # starts so and is never trained; tiny models are random everywhere
     plain = tiny_model(method, seed=5)

@@ -14,7 +14,7 @@ from tiny import (
     tiny_targets,
 )
 
-from dn_detr.build import HybridMatching, Prompting
+from dn_detr.build import BoxPrompting, HybridMatching
 from dn_detr.methods import METHODS
 from dn_detr.models.mask_head import mask_logits
 
@@ -31,9 +31,9 @@ class Outcome(torch.nn.Module):
     def forward(self, features, padding):
         predictions = self.model(features, padding)
         outputs = outputs_of(predictions)
-        if predictions.pixel_map is not None:
+        if predictions.mask_features is not None:
             embeddings = predictions.mask_embeddings[-1]
-            outputs["masks"] = mask_logits(embeddings, predictions.pixel_map.features)
+            outputs["masks"] = mask_logits(embeddings, predictions.mask_features.features)
         return tuple(outputs.values())
 
 
@@ -43,9 +43,13 @@ def test_a_page_compiles_as_one_graph_with_assists(method):
 
 
 def test_known_objects_are_given_in_the_same_graph():
-    further = HybridMatching(num_queries=5, repeats=2)
-    assists = {**ASSISTS["contrastive"], "known": Prompting(probability=1.0), "hybrid": further}
-    check_one_graph(tiny_model("dino", **assists, decoder_layers=2))
+    further = HybridMatching(num_queries=5, matches_per_object=2)
+    auxiliary = {
+        **ASSISTS["contrastive"],
+        "prompts": BoxPrompting(probability=1.0),
+        "hybrid": further,
+    }
+    check_one_graph(tiny_model("dino", **auxiliary, decoder_layers=2))
 
 
 def check_one_graph(model):

@@ -36,7 +36,7 @@ def test_patterns_and_groups_and_denoising_go_together():
     targets = tiny_targets(2, 3)
     predictions = model(tiny_features(2), tiny_padding(SIZES), targets)
     assert predictions.of("match").logits.shape[2] == 14
-    assert predictions.segment("groups").size == 28
+    assert predictions.segment("group").size == 28
     losses = build_criterion()(
         predictions, targets, assign(predictions, targets, Costs()), sum(targets.counts)
     )
@@ -50,7 +50,7 @@ def test_a_model_that_shares_content_loads_a_denoised_one_and_predicts_the_same(
     plain = tiny_model("dab_detr", shares_content=True, seed=5)
     missing, unexpected = plain.load_state_dict(denoised.state_dict(), strict=False)
     assert not missing
-    assert unexpected == ["query_design.content.label_table.weight"]
+    assert unexpected == ["query_design.content.label_embedding.weight"]
     inputs = tiny_features(2), tiny_padding(SIZES)
     torch.testing.assert_close(plain(*inputs).boxes, denoised(*inputs).boxes)
 
@@ -120,4 +120,4 @@ def test_columns_and_rows_lie_at_the_centres_of_unpadded_cells():
 def test_denoising_noises_anchor_points_by_the_centre_alone():
     model = tiny_model("anchor_detr", denoising=Denoising(num_groups=2))
     predictions = model(tiny_features(2), tiny_padding(SIZES), tiny_targets(2, 3))
-    assert predictions.of("denoise").references[0].shape[-1] == 2
+    assert predictions.of("dn").references[0].shape[-1] == 2

@@ -26,10 +26,10 @@ def test_the_box_around_a_mask_ends_with_the_image():
 def test_a_query_of_mask_dino_starts_from_the_box_around_its_first_mask():
     model = tiny_model("mask_dino")
     predictions = model(tiny_features(2), tiny_padding(SIZES))
-    proposals, pixel_map = predictions.proposals, predictions.pixel_map
-    masks = mask_logits(proposals.mask_embeddings[0], pixel_map.features)
+    proposals, mask_features = predictions.proposals, predictions.mask_features
+    masks = mask_logits(proposals.mask_embeddings[0], mask_features.features)
     num_with_masks = 0
-    for image, (width, height) in enumerate(pixel_map.valid_sizes.tolist()):
+    for image, (width, height) in enumerate(mask_features.valid_sizes.tolist()):
         for query, mask in enumerate(masks[image, :, : int(height), : int(width)] > 0):
             rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
             reference = predictions.references[0][image, query]

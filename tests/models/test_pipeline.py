@@ -9,8 +9,8 @@ from dn_detr.layers.position_encoding import SinePosition, sine_of_reference
 from dn_detr.models.encoder import token_centers
 from dn_detr.models.neck import Flatten, MultiScaleNeck, resize_padding
 from dn_detr.models.postprocess import postprocess
-from dn_detr.models.prediction_heads import Heads, Refined, move
-from dn_detr.structures import FeatureMaps, Predictions, Segment, Step
+from dn_detr.models.prediction_heads import Heads, IterativeRefinement, refine_box
+from dn_detr.structures import FeatureMaps, LayerOutput, Predictions, Segment
 
 
 def test_neck_adds_coarser_levels_from_the_last_feature():
@@ -70,9 +70,9 @@ def test_sine_of_a_box_is_ordered_y_x_w_h():
 
 def test_move_adds_logits_and_lets_a_point_have_any_size():
     box = torch.tensor([0.5, 0.25, 0.2, 0.8])
-    torch.testing.assert_close(move(box, torch.zeros(4), 1e-3), box)
+    torch.testing.assert_close(refine_box(box, torch.zeros(4), 1e-3), box)
     delta = torch.tensor([1.0, 0.0, -2.0, 3.0])
-    moved = move(box[:2], delta, 1e-3)
+    moved = refine_box(box[:2], delta, 1e-3)
     expected = torch.stack((delta[0].sigmoid(), box[1], delta[2].sigmoid(), delta[3].sigmoid()))
     torch.testing.assert_close(moved, expected)
 
@@ -82,7 +82,7 @@ def test_gradient_reaches_the_last_layers_move_only_when_looking_forward_twice(f
     heads = Heads(channels=8, num_classes=2, num_layers=2, shared=True)
     for parameter in heads.parameters():
         parameter.data.normal_()
-    predictor = Refined(
+    predictor = IterativeRefinement(
         heads=heads, norm=torch.nn.LayerNorm(8), looks_forward_twice=forward_twice, epsilon=1e-3
     )
     first = torch.randn(1, 3, 8, requires_grad=True)
@@ -99,12 +99,12 @@ def test_with_a_norm_the_reference_moves_by_what_the_heads_say_without_it():
     for parameter in heads.parameters():
         parameter.data.normal_()
     norm = torch.nn.LayerNorm(8)
-    predictor = Refined(heads=heads, norm=norm, looks_forward_twice=True, epsilon=1e-3)
+    predictor = IterativeRefinement(heads=heads, norm=norm, looks_forward_twice=True, epsilon=1e-3)
     content, reference, base = torch.randn(1, 3, 8), torch.rand(1, 3, 4), torch.rand(1, 3, 4)
-    step = predictor(0, content, Step(None, None, reference, base))
+    step = predictor(0, content, LayerOutput(None, None, reference, base))
     normed, raw = (heads.box_heads[0](x) for x in (norm(content), content))
-    torch.testing.assert_close(step.boxes, move(base, normed, 1e-3))
-    torch.testing.assert_close(step.reference, move(reference, raw, 1e-3))
+    torch.testing.assert_close(step.boxes, refine_box(base, normed, 1e-3))
+    torch.testing.assert_close(step.reference, refine_box(reference, raw, 1e-3))
     torch.testing.assert_close(step.logits, heads.class_heads[0](norm(content)))
 
 
@@ -112,9 +112,9 @@ def test_without_a_norm_the_predicted_box_is_the_next_reference():
     heads = Heads(channels=8, num_classes=2, num_layers=1, shared=False)
     for parameter in heads.parameters():
         parameter.data.normal_()
-    predictor = Refined(heads=heads, norm=None, looks_forward_twice=False, epsilon=1e-3)
+    predictor = IterativeRefinement(heads=heads, norm=None, looks_forward_twice=False, epsilon=1e-3)
     content, reference = torch.randn(1, 3, 8), torch.rand(1, 3, 4)
-    step = predictor(0, content, Step(None, None, reference, reference))
+    step = predictor(0, content, LayerOutput(None, None, reference, reference))
     assert torch.equal(step.boxes, step.reference)
 
 

@@ -92,7 +92,7 @@ def test_denoising_sees_no_empty_queries(method):
     """Its ready mask is the one that follows from the segments, here too."""
     model = tiny_model(method, num_levels=3, denoising=Denoising(num_groups=2))
     kept = []
-    model.assists.append(Keep(kept))
+    model.auxiliary.append(Keep(kept))
     model(tiny_features(2, 32, 32), tiny_padding([(32, 32), (16, 16)], 32, 32), tiny_targets(2, 1))
     (queries,) = kept
     assert queries.segments[1].is_empty.any()
@@ -134,9 +134,9 @@ def test_fewer_tokens_on_the_canvas_than_queries(method):
     model = without_group_norm(tiny_model(method, num_levels=3))
     predictions = model(tiny_features(1, 32, 32), tiny_padding([(32, 32)], 32, 32))
     assert predictions.logits.shape == (3, 1, 7, 5)
-    model.query_design.tables.num_queries = 30
-    if model.query_design.tables.content is not None:
-        model.query_design.tables.content.data = torch.zeros(30, 32, dtype=torch.float64)
+    model.query_design.learned.num_queries = 30
+    if model.query_design.learned.content is not None:
+        model.query_design.learned.content.data = torch.zeros(30, 32, dtype=torch.float64)
     more = model(tiny_features(1, 32, 32), tiny_padding([(32, 32)], 32, 32))
     assert more.logits.shape == (3, 1, 30, 5) and more.logits.isfinite().all()
     assert more.segment("match").is_empty.sum().item() == 30 - 21
@@ -148,7 +148,7 @@ def test_decoder_losses_give_the_proposal_head_no_gradient(method):
     model = tiny_model(method)
     predictions = model(tiny_features(2), tiny_padding([(96, 128), (64, 96)]))
     (predictions.logits.sum() + predictions.boxes.sum()).backward()
-    assert all(p.grad is None for p in model.query_design.tables.head.parameters())
+    assert all(p.grad is None for p in model.query_design.learned.head.parameters())
 
 
 def test_dino_trains_the_chosen_proposals_and_deformable_detr_all_of_them():

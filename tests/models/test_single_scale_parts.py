@@ -6,9 +6,9 @@ import torch
 
 from dn_detr.layers.position_encoding import SinePosition
 from dn_detr.layers.query_content import QueryContent, SharedContent
-from dn_detr.models.learned_queries import SlotQueries
+from dn_detr.models.learned_queries import LearnedQueries
 from dn_detr.models.neck import Flatten, SingleScaleNeck
-from dn_detr.models.prediction_heads import Absolute, Heads
+from dn_detr.models.prediction_heads import DirectBoxes, Heads
 from dn_detr.structures import FeatureMaps, Memory
 
 
@@ -61,7 +61,7 @@ def test_a_slot_without_a_point_has_no_reference_and_a_box_is_embedded():
     boxes = torch.tensor([[[0.5, 0.0, 0.2, 0.3]]]).expand(2, 1, 4)
     labels = torch.zeros(2, 1, dtype=torch.int64)
     for point in (None, PointOfPosition()):
-        design = SlotQueries(
+        design = LearnedQueries(
             content=content(has_labels=True),
             num_queries=3,
             has_rows=False,
@@ -76,7 +76,7 @@ def test_a_slot_without_a_point_has_no_reference_and_a_box_is_embedded():
         if point is None:
             assert queries.state.reference is None and noised.reference is None
         else:
-            expected = design.tables.position[:, :2].sigmoid().expand(2, -1, -1)
+            expected = design.learned.position[:, :2].sigmoid().expand(2, -1, -1)
             torch.testing.assert_close(queries.state.reference, expected)
             torch.testing.assert_close(noised.reference[0, 0], torch.tensor([0.5, 0.01]))
 
@@ -84,7 +84,7 @@ def test_a_slot_without_a_point_has_no_reference_and_a_box_is_embedded():
 def test_absolute_boxes_are_what_the_head_says():
     heads = Heads(channels=8, num_classes=3, num_layers=2, shared=True)
     torch.nn.init.normal_(heads.box_heads[0].layers[-1].weight)
-    predictor = Absolute(heads=heads, norm=torch.nn.LayerNorm(8))
+    predictor = DirectBoxes(heads=heads, norm=torch.nn.LayerNorm(8))
     made = torch.randn(1, 4, 8)
     step = predictor(0, made, predictor.start(made, None))
     normed = predictor.norm(made)

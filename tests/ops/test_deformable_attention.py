@@ -17,7 +17,7 @@ from deformable_cases import (
     run,
 )
 
-from dn_detr.ops import deformable_attention, deformable_attention_plain
+from dn_detr.ops import deformable_attention, deformable_attention_pytorch
 from dn_detr.ops.extension import KERNELS
 
 NAMES = ("output", "grad_value", "grad_reference", "grad_offsets", "grad_logits")
@@ -301,7 +301,7 @@ def test_impossible_offsets_contribute_nothing(deform, bad, dtype, coordinates):
         far.offsets[:, 3, :, 0, 1, 0] = 1e6
     results, expected = run(function, inputs), run(function, far)
     assert (results[3][:, 1, :, :, 2] == 0).all()
-    if function is deformable_attention_plain:  # says so
+    if function is deformable_attention_pytorch:  # says so
         results, expected = ((*r[:2], r[0], *r[3:]) for r in (results, expected))
     assert_close(without_sums(results), without_sums(expected), rtol=0, atol=0)
     torch.testing.assert_close(results[1], expected[1])
@@ -560,7 +560,7 @@ def test_second_derivative_is_refused_in_a_sentence(deform_device):
 
 def test_plain_version_is_twice_differentiable():
     inputs = make_inputs(1, 2, 1, 2, 1, ((3, 3),))
-    output = deformable_attention_plain(*inputs)
+    output = deformable_attention_pytorch(*inputs)
     (gradient,) = torch.autograd.grad(output.sum(), inputs.logits, create_graph=True)
     gradient.sum().backward()
     assert inputs.value.grad is not None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from deformable_cases import away_from_whole_cells, make_inputs, run
 
-from dn_detr.ops import deformable_attention, deformable_attention_plain
+from dn_detr.ops import deformable_attention, deformable_attention_pytorch
 from dn_detr.ops.extension import KERNELS
 
 pytestmark = pytest.mark.skipif(
@@ -54,7 +54,7 @@ def test_every_query_and_head_is_done_once_in_any_order(case, dtype, heads):
     grad_output = torch.randn(deformable_attention(*inputs).shape).to(dtype)  # rounded for both
     results = run(deformable_attention, inputs, grad_output)
     precise = moved(inputs, "cpu", torch.float64)
-    expected = run(deformable_attention_plain, precise, grad_output)
+    expected = run(deformable_attention_pytorch, precise, grad_output)
     for got, want in zip(results, expected, strict=True):
         tolerance = 2e-4 if got.dtype == torch.float32 else 4 * torch.finfo(got.dtype).eps
         scale = want.abs().max()
@@ -70,7 +70,7 @@ def test_every_number_of_channels(channels, is_deterministic, dtype):
     inputs = on_gpu(heads=2, channels=channels, queries=37, dtype=dtype)
     with deterministic() if is_deterministic else nullcontext():
         results = run(deformable_attention, inputs)
-    expected = run(deformable_attention_plain, inputs)
+    expected = run(deformable_attention_pytorch, inputs)
     for got, want in zip(results, expected, strict=True):
         tolerance = max(1e-3, torch.finfo(got.dtype).eps)  # of one rounding
         atol = tolerance / 10 * want.abs().max().item()
@@ -94,7 +94,7 @@ def test_deterministic_backward_is_as_precise():
     grad_output[:, ::2] *= 1e-6
     with deterministic():
         results = run(deformable_attention, inputs, grad_output)
-    expected = run(deformable_attention_plain, moved(inputs, "cuda", torch.float64), grad_output)
+    expected = run(deformable_attention_pytorch, moved(inputs, "cuda", torch.float64), grad_output)
     for got, want in zip(results, expected, strict=True):
         assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
@@ -188,6 +188,6 @@ def test_more_images_than_a_grid_is_deep():
     sizes = {"heads": 1, "channels": 4, "points": 1, "queries": 1, "shapes": ((1, 2),)}
     inputs = on_gpu(batch=65_537, **sizes)
     results = run(deformable_attention, inputs)
-    expected = run(deformable_attention_plain, inputs)
+    expected = run(deformable_attention_pytorch, inputs)
     for got, want in zip(results, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)

@@ -96,15 +96,15 @@ def test_wrong_inputs_of_the_costs_are_named(place, change, message):
         ({"costs": [torch.zeros(2, 2, 6).half()]}, "costs to be"),
         ({"image_of": torch.tensor([1, 0])}, "image_of to ascend"),
         ({"num_groups": [4]}, "num_groups to divide 6 slots, got 1 and 4"),
-        ({"repeats": [0]}, "repeats > 0 .* got 0 and 1"),
-        ({"repeats": [1, 1]}, "for each of 1 segments, got 1, 1 and 2"),
+        ({"matches_per_object": [0]}, "matches_per_object > 0 .* got 0 and 1"),
+        ({"matches_per_object": [1, 1]}, "for each of 1 segments, got 1, 1 and 2"),
         ({"is_empty": [torch.zeros(1, 6).bool()]}, r"is_empty to be \[2, 6\], got \[1, 6\]"),
     ],
 )
 def test_wrong_inputs_of_the_assignment_are_named(changes, message):
     arguments = {
         "costs": [torch.zeros(2, 2, 6)], "image_of": torch.tensor([0, 1]), "batch": 2,
-        "is_empty": [None], "num_groups": [1], "repeats": [1],
+        "is_empty": [None], "num_groups": [1], "matches_per_object": [1],
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         assign_objects(**{**arguments, **changes})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_cases import BORDER, SHAPES, by_grid_sample, by_loops, make_inputs, run
 
-from dn_detr.ops import ms_deform_attn, ms_deform_attn_plain
+from dn_detr.ops import ms_deform_attn, ms_deform_attn_pytorch
 from dn_detr.ops.extension import KERNELS
 
 NAMES = ("output", "grad_value", "grad_locations", "grad_weights")
@@ -353,7 +353,7 @@ def test_second_derivative_is_refused_in_a_sentence(kernel_device):
 
 def test_plain_version_is_twice_differentiable():
     inputs = make_inputs(1, 2, 1, 2, 1, ((3, 3),), reach=-0.1)
-    output = ms_deform_attn_plain(*inputs)
+    output = ms_deform_attn_pytorch(*inputs)
     (gradient,) = torch.autograd.grad(output.sum(), inputs[3], create_graph=True)
     gradient.sum().backward()
     assert inputs[0].grad.abs().sum() > 0

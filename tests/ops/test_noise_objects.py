@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from dn_detr.ops import noise_objects, noise_objects_plain
+from dn_detr.ops import noise_objects, noise_objects_pytorch
 from dn_detr.ops.extension import KERNELS
 from dn_detr.ops.philox import philox
 
@@ -17,7 +17,7 @@ needs_cpu_kernel = pytest.mark.skipif(
 
 
 def make_batch(counts=(3, 1, 0, 5), most=None, dtype=torch.float32, device="cpu", seed=0):
-    """(labels, boxes, is_object, noise_keys): objects first, as `pad_targets` makes them."""
+    """(labels, boxes, is_object, noise_seeds): objects first, as `pad_targets` makes them."""
     generator = torch.Generator().manual_seed(seed)
     batch, most = len(counts), most or max(counts)
     is_object = torch.arange(most) < torch.tensor(counts)[:, None]
@@ -170,7 +170,7 @@ def test_no_gradient_flows(noise):
 def test_kernels_equal_the_plain_version_to_the_last_bit(kernel_device, slots, contrastive, dtype):
     counts = (40, 3, 0, 27, 26)
     numbers = {"slots_per_group": slots, "contrastive": contrastive, "num_groups": 20}
-    expected = call(noise_objects_plain, make_batch(counts, dtype=dtype), **numbers)
+    expected = call(noise_objects_pytorch, make_batch(counts, dtype=dtype), **numbers)
     result = call(noise_objects, make_batch(counts, dtype=dtype, device=kernel_device), **numbers)
     for got, want in zip(result, expected, strict=True):
         assert got.dtype == want.dtype and torch.equal(got.cpu(), want)
@@ -244,7 +244,7 @@ STEPS = (
 def test_a_mask_is_right_whatever_was_in_its_memory_before(kernel_device, dtype):
     for counts, changes in STEPS:
         numbers = {**changes, "mask_dtype": dtype}
-        expected = mask_of(noise_objects_plain, counts, numbers)
+        expected = mask_of(noise_objects_pytorch, counts, numbers)
         mask = call(noise_objects, make_batch(counts, device=kernel_device), **numbers).mask
         assert torch.equal(mask.cpu(), expected)
 
@@ -258,7 +258,7 @@ def test_the_memory_of_a_mask_is_used_again_once_nobody_holds_it():
     assert held.data_ptr() != place
     del first
     assert mask_of(noise_objects, (3, 3), numbers).data_ptr() == place
-    assert torch.equal(held, mask_of(noise_objects_plain, (2, 3), numbers))
+    assert torch.equal(held, mask_of(noise_objects_pytorch, (2, 3), numbers))
 
 
 @needs_cpu_kernel
@@ -269,7 +269,7 @@ def test_a_mask_that_a_graph_holds_is_not_changed():
     for counts in ((1, 3), (2, 3)):
         mask_of(noise_objects, counts, numbers)
     product.backward(torch.ones_like(product))
-    assert torch.equal(weight.grad, mask_of(noise_objects_plain, (3, 1), numbers))
+    assert torch.equal(weight.grad, mask_of(noise_objects_pytorch, (3, 1), numbers))
 
 
 @needs_cpu_kernel
@@ -279,7 +279,7 @@ def test_memory_that_somebody_changed_is_not_used_again(grad):
     with torch.set_grad_enabled(grad):
         mask_of(noise_objects, (3, 1), numbers)[..., -1].fill_(7)
         mask = mask_of(noise_objects, (3, 2), numbers)
-    assert torch.equal(mask, mask_of(noise_objects_plain, (3, 2), numbers))
+    assert torch.equal(mask, mask_of(noise_objects_pytorch, (3, 2), numbers))
 
 
 @needs_cpu_kernel
@@ -288,7 +288,7 @@ def test_masks_of_inference_mode_have_memory_of_their_own():
     with torch.inference_mode():
         mask_of(noise_objects, (3, 1), numbers).fill_(7)
         mask = mask_of(noise_objects, (3, 2), numbers)
-    assert torch.equal(mask, mask_of(noise_objects_plain, (3, 2), numbers))
+    assert torch.equal(mask, mask_of(noise_objects_pytorch, (3, 2), numbers))
 
 
 # ---------------------------------------------------------------------------- statistics
@@ -303,11 +303,11 @@ def draw_many(function, device, images=400, groups=50, **changes):
     return call(function, (labels, boxes, is_object, keys), num_groups=groups, **changes)
 
 
-def assert_uniform(numbers, low, high):
+def assert_uniform(config, low, high):
     """Kolmogorov-Smirnov: one sample in a hundred thousand would fail."""
-    numbers = (numbers.double().cpu().flatten().sort().values - low) / (high - low)
-    count = numbers.numel()
-    assert numbers.min() >= -1e-5 and numbers.max() <= 1 + 1e-5
+    numbers = (config.double().cpu().flatten().sort().values - low) / (high - low)
+    count = config.numel()
+    assert config.min() >= -1e-5 and config.max() <= 1 + 1e-5
     distance = (numbers - (torch.arange(count) + 0.5) / count).abs().max()
     assert distance < 2.5 / count**0.5
 
@@ -408,8 +408,8 @@ def test_positives_and_negatives_are_made_of_the_same_objects(noise):
         ("boxes", 1, lambda x: x.half()),
         ("is_object", 2, lambda x: x[:, :1]),
         ("is_object", 2, lambda x: x.long()),
-        ("noise_keys", 3, lambda x: x[:1]),
-        ("noise_keys", 3, lambda x: x.float()),
+        ("noise_seeds", 3, lambda x: x[:1]),
+        ("noise_seeds", 3, lambda x: x.float()),
     ],
 )
 def test_errors_say_what_was_expected_and_what_came(noise, name, place, change):

@@ -7,10 +7,10 @@ from attention_cases import make_inputs
 
 from dn_detr.ops import (
     deformable_attention,
-    deformable_attention_plain,
+    deformable_attention_pytorch,
     ms_deform_attn,
     noise_objects,
-    plain_operators,
+    pytorch_operators,
 )
 from dn_detr.ops.extension import KERNELS
 
@@ -142,7 +142,7 @@ class Attention(torch.nn.Module):
 MODELS = [
     pytest.param(Sampler(ms_deform_attn), id="ms_deform_attn"),
     pytest.param(Attention(deformable_attention), id="deformable_attention"),
-    pytest.param(Attention(deformable_attention_plain), id="deformable_attention_plain"),
+    pytest.param(Attention(deformable_attention_pytorch), id="deformable_attention_pytorch"),
 ]
 
 
@@ -191,7 +191,7 @@ def test_inside_of_plain_operators_a_graph_has_standard_operators_only(function)
         graph = torch.export.export(model, maps).graph
         return [node for node in graph.nodes if "dn_detr" in str(node.target)]
 
-    with plain_operators():
+    with pytorch_operators():
         assert not operators_of_ours()
         inside = model(*maps)
     assert len(operators_of_ours()) == (1 if "cpu" in KERNELS.get(function.__name__, ()) else 0)

@@ -9,7 +9,7 @@ import pytest
 from detectron2.modeling import build_model
 
 from dn_detr.d2.config.defaults import read_config
-from dn_detr.ops import plain_operators
+from dn_detr.ops import pytorch_operators
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = str(ROOT / "configs" / "quick" / "dn_deformable.yaml")
@@ -30,7 +30,7 @@ def test_parameters_are_those_of_the_model(model):
 
 
 def test_the_count_does_not_depend_on_which_operators_are_compiled(model):
-    with plain_operators():
+    with pytorch_operators():
         plain = tool["infer"](model, 64, 96)
     compiled = tool["infer"](model, 64, 96)
     assert plain.gflops == compiled.gflops and plain.activations == compiled.activations

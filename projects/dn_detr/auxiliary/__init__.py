@@ -1,1 +1,1 @@
-"""Training-only segments: an assist is a module (queries, source, targets) -> queries."""
+"""Training-only segments: an auxiliary query module is a module (queries, source, targets) -> queries."""

@@ -1,4 +1,4 @@
-"""Known objects: some boxes of an image are given, the queries find the others (2203.01305, TPAMI
+"""Prompted objects: some boxes of an image are given, the queries find the others (2203.01305, TPAMI
 version, sec. 5.7).
 
 Given boxes with their labels become queries as noised ones do, but nothing hides them: the matched
@@ -28,7 +28,7 @@ OTHER_NOISE = 0x2545F491  # changes a noise key, so that given boxes are not tho
 
 
 @dataclass(frozen=True, eq=False)
-class GivenObjects:
+class PromptedObjects:
     """labels [B, M] int64 (the number of classes: unknown); boxes [B, M, 4]; is_given [B, M] bool,
     False where the slot has none."""
 
@@ -37,37 +37,39 @@ class GivenObjects:
     is_given: Tensor
 
 
-def give(queries: Queries, source, given: GivenObjects) -> Queries:
-    """`queries` behind a "known" segment of the given objects, which they see.
+def add_prompts(queries: Queries, source, given: PromptedObjects) -> Queries:
+    """`queries` behind a "prompt" segment of the given objects, which they see.
 
     source: has `from_boxes(labels [B, M], boxes [B, M, 4]) -> QueryState`.
     """
     most = given.labels.shape[1]
     objects = torch.arange(most, device=given.labels.device)
-    known = Segment(
-        name="known",
+    prompts = Segment(
+        name="prompt",
         size=most,
-        sees=("match",),
+        attends_to=("match",),
         assignment=torch.where(given.is_given, objects, -1),
         is_empty=~given.is_given,
     )
     others = (
-        replace(s, sees=(*s.sees, "known"), leaves_out=given.is_given) if s.name == "match" else s
+        replace(s, attends_to=(*s.attends_to, "prompt"), ignored_objects=given.is_given)
+        if s.name == "match"
+        else s
         for s in queries.segments
     )
     return Queries(
         state=QueryState.cat([source.from_boxes(given.labels, given.boxes), queries.state]),
-        segments=(known, *others),
+        segments=(prompts, *others),
         proposals=queries.proposals,
     )
 
 
-class Known(nn.Module):
+class RandomBoxPrompts(nn.Module):
     """In training, gives random objects of random images to the queries.
 
     probability: that an image has given objects; then each is given with a probability that is
     itself drawn from [0, 1). hidden_labels: share of them without label. box_noise: as in
-    denoising. All follows from `targets.noise_keys`.
+    denoising. All follows from `targets.noise_seeds`.
     """
 
     def __init__(
@@ -85,14 +87,14 @@ class Known(nn.Module):
         self.box_noise = box_noise
 
     def forward(self, queries: Queries, source, targets: Targets) -> Queries:
-        """source: see `give`."""
-        return give(queries, source, self.choose(targets))
+        """source: see `add_prompts`."""
+        return add_prompts(queries, source, self.choose(targets))
 
     @torch.no_grad()
-    def choose(self, targets: Targets) -> GivenObjects:
+    def choose(self, targets: Targets) -> PromptedObjects:
         """What is given of the objects of a batch, in their places."""
         most = targets.labels.shape[1]
-        key = targets.noise_keys[:, None]
+        key = targets.noise_seeds[:, None]
         index = torch.arange(most, device=key.device)[None]
         is_asked, share, *_ = (
             word.double() * 2.0**-32 for word in philox(key, (index[:, :1] * 0, 0, KNOWN_DRAW, 1))
@@ -105,7 +107,7 @@ class Known(nn.Module):
             targets.labels,
             targets.boxes,
             targets.is_object,
-            targets.noise_keys ^ OTHER_NOISE,
+            targets.noise_seeds ^ OTHER_NOISE,
             num_groups=1,
             slots_per_group=most,
             num_classes=self.num_classes,
@@ -116,4 +118,4 @@ class Known(nn.Module):
             mask_dtype=torch.float32,
         )
         labels = torch.where(hiding < self.hidden_labels, self.num_classes, targets.labels)
-        return GivenObjects(labels, noised.boxes, is_given)
+        return PromptedObjects(labels, noised.boxes, is_given)

@@ -63,11 +63,11 @@ class ObjectBudget:
         return max(1, self.max_objects // most_objects), min(most_objects, self.max_objects)
 
 
-class Denoise(nn.Module):
-    """Prepends a "denoise" segment of noised ground truth to the queries.
+class DenoisingQueries(nn.Module):
+    """Prepends a "dn" segment of noised ground truth to the queries.
 
     box_noise: 0.4 in DN-DETR, 1.0 in DINO; label_noise: probability that a label is redrawn. The
-    noise depends on `targets.noise_keys` alone. hides_empty: see the head of this file; without it,
+    noise depends on `targets.noise_seeds` alone. hides_empty: see the head of this file; without it,
     empty slots are seen with a content of zero, as in the published code.
     """
 
@@ -105,13 +105,13 @@ class Denoise(nn.Module):
             content = state.content.masked_fill(noised.is_empty[..., None], 0)
             state = replace(state, content=content)
         segment = Segment(
-            name="denoise",
+            name="dn",
             size=noised.labels.shape[1],
             num_groups=noised.num_groups,
-            sees=("match",),
+            attends_to=("match",),
             assignment=noised.assignment,
             is_empty=noised.is_empty,
-            copies=noised.num_groups,
+            positives_per_object=noised.num_groups,
         )
         return Queries(
             state=QueryState.cat([state, queries.state]),
@@ -130,7 +130,7 @@ class Denoise(nn.Module):
             targets.labels,
             targets.boxes,
             targets.is_object,
-            targets.noise_keys,
+            targets.noise_seeds,
             num_groups=num_groups,
             slots_per_group=slots,
             num_classes=self.num_classes,
@@ -148,8 +148,8 @@ class Denoise(nn.Module):
         return source.from_boxes(noised.labels, noised.boxes)
 
 
-class DenoiseMasks(Denoise):
-    """`Denoise` for queries that start from a mask (2203.01305, TPAMI version, on Mask2Former).
+class MaskDenoisingQueries(DenoisingQueries):
+    """`DenoisingQueries` for queries that start from a mask (2203.01305, TPAMI version, on Mask2Former).
 
     Masks of the ground truth, shifted, must be rebuilt: a mask keeps its shape and size, and moves
     as the centre of its box does in box denoising. Targets must have masks.

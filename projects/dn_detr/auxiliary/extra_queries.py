@@ -1,11 +1,11 @@
 """Extra matched queries in training: Group DETR (2207.13085) and H-DETR (2207.13080).
 
-Group DETR: K - 1 extra groups of learned queries go through the same decoder. Groups do not see each
+Group DETR: K - 1 extra groups of learned queries go through the same decoder. GroupQueries do not see each
 other, and each is matched one-to-one on its own; the loss is the mean over the groups. In two-stage
 models each group selects among proposals of its own head.
 
 H-DETR (sec. 3.2): T extra queries go through the same decoder; neither set sees the other. In the
-second set each object is matched to `repeats` queries. In two-stage models it takes the proposals
+second set each object is matched to `matches_per_object` queries. In two-stage models it takes the proposals
 that rank next after those of the first set.
 
 Inference uses the first group, or set, alone. The extra parameters belong to the modules here, so that
@@ -22,53 +22,62 @@ from torch import Tensor, nn
 from dn_detr.structures import Predictions, Queries, QueryState, Segment, Targets
 
 
-class Groups(nn.Module):
-    """Appends a "groups" segment of num_groups - 1 groups of `num_queries` (11 groups in the paper).
+class GroupQueries(nn.Module):
+    """Appends a "group" segment of num_groups - 1 groups of `num_queries` (11 groups in the paper).
 
-    Owns what these groups learn (`query_design.new_tables`), so that the plain model has none of it.
+    Owns what these groups learn (`query_design.new_parameters`), so that the plain model has none of it.
     """
 
     def __init__(self, *, query_design: nn.Module, num_queries: int, num_groups: int):
         super().__init__()
         if num_groups < 2:
             raise ValueError(f"num_groups must be at least 2, got {num_groups}")
-        self.tables = nn.ModuleList(
-            query_design.new_tables(num_queries) for _ in range(num_groups - 1)
+        self.learned = nn.ModuleList(
+            query_design.new_parameters(num_queries) for _ in range(num_groups - 1)
         )
 
     def forward(self, queries: Queries, source, targets: Targets) -> Queries:
-        """source: has `queries(tables) -> Queries`."""
-        further = [source.queries(tables) for tables in self.tables]
+        """source: has `queries(learned) -> Queries`."""
+        further = [source.queries(learned) for learned in self.learned]
         share = 1 / (1 + len(further))
-        segment = Segment("groups", 0, copies=len(further), weight=1 - share)
+        segment = Segment("group", 0, positives_per_object=len(further), weight=1 - share)
         return append(weigh_match(queries, share), further, segment)
 
 
-class Hybrid(nn.Module):
-    """Appends a "hybrid" segment of `num_queries` (T; 1500) with `repeats` matches an object (K; 6).
+class HybridQueries(nn.Module):
+    """Appends a "hybrid" segment of `num_queries` (T; 1500) with `matches_per_object` matches an object (K; 6).
 
-    weight: of its losses (lambda; 1). Owns what these queries learn (`query_design.new_tables`).
+    weight: of its losses (lambda; 1). Owns what these queries learn (`query_design.new_parameters`).
     """
 
     def __init__(
-        self, *, query_design: nn.Module, num_queries: int, repeats: int, weight: float = 1.0
+        self,
+        *,
+        query_design: nn.Module,
+        num_queries: int,
+        matches_per_object: int,
+        weight: float = 1.0,
     ):
         super().__init__()
-        if num_queries < 1 or repeats < 1:
+        if num_queries < 1 or matches_per_object < 1:
             raise ValueError(
                 "hybrid matching needs at least 1 query and 1 repeat, got "
-                f"{num_queries} and {repeats}"
+                f"{num_queries} and {matches_per_object}"
             )
-        self.repeats = repeats
+        self.matches_per_object = matches_per_object
         self.weight = weight
-        self.tables = query_design.new_tables(num_queries, own_head=False)
+        self.learned = query_design.new_parameters(num_queries, own_head=False)
 
     def forward(self, queries: Queries, source, targets: Targets) -> Queries:
-        """source: has `queries(tables, first_rank) -> Queries`."""
+        """source: has `queries(learned, first_rank) -> Queries`."""
         match = next(segment for segment in queries.segments if segment.name == "match")
-        further = source.queries(self.tables, first_rank=match.size)
+        further = source.queries(self.learned, first_rank=match.size)
         segment = Segment(
-            "hybrid", 0, repeats=self.repeats, copies=self.repeats, weight=self.weight
+            "hybrid",
+            0,
+            matches_per_object=self.matches_per_object,
+            positives_per_object=self.matches_per_object,
+            weight=self.weight,
         )
         return append(queries, [further], segment)
 
@@ -76,7 +85,7 @@ class Hybrid(nn.Module):
 def append(queries: Queries, further: list[Queries], segment: Segment) -> Queries:
     """`queries`, then those of `further` as groups of one new segment.
 
-    segment: its name, weight, copies and repeats; size, groups and empty slots follow from
+    segment: its name, weight, copies and matches_per_object; size, groups and empty slots follow from
     `further`. Proposals, where `further` has any, become a segment of the same kind.
     """
     proposals = queries.proposals
@@ -124,7 +133,7 @@ def _join(parts: list[Predictions], segments: tuple[Segment, ...]) -> Prediction
         segments=segments,
         is_class_agnostic=parts[0].is_class_agnostic,
         mask_embeddings=_cat([part.mask_embeddings for part in parts], axis=2),
-        pixel_map=parts[0].pixel_map,
+        mask_features=parts[0].mask_features,
     )
 
 

@@ -1,6 +1,6 @@
 """Pretrained backbones: which library a file comes from, and its parameters under our names.
 
-Known are the names of Detectron2 and of this project, ResNets of torchvision and timm, of Hugging Face
+RandomBoxPrompts are the names of Detectron2 and of this project, ResNets of torchvision and timm, of Hugging Face
 and of Caffe2 (Detectron2's MSRA files), and for a backbone that a library built, that library's names.
 """
 

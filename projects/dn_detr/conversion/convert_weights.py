@@ -41,7 +41,7 @@ def keep_coco_classes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     converted = dict(state)
     for name, tensor in state.items():
-        if not {"class_heads", "label_table", "class_head"} & set(name.split(".")):
+        if not {"class_heads", "label_embedding", "class_head"} & set(name.split(".")):
             continue
         rows = tensor.shape[0]
         if rows == 1:  # class-agnostic

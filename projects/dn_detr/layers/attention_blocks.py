@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dn_detr.layers.initialization import xavier_fused_
-from dn_detr.layers.query_attention import Visibility, attend
+from dn_detr.layers.query_attention import QueryAttentionMask, attend
 from dn_detr.ops.deformable_attention import deformable_attention
 from dn_detr.structures import Memory
 
@@ -28,11 +28,11 @@ class SelfAttention(nn.Module):
         xavier_fused_([self.q, self.k, self.v])
         xavier_fused_([self.out])
 
-    def forward(self, content: Tensor, position: Tensor, visibility: Visibility) -> Tensor:
+    def forward(self, content: Tensor, position: Tensor, query_mask: QueryAttentionMask) -> Tensor:
         with_position = content + position
         q, k, v = self.q(with_position), self.k(with_position), self.v(content)
         dropout = self.dropout.p if self.training else 0.0
-        update = self.out(attend(q, k, v, self.num_heads, visibility, dropout=dropout))
+        update = self.out(attend(q, k, v, self.num_heads, query_mask, dropout=dropout))
         return self.norm(content + self.dropout(update))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dn_detr.layers.initialization import xavier_, xavier_fused_
-from dn_detr.layers.query_attention import Visibility, additive, attend
+from dn_detr.layers.query_attention import QueryAttentionMask, additive, attend
 from dn_detr.structures import Memory
 
 
@@ -108,13 +108,13 @@ class SplitSelfAttention(nn.Module):
         """What a query [B, Q, C] asks the others."""
         return self.content_q(content) + self.position_q(position)
 
-    def forward(self, content: Tensor, position: Tensor, visibility: Visibility) -> Tensor:
+    def forward(self, content: Tensor, position: Tensor, query_mask: QueryAttentionMask) -> Tensor:
         attended = attend(
             self.query(content, position),
             self.content_k(content) + self.position_k(position),
             self.v(content),
             self.num_heads,
-            visibility,
+            query_mask,
             dropout=self.dropout.p if self.training else 0.0,
         )
         return self.norm(content + self.dropout(self.out(attended)))

@@ -14,32 +14,32 @@ from torch.nn import functional as F
 
 from dn_detr.layers.box_ops import at_least_float32
 from dn_detr.ops.philox import philox
-from dn_detr.structures import PixelMap
+from dn_detr.structures import MaskFeatures
 
 POINT_DRAW = 2
 """Third word of the counter; `ops.noise_objects` uses 0 and 1 with the same keys."""
 
 
-def random_points(noise_keys: Tensor, count: int, stream: int) -> Tensor:
+def random_points(noise_seeds: Tensor, count: int, stream: int) -> Tensor:
     """Uniform points [B, count, 2], float32, that follow from the images' keys [B] int64 alone.
 
     stream: tells apart the points that an image needs for different purposes.
     """
-    pairs = torch.arange((count + 1) // 2, device=noise_keys.device)
-    words = philox(noise_keys[:, None], (pairs, stream, POINT_DRAW, 0))
+    pairs = torch.arange((count + 1) // 2, device=noise_seeds.device)
+    words = philox(noise_seeds[:, None], (pairs, stream, POINT_DRAW, 0))
     uniform = (torch.stack(words, dim=-1) >> 8).float() * 2.0**-24
-    return uniform.reshape(noise_keys.shape[0], -1, 2)[:, :count]
+    return uniform.reshape(noise_seeds.shape[0], -1, 2)[:, :count]
 
 
-def sample_features(pixel_map: PixelMap, points: Tensor) -> Tensor:
+def sample_features(mask_features: MaskFeatures, points: Tensor) -> Tensor:
     """Features of a map at points [B, P, 2] -> [B, C, P], at least float32.
 
     With `torch.use_deterministic_algorithms` by gathering, since the gradients of `grid_sample` have
     no deterministic order on a GPU: the same values, slower.
     """
-    features = at_least_float32(pixel_map.features)
+    features = at_least_float32(mask_features.features)
     height, width = features.shape[-2:]
-    valid = pixel_map.valid_sizes.to(features.dtype)[:, None]
+    valid = mask_features.valid_sizes.to(features.dtype)[:, None]
     cells = torch.minimum(points.to(features.dtype) * valid, valid - 0.5).clamp(min=0.5)
     x, y = cells.unbind(-1)
     if torch.are_deterministic_algorithms_enabled():

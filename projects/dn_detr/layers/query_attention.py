@@ -20,14 +20,14 @@ def attend(
     k: Tensor,
     v: Tensor,
     num_heads: int,
-    visibility: Visibility,
+    query_mask: QueryAttentionMask,
     *,
     dropout: float = 0.0,
 ) -> Tensor:
     """Multi-head attention of queries [B, Q, C] to queries; v may be of another width. No gradient
     and no value passes between slots that do not see each other. dropout: of attention weights."""
     pieces = []
-    for start, size, num_groups, mask in visibility.parts:
+    for start, size, num_groups, mask in query_mask.parts:
         part = [x.narrow(1, start, size) for x in (q, k, v)]
         folded = [fold(x, num_groups, num_heads) for x in part]
         out = F.scaled_dot_product_attention(*folded, attn_mask=mask, dropout_p=dropout)
@@ -49,7 +49,7 @@ def unfold(x: Tensor, num_groups: int) -> Tensor:
     return x
 
 
-class Visibility:
+class QueryAttentionMask:
     """Which query sees which, built once per forward from the segments.
 
     `parts`: (start, size, groups to fold, additive mask [B or 1, 1, size, size] or None). Empty
@@ -66,9 +66,9 @@ class Visibility:
         mask: Tensor | None = None,
     ):
         self.parts: list[tuple[int, int, int, Tensor | None]] = []
-        seen = {name for segment in segments for name in segment.sees}
-        joined = [s for s in segments if s.sees or s.name in seen]
-        folded = [s for s in segments if not (s.sees or s.name in seen)]
+        seen = {name for segment in segments for name in segment.attends_to}
+        joined = [s for s in segments if s.attends_to or s.name in seen]
+        folded = [s for s in segments if not (s.attends_to or s.name in seen)]
         if list(segments) != joined + folded:
             raise ValueError(
                 "segments that see nothing else and are seen by none must come last, got "
@@ -106,7 +106,7 @@ def allowed_pairs(segments: tuple[Segment, ...], device: torch.device) -> Tensor
             1, segment.size // segment.num_groups
         )
         allowed[rows, rows] = group[:, None] == group[None, :]
-        for name in segment.sees:
+        for name in segment.attends_to:
             allowed[rows, ranges[name]] = True
     allowed = allowed[None, None]
     emptiness = [segment.is_empty for segment in segments]

@@ -1,5 +1,5 @@
 """What a query says before the first layer: learned rows for matched queries, label embeddings for
-denoising ones. The label table exists only if an assist asks for it."""
+denoising ones. The label table exists only if an auxiliary query module asks for it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class QueryContent(nn.Module):
         self.num_classes = num_classes
         self.has_indicator = has_labels and has_indicator
         width = channels - 1 if self.has_indicator else channels
-        self.label_table = nn.Embedding(num_classes + 1, width) if has_labels else None
+        self.label_embedding = nn.Embedding(num_classes + 1, width) if has_labels else None
 
     @property
     def has_labels(self) -> bool:
-        return self.label_table is not None
+        return self.label_embedding is not None
 
     def without_indicator(self) -> QueryContent:
         """The same without the indicator, for designs whose matched content is not a learned row of
@@ -54,9 +54,9 @@ class QueryContent(nn.Module):
 
     def labels(self, labels: Tensor) -> Tensor:
         """Content [B, T, C] of denoising queries from labels [B, T] int64."""
-        if self.label_table is None:
+        if self.label_embedding is None:
             raise ValueError("this content was built without a label table")
-        embedded = self.label_table(labels)
+        embedded = self.label_embedding(labels)
         return F.pad(embedded, (0, 1), value=1.0) if self.has_indicator else embedded
 
 

@@ -1,12 +1,13 @@
 """The loss: every term on every layer of every segment, under keys that never depend on the data.
 
-    loss_class                 last layer of the matched queries
-    loss_class_0               their first prediction, and so on up to the last but one
-    loss_denoise_class_3       another segment's
-    loss_encoder_class         the proposals'
+    loss_ce             classes, last layer of the matched queries (also loss_bbox, loss_giou, ...)
+    loss_ce_0           their first layer, and so on up to the last but one
+    loss_ce_dn_3        another segment: denoising queries
+    loss_ce_enc         the proposals of the encoder
+    loss_ce_teacher     of a criterion with a suffix
 
-With a prefix, "loss_<prefix>_" takes the place of "loss_". The same keys come from every process,
-also where no image has an object, as gathering metrics over processes demands.
+The same keys come from every process, also where no image has an object, as gathering metrics over
+processes demands.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from dn_detr.structures import Assignment, Assignments, Matched, Predictions, Ta
 class Criterion:
     """Weighted losses of the assigned predictions.
 
-    terms: name (lower-case letters, part of the key) -> (term, weight); prefix: of all keys, tells
+    terms: name (lower-case letters, part of the key) -> (term, weight); suffix: of all keys, tells
     apart several criteria over the same predictions; segments: names of the segments served
     ("encoder/<name>" for proposals), None = all. masks: further terms, of masks; None = no masks.
     """
@@ -37,7 +38,7 @@ class Criterion:
         self,
         terms: Mapping[str, tuple[Term, float]],
         *,
-        prefix: str = "",
+        suffix: str = "",
         segments: Collection[str] | None = None,
         masks: MaskTerms | None = None,
     ):
@@ -45,7 +46,7 @@ class Criterion:
             if not re.fullmatch("[a-z]+", name):
                 raise ValueError(f"names of terms must be lower-case letters, got {name!r}")
         self.terms = dict(terms)
-        self.prefix = prefix
+        self.suffix = suffix
         self.segments = segments
         self.masks = masks
 
@@ -70,7 +71,7 @@ class Criterion:
                     raise ValueError(
                         f"segment {name!r} has no assignment, only {sorted(assignments)} have"
                     )
-                matched = look_up(part, targets, assignments[name])
+                matched = gather_targets(part, targets, assignments[name])
                 is_bad = assignments[name].is_bad
                 terms = self.terms
                 if sampled is not None and name not in self.masks.without:
@@ -81,7 +82,7 @@ class Criterion:
                     values = term(matched, num_objects) * (weight * part.segments[0].weight)
                     if is_bad is not None:
                         values = torch.where(is_bad.any(1), torch.nan, values)
-                    key = _joined("loss", self.prefix, _label(name), term_name)
+                    key = _joined("loss", term_name, _label(name), self.suffix)
                     last = values.shape[0] - 1
                     for layer, value in enumerate(values.unbind()):
                         losses[key if layer == last else f"{key}_{layer}"] = value
@@ -89,9 +90,9 @@ class Criterion:
 
 
 def _label(segment: str) -> str:
-    """Part of the keys: none for "match", "encoder" for "encoder/match", else the name."""
+    """Part of the keys: none for "match", "enc" for "encoder/match", else the name."""
     place, _, name = segment.rpartition("/")
-    return _joined(place, "" if name == "match" else name)
+    return _joined("enc" if place else "", "" if name == "match" else name)
 
 
 def _joined(*words: str) -> str:
@@ -99,7 +100,7 @@ def _joined(*words: str) -> str:
     return "_".join([word for word in words if word])
 
 
-def look_up(part: Predictions, targets: Targets, assignment: Assignment) -> Matched:
+def gather_targets(part: Predictions, targets: Targets, assignment: Assignment) -> Matched:
     """The predictions of one segment beside the ground truth that its slots are assigned.
 
     Slots that do not exist get logits 0 and boxes .5 without gradient, whatever stood there.
@@ -127,20 +128,32 @@ def look_up(part: Predictions, targets: Targets, assignment: Assignment) -> Matc
         is_positive=(object_of >= 0) & is_real,
         is_real=is_real,
         assignment=assignment,
-        copies=part.segments[0].copies,
+        positives_per_object=part.segments[0].positives_per_object,
     )
 
 
-def summarize(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Total of each segment over layers and terms, for the console: loss_match, loss_denoise, ...
+TERM = r"rpn(?=_cls|_loc)|box_reg|[a-z]+"
+"""A loss term in a key; the first two are Detectron2's, of Faster R-CNN."""
 
-    losses: what one or more criteria gave. ValueError on any other key.
+
+def summarize(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add up the losses of each segment over terms and layers: loss_match, loss_dn, ...
+
+    Args:
+        losses: scalars under the keys of one or more criteria, or of Detectron2's Faster R-CNN
+            (whose first stage becomes loss_rpn).
+
+    Returns:
+        Scalars under "loss_<segment>".
+
+    Raises:
+        ValueError: for any other key.
     """
     totals: dict[str, Tensor] = {}
     for key, value in losses.items():
-        parsed = re.fullmatch(r"loss_(?:(.+)_)?[a-z]+(?:_\d+)?", key)
+        parsed = re.fullmatch(rf"loss_({TERM})(?:_(.+?))??(?:_\d+)?", key)
         if parsed is None:
             raise ValueError(f"keys must be those of a Criterion, got {key!r}")
-        name = f"loss_{parsed[1] or 'match'}"
+        name = "loss_rpn" if parsed[1] == "rpn" else f"loss_{parsed[2] or 'match'}"
         totals[name] = totals[name] + value if name in totals else value
     return totals

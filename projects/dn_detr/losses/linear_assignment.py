@@ -17,22 +17,22 @@ def solve(
     batch: int,
     is_empty: list[Tensor | None],
     num_groups: list[int],
-    repeats: list[int],
+    matches_per_object: list[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Objects of the slots of several segments, and where there was none to be found, as
     `ops.matching.assign_objects` says; without its kernel by SciPy, with one copy to the host."""
     if use_kernel("assign_objects", image_of.device):
-        return assign_objects(costs, image_of, batch, is_empty, num_groups, repeats)
-    return solve_plain(costs, image_of, batch, is_empty, num_groups, repeats)
+        return assign_objects(costs, image_of, batch, is_empty, num_groups, matches_per_object)
+    return solve_pytorch(costs, image_of, batch, is_empty, num_groups, matches_per_object)
 
 
-def solve_plain(
+def solve_pytorch(
     costs: list[Tensor],
     image_of: Tensor,
     batch: int,
     is_empty: list[Tensor | None],
     num_groups: list[int],
-    repeats: list[int],
+    matches_per_object: list[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """`solve` by SciPy, one problem after the other."""
     if not costs:
@@ -47,7 +47,11 @@ def solve_plain(
     found = [
         _solve_segment(*arguments, starts)
         for arguments in zip(
-            arrays[1 : 1 + len(costs)], arrays[1 + len(costs) :], num_groups, repeats, strict=True
+            arrays[1 : 1 + len(costs)],
+            arrays[1 + len(costs) :],
+            num_groups,
+            matches_per_object,
+            strict=True,
         )
     ]
     object_of, is_bad = zip(*found, strict=True)
@@ -55,7 +59,11 @@ def solve_plain(
 
 
 def _solve_segment(
-    cost: np.ndarray, is_empty: np.ndarray, num_groups: int, repeats: int, starts: np.ndarray
+    cost: np.ndarray,
+    is_empty: np.ndarray,
+    num_groups: int,
+    matches_per_object: int,
+    starts: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """object_of [L, B, slots] and is_bad [L, B] for cost [L, T, slots], is_empty [B, slots]."""
     layers, _, slots = cost.shape
@@ -70,7 +78,7 @@ def _solve_segment(
         if not np.isfinite(matrix).all():
             is_bad[layer, image] = True
         elif end > first:
-            rows, columns = linear_sum_assignment(np.tile(matrix, (repeats, 1)))
+            rows, columns = linear_sum_assignment(np.tile(matrix, (matches_per_object, 1)))
             object_of[layer, image, real[columns]] = rows % (end - first)
     return object_of, is_bad
 

@@ -1,6 +1,6 @@
 """Loss terms: term(matched, num_objects) -> one loss for each layer, [L].
 
-A term adds up what its slots owe and divides by `matched.copies * num_objects`, a mean over the
+A term adds up what its slots owe and divides by `matched.positives_per_object * num_objects`, a mean over the
 objects of the batch; only softmax has a normaliser of its own. Slots are chosen with `where`, never
 by multiplying with a mask, because 0 x NaN is NaN. `matched` holds float32 (see `criterion`).
 
@@ -54,7 +54,7 @@ class Focal:
         penalty = focal_penalty(logits, self.gamma)
         loss = torch.where(is_target, self.alpha * penalty, (1 - self.alpha) * penalty).sum(-1)
         loss = loss * _slot_weight(matched, self.unmatched_weight)
-        return _sum_slots(loss, matched.is_real) / (matched.copies * num_objects)
+        return _sum_slots(loss, matched.is_real) / (matched.positives_per_object * num_objects)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +78,14 @@ class MatchabilityAware:
         # Cross-entropy is softplus(x) - quality x; the weight is 1 wherever quality is not 0.
         loss = (weight * F.softplus(matched.logits) - quality * matched.logits).sum(-1)
         loss = loss * _slot_weight(matched, self.unmatched_weight)
-        return _sum_slots(loss, matched.is_real) / (matched.copies * num_objects)
+        return _sum_slots(loss, matched.is_real) / (matched.positives_per_object * num_objects)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Softmax:
     """Cross-entropy whose last class is "no object" (DETR, 2005.12872, appendix A.2).
 
-    A weighted mean over the real slots: it knows neither `copies` nor `num_objects`.
+    A weighted mean over the real slots: it knows neither `positives_per_object` nor `num_objects`.
     """
 
     unmatched_weight: float = 0.1
@@ -105,7 +105,7 @@ class L1:
 
     def __call__(self, matched: Matched, num_objects: float | Tensor) -> Tensor:
         loss = (matched.boxes - matched.target_boxes).abs().sum(-1) * matched.target_scores
-        return _sum_slots(loss, matched.is_positive) / (matched.copies * num_objects)
+        return _sum_slots(loss, matched.is_positive) / (matched.positives_per_object * num_objects)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,4 +117,4 @@ class GIoU:
             cxcywh_to_xyxy(matched.boxes), cxcywh_to_xyxy(matched.target_boxes)
         )
         loss = (1 - overlap) * matched.target_scores
-        return _sum_slots(loss, matched.is_positive) / (matched.copies * num_objects)
+        return _sum_slots(loss, matched.is_positive) / (matched.positives_per_object * num_objects)

@@ -34,8 +34,8 @@ class MaskCosts:
             return others + self._of_masks(predictions, objects)
 
     def _of_masks(self, predictions: Predictions, objects: Objects) -> Tensor:
-        points = random_points(objects.noise_keys, self.num_points, MATCHING)
-        features = sample_features(predictions.pixel_map, points)  # [B, C, P]
+        points = random_points(objects.noise_seeds, self.num_points, MATCHING)
+        features = sample_features(predictions.mask_features, points)  # [B, C, P]
         labels = [
             sample_masks(masks, at).to(features.dtype)
             for masks, at in zip(objects.masks, points, strict=True)

@@ -1,7 +1,7 @@
 """Masks are compared with the ground truth at random points, most of them where the prediction is
 unsure (2112.01527, sec. 3.3; 1912.08193, sec. 3.2).
 
-All predictions of an image share one set of candidate points, so that the pixel map and the ground
+All predictions of an image share one set of candidate points, so that the mask features and the ground
 truth are sampled once, for all layers and segments; masks at the points are products with the
 embeddings, and no whole mask is ever made. Which of the candidates count is each prediction's own
 matter. The points follow from the image's noise key alone: they are the same after a resume, and
@@ -44,15 +44,15 @@ class PointSampling:
 
     def sample(self, predictions: Predictions, targets: Targets) -> SampledMasks:
         """What all segments of these predictions share. `targets` must have masks."""
-        if predictions.pixel_map is None or targets.masks is None:
+        if predictions.mask_features is None or targets.masks is None:
             raise ValueError("losses of masks need predictions and targets with masks")
         num_candidates = int(self.num_points * self.oversample)
         num_unsure = int(self.num_points * self.importance)
-        candidates = random_points(targets.noise_keys, num_candidates, CANDIDATES)
-        others = random_points(targets.noise_keys, self.num_points - num_unsure, RANDOM)
+        candidates = random_points(targets.noise_seeds, num_candidates, CANDIDATES)
+        others = random_points(targets.noise_seeds, self.num_points - num_unsure, RANDOM)
         points = torch.cat((candidates, others), dim=1)
         return SampledMasks(
-            features=sample_features(predictions.pixel_map, points),
+            features=sample_features(predictions.mask_features, points),
             labels=_labels(targets, points),
             num_candidates=num_candidates,
             num_unsure=num_unsure,
@@ -82,7 +82,7 @@ class SampledMasks:
     def of(self, part: Predictions, assignment: Assignment, scores: Tensor) -> MaskPoints:
         """Masks of one segment's positive slots. scores [L, B, q]: of their targets."""
         segment = part.segments[0]
-        limit = max(1, min(segment.size, round(self.most_objects * segment.copies)))
+        limit = max(1, min(segment.size, round(self.most_objects * segment.positives_per_object)))
         slots = assignment.positive_slots(limit)  # [L, B, n]
         object_of = assignment.object_of.gather(2, slots)
         is_real = assignment.is_real.expand_as(assignment.object_of).gather(2, slots)

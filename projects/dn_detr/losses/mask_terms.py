@@ -28,7 +28,7 @@ def _mean_over_objects(loss: Tensor, matched: Matched, num_objects: float | Tens
     """Losses [L, B, n] of the masks -> [L]."""
     points = matched.mask_points
     loss = torch.where(points.is_positive, loss * points.scores, 0)
-    return loss.sum(dim=(1, 2)) / (matched.copies * num_objects)
+    return loss.sum(dim=(1, 2)) / (matched.positives_per_object * num_objects)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ def assign(
     """Assign the objects of each image to its slots, for every layer and segment on its own.
 
     Segments with a fixed assignment get that; in the others each group of slots takes each object
-    at most `repeats` times at the least total cost. Empty slots are never matched; objects that
+    at most `matches_per_object` times at the least total cost. Empty slots are never matched; objects that
     find no slot stay without. Proposals are answered under "encoder/<name>". only: names of the
     segments wanted, None = all.
 
@@ -50,14 +50,14 @@ def assign(
         targets.labels.shape[0],
         [segment.is_empty for segment in segments],
         [segment.num_groups for segment in segments],
-        [segment.repeats for segment in segments],
+        [segment.matches_per_object for segment in segments],
     )
     found = dict(zip(matched, zip(object_of, has_bad_cost, strict=True), strict=True))
     assignments = {}
     for name, part in parts.items():
         if name in found:
             object_of, is_bad = found[name]
-            object_of = _leave_out(object_of, part.segments[0].leaves_out)
+            object_of = _leave_out(object_of, part.segments[0].ignored_objects)
             assignment = Assignment(object_of, _is_real(part), is_bad | _is_nonfinite(part))
         else:
             fixed = part.segments[0].assignment.expand(part.logits.shape[0], -1, -1)
@@ -82,12 +82,12 @@ def find_nonfinite(assignments: Assignments) -> str:
     return ""
 
 
-def _leave_out(object_of: Tensor, leaves_out: Tensor | None) -> Tensor:
+def _leave_out(object_of: Tensor, ignored_objects: Tensor | None) -> Tensor:
     """object_of [L, B, size], with -1 for the objects that are left out, [B, M] or None."""
-    if leaves_out is None:
+    if ignored_objects is None:
         return object_of
-    leaves_out = leaves_out.expand(object_of.shape[0], -1, -1)
-    return torch.where(leaves_out.gather(2, object_of.clamp(min=0)), -1, object_of)
+    ignored_objects = ignored_objects.expand(object_of.shape[0], -1, -1)
+    return torch.where(ignored_objects.gather(2, object_of.clamp(min=0)), -1, object_of)
 
 
 def _costs(part: Predictions, objects: Objects, costs: Callable) -> Tensor:

@@ -21,13 +21,13 @@ from dn_detr.structures import Predictions, Targets
 @dataclass(frozen=True, eq=False)
 class Objects:
     """The objects of a batch without padding: image_of [T] int64, ascending; labels [T] int64;
-    boxes [T, 4] cxcywh. masks and noise_keys [B]: as in `Targets`."""
+    boxes [T, 4] cxcywh. masks and noise_seeds [B]: as in `Targets`."""
 
     image_of: Tensor
     labels: Tensor
     boxes: Tensor
     masks: tuple[Tensor, ...] | None
-    noise_keys: Tensor
+    noise_seeds: Tensor
 
 
 def list_objects(targets: Targets) -> Objects:
@@ -40,7 +40,7 @@ def list_objects(targets: Targets) -> Objects:
         labels=targets.labels[image_of, place_of],
         boxes=targets.boxes[image_of, place_of],
         masks=targets.masks,
-        noise_keys=targets.noise_keys,
+        noise_seeds=targets.noise_seeds,
     )
 
 

@@ -19,7 +19,7 @@ class Teaching:
     The same predictions are matched once more, in every layer on its own, now with the teacher's
     boxes. A box weighs as much as its score s: the class loss of the slot that is matched with it is
     multiplied by s, those of the others by `unmatched_weight`; L1 by s; GIoU too, s (1 - GIoU).
-    Nothing is added to the model. Keys are "loss_teacher_class" and so on.
+    Nothing is added to the model. Keys are "loss_ce_teacher" and so on.
 
     The authors' code has 1 - s GIoU in the last term, whose gradient is the same; here a box with
     score 0 costs nothing, as in the other terms. Of several teachers the paper adds up the losses,
@@ -52,7 +52,7 @@ class Teaching:
         self.segments = tuple(segments)
         self.criterion = Criterion(
             {
-                "class": (
+                "ce": (
                     Softmax(unmatched_weight=no_object_weight * unmatched_weight)
                     if costs.kind == "softmax"
                     else Focal(
@@ -60,10 +60,10 @@ class Teaching:
                     ),
                     weight * class_weight,
                 ),
-                "box": (L1(), weight * l1_weight),
+                "bbox": (L1(), weight * l1_weight),
                 "giou": (GIoU(), weight * giou_weight),
             },
-            prefix="teacher",
+            suffix="teacher",
             segments=self.segments,
         )
 

@@ -1,4 +1,4 @@
-"""One page per paper. A page is a function (numbers, in_channels, strides, content) -> DETR.
+"""One page per paper. A page is a function (config, in_channels, strides, content) -> DETR.
 
 To add a method, write its page and name it here; nothing else needs to know of it.
 """

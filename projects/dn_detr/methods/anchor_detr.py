@@ -33,10 +33,10 @@ from dn_detr.layers.query_content import QueryContent, SharedContent
 from dn_detr.layers.row_column_attention import RowColumnAttention
 from dn_detr.models.decoder import Decoder, DecoderLayer
 from dn_detr.models.detection_transformer import DETR
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 from dn_detr.models.neck import SingleScaleNeck, norm
-from dn_detr.models.prediction_heads import OffsetFromPoint, shared_heads
-from dn_detr.models.query_designs import AnchorTables, SharedBoxQueries
+from dn_detr.models.prediction_heads import PointOffsetBoxes, shared_heads
+from dn_detr.models.query_designs import AnchorParameters, SharedBoxQueries
 from dn_detr.models.single_scale import feed_forward, single_scale_flatten
 from dn_detr.structures import Memory
 
@@ -79,14 +79,14 @@ class PointPosition(nn.Module):
         super().__init__()
         self.channels = channels
         self.axis = axis
-        self.of_point = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=2)
+        self.point_mlp = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=2)
 
     def forward(
         self, layer: int, content: Tensor, reference: Tensor, learned: None, memory: Memory
     ) -> tuple[Tensor, PointPlace]:
         encoded = sine_of_reference(reference, self.channels // 2, TEMPERATURE)
         x, y = (self.axis(axis, content.dtype) for axis in reference.unbind(-1))
-        for_self = self.of_point(encoded.to(content.dtype))
+        for_self = self.point_mlp(encoded.to(content.dtype))
         return for_self, PointPlace(query=(x, y), axes=self.axis.of_map(memory))
 
 
@@ -107,10 +107,10 @@ class RowColumnCrossAttention(nn.Module):
 class RowColumnEncoder(nn.Module):
     """Row-column self-attention of the cells, then feed-forward, layer after layer."""
 
-    def __init__(self, n: Numbers, *, axis: AxisPosition):
+    def __init__(self, c: ModelConfig, *, axis: AxisPosition):
         super().__init__()
         self.axis = axis
-        self.layers = nn.ModuleList(RowColumnEncoderLayer(n) for _ in range(n.encoder_layers))
+        self.layers = nn.ModuleList(RowColumnEncoderLayer(c) for _ in range(c.encoder_layers))
 
     def forward(self, memory: Memory) -> Memory:
         axes = self.axis.of_map(memory)
@@ -120,12 +120,12 @@ class RowColumnEncoder(nn.Module):
 
 
 class RowColumnEncoderLayer(nn.Module):
-    def __init__(self, n: Numbers):
+    def __init__(self, c: ModelConfig):
         super().__init__()
-        self.attention = row_column_attention(n)
-        self.dropout = nn.Dropout(n.dropout)
-        self.norm = nn.LayerNorm(n.channels)
-        self.feed_forward = feed_forward(n)
+        self.attention = row_column_attention(c)
+        self.dropout = nn.Dropout(c.dropout)
+        self.norm = nn.LayerNorm(c.channels)
+        self.feed_forward = feed_forward(c)
 
     def forward(self, memory: Memory, axes: tuple[Tensor, Tensor]) -> Tensor:
         """axes: positions of columns [B, w, C] and rows [B, h, C] -> tokens [B, h * w, C]."""
@@ -146,8 +146,8 @@ def as_map(memory: Memory) -> tuple[Tensor, Tensor]:
 class PointQueries(SharedBoxQueries):
     """A learned point for each query, in [0, 1] at the start; of a box, its centre."""
 
-    def new_tables(self, num_queries: int, own_head: bool = True) -> AnchorTables:
-        return AnchorTables(torch.rand(num_queries, 2))
+    def new_parameters(self, num_queries: int, own_head: bool = True) -> AnchorParameters:
+        return AnchorParameters(torch.rand(num_queries, 2))
 
     def references(self, anchors: Tensor) -> Tensor:
         return anchors
@@ -156,46 +156,46 @@ class PointQueries(SharedBoxQueries):
         return boxes[..., :2].clamp(self.epsilon, 1 - self.epsilon)
 
 
-def row_column_attention(n: Numbers) -> RowColumnAttention:
-    return RowColumnAttention(channels=n.channels, num_heads=n.num_heads, dropout=n.dropout)
+def row_column_attention(c: ModelConfig) -> RowColumnAttention:
+    return RowColumnAttention(channels=c.channels, num_heads=c.num_heads, dropout=c.dropout)
 
 
-def decoder_layer(n: Numbers) -> DecoderLayer:
+def decoder_layer(c: ModelConfig) -> DecoderLayer:
     return DecoderLayer(
-        self_attention=SelfAttention(channels=n.channels, num_heads=n.num_heads, dropout=n.dropout),
-        cross_attention=RowColumnCrossAttention(row_column_attention(n)),
-        feed_forward=feed_forward(n),
-        channels=n.channels,
-        dropout=n.dropout,
+        self_attention=SelfAttention(channels=c.channels, num_heads=c.num_heads, dropout=c.dropout),
+        cross_attention=RowColumnCrossAttention(row_column_attention(c)),
+        feed_forward=feed_forward(c),
+        channels=c.channels,
+        dropout=c.dropout,
     )
 
 
 def anchor_detr(
-    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Neck, encoder, queries and decoder of Anchor DETR."""
-    n = numbers
-    projection = nn.Conv2d(in_channels[-1], n.channels, kernel_size=1)
+    c = config
+    projection = nn.Conv2d(in_channels[-1], c.channels, kernel_size=1)
     nn.init.xavier_uniform_(projection.weight)
     nn.init.zeros_(projection.bias)
-    axis = AxisPosition(channels=n.channels)
+    axis = AxisPosition(channels=c.channels)
     return DETR(
         neck=SingleScaleNeck(
-            projection=nn.Sequential(projection, norm(n.channels)), stride=strides[-1]
+            projection=nn.Sequential(projection, norm(c.channels)), stride=strides[-1]
         ),
-        flatten=single_scale_flatten(n, TEMPERATURE),
-        encoder=RowColumnEncoder(n, axis=axis),
+        flatten=single_scale_flatten(c, TEMPERATURE),
+        encoder=RowColumnEncoder(c, axis=axis),
         query_design=PointQueries(
             content=content,
-            shared=SharedContent(content=content, is_learned=False, num_patterns=n.num_patterns),
-            num_queries=n.num_queries,
-            epsilon=n.epsilon,
+            shared=SharedContent(content=content, is_learned=False, num_patterns=c.num_patterns),
+            num_queries=c.num_queries,
+            epsilon=c.epsilon,
         ),
         decoder=Decoder(
-            layers=[decoder_layer(n) for _ in range(n.decoder_layers)],
-            position=PointPosition(channels=n.channels, axis=axis),
-            predictor=OffsetFromPoint(
-                heads=shared_heads(n, size_bias=-2.0), norm=None, epsilon=n.epsilon
+            layers=[decoder_layer(c) for _ in range(c.decoder_layers)],
+            position=PointPosition(channels=c.channels, axis=axis),
+            predictor=PointOffsetBoxes(
+                heads=shared_heads(c, size_bias=-2.0), norm=None, epsilon=c.epsilon
             ),
         ),
     )

@@ -29,9 +29,9 @@ from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.decoder import Decoder
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.encoder import DenseEncoder
-from dn_detr.models.learned_queries import empty_slots
-from dn_detr.models.model_config import Numbers
-from dn_detr.models.prediction_heads import OffsetFromPoint, shared_heads
+from dn_detr.models.learned_queries import zero_content_queries
+from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.prediction_heads import PointOffsetBoxes, shared_heads
 from dn_detr.models.single_scale import (
     conditional_decoder_layers,
     dense_encoder_layers,
@@ -45,11 +45,11 @@ class SlotPoint(nn.Module):
 
     def __init__(self, *, channels: int):
         super().__init__()
-        self.of_slot = MLP(in_dim=channels, hidden_dim=channels, out_dim=2, num_layers=2)
+        self.query_mlp = MLP(in_dim=channels, hidden_dim=channels, out_dim=2, num_layers=2)
         xavier_(self)
 
     def forward(self, content: Tensor, position: Tensor) -> Tensor:
-        return self.of_slot(position)
+        return self.query_mlp(position)
 
 
 class ConditionalPointPosition(nn.Module):
@@ -71,22 +71,22 @@ class ConditionalPointPosition(nn.Module):
 
 
 def conditional_detr(
-    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Neck, encoder, queries and decoder of Conditional DETR."""
-    n = numbers
+    c = config
     return single_scale_detector(
-        n,
+        c,
         in_channels,
         strides,
         temperature=10000.0,
-        encoder=DenseEncoder(dense_encoder_layers(n)),
-        query_design=empty_slots(n, content, SlotPoint(channels=n.channels)),
+        encoder=DenseEncoder(dense_encoder_layers(c)),
+        query_design=zero_content_queries(c, content, SlotPoint(channels=c.channels)),
         decoder=Decoder(
-            layers=conditional_decoder_layers(n),
-            position=ConditionalPointPosition(channels=n.channels),
-            predictor=OffsetFromPoint(
-                heads=shared_heads(n), norm=nn.LayerNorm(n.channels), epsilon=n.epsilon
+            layers=conditional_decoder_layers(c),
+            position=ConditionalPointPosition(channels=c.channels),
+            predictor=PointOffsetBoxes(
+                heads=shared_heads(c), norm=nn.LayerNorm(c.channels), epsilon=c.epsilon
             ),
         ),
     )

@@ -20,33 +20,33 @@ from __future__ import annotations
 from dn_detr.layers.position_encoding import SinePosition
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.detection_transformer import DETR
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 from dn_detr.models.multi_scale import deformable_detector
-from dn_detr.models.prediction_heads import Refined, own_heads
+from dn_detr.models.prediction_heads import IterativeRefinement, own_heads
 from dn_detr.models.query_designs import BoxQueries
 from dn_detr.models.query_positions import BoxPosition
 
 
 def dab_deformable(
-    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Neck, encoder, queries and decoder of the fully deformable DAB-DETR."""
-    n = numbers
+    c = config
     return deformable_detector(
-        n,
+        c,
         in_channels,
         strides,
-        image_position=SinePosition(channels=n.channels, temperature=10000.0, cell_offset=-0.5),
-        query_design=BoxQueries(content=content, num_queries=n.num_queries, epsilon=n.epsilon),
+        image_position=SinePosition(channels=c.channels, temperature=10000.0, cell_offset=-0.5),
+        query_design=BoxQueries(content=content, num_queries=c.num_queries, epsilon=c.epsilon),
         position=BoxPosition(
-            channels=n.channels,
+            channels=c.channels,
             scales_with_content=True,
-            scales_with_canvas=n.scales_with_canvas,
+            scales_with_canvas=c.scales_with_canvas,
         ),
-        predictor=Refined(
-            heads=own_heads(n, size_bias=-2.0),
+        predictor=IterativeRefinement(
+            heads=own_heads(c, size_bias=-2.0),
             norm=None,
             looks_forward_twice=False,
-            epsilon=n.epsilon,
+            epsilon=c.epsilon,
         ),
     )

@@ -27,14 +27,14 @@ from dn_detr.layers.multihead_attention import (
     attend_densely,
 )
 from dn_detr.layers.position_encoding import SinePosition
-from dn_detr.layers.query_attention import Visibility
+from dn_detr.layers.query_attention import QueryAttentionMask
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.decoder import Decoder
 from dn_detr.models.detection_transformer import DETR
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 from dn_detr.models.multi_scale import deformable_encoder, feed_forward, multi_scale_neck
 from dn_detr.models.neck import Flatten
-from dn_detr.models.prediction_heads import refined_behind_norm
+from dn_detr.models.prediction_heads import normed_iterative_refinement
 from dn_detr.models.query_designs import shared_box_queries
 from dn_detr.models.query_positions import ModulatedBoxPosition
 from dn_detr.structures import Memory
@@ -68,11 +68,11 @@ class LevelMixingLayer(nn.Module):
         position: tuple[Tensor, ConditionalPosition],
         reference: Tensor,
         memory: Memory,
-        visibility: Visibility,
+        query_mask: QueryAttentionMask,
     ) -> Tensor:
         for_self, for_cross = position
         weights = self.level_weights(self.self_attention.query(content, for_self)).softmax(-1)
-        content = self.self_attention(content, for_self, visibility)
+        content = self.self_attention(content, for_self, query_mask)
         update = self.attend_to_levels(content, for_cross, memory, weights)
         return self.feed_forward(self.norm(content + self.dropout(update)))
 
@@ -101,34 +101,34 @@ class LevelMixingLayer(nn.Module):
 
 
 def dab_deformable_encoder_only(
-    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Neck, encoder, queries and decoder of the encoder-only DAB-Deformable-DETR."""
-    n = numbers
+    c = config
     return DETR(
-        neck=multi_scale_neck(n, in_channels, strides),
+        neck=multi_scale_neck(c, in_channels, strides),
         flatten=Flatten(
-            position=SinePosition(channels=n.channels, temperature=20.0, cell_offset=0.0),
-            channels=n.channels,
-            num_levels=n.num_levels,
+            position=SinePosition(channels=c.channels, temperature=20.0, cell_offset=0.0),
+            channels=c.channels,
+            num_levels=c.num_levels,
         ),
-        encoder=deformable_encoder(n),
-        query_design=shared_box_queries(n, content),
+        encoder=deformable_encoder(c),
+        query_design=shared_box_queries(c, content),
         decoder=Decoder(
-            layers=[decoder_layer(n, is_first=index == 0) for index in range(n.decoder_layers)],
-            position=ModulatedBoxPosition(channels=n.channels),
-            predictor=refined_behind_norm(n),
+            layers=[decoder_layer(c, is_first=index == 0) for index in range(c.decoder_layers)],
+            position=ModulatedBoxPosition(channels=c.channels),
+            predictor=normed_iterative_refinement(c),
         ),
     )
 
 
-def decoder_layer(n: Numbers, *, is_first: bool) -> LevelMixingLayer:
-    size = {"channels": n.channels, "num_heads": n.num_heads, "dropout": n.dropout}
+def decoder_layer(c: ModelConfig, *, is_first: bool) -> LevelMixingLayer:
+    size = {"channels": c.channels, "num_heads": c.num_heads, "dropout": c.dropout}
     return LevelMixingLayer(
         self_attention=SplitSelfAttention(**size),
         cross_attention=ConditionalCrossAttention(**size, is_first=is_first),
-        feed_forward=feed_forward(n),
-        channels=n.channels,
-        num_levels=n.num_levels,
-        dropout=n.dropout,
+        feed_forward=feed_forward(c),
+        channels=c.channels,
+        num_levels=c.num_levels,
+        dropout=c.dropout,
     )

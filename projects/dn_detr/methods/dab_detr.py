@@ -35,8 +35,8 @@ from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.decoder import Decoder
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.encoder import DenseEncoder
-from dn_detr.models.model_config import Numbers
-from dn_detr.models.prediction_heads import refined_behind_norm
+from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.prediction_heads import normed_iterative_refinement
 from dn_detr.models.query_designs import shared_box_queries
 from dn_detr.models.query_positions import ModulatedBoxPosition
 from dn_detr.models.single_scale import (
@@ -63,20 +63,20 @@ class ScaledDenseEncoder(DenseEncoder):
 
 
 def dab_detr(
-    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Neck, encoder, queries and decoder of DAB-DETR and DN-DETR."""
-    n = numbers
+    c = config
     return single_scale_detector(
-        n,
+        c,
         in_channels,
         strides,
         temperature=20.0,
-        encoder=ScaledDenseEncoder(dense_encoder_layers(n, nn.PReLU), channels=n.channels),
-        query_design=shared_box_queries(n, content),
+        encoder=ScaledDenseEncoder(dense_encoder_layers(c, nn.PReLU), channels=c.channels),
+        query_design=shared_box_queries(c, content),
         decoder=Decoder(
-            layers=conditional_decoder_layers(n, nn.PReLU),
-            position=ModulatedBoxPosition(channels=n.channels),
-            predictor=refined_behind_norm(n),
+            layers=conditional_decoder_layers(c, nn.PReLU),
+            position=ModulatedBoxPosition(channels=c.channels),
+            predictor=normed_iterative_refinement(c),
         ),
     )

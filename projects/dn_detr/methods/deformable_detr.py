@@ -27,69 +27,74 @@ from torch import Tensor, nn
 from dn_detr.layers.position_encoding import SinePosition
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.detection_transformer import DETR
-from dn_detr.models.learned_queries import SlotQueries
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.learned_queries import LearnedQueries
+from dn_detr.models.model_config import ModelConfig
 from dn_detr.models.multi_scale import deformable_detector
-from dn_detr.models.prediction_heads import OffsetFromPoint, Refined, own_heads, shared_heads
+from dn_detr.models.prediction_heads import (
+    IterativeRefinement,
+    PointOffsetBoxes,
+    own_heads,
+    shared_heads,
+)
 from dn_detr.models.proposals import BoxTransform, ProposalQueries
 from dn_detr.models.query_positions import LearnedPosition
 
 
 def deformable_detr(
-    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """All layers share their heads; boxes are offsets from the slot's point."""
-    n = numbers
+    c = config
     return deformable_detector(
-        n,
+        c,
         in_channels,
         strides,
-        image_position=image_position(n),
-        query_design=slots(n, content),
+        image_position=image_position(c),
+        query_design=slots(c, content),
         position=LearnedPosition(),
-        predictor=OffsetFromPoint(
-            heads=shared_heads(n, size_bias=-2.0), norm=None, epsilon=n.epsilon
+        predictor=PointOffsetBoxes(
+            heads=shared_heads(c, size_bias=-2.0), norm=None, epsilon=c.epsilon
         ),
     )
 
 
 def deformable_detr_refine(
-    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """With iterative box refinement (sec. 4.2 and appendix A.4)."""
-    n = numbers
+    c = config
     return deformable_detector(
-        n,
+        c,
         in_channels,
         strides,
-        image_position=image_position(n),
-        query_design=slots(n, content),
+        image_position=image_position(c),
+        query_design=slots(c, content),
         position=LearnedPosition(),
-        predictor=refined(n, size_bias=-2.0),
+        predictor=refined(c, size_bias=-2.0),
     )
 
 
 def deformable_detr_two_stage(
-    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Refinement from proposals of the encoder (sec. 4.2 and appendix A.4)."""
-    n = numbers
+    c = config
     return deformable_detector(
-        n,
+        c,
         in_channels,
         strides,
-        image_position=image_position(n),
+        image_position=image_position(c),
         query_design=ProposalQueries(
             content=content.without_indicator(),
-            num_queries=n.num_queries,
-            transform=BoxTransform(n.channels),
+            num_queries=c.num_queries,
+            transform=BoxTransform(c.channels),
             has_rows=False,
             is_class_agnostic=True,
-            has_no_object=n.has_no_object,
-            epsilon=n.epsilon,
+            has_no_object=c.has_no_object,
+            epsilon=c.epsilon,
         ),
         position=LearnedPosition(),
-        predictor=refined(n, size_bias=0.0),
+        predictor=refined(c, size_bias=0.0),
     )
 
 
@@ -106,24 +111,24 @@ class LinearPoint(nn.Module):
         return self.reference_points(position)
 
 
-def slots(n: Numbers, content: QueryContent) -> SlotQueries:
-    return SlotQueries(
+def slots(c: ModelConfig, content: QueryContent) -> LearnedQueries:
+    return LearnedQueries(
         content=content,
-        num_queries=n.num_queries,
+        num_queries=c.num_queries,
         has_rows=True,
-        point=LinearPoint(channels=n.channels),
-        epsilon=n.epsilon,
+        point=LinearPoint(channels=c.channels),
+        epsilon=c.epsilon,
     )
 
 
-def image_position(n: Numbers) -> SinePosition:
-    return SinePosition(channels=n.channels, temperature=10000.0, cell_offset=-0.5)
+def image_position(c: ModelConfig) -> SinePosition:
+    return SinePosition(channels=c.channels, temperature=10000.0, cell_offset=-0.5)
 
 
-def refined(n: Numbers, *, size_bias: float) -> Refined:
-    return Refined(
-        heads=own_heads(n, size_bias),
+def refined(c: ModelConfig, *, size_bias: float) -> IterativeRefinement:
+    return IterativeRefinement(
+        heads=own_heads(c, size_bias),
         norm=None,
         looks_forward_twice=False,
-        epsilon=n.epsilon,
+        epsilon=c.epsilon,
     )

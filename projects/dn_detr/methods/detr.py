@@ -21,9 +21,9 @@ from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.decoder import Decoder
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.encoder import DenseEncoder
-from dn_detr.models.learned_queries import empty_slots
-from dn_detr.models.model_config import Numbers
-from dn_detr.models.prediction_heads import Absolute, Heads, shared_heads
+from dn_detr.models.learned_queries import zero_content_queries
+from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.prediction_heads import DirectBoxes, Heads, shared_heads
 from dn_detr.models.query_positions import LearnedPosition
 from dn_detr.models.single_scale import (
     dense_decoder_layers,
@@ -33,30 +33,30 @@ from dn_detr.models.single_scale import (
 
 
 def detr(
-    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Neck, encoder, queries and decoder of DETR."""
-    n = numbers
+    c = config
     return single_scale_detector(
-        n,
+        c,
         in_channels,
         strides,
         temperature=10000.0,
-        encoder=DenseEncoder(dense_encoder_layers(n)),
-        query_design=empty_slots(n, content, point=None),
+        encoder=DenseEncoder(dense_encoder_layers(c)),
+        query_design=zero_content_queries(c, content, point=None),
         decoder=Decoder(
-            layers=dense_decoder_layers(n),
+            layers=dense_decoder_layers(c),
             position=LearnedPosition(),
-            predictor=Absolute(heads=heads(n), norm=nn.LayerNorm(n.channels)),
+            predictor=DirectBoxes(heads=heads(c), norm=nn.LayerNorm(c.channels)),
         ),
     )
 
 
-def heads(n: Numbers) -> Heads:
+def heads(c: ModelConfig) -> Heads:
     """Boxes start anywhere, since there is no base for them to start at; and so do the classes of a
     softmax, which needs no prior against a flood of negatives."""
-    made = shared_heads(n)
+    made = shared_heads(c)
     made.box_heads[0].layers[-1].reset_parameters()
-    if n.has_no_object:
+    if c.has_no_object:
         made.class_heads[0].reset_parameters()
     return made

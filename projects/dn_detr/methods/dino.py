@@ -24,36 +24,36 @@ from __future__ import annotations
 from dn_detr.layers.position_encoding import SinePosition
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.detection_transformer import DETR
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 from dn_detr.models.multi_scale import deformable_detector
-from dn_detr.models.prediction_heads import refined_behind_norm
+from dn_detr.models.prediction_heads import normed_iterative_refinement
 from dn_detr.models.proposals import ProposalQueries
 from dn_detr.models.query_positions import BoxPosition
 
 
 def dino(
-    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Neck, encoder, queries and decoder of DINO."""
-    n = numbers
+    c = config
     return deformable_detector(
-        n,
+        c,
         in_channels,
         strides,
-        image_position=SinePosition(channels=n.channels, temperature=20.0, cell_offset=0.0),
+        image_position=SinePosition(channels=c.channels, temperature=20.0, cell_offset=0.0),
         query_design=ProposalQueries(
             content=content.without_indicator(),
-            num_queries=n.num_queries,
+            num_queries=c.num_queries,
             transform=None,
             has_rows=True,
             is_class_agnostic=False,
-            has_no_object=n.has_no_object,
-            epsilon=n.epsilon,
+            has_no_object=c.has_no_object,
+            epsilon=c.epsilon,
         ),
         position=BoxPosition(
-            channels=n.channels,
+            channels=c.channels,
             scales_with_content=False,
-            scales_with_canvas=n.scales_with_canvas,
+            scales_with_canvas=c.scales_with_canvas,
         ),
-        predictor=refined_behind_norm(n),
+        predictor=normed_iterative_refinement(c),
     )

@@ -19,37 +19,37 @@ from __future__ import annotations
 from dn_detr.layers.position_encoding import SinePosition
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.detection_transformer import DETR
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 from dn_detr.models.multi_scale import deformable_detector
-from dn_detr.models.prediction_heads import Refined, own_heads
+from dn_detr.models.prediction_heads import IterativeRefinement, own_heads
 from dn_detr.models.proposals import BoxTransform, ProposalQueries
 from dn_detr.models.query_positions import LearnedPosition
 
 
 def h_deformable(
-    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Neck, encoder, queries and decoder of H-Deformable-DETR."""
-    n = numbers
+    c = config
     return deformable_detector(
-        n,
+        c,
         in_channels,
         strides,
-        image_position=SinePosition(channels=n.channels, temperature=10000.0, cell_offset=-0.5),
+        image_position=SinePosition(channels=c.channels, temperature=10000.0, cell_offset=-0.5),
         query_design=ProposalQueries(
             content=content.without_indicator(),
-            num_queries=n.num_queries,
-            transform=BoxTransform(n.channels),
+            num_queries=c.num_queries,
+            transform=BoxTransform(c.channels),
             has_rows=True,
             is_class_agnostic=True,
-            has_no_object=n.has_no_object,
-            epsilon=n.epsilon,
+            has_no_object=c.has_no_object,
+            epsilon=c.epsilon,
         ),
         position=LearnedPosition(),
-        predictor=Refined(
-            heads=own_heads(n),
+        predictor=IterativeRefinement(
+            heads=own_heads(c),
             norm=None,
             looks_forward_twice=True,
-            epsilon=n.epsilon,
+            epsilon=c.epsilon,
         ),
     )

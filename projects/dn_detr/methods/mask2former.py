@@ -32,12 +32,12 @@ from dn_detr.layers.mlp import FeedForward
 from dn_detr.layers.multihead_attention import DenseAttention
 from dn_detr.layers.point_sampling import moved_masks
 from dn_detr.layers.position_encoding import SinePosition
-from dn_detr.layers.query_attention import Visibility, additive, attention_dtype
+from dn_detr.layers.query_attention import QueryAttentionMask, additive, attention_dtype
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.detection_transformer import DETR
-from dn_detr.models.learned_queries import SlotTables
+from dn_detr.models.learned_queries import LearnedQueryParameters
 from dn_detr.models.mask_head import MaskHead, MaskHeads, mask_logits
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 from dn_detr.models.multi_scale import deformable_encoder, feed_forward, multi_scale_neck
 from dn_detr.models.neck import Flatten
 from dn_detr.structures import Memory, Predictions, Queries, QueryState, Segment
@@ -47,31 +47,31 @@ POINTS_PER_SIDE = 4
 
 
 def mask2former(
-    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
-    """Neck, encoder, pixel map, queries and decoder of Mask2Former. The first feature is only for
-    the pixel map."""
-    n = numbers
-    position = SinePosition(channels=n.channels, temperature=10000.0, cell_offset=0.0)
-    heads = MaskHeads(channels=n.channels, num_classes=n.num_classes, has_no_object=n.has_no_object)
+    """Neck, encoder, mask features, queries and decoder of Mask2Former. The first feature is only for
+    the mask features."""
+    c = config
+    position = SinePosition(channels=c.channels, temperature=10000.0, cell_offset=0.0)
+    heads = MaskHeads(channels=c.channels, num_classes=c.num_classes, has_no_object=c.has_no_object)
     return DETR(
-        neck=multi_scale_neck(n, in_channels[1:], strides[1:]),
-        flatten=Flatten(position=position, channels=n.channels, num_levels=n.num_levels),
-        encoder=deformable_encoder(n),
+        neck=multi_scale_neck(c, in_channels[1:], strides[1:]),
+        flatten=Flatten(position=position, channels=c.channels, num_levels=c.num_levels),
+        encoder=deformable_encoder(c),
         query_design=MaskQueries(
             content=content.without_indicator(),
-            num_queries=n.num_queries,
+            num_queries=c.num_queries,
             heads=heads,
-            first_level=level_of(0, n.num_levels),
+            first_level=level_of(0, c.num_levels),
         ),
         decoder=MaskedDecoder(
-            layers=[masked_layer(n) for _ in range(n.decoder_layers)],
+            layers=[masked_layer(c) for _ in range(c.decoder_layers)],
             position=position,
             heads=heads,
-            channels=n.channels,
-            num_levels=n.num_levels,
+            channels=c.channels,
+            num_levels=c.num_levels,
         ),
-        mask_head=MaskHead(in_channels=in_channels[0], channels=n.channels),
+        mask_head=MaskHead(in_channels=in_channels[0], channels=c.channels),
     )
 
 
@@ -81,9 +81,9 @@ def level_of(layer: int, num_levels: int) -> int:
 
 
 def map_at_level(memory: Memory, level: int) -> Tensor:
-    """The pixel map at the size of a level [B, C, h, w]. A mask of it is the mask at that size, since
+    """the mask features at the size of a level [B, C, h, w]. A mask of it is the mask at that size, since
     interpolation and product commute."""
-    return F.interpolate(memory.pixel_map.features, memory.shapes[level], mode="bilinear")
+    return F.interpolate(memory.mask_features.features, memory.shapes[level], mode="bilinear")
 
 
 class MaskQueries(nn.Module):
@@ -100,11 +100,11 @@ class MaskQueries(nn.Module):
         self.first_level = first_level
         self.content = content
         self.heads = heads
-        self.tables = self.new_tables(num_queries)
+        self.learned = self.new_parameters(num_queries)
 
-    def new_tables(self, num_queries: int, own_head: bool = True) -> SlotTables:
+    def new_parameters(self, num_queries: int, own_head: bool = True) -> LearnedQueryParameters:
         """Rows for further queries, owned by whoever asks; there are no proposals to head."""
-        return SlotTables(
+        return LearnedQueryParameters(
             position=nn.Parameter(torch.randn(num_queries, self.content.channels)),
             content=self.content.new_rows(num_queries),
         )
@@ -122,16 +122,18 @@ class MaskSource:
         self.memory = memory
         self.level = design.first_level
 
-    def queries(self, tables: SlotTables | None = None, first_rank: int = 0) -> Queries:
-        """One "match" segment of the rows of `tables` (default: the design's own)."""
+    def queries(
+        self, learned: LearnedQueryParameters | None = None, first_rank: int = 0
+    ) -> Queries:
+        """One "match" segment of the rows of `learned` (default: the design's own)."""
         design, batch = self.design, self.memory.tokens.shape[0]
-        tables = design.tables if tables is None else tables
-        content = design.content.matched(tables.content).expand(batch, -1, -1)
+        learned = design.learned if learned is None else learned
+        content = design.content.matched(learned.content).expand(batch, -1, -1)
         # Not under no_grad: autocast of torch 2.8 would keep the heads' weights without gradient.
         embeddings = design.heads(content)[1].detach()
         with torch.no_grad():
             reference = mask_logits(embeddings, map_at_level(self.memory, self.level)).flatten(2)
-        position = tables.position.expand(batch, -1, -1)
+        position = learned.position.expand(batch, -1, -1)
         state = QueryState(content, position, reference)
         return Queries(state, (Segment("match", content.shape[1]),))
 
@@ -186,27 +188,27 @@ class MaskedLayer(nn.Module):
         value: Tensor,
         padding: Tensor,
         mask: Tensor,
-        visibility: Visibility,
+        query_mask: QueryAttentionMask,
     ) -> Tensor:
         """content, position [B, Q, C]; key, value [B, S, C] and padding [B, S] of one level; mask
         [B, 1, Q, S], additive -> content [B, Q, C]."""
         update = self.cross_attention(content + position, key, value, padding, prior=mask)
         content = self.norm(content + self.dropout(update))
-        return self.feed_forward(self.self_attention(content, position, visibility))
+        return self.feed_forward(self.self_attention(content, position, query_mask))
 
 
-def masked_layer(numbers: Numbers) -> MaskedLayer:
+def masked_layer(config: ModelConfig) -> MaskedLayer:
     sizes = {
-        "channels": numbers.channels,
-        "num_heads": numbers.num_heads,
-        "dropout": numbers.dropout,
+        "channels": config.channels,
+        "num_heads": config.num_heads,
+        "dropout": config.dropout,
     }
     return MaskedLayer(
         cross_attention=DenseAttention(**sizes),
         self_attention=SelfAttention(**sizes),
-        feed_forward=feed_forward(numbers),
-        channels=numbers.channels,
-        dropout=numbers.dropout,
+        feed_forward=feed_forward(config),
+        channels=config.channels,
+        dropout=config.dropout,
     )
 
 
@@ -243,7 +245,7 @@ class MaskedDecoder(nn.Module):
     def forward(self, queries: Queries, memory: Memory) -> Predictions:
         content, position = queries.state.content, queries.state.position
         dtype = attention_dtype(content)
-        visibility = Visibility(
+        query_mask = QueryAttentionMask(
             queries.segments, device=content.device, dtype=dtype, mask=queries.mask
         )
         levels = self.keys_and_values(memory)
@@ -257,7 +259,7 @@ class MaskedDecoder(nn.Module):
                     mask = mask_logits(predictions[-1][1], maps[level]).flatten(2)
             key, value, padding = levels[level]
             mask = where_to_look(mask, padding, dtype)
-            content = layer(content, position, key, value, padding, mask, visibility)
+            content = layer(content, position, key, value, padding, mask, query_mask)
             predictions.append(self.heads(content))
         logits, embeddings = zip(*predictions, strict=True)
         return Predictions(
@@ -267,7 +269,7 @@ class MaskedDecoder(nn.Module):
             segments=queries.segments,
             proposals=queries.proposals,
             mask_embeddings=torch.stack(embeddings),
-            pixel_map=memory.pixel_map,
+            mask_features=memory.mask_features,
         )
 
     def keys_and_values(self, memory: Memory) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -31,66 +31,66 @@ from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.decoder import Decoder
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.mask_head import MaskHead, MaskHeads, boxes_of_masks, mask_logits
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 from dn_detr.models.multi_scale import decoder_layer, deformable_encoder, multi_scale_neck
 from dn_detr.models.neck import Flatten
-from dn_detr.models.prediction_heads import box_head, move
+from dn_detr.models.prediction_heads import box_head, refine_box
 from dn_detr.models.proposals import (
     SMALLEST_COORDINATE,
-    ProposalTables,
+    ProposalParameters,
     best_tokens,
     check_ranking,
     token_boxes,
 )
 from dn_detr.models.query_positions import BoxPosition
-from dn_detr.structures import Memory, Predictions, Queries, QueryState, Segment, Step
+from dn_detr.structures import LayerOutput, Memory, Predictions, Queries, QueryState, Segment
 
 
 def mask_dino(
-    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
-    """Neck, encoder, pixel map, queries and decoder of Mask DINO. The first feature is only for the
-    pixel map."""
-    n = numbers
-    heads = Heads(n)
+    """Neck, encoder, mask features, queries and decoder of Mask DINO. The first feature is only for the
+    mask features."""
+    c = config
+    heads = Heads(c)
     return DETR(
-        neck=multi_scale_neck(n, in_channels[1:], strides[1:]),
+        neck=multi_scale_neck(c, in_channels[1:], strides[1:]),
         flatten=Flatten(
-            position=SinePosition(channels=n.channels, temperature=10000.0, cell_offset=0.0),
-            channels=n.channels,
-            num_levels=n.num_levels,
+            position=SinePosition(channels=c.channels, temperature=10000.0, cell_offset=0.0),
+            channels=c.channels,
+            num_levels=c.num_levels,
         ),
-        encoder=deformable_encoder(n),
+        encoder=deformable_encoder(c),
         query_design=TokenQueries(
             content=content.without_indicator(),
-            num_queries=n.num_queries,
+            num_queries=c.num_queries,
             heads=heads,
-            has_no_object=n.has_no_object,
-            epsilon=n.epsilon,
+            has_no_object=c.has_no_object,
+            epsilon=c.epsilon,
         ),
         decoder=Decoder(
-            layers=[decoder_layer(n) for _ in range(n.decoder_layers)],
+            layers=[decoder_layer(c) for _ in range(c.decoder_layers)],
             position=BoxPosition(
-                channels=n.channels,
+                channels=c.channels,
                 scales_with_content=False,
-                scales_with_canvas=n.scales_with_canvas,
+                scales_with_canvas=c.scales_with_canvas,
             ),
-            predictor=RefinedWithMasks(heads=heads, epsilon=n.epsilon),
+            predictor=IterativeRefinementWithMasks(heads=heads, epsilon=c.epsilon),
         ),
-        mask_head=MaskHead(in_channels=in_channels[0], channels=n.channels),
+        mask_head=MaskHead(in_channels=in_channels[0], channels=c.channels),
     )
 
 
 class Heads(MaskHeads):
     """What a query or a proposing token says: class, mask embedding and move of its box."""
 
-    def __init__(self, numbers: Numbers):
+    def __init__(self, config: ModelConfig):
         super().__init__(
-            channels=numbers.channels,
-            num_classes=numbers.num_classes,
-            has_no_object=numbers.has_no_object,
+            channels=config.channels,
+            num_classes=config.num_classes,
+            has_no_object=config.has_no_object,
         )
-        self.box_head = box_head(numbers.channels)
+        self.box_head = box_head(config.channels)
 
     def delta(self, content: Tensor) -> Tensor:
         """The move [B, Q, 4] of a box, as logits."""
@@ -117,7 +117,7 @@ class TokenQueries(nn.Module):
     """The best proposing tokens become queries, content and box, without gradient.
 
     heads: those of the decoder, which stand twice in a checkpoint. has_no_object: must be False, see
-    `check_ranking`. Boxes that an assist brings are clamped to [epsilon, 1 - epsilon].
+    `check_ranking`. Boxes that an auxiliary query module brings are clamped to [epsilon, 1 - epsilon].
     """
 
     def __init__(
@@ -134,12 +134,12 @@ class TokenQueries(nn.Module):
         self.content = content
         self.heads = heads
         self.epsilon = epsilon
-        self.tables = self.new_tables(num_queries)
+        self.learned = self.new_parameters(num_queries)
 
-    def new_tables(self, num_queries: int, own_head: bool = True) -> ProposalTables:
+    def new_parameters(self, num_queries: int, own_head: bool = True) -> ProposalParameters:
         """What further queries need, owned by whoever asks."""
         head = TokenHead(self.content.channels) if own_head else None
-        return ProposalTables(num_queries=num_queries, content=None, head=head)
+        return ProposalParameters(num_queries=num_queries, content=None, head=head)
 
     def bind(self, memory: Memory) -> TokenSource:
         """A source of queries for this memory; it lives for one forward."""
@@ -152,44 +152,44 @@ class TokenSource:
     def __init__(self, design: TokenQueries, memory: Memory):
         self.design = design
         self.memory = memory
-        self.found = design.tables.head(memory)
+        self.found = design.learned.head(memory)
 
-    def queries(self, tables: ProposalTables | None = None, first_rank: int = 0) -> Queries:
-        """One "match" segment of the tokens ranked first_rank and below, by the head of `tables`
+    def queries(self, learned: ProposalParameters | None = None, first_rank: int = 0) -> Queries:
+        """One "match" segment of the tokens ranked first_rank and below, by the head of `learned`
         (default: the design's own). Proposals come with the queries whose head they are."""
         heads = self.design.heads
-        tables = self.design.tables if tables is None else tables
+        learned = self.design.learned if learned is None else learned
         found = self.found
-        if tables.head not in (None, self.design.tables.head):
-            found = tables.head(self.memory)
+        if learned.head not in (None, self.design.learned.head):
+            found = learned.head(self.memory)
         tokens, anchors, is_empty = found
         scores = at_least_float32(heads.class_head(tokens)).amax(-1).detach()
-        index, is_empty = best_tokens(scores, is_empty, first_rank, tables.num_queries)
+        index, is_empty = best_tokens(scores, is_empty, first_rank, learned.num_queries)
         tokens = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
         anchors = anchors.gather(1, index[..., None].expand(-1, -1, 4))
-        boxes = move(anchors, heads.delta(tokens), SMALLEST_COORDINATE)
+        boxes = refine_box(anchors, heads.delta(tokens), SMALLEST_COORDINATE)
         boxes = torch.where(is_empty[..., None], 0.5, boxes)
         logits, embeddings = heads(tokens)
         proposals = Predictions(
             logits=logits[None],
             boxes=boxes[None],
             references=(None,),
-            segments=(Segment("match", tables.num_queries, is_empty=is_empty),),
+            segments=(Segment("match", learned.num_queries, is_empty=is_empty),),
             mask_embeddings=embeddings[None],
-            pixel_map=self.memory.pixel_map,
+            mask_features=self.memory.mask_features,
         )
         return Queries(
             state=QueryState(tokens.detach(), None, self._around_masks(embeddings, boxes)),
             segments=proposals.segments,
-            proposals=None if tables.head is None else proposals,
+            proposals=None if learned.head is None else proposals,
         )
 
     def _around_masks(self, embeddings: Tensor, boxes: Tensor) -> Tensor:
         """The box [B, Q, 4] around each mask; `boxes` where there is none. Without gradient."""
-        pixel_map, epsilon = self.memory.pixel_map, self.design.epsilon
+        mask_features, epsilon = self.memory.mask_features, self.design.epsilon
         with torch.no_grad():
-            masks = mask_logits(embeddings, pixel_map.features)
-            around, is_empty = boxes_of_masks(masks, pixel_map.valid_sizes)
+            masks = mask_logits(embeddings, mask_features.features)
+            around, is_empty = boxes_of_masks(masks, mask_features.valid_sizes)
             around = torch.where(is_empty[..., None], boxes, around.to(boxes.dtype))
             return around.clamp(epsilon, 1 - epsilon)
 
@@ -201,8 +201,8 @@ class TokenSource:
         )
 
 
-class RefinedWithMasks(nn.Module):
-    """The box rule of DINO (`models.predictor.Refined` behind a norm, looking forward twice), with
+class IterativeRefinementWithMasks(nn.Module):
+    """The box rule of DINO (`models.predictor.IterativeRefinement` behind a norm, looking forward twice), with
     masks, and with a prediction before the first layer, whose box is the reference itself.
 
     As in the authors' code, what classes and masks are said by is normed twice behind a layer, with
@@ -214,17 +214,17 @@ class RefinedWithMasks(nn.Module):
         self.heads = heads
         self.epsilon = epsilon
 
-    def start(self, content: Tensor, reference: Tensor) -> Step:
+    def start(self, content: Tensor, reference: Tensor) -> LayerOutput:
         logits, embeddings = self.heads(content)
-        return Step(logits, reference, reference, reference, mask_embeddings=embeddings)
+        return LayerOutput(logits, reference, reference, reference, mask_embeddings=embeddings)
 
-    def forward(self, layer: int, content: Tensor, step: Step) -> Step:
+    def forward(self, layer: int, content: Tensor, previous: LayerOutput) -> LayerOutput:
         heads, normed = self.heads, self.heads.norm(content)
         logits, embeddings = heads(normed)
-        moved = move(step.reference, heads.delta(content), self.epsilon)
-        return Step(
+        moved = refine_box(previous.reference, heads.delta(content), self.epsilon)
+        return LayerOutput(
             logits=logits,
-            boxes=move(step.base, heads.delta(normed), self.epsilon),
+            boxes=refine_box(previous.base, heads.delta(normed), self.epsilon),
             reference=moved.detach(),
             base=moved,
             mask_embeddings=embeddings,

@@ -34,16 +34,16 @@ from dn_detr.layers.initialization import xavier_, xavier_fused_
 from dn_detr.layers.mlp import MLP
 from dn_detr.layers.multihead_attention import attend_densely
 from dn_detr.layers.position_encoding import SinePosition
-from dn_detr.layers.query_attention import Visibility
+from dn_detr.layers.query_attention import QueryAttentionMask
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.decoder import Decoder
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.encoder import DenseEncoder
-from dn_detr.models.learned_queries import SlotQueries, empty_slots
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.learned_queries import LearnedQueries, zero_content_queries
+from dn_detr.models.model_config import ModelConfig
 from dn_detr.models.multi_scale import multi_scale_neck
 from dn_detr.models.neck import Flatten
-from dn_detr.models.prediction_heads import OffsetFromPoint, shared_heads
+from dn_detr.models.prediction_heads import PointOffsetBoxes, shared_heads
 from dn_detr.models.query_positions import LearnedPosition
 from dn_detr.models.single_scale import (
     dense_encoder_layers,
@@ -59,13 +59,13 @@ SMOOTHNESS = 8.0
 class GaussianAttention(nn.Module):
     """Cross-attention with a Gaussian prior for each head and scale (sec. 3.2 and 3.3)."""
 
-    def __init__(self, n: Numbers, *, num_levels: int):
+    def __init__(self, c: ModelConfig, *, num_levels: int):
         super().__init__()
-        self.num_heads, self.num_levels, self.dropout = n.num_heads, num_levels, n.dropout
-        self.q, self.k, self.v, self.out = (nn.Linear(n.channels, n.channels) for _ in range(4))
-        self.offset = nn.Linear(n.channels, num_levels * n.num_heads * 2)
-        self.scale = nn.Linear(n.channels, num_levels * n.num_heads * 2)
-        self.mix = nn.Linear(n.channels, num_levels) if num_levels > 1 else None
+        self.num_heads, self.num_levels, self.dropout = c.num_heads, num_levels, c.dropout
+        self.q, self.k, self.v, self.out = (nn.Linear(c.channels, c.channels) for _ in range(4))
+        self.offset = nn.Linear(c.channels, num_levels * c.num_heads * 2)
+        self.scale = nn.Linear(c.channels, num_levels * c.num_heads * 2)
+        self.mix = nn.Linear(c.channels, num_levels) if num_levels > 1 else None
         xavier_(self)
         xavier_fused_([self.q, self.k, self.v])
         xavier_fused_([self.out])
@@ -125,16 +125,16 @@ def gaussian(centre: Tensor, scale: Tensor, height: int, width: int) -> Tensor:
 class GaussianDecoderLayer(nn.Module):
     """The stock layer, except that where to look is read before self-attention."""
 
-    def __init__(self, n: Numbers, *, num_levels: int):
+    def __init__(self, c: ModelConfig, *, num_levels: int):
         super().__init__()
-        self.guide_norm = nn.LayerNorm(n.channels)
+        self.guide_norm = nn.LayerNorm(c.channels)
         self.self_attention = SelfAttention(
-            channels=n.channels, num_heads=n.num_heads, dropout=n.dropout
+            channels=c.channels, num_heads=c.num_heads, dropout=c.dropout
         )
-        self.cross_attention = GaussianAttention(n, num_levels=num_levels)
-        self.dropout = nn.Dropout(n.dropout)
-        self.norm = nn.LayerNorm(n.channels)
-        self.feed_forward = feed_forward(n)
+        self.cross_attention = GaussianAttention(c, num_levels=num_levels)
+        self.dropout = nn.Dropout(c.dropout)
+        self.norm = nn.LayerNorm(c.channels)
+        self.feed_forward = feed_forward(c)
 
     def forward(
         self,
@@ -142,11 +142,11 @@ class GaussianDecoderLayer(nn.Module):
         position: tuple[Tensor, Tensor],
         reference: Tensor,
         memory: Memory,
-        visibility: Visibility,
+        query_mask: QueryAttentionMask,
     ) -> Tensor:
         for_self, for_cross = position
         guide = self.guide_norm(content + for_self)
-        content = self.self_attention(content, for_self, visibility)
+        content = self.self_attention(content, for_self, query_mask)
         update = self.cross_attention(content + for_cross, guide, reference, memory)
         return self.feed_forward(self.norm(content + self.dropout(update)))
 
@@ -187,51 +187,51 @@ class ScaleEncoder(DenseEncoder):
 
 
 def slots_and_decoder(
-    n: Numbers, content: QueryContent, *, num_levels: int
-) -> tuple[SlotQueries, Decoder]:
-    layers = [GaussianDecoderLayer(n, num_levels=num_levels) for _ in range(n.decoder_layers)]
-    point = GuidedPoint(channels=n.channels, norm=layers[0].guide_norm)
+    c: ModelConfig, content: QueryContent, *, num_levels: int
+) -> tuple[LearnedQueries, Decoder]:
+    layers = [GaussianDecoderLayer(c, num_levels=num_levels) for _ in range(c.decoder_layers)]
+    point = GuidedPoint(channels=c.channels, norm=layers[0].guide_norm)
     decoder = Decoder(
         layers=layers,
         position=LearnedPosition(),
-        predictor=OffsetFromPoint(
-            heads=shared_heads(n), norm=nn.LayerNorm(n.channels), epsilon=n.epsilon
+        predictor=PointOffsetBoxes(
+            heads=shared_heads(c), norm=nn.LayerNorm(c.channels), epsilon=c.epsilon
         ),
     )
-    return empty_slots(n, content, point), decoder
+    return zero_content_queries(c, content, point), decoder
 
 
 def smca(
-    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """SMCA on the last feature."""
-    n = numbers
-    design, decoder = slots_and_decoder(n, content, num_levels=1)
+    c = config
+    design, decoder = slots_and_decoder(c, content, num_levels=1)
     return single_scale_detector(
-        n,
+        c,
         in_channels,
         strides,
         temperature=10000.0,
-        encoder=DenseEncoder(dense_encoder_layers(n)),
+        encoder=DenseEncoder(dense_encoder_layers(c)),
         query_design=design,
         decoder=decoder,
     )
 
 
 def smca_multiscale(
-    numbers: Numbers, in_channels: list[int], strides: list[int], content: QueryContent
+    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """SMCA on several scales (strides 16, 32 and 64 in the paper)."""
-    n = numbers
-    design, decoder = slots_and_decoder(n, content, num_levels=n.num_levels)
+    c = config
+    design, decoder = slots_and_decoder(c, content, num_levels=c.num_levels)
     return DETR(
-        neck=multi_scale_neck(n, in_channels, strides),
+        neck=multi_scale_neck(c, in_channels, strides),
         flatten=Flatten(
-            position=SinePosition(channels=n.channels, temperature=10000.0, cell_offset=0.0),
-            channels=n.channels,
-            num_levels=n.num_levels,
+            position=SinePosition(channels=c.channels, temperature=10000.0, cell_offset=0.0),
+            channels=c.channels,
+            num_levels=c.num_levels,
         ),
-        encoder=ScaleEncoder(dense_encoder_layers(n)),
+        encoder=ScaleEncoder(dense_encoder_layers(c)),
         query_design=design,
         decoder=decoder,
     )

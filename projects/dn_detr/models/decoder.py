@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dn_detr.layers.attention_blocks import SelfAttention
 from dn_detr.layers.mlp import FeedForward
-from dn_detr.layers.query_attention import Visibility, attention_dtype
+from dn_detr.layers.query_attention import QueryAttentionMask, attention_dtype
 from dn_detr.structures import Memory, Predictions, Queries
 
 
@@ -39,10 +39,10 @@ class DecoderLayer(nn.Module):
         position: tuple[Tensor, Tensor],
         reference: Tensor,
         memory: Memory,
-        visibility: Visibility,
+        query_mask: QueryAttentionMask,
     ) -> Tensor:
         for_self, for_cross = position
-        content = self.self_attention(content, for_self, visibility)
+        content = self.self_attention(content, for_self, query_mask)
         update = self.cross_attention(content, for_cross, reference, memory)
         return self.feed_forward(self.norm(content + self.dropout(update)))
 
@@ -64,7 +64,7 @@ class Decoder(nn.Module):
     """Queries and memory to predictions of every layer.
 
     position: (layer, content, reference, learned position, memory) -> (for self-, for
-    cross-attention); predictor: (layer, content, Step) -> Step, with `start(content, reference)`,
+    cross-attention); predictor: (layer, content, LayerOutput) -> LayerOutput, with `start(content, reference)`,
     which may predict something before the first layer.
     """
 
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
 
     def forward(self, queries: Queries, memory: Memory) -> Predictions:
         content, learned = queries.state.content, queries.state.position
-        visibility = Visibility(
+        query_mask = QueryAttentionMask(
             queries.segments,
             device=content.device,
             dtype=attention_dtype(content),
@@ -90,7 +90,7 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             references.append(None if step.reference is None else step.reference.detach())
             position = self.position(index, content, step.reference, learned, memory)
-            content = layer(content, position, step.reference, memory, visibility)
+            content = layer(content, position, step.reference, memory, query_mask)
             step = self.predictor(index, content, step)
             steps.append(step)
         return Predictions(
@@ -102,5 +102,5 @@ class Decoder(nn.Module):
             mask_embeddings=None
             if step.mask_embeddings is None
             else torch.stack([step.mask_embeddings for step in steps]),
-            pixel_map=memory.pixel_map,
+            mask_features=memory.mask_features,
         )

@@ -14,11 +14,11 @@ class DETR(nn.Module):
     """A detection transformer without its backbone: (features, padding, targets=None).
 
     features: list of [B, C_i, h_i, w_i]; padding [B, H, W] bool, True outside the image. With
-    `targets` the assists add their training-only queries; without, this is the inference model,
+    `targets` the auxiliary queries add their training-only queries; without, this is the inference model,
     whatever the mode of the module. Ground truth enters nowhere else. prompt: (queries, source) ->
-    queries, what a user knows of the images, at inference (`auxiliary.known.give`).
+    queries, what a user knows of the images, at inference (`auxiliary.box_prompts.add_prompts`).
 
-    mask_head: (finest feature, padding, memory) -> PixelMap, of a page that predicts masks; then
+    mask_head: (finest feature, padding, memory) -> MaskFeatures, of a page that predicts masks; then
     the finest feature is for it alone.
     """
 
@@ -39,7 +39,7 @@ class DETR(nn.Module):
         self.query_design = query_design
         self.decoder = decoder
         self.mask_head = mask_head
-        self.assists = nn.ModuleList()
+        self.auxiliary = nn.ModuleList()
 
     def forward(
         self,
@@ -52,11 +52,11 @@ class DETR(nn.Module):
             finest, *features = features
         memory = self.encoder(self.flatten(self.neck(features, padding)))
         if self.mask_head is not None:
-            memory = replace(memory, pixel_map=self.mask_head(finest, padding, memory))
+            memory = replace(memory, mask_features=self.mask_head(finest, padding, memory))
         source = self.query_design.bind(memory)
         queries = source.queries()
         if targets is not None:
-            for assist in self.assists:
+            for assist in self.auxiliary:
                 queries = assist(queries, source, targets)
         if prompt is not None:
             queries = prompt(queries, source)

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from dn_detr.layers.box_ops import at_least_float32
 from dn_detr.layers.query_content import QueryContent
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 from dn_detr.structures import Memory, Queries, QueryState, Segment
 
 
-class SlotTables(nn.Module):
+class LearnedQueryParameters(nn.Module):
     """Learned rows of N queries: position [N, C], and content [N, C] or None."""
 
     def __init__(self, *, position: nn.Parameter, content: nn.Parameter | None):
@@ -20,13 +20,13 @@ class SlotTables(nn.Module):
         self.content = content
 
 
-class SlotQueries(nn.Module):
+class LearnedQueries(nn.Module):
     """A learned position for each query, and the reference point that follows from it, if any.
 
     has_rows: content is learned as well; otherwise it starts from zero (2005.12872). point:
     (content, position) -> logits [..., 2] of the point; None: there is no reference.
 
-    A box that an assist brings gets a linear embedding of its four coordinates as position
+    A box that an auxiliary query module brings gets a linear embedding of its four coordinates as position
     (2203.01305, on vanilla DETR), which exists only with labels, and its centre, clamped to
     [epsilon, 1 - epsilon], as point.
     """
@@ -46,47 +46,51 @@ class SlotQueries(nn.Module):
         self.point = point
         self.epsilon = epsilon
         self.box_embedding = nn.Linear(4, content.channels) if content.has_labels else None
-        self.tables = self.new_tables(num_queries)
+        self.learned = self.new_parameters(num_queries)
 
-    def new_tables(self, num_queries: int, own_head: bool = True) -> SlotTables:
+    def new_parameters(self, num_queries: int, own_head: bool = True) -> LearnedQueryParameters:
         """Rows for further queries, owned by whoever asks; there are no proposals to head."""
-        return SlotTables(
+        return LearnedQueryParameters(
             position=nn.Parameter(torch.randn(num_queries, self.content.channels)),
             content=self.content.new_rows(num_queries) if self.has_rows else None,
         )
 
-    def bind(self, memory: Memory) -> SlotSource:
+    def bind(self, memory: Memory) -> LearnedQuerySource:
         """A source of queries for this memory; it lives for one forward."""
-        return SlotSource(self, memory)
+        return LearnedQuerySource(self, memory)
 
 
-def empty_slots(numbers: Numbers, content: QueryContent, point: nn.Module | None) -> SlotQueries:
+def zero_content_queries(
+    config: ModelConfig, content: QueryContent, point: nn.Module | None
+) -> LearnedQueries:
     """Slots whose content starts from zero."""
-    return SlotQueries(
+    return LearnedQueries(
         content=content,
-        num_queries=numbers.num_queries,
+        num_queries=config.num_queries,
         has_rows=False,
         point=point,
-        epsilon=numbers.epsilon,
+        epsilon=config.epsilon,
     )
 
 
-class SlotSource:
-    """The queries of one forward of `SlotQueries`."""
+class LearnedQuerySource:
+    """The queries of one forward of `LearnedQueries`."""
 
-    def __init__(self, design: SlotQueries, memory: Memory):
+    def __init__(self, design: LearnedQueries, memory: Memory):
         self.design = design
         self.batch = memory.tokens.shape[0]
 
-    def queries(self, tables: SlotTables | None = None, first_rank: int = 0) -> Queries:
-        """One "match" segment of the rows of `tables` (default: the design's own)."""
+    def queries(
+        self, learned: LearnedQueryParameters | None = None, first_rank: int = 0
+    ) -> Queries:
+        """One "match" segment of the rows of `learned` (default: the design's own)."""
         design = self.design
-        tables = design.tables if tables is None else tables
-        position = tables.position
-        if tables.content is None:
+        learned = design.learned if learned is None else learned
+        position = learned.position
+        if learned.content is None:
             content = torch.zeros_like(position)
         else:
-            content = design.content.matched(tables.content)
+            content = design.content.matched(learned.content)
         reference = None
         if design.point is not None:
             reference = at_least_float32(design.point(content, position)).sigmoid()

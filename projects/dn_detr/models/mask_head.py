@@ -10,11 +10,11 @@ from dn_detr.layers.box_ops import at_least_float32, xyxy_to_cxcywh
 from dn_detr.layers.mlp import MLP
 from dn_detr.models.neck import norm, resize_padding
 from dn_detr.models.prediction_heads import class_head
-from dn_detr.structures import Memory, PixelMap
+from dn_detr.structures import MaskFeatures, Memory
 
 
 class MaskHead(nn.Module):
-    """The pixel map: the finest level of the encoder, made as fine as a feature of the backbone by
+    """the mask features: the finest level of the encoder, made as fine as a feature of the backbone by
     bilinear interpolation, plus that feature, as in a feature pyramid (2112.01527, code).
 
     in_channels: of the backbone's feature. Padding changes nothing inside of the image.
@@ -33,7 +33,7 @@ class MaskHead(nn.Module):
             nn.init.kaiming_uniform_(conv.weight, a=1)
         nn.init.zeros_(self.project.bias)
 
-    def forward(self, feature: Tensor, padding: Tensor, memory: Memory) -> PixelMap:
+    def forward(self, feature: Tensor, padding: Tensor, memory: Memory) -> MaskFeatures:
         """feature [B, C_in, h, w]; padding [B, H, W] bool of the image; memory of the encoder."""
         lateral = self.lateral(feature)
         height, width = lateral.shape[-2:]
@@ -45,11 +45,11 @@ class MaskHead(nn.Module):
         valid_width = inside[:, 0].sum(1) * width / padding.shape[2]
         valid_height = inside[:, :, 0].sum(1) * height / padding.shape[1]
         valid = torch.stack((valid_width, valid_height), dim=-1).to(memory.valid_sizes.dtype)
-        return PixelMap(features, valid)
+        return MaskFeatures(features, valid)
 
 
 def finest_level(memory: Memory) -> Tensor:
-    """The finest level as a map [B, C, h, w] whose padding repeats the border of the image."""
+    """The finest level as a map [B, C, h, w] whose padding matches_per_object the border of the image."""
     (height, width), *_ = memory.shapes
     tokens = memory.tokens.narrow(1, 0, height * width)
     features = tokens.transpose(1, 2).unflatten(2, (height, width))

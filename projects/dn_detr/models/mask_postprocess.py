@@ -35,7 +35,7 @@ def postprocess_masks(
     best, query, labels = best_pairs(last.logits[-1], top_k, has_no_object=has_no_object)
     embeddings, detections = last.mask_embeddings[-1], []
     for image, (size, output_size) in enumerate(zip(image_sizes, output_sizes, strict=True)):
-        features = last.pixel_map.features[image]
+        features = last.mask_features.features[image]
         parts = [
             _upsampled(part, features, canvas, size, output_size)
             for part in embeddings[image, query[image]].split(AT_ONCE)
@@ -81,7 +81,7 @@ def best_masks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `postprocess_masks` gives in the size of the images, in tensors: boxes [B, k, 4] xyxy in
     [0, 1] of the unpadded image, scores [B, k], labels [B, k] int64, best first; and masks as logits
-    [B, k, h, w] at the size of the pixel map, so of the canvas.
+    [B, k, h, w] at the size of the mask features, so of the canvas.
 
     sizes [B, 2] int64: (height, width) of the unpadded images; padding [B, H, W] bool of the canvas.
     """
@@ -89,7 +89,7 @@ def best_masks(
     best, query, labels = best_pairs(last.logits[-1], top_k, has_no_object=has_no_object)
     embeddings = last.mask_embeddings[-1]
     embeddings = embeddings.gather(1, query[..., None].expand(-1, -1, embeddings.shape[-1]))
-    logits = mask_logits(embeddings, last.pixel_map.features)
+    logits = mask_logits(embeddings, last.mask_features.features)
     parts = []
     for part in logits.split(AT_ONCE, dim=1):
         fine = F.interpolate(part, padding.shape[1:], mode="bilinear")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Numbers:
+class ModelConfig:
     """Sizes of a detector. Defaults are those of the published 50-epoch models.
 
     epsilon: how close to 0 and 1 a coordinate may come before its logit is cut off.

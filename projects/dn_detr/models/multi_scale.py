@@ -10,12 +10,12 @@ from dn_detr.layers.mlp import FeedForward
 from dn_detr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.encoder import DeformableEncoder, DeformableEncoderLayer
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 from dn_detr.models.neck import Flatten, MultiScaleNeck
 
 
 def deformable_detector(
-    numbers: Numbers,
+    config: ModelConfig,
     in_channels: list[int],
     strides: list[int],
     *,
@@ -26,68 +26,68 @@ def deformable_detector(
 ) -> DETR:
     """A detector that is deformable throughout. image_position: of the cells of a feature map."""
     return DETR(
-        neck=multi_scale_neck(numbers, in_channels, strides),
+        neck=multi_scale_neck(config, in_channels, strides),
         flatten=Flatten(
-            position=image_position, channels=numbers.channels, num_levels=numbers.num_levels
+            position=image_position, channels=config.channels, num_levels=config.num_levels
         ),
-        encoder=deformable_encoder(numbers),
+        encoder=deformable_encoder(config),
         query_design=query_design,
         decoder=Decoder(
-            layers=[decoder_layer(numbers) for _ in range(numbers.decoder_layers)],
+            layers=[decoder_layer(config) for _ in range(config.decoder_layers)],
             position=position,
             predictor=predictor,
         ),
     )
 
 
-def multi_scale_neck(numbers: Numbers, in_channels: list[int], strides: list[int]):
+def multi_scale_neck(config: ModelConfig, in_channels: list[int], strides: list[int]):
     return MultiScaleNeck(
         in_channels=in_channels,
         strides=strides,
-        channels=numbers.channels,
-        num_levels=numbers.num_levels,
+        channels=config.channels,
+        num_levels=config.num_levels,
     )
 
 
-def deformable_encoder(numbers: Numbers) -> DeformableEncoder:
-    hidden_dim = numbers.encoder_feed_forward_dim or numbers.feed_forward_dim
+def deformable_encoder(config: ModelConfig) -> DeformableEncoder:
+    hidden_dim = config.encoder_feed_forward_dim or config.feed_forward_dim
     return DeformableEncoder(
         [
             DeformableEncoderLayer(
-                attention=deformable_attention(numbers),
-                feed_forward=feed_forward(numbers, hidden_dim),
-                dropout=numbers.dropout,
+                attention=deformable_attention(config),
+                feed_forward=feed_forward(config, hidden_dim),
+                dropout=config.dropout,
             )
-            for _ in range(numbers.encoder_layers)
+            for _ in range(config.encoder_layers)
         ]
     )
 
 
-def decoder_layer(numbers: Numbers) -> DecoderLayer:
+def decoder_layer(config: ModelConfig) -> DecoderLayer:
     return DecoderLayer(
         self_attention=SelfAttention(
-            channels=numbers.channels, num_heads=numbers.num_heads, dropout=numbers.dropout
+            channels=config.channels, num_heads=config.num_heads, dropout=config.dropout
         ),
-        cross_attention=DeformableCrossAttention(deformable_attention(numbers)),
-        feed_forward=feed_forward(numbers),
-        channels=numbers.channels,
-        dropout=numbers.dropout,
+        cross_attention=DeformableCrossAttention(deformable_attention(config)),
+        feed_forward=feed_forward(config),
+        channels=config.channels,
+        dropout=config.dropout,
     )
 
 
-def deformable_attention(numbers: Numbers) -> DeformableAttention:
+def deformable_attention(config: ModelConfig) -> DeformableAttention:
     return DeformableAttention(
-        channels=numbers.channels,
-        num_heads=numbers.num_heads,
-        num_levels=numbers.num_levels,
-        num_points=numbers.num_points,
+        channels=config.channels,
+        num_heads=config.num_heads,
+        num_levels=config.num_levels,
+        num_points=config.num_points,
     )
 
 
-def feed_forward(numbers: Numbers, hidden_dim: int = 0) -> FeedForward:
+def feed_forward(config: ModelConfig, hidden_dim: int = 0) -> FeedForward:
     return FeedForward(
-        channels=numbers.channels,
-        hidden_dim=hidden_dim or numbers.feed_forward_dim,
-        dropout=numbers.dropout,
+        channels=config.channels,
+        hidden_dim=hidden_dim or config.feed_forward_dim,
+        dropout=config.dropout,
         activation=nn.ReLU(),
     )

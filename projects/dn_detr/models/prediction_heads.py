@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dn_detr.layers.box_ops import at_least_float32, inverse_sigmoid
 from dn_detr.layers.mlp import MLP
-from dn_detr.models.model_config import Numbers
-from dn_detr.structures import Step
+from dn_detr.models.model_config import ModelConfig
+from dn_detr.structures import LayerOutput
 
 
 class Heads(nn.Module):
@@ -42,23 +42,23 @@ class Heads(nn.Module):
         return at_least_float32(self.box_heads[min(layer, len(self.box_heads) - 1)](content))
 
 
-def shared_heads(numbers: Numbers, size_bias: float = 0.0) -> Heads:
+def shared_heads(config: ModelConfig, size_bias: float = 0.0) -> Heads:
     """One pair of heads for all layers."""
     return Heads(
-        channels=numbers.channels,
-        num_classes=numbers.num_logits,
-        num_layers=numbers.decoder_layers,
+        channels=config.channels,
+        num_classes=config.num_logits,
+        num_layers=config.decoder_layers,
         shared=True,
         size_bias=size_bias,
     )
 
 
-def own_heads(numbers: Numbers, size_bias: float = 0.0) -> Heads:
+def own_heads(config: ModelConfig, size_bias: float = 0.0) -> Heads:
     """A pair of heads for every layer."""
     return Heads(
-        channels=numbers.channels,
-        num_classes=numbers.num_logits,
-        num_layers=numbers.decoder_layers,
+        channels=config.channels,
+        num_classes=config.num_logits,
+        num_layers=config.decoder_layers,
         shared=False,
         size_bias=size_bias,
     )
@@ -77,7 +77,7 @@ def box_head(channels: int) -> MLP:
     return head
 
 
-def move(reference: Tensor, delta: Tensor, epsilon: float) -> Tensor:
+def refine_box(reference: Tensor, delta: Tensor, epsilon: float) -> Tensor:
     """The box [..., 4] at logit offset `delta` [..., 4] from a reference [..., 2 or 4].
 
     A point has no size, so width and height are the offset's alone. float32, whatever autocast says.
@@ -89,7 +89,7 @@ def move(reference: Tensor, delta: Tensor, epsilon: float) -> Tensor:
     return (delta + logits).sigmoid()
 
 
-class Refined(nn.Module):
+class IterativeRefinement(nn.Module):
     """Boxes move from layer to layer: each is an offset from the last (2010.04159, appendix A.4).
 
     norm: applied before the heads predict, while the move of the reference uses the un-normed
@@ -112,24 +112,24 @@ class Refined(nn.Module):
         self.looks_forward_twice = looks_forward_twice
         self.epsilon = epsilon
 
-    def start(self, content: Tensor, reference: Tensor) -> Step:
+    def start(self, content: Tensor, reference: Tensor) -> LayerOutput:
         """Before the first layer there is a reference, but no prediction yet."""
-        return Step(logits=None, boxes=None, reference=reference, base=reference)
+        return LayerOutput(logits=None, boxes=None, reference=reference, base=reference)
 
-    def forward(self, layer: int, content: Tensor, step: Step) -> Step:
+    def forward(self, layer: int, content: Tensor, previous: LayerOutput) -> LayerOutput:
         normed = content if self.norm is None else self.norm(content)
         logits = self.heads.classify(layer, normed)
-        boxes = move(step.base, self.heads.delta(layer, normed), self.epsilon)
+        boxes = refine_box(previous.base, self.heads.delta(layer, normed), self.epsilon)
         # From the detached reference, so that a loss reaches one layer back and no further.
         moved = boxes
         if self.norm is not None or self.looks_forward_twice:
-            moved = move(step.reference, self.heads.delta(layer, content), self.epsilon)
+            moved = refine_box(previous.reference, self.heads.delta(layer, content), self.epsilon)
         reference = moved.detach()
         base = moved if self.looks_forward_twice else reference
-        return Step(logits=logits, boxes=boxes, reference=reference, base=base)
+        return LayerOutput(logits=logits, boxes=boxes, reference=reference, base=base)
 
 
-class OffsetFromPoint(nn.Module):
+class PointOffsetBoxes(nn.Module):
     """Every layer's box is an offset from the first reference, which never moves (2010.04159,
     sec. 4.1; 2108.06152, sec. 3.3). Gradient reaches it from all layers.
 
@@ -142,21 +142,21 @@ class OffsetFromPoint(nn.Module):
         self.norm = norm
         self.epsilon = epsilon
 
-    def start(self, content: Tensor, reference: Tensor) -> Step:
+    def start(self, content: Tensor, reference: Tensor) -> LayerOutput:
         """Before the first layer there is a reference, but no prediction yet."""
-        return Step(logits=None, boxes=None, reference=reference, base=reference)
+        return LayerOutput(logits=None, boxes=None, reference=reference, base=reference)
 
-    def forward(self, layer: int, content: Tensor, step: Step) -> Step:
+    def forward(self, layer: int, content: Tensor, previous: LayerOutput) -> LayerOutput:
         content = content if self.norm is None else self.norm(content)
-        return Step(
+        return LayerOutput(
             logits=self.heads.classify(layer, content),
-            boxes=move(step.base, self.heads.delta(layer, content), self.epsilon),
-            reference=step.reference,
-            base=step.base,
+            boxes=refine_box(previous.base, self.heads.delta(layer, content), self.epsilon),
+            reference=previous.reference,
+            base=previous.base,
         )
 
 
-class Absolute(nn.Module):
+class DirectBoxes(nn.Module):
     """Boxes without any reference, as the heads say them (2005.12872). norm: before the heads."""
 
     def __init__(self, *, heads: Heads, norm: nn.Module):
@@ -164,13 +164,13 @@ class Absolute(nn.Module):
         self.heads = heads
         self.norm = norm
 
-    def start(self, content: Tensor, reference: None) -> Step:
+    def start(self, content: Tensor, reference: None) -> LayerOutput:
         """Before the first layer there is no prediction, and never a reference."""
-        return Step(logits=None, boxes=None, reference=None, base=None)
+        return LayerOutput(logits=None, boxes=None, reference=None, base=None)
 
-    def forward(self, layer: int, content: Tensor, step: Step) -> Step:
+    def forward(self, layer: int, content: Tensor, previous: LayerOutput) -> LayerOutput:
         content = self.norm(content)
-        return Step(
+        return LayerOutput(
             logits=self.heads.classify(layer, content),
             boxes=self.heads.delta(layer, content).sigmoid(),
             reference=None,
@@ -178,11 +178,11 @@ class Absolute(nn.Module):
         )
 
 
-def refined_behind_norm(numbers: Numbers) -> Refined:
+def normed_iterative_refinement(config: ModelConfig) -> IterativeRefinement:
     """The box rule of DAB-DETR and DINO: shared heads behind a norm, looking forward twice."""
-    return Refined(
-        heads=shared_heads(numbers),
-        norm=nn.LayerNorm(numbers.channels),
+    return IterativeRefinement(
+        heads=shared_heads(config),
+        norm=nn.LayerNorm(config.channels),
         looks_forward_twice=True,
-        epsilon=numbers.epsilon,
+        epsilon=config.epsilon,
     )

@@ -16,7 +16,7 @@ from dn_detr.layers.box_ops import at_least_float32
 from dn_detr.layers.position_encoding import sine
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.encoder import token_centers
-from dn_detr.models.prediction_heads import box_head, class_head, move
+from dn_detr.models.prediction_heads import box_head, class_head, refine_box
 from dn_detr.structures import Memory, Predictions, Queries, QueryState, Segment
 
 BASE_SIZE = 0.05
@@ -50,7 +50,7 @@ class ProposalHead(nn.Module):
     def forward(self, memory: Memory) -> Proposals:
         anchors, is_empty = token_boxes(memory, [level for level, _ in enumerate(memory.shapes)])
         tokens = self.norm(self.project(memory.tokens.masked_fill(is_empty[..., None], 0)))
-        boxes = move(anchors, at_least_float32(self.box_head(tokens)), SMALLEST_COORDINATE)
+        boxes = refine_box(anchors, at_least_float32(self.box_head(tokens)), SMALLEST_COORDINATE)
         return Proposals(
             logits=at_least_float32(self.class_head(tokens)),
             boxes=torch.where(is_empty[..., None], 0.5, boxes),
@@ -113,7 +113,7 @@ class BoxTransform(nn.Module):
         return self.norm(self.project(encoded.to(self.project.weight.dtype))).chunk(2, dim=-1)
 
 
-class ProposalTables(nn.Module):
+class ProposalParameters(nn.Module):
     """What is learned for N queries: content [N, C], or None where it follows from the box, and the
     head whose proposals they are; None: the design's own head."""
 
@@ -133,7 +133,7 @@ class ProposalQueries(nn.Module):
     has_rows: content is learned for each rank (mixed query selection, 2203.03605, sec. 3.4), else it
     comes from the transform too. is_class_agnostic: all proposals are trained, to say object or not
     with class 0; else the chosen ones, with their classes.
-    has_no_object: must be False, see `check_ranking`. Boxes that an assist brings are clamped to
+    has_no_object: must be False, see `check_ranking`. Boxes that an auxiliary query module brings are clamped to
     [epsilon, 1 - epsilon].
     """
 
@@ -157,13 +157,13 @@ class ProposalQueries(nn.Module):
         self.has_rows = has_rows
         self.is_class_agnostic = is_class_agnostic
         self.epsilon = epsilon
-        self.tables = self.new_tables(num_queries)
+        self.learned = self.new_parameters(num_queries)
 
-    def new_tables(self, num_queries: int, own_head: bool = True) -> ProposalTables:
+    def new_parameters(self, num_queries: int, own_head: bool = True) -> ProposalParameters:
         """What further queries need, owned by whoever asks."""
         content = self.content
         head = ProposalHead(channels=content.channels, num_classes=content.num_classes)
-        return ProposalTables(
+        return ProposalParameters(
             num_queries=num_queries,
             content=content.new_rows(num_queries) if self.has_rows else None,
             head=head if own_head else None,
@@ -180,20 +180,20 @@ class ProposalSource:
     def __init__(self, design: ProposalQueries, memory: Memory):
         self.design = design
         self.memory = memory
-        self.proposals = design.tables.head(memory)
+        self.proposals = design.learned.head(memory)
 
-    def queries(self, tables: ProposalTables | None = None, first_rank: int = 0) -> Queries:
-        """One "match" segment of the proposals ranked first_rank and below, by the head of `tables`
+    def queries(self, learned: ProposalParameters | None = None, first_rank: int = 0) -> Queries:
+        """One "match" segment of the proposals ranked first_rank and below, by the head of `learned`
         (default: the design's own). Proposals come with the queries whose head they are."""
         design, batch = self.design, self.memory.tokens.shape[0]
-        tables = design.tables if tables is None else tables
+        learned = design.learned if learned is None else learned
         found = self.proposals
-        if tables.head not in (None, design.tables.head):
-            found = tables.head(self.memory)
+        if learned.head not in (None, design.learned.head):
+            found = learned.head(self.memory)
         is_agnostic = design.is_class_agnostic
         scores = found.logits[..., 0] if is_agnostic else found.logits.amax(-1)
         index, is_empty = best_tokens(
-            scores.detach(), found.is_empty, first_rank, tables.num_queries
+            scores.detach(), found.is_empty, first_rank, learned.num_queries
         )
         chosen = Proposals(
             logits=found.logits.gather(1, index[..., None].expand(-1, -1, found.logits.shape[2])),
@@ -203,12 +203,12 @@ class ProposalSource:
         reference = torch.where(is_empty[..., None], 0.5, chosen.boxes.detach())
         position, content = self._describe(reference)
         if design.has_rows:
-            content = design.content.matched(tables.content).expand(batch, -1, -1)
+            content = design.content.matched(learned.content).expand(batch, -1, -1)
         return Queries(
             state=QueryState(content, position, reference),
-            segments=(Segment("match", tables.num_queries, is_empty=is_empty),),
+            segments=(Segment("match", learned.num_queries, is_empty=is_empty),),
             proposals=None
-            if tables.head is None
+            if learned.head is None
             else _as_predictions(found if is_agnostic else chosen, is_agnostic),
         )
 

@@ -1,9 +1,9 @@
 """Query designs: where the decoder's queries come from, and how a box becomes a query.
 
-    design.tables                              what is learned for each matched query
-    design.new_tables(num_queries, own_head)   the same for further ones, owned by who asks (assists)
+    design.learned                              what is learned for each matched query
+    design.new_parameters(num_queries, own_head)   the same for further ones, owned by who asks (auxiliary queries)
     design.bind(memory) -> source              lives for one forward
-    source.queries(tables, first_rank)         -> Queries with one "match" segment
+    source.queries(learned, first_rank)         -> Queries with one "match" segment
     source.from_boxes(labels, boxes)           -> QueryState
 
 `own_head` and `first_rank` matter only where queries are chosen among proposals of the encoder
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from dn_detr.layers.query_content import QueryContent, SharedContent
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 from dn_detr.structures import Memory, Queries, QueryState, Segment
 
 
-class BoxTables(nn.Module):
+class BoxQueryParameters(nn.Module):
     """Learned rows of N queries: content [N, C] and boxes [N, 4] as logits (2201.12329, sec. 4)."""
 
     def __init__(self, *, content: nn.Parameter):
@@ -32,7 +32,7 @@ class BoxTables(nn.Module):
 class BoxQueries(nn.Module):
     """Learned content and a learned 4-D box for each query; the box is the reference.
 
-    epsilon: boxes that an assist brings are clamped to [epsilon, 1 - epsilon], so that their logits
+    epsilon: boxes that an auxiliary query module brings are clamped to [epsilon, 1 - epsilon], so that their logits
     are finite.
     """
 
@@ -40,11 +40,11 @@ class BoxQueries(nn.Module):
         super().__init__()
         self.content = content
         self.epsilon = epsilon
-        self.tables = self.new_tables(num_queries)
+        self.learned = self.new_parameters(num_queries)
 
-    def new_tables(self, num_queries: int, own_head: bool = True) -> BoxTables:
+    def new_parameters(self, num_queries: int, own_head: bool = True) -> BoxQueryParameters:
         """Rows for further queries, owned by whoever asks; there are no proposals to head."""
-        return BoxTables(content=self.content.new_rows(num_queries))
+        return BoxQueryParameters(content=self.content.new_rows(num_queries))
 
     def bind(self, memory: Memory) -> BoxQuerySource:
         """A source of queries for this memory; it lives for one forward."""
@@ -58,11 +58,11 @@ class BoxQuerySource:
         self.design = design
         self.batch = memory.tokens.shape[0]
 
-    def queries(self, tables: BoxTables | None = None, first_rank: int = 0) -> Queries:
-        """One "match" segment of the rows of `tables` (default: the design's own)."""
-        tables = self.design.tables if tables is None else tables
-        content = self.design.content.matched(tables.content)
-        reference = tables.box_logits.sigmoid()
+    def queries(self, learned: BoxQueryParameters | None = None, first_rank: int = 0) -> Queries:
+        """One "match" segment of the rows of `learned` (default: the design's own)."""
+        learned = self.design.learned if learned is None else learned
+        content = self.design.content.matched(learned.content)
+        reference = learned.box_logits.sigmoid()
         state = QueryState(
             content=content.expand(self.batch, -1, -1),
             position=None,
@@ -80,7 +80,7 @@ class BoxQuerySource:
         )
 
 
-class AnchorTables(nn.Module):
+class AnchorParameters(nn.Module):
     """Learned places [N, R] of N queries that share their content."""
 
     def __init__(self, anchors: Tensor):
@@ -91,8 +91,8 @@ class AnchorTables(nn.Module):
 class SharedBoxQueries(nn.Module):
     """A learned 4-D box for each query, and content that all share (2201.12329, sec. 4).
 
-    epsilon: boxes that an assist brings are clamped to [epsilon, 1 - epsilon]. Other kinds of
-    places override `new_tables`, `references` and `reference_of`.
+    epsilon: boxes that an auxiliary query module brings are clamped to [epsilon, 1 - epsilon]. Other kinds of
+    places override `new_parameters`, `references` and `reference_of`.
     """
 
     def __init__(
@@ -102,11 +102,11 @@ class SharedBoxQueries(nn.Module):
         self.content = content
         self.shared = shared
         self.epsilon = epsilon
-        self.tables = self.new_tables(num_queries)
+        self.learned = self.new_parameters(num_queries)
 
-    def new_tables(self, num_queries: int, own_head: bool = True) -> AnchorTables:
+    def new_parameters(self, num_queries: int, own_head: bool = True) -> AnchorParameters:
         """Rows for further queries, owned by whoever asks: boxes as logits."""
-        return AnchorTables(torch.randn(num_queries, 4))
+        return AnchorParameters(torch.randn(num_queries, 4))
 
     def references(self, anchors: Tensor) -> Tensor:
         """Learned rows [N, R] to references [N, R]."""
@@ -121,17 +121,17 @@ class SharedBoxQueries(nn.Module):
         return SharedBoxSource(self, memory)
 
 
-def shared_box_queries(numbers: Numbers, content: QueryContent) -> SharedBoxQueries:
+def shared_box_queries(config: ModelConfig, content: QueryContent) -> SharedBoxQueries:
     """As the numbers say: with or without a learned vector, and patterns."""
     return SharedBoxQueries(
         content=content,
         shared=SharedContent(
             content=content,
-            is_learned=numbers.shares_content,
-            num_patterns=numbers.num_patterns,
+            is_learned=config.shares_content,
+            num_patterns=config.num_patterns,
         ),
-        num_queries=numbers.num_queries,
-        epsilon=numbers.epsilon,
+        num_queries=config.num_queries,
+        epsilon=config.epsilon,
     )
 
 
@@ -142,11 +142,11 @@ class SharedBoxSource:
         self.design = design
         self.batch = memory.tokens.shape[0]
 
-    def queries(self, tables: AnchorTables | None = None, first_rank: int = 0) -> Queries:
-        """One "match" segment of the rows of `tables` (default: the design's own), once for every
+    def queries(self, learned: AnchorParameters | None = None, first_rank: int = 0) -> Queries:
+        """One "match" segment of the rows of `learned` (default: the design's own), once for every
         pattern."""
-        tables = self.design.tables if tables is None else tables
-        content, anchors = self.design.shared(tables.anchors)
+        learned = self.design.learned if learned is None else learned
+        content, anchors = self.design.shared(learned.anchors)
         state = QueryState(
             content=content.expand(self.batch, -1, -1),
             position=None,

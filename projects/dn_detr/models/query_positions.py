@@ -30,7 +30,7 @@ class BoxPosition(nn.Module):
         super().__init__()
         self.channels = channels
         self.scales_with_canvas = scales_with_canvas
-        self.of_box = MLP(in_dim=2 * channels, hidden_dim=channels, out_dim=channels, num_layers=2)
+        self.box_mlp = MLP(in_dim=2 * channels, hidden_dim=channels, out_dim=channels, num_layers=2)
         self.scale = None
         if scales_with_content:
             self.scale = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=2)
@@ -45,7 +45,7 @@ class BoxPosition(nn.Module):
             ratio = torch.stack((valid_width / width, valid_height / height), dim=-1)
             reference = reference * ratio.repeat(1, 2)[:, None]
         encoded = sine_of_reference(reference, self.channels // 2)
-        position = self.of_box(encoded.to(content.dtype))
+        position = self.box_mlp(encoded.to(content.dtype))
         if layer > 0 and self.scale is not None:
             position = position * self.scale(content)
         return position, position
@@ -66,7 +66,7 @@ class ModulatedBoxPosition(nn.Module):
     def __init__(self, *, channels: int):
         super().__init__()
         self.channels = channels
-        self.of_box = MLP(in_dim=2 * channels, hidden_dim=channels, out_dim=channels, num_layers=2)
+        self.box_mlp = MLP(in_dim=2 * channels, hidden_dim=channels, out_dim=channels, num_layers=2)
         self.scale = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=2)
         self.size = MLP(in_dim=channels, hidden_dim=channels, out_dim=2, num_layers=2)
         xavier_(self)
@@ -75,7 +75,7 @@ class ModulatedBoxPosition(nn.Module):
         self, layer: int, content: Tensor, reference: Tensor, learned: None, memory: Memory
     ) -> tuple[Tensor, ConditionalPosition]:
         encoded = sine_of_reference(reference, self.channels // 2)  # y, x, w, h
-        for_self = self.of_box(encoded.to(content.dtype))
+        for_self = self.box_mlp(encoded.to(content.dtype))
         width, height = reference[..., 2:].clamp(min=SMALLEST_SIDE).split(1, dim=-1)
         wanted_width, wanted_height = self.size(content).sigmoid().split(1, dim=-1)
         y, x = encoded[..., : self.channels].chunk(2, dim=-1)

@@ -19,14 +19,14 @@ from dn_detr.layers.position_encoding import SinePosition
 from dn_detr.models.decoder import Decoder, DecoderLayer
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.encoder import DenseEncoderLayer
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 from dn_detr.models.neck import Flatten, SingleScaleNeck
 
 Activation = Callable[[], nn.Module]
 
 
 def single_scale_detector(
-    numbers: Numbers,
+    config: ModelConfig,
     in_channels: list[int],
     strides: list[int],
     *,
@@ -36,81 +36,81 @@ def single_scale_detector(
     decoder: Decoder,
 ) -> DETR:
     """On a linear projection of the coarsest feature. temperature: of the tokens' sines."""
-    projection = nn.Conv2d(in_channels[-1], numbers.channels, kernel_size=1)
+    projection = nn.Conv2d(in_channels[-1], config.channels, kernel_size=1)
     return DETR(
         neck=SingleScaleNeck(projection=projection, stride=strides[-1]),
-        flatten=single_scale_flatten(numbers, temperature),
+        flatten=single_scale_flatten(config, temperature),
         encoder=encoder,
         query_design=query_design,
         decoder=decoder,
     )
 
 
-def single_scale_flatten(numbers: Numbers, temperature: float) -> Flatten:
+def single_scale_flatten(config: ModelConfig, temperature: float) -> Flatten:
     """Cells counted from 1 to n, as in DETR."""
-    position = SinePosition(channels=numbers.channels, temperature=temperature, cell_offset=0.0)
-    return Flatten(position=position, channels=numbers.channels, num_levels=1)
+    position = SinePosition(channels=config.channels, temperature=temperature, cell_offset=0.0)
+    return Flatten(position=position, channels=config.channels, num_levels=1)
 
 
 def dense_encoder_layers(
-    numbers: Numbers, activation: Activation = nn.ReLU
+    config: ModelConfig, activation: Activation = nn.ReLU
 ) -> list[DenseEncoderLayer]:
     return [
         DenseEncoderLayer(
             attention=DenseAttention(
-                channels=numbers.channels, num_heads=numbers.num_heads, dropout=numbers.dropout
+                channels=config.channels, num_heads=config.num_heads, dropout=config.dropout
             ),
-            feed_forward=feed_forward(numbers, activation),
-            dropout=numbers.dropout,
+            feed_forward=feed_forward(config, activation),
+            dropout=config.dropout,
         )
-        for _ in range(numbers.encoder_layers)
+        for _ in range(config.encoder_layers)
     ]
 
 
-def dense_decoder_layers(numbers: Numbers) -> list[DecoderLayer]:
+def dense_decoder_layers(config: ModelConfig) -> list[DecoderLayer]:
     """Layers that add positions to contents (2005.12872)."""
     size = {
-        "channels": numbers.channels,
-        "num_heads": numbers.num_heads,
-        "dropout": numbers.dropout,
+        "channels": config.channels,
+        "num_heads": config.num_heads,
+        "dropout": config.dropout,
     }
     return [
         DecoderLayer(
             self_attention=SelfAttention(**size),
             cross_attention=DenseCrossAttention(**size),
-            feed_forward=feed_forward(numbers),
-            channels=numbers.channels,
-            dropout=numbers.dropout,
+            feed_forward=feed_forward(config),
+            channels=config.channels,
+            dropout=config.dropout,
         )
-        for _ in range(numbers.decoder_layers)
+        for _ in range(config.decoder_layers)
     ]
 
 
 def conditional_decoder_layers(
-    numbers: Numbers, activation: Activation = nn.ReLU
+    config: ModelConfig, activation: Activation = nn.ReLU
 ) -> list[DecoderLayer]:
     """Layers that keep content and place apart (2108.06152)."""
     size = {
-        "channels": numbers.channels,
-        "num_heads": numbers.num_heads,
-        "dropout": numbers.dropout,
+        "channels": config.channels,
+        "num_heads": config.num_heads,
+        "dropout": config.dropout,
     }
     return [
         DecoderLayer(
             self_attention=SplitSelfAttention(**size),
             cross_attention=ConditionalCrossAttention(**size, is_first=index == 0),
-            feed_forward=feed_forward(numbers, activation),
-            channels=numbers.channels,
-            dropout=numbers.dropout,
+            feed_forward=feed_forward(config, activation),
+            channels=config.channels,
+            dropout=config.dropout,
         )
-        for index in range(numbers.decoder_layers)
+        for index in range(config.decoder_layers)
     ]
 
 
-def feed_forward(numbers: Numbers, activation: Activation = nn.ReLU) -> FeedForward:
+def feed_forward(config: ModelConfig, activation: Activation = nn.ReLU) -> FeedForward:
     return FeedForward(
-        channels=numbers.channels,
-        hidden_dim=numbers.feed_forward_dim,
-        dropout=numbers.dropout,
+        channels=config.channels,
+        hidden_dim=config.feed_forward_dim,
+        dropout=config.dropout,
         activation=activation(),
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dn_detr.ops.extension import KERNELS, use_kernel
-from dn_detr.ops.ms_deform_attn import ms_deform_attn_plain
+from dn_detr.ops.ms_deform_attn import ms_deform_attn_pytorch
 
 
 def deformable_attention(
@@ -44,12 +44,12 @@ def deformable_attention(
         return torch.ops.dn_detr.deformable_attention(
             value, sides, valid_sizes, reference, offsets, logits, padding
         )
-    return deformable_attention_plain(
+    return deformable_attention_pytorch(
         value, shapes, valid_sizes, reference, offsets, logits, padding
     )
 
 
-def deformable_attention_plain(
+def deformable_attention_pytorch(
     value: Tensor,
     shapes: Sequence[tuple[int, int]],
     valid_sizes: Tensor,
@@ -63,7 +63,7 @@ def deformable_attention_plain(
     It differs in one thing: an infinite or NaN offset from a box makes the box's gradient NaN.
     """
     return _compose(
-        ms_deform_attn_plain,
+        ms_deform_attn_pytorch,
         value,
         shapes,
         valid_sizes,
@@ -93,7 +93,7 @@ def _compose(sample, value, shapes, valid_sizes, reference, offsets, logits, pad
     x = torch.stack([cells[..., i, :, 0] / w for i, (_, w) in enumerate(sides)], dim=-2)
     y = torch.stack([cells[..., i, :, 1] / h for i, (h, _) in enumerate(sides)], dim=-2)
     weights = logits.to(precise).softmax(dim=-1).unflatten(-1, (levels, points))
-    return ms_deform_attn_plain(value, shapes, torch.stack((x, y), dim=-1), weights)
+    return ms_deform_attn_pytorch(value, shapes, torch.stack((x, y), dim=-1), weights)
 
 
 def _check(value, shapes, valid_sizes, reference, offsets, logits, padding):
@@ -168,7 +168,7 @@ def _backward(ctx, grad_output):
 
 def _no_second_backward(ctx, *grads):
     raise RuntimeError(
-        "deformable_attention is not twice differentiable; use deformable_attention_plain for that"
+        "deformable_attention is not twice differentiable; use deformable_attention_pytorch for that"
     )
 
 

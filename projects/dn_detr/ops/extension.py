@@ -105,11 +105,11 @@ def slow_sentence(device: str) -> str:
 
 
 @contextmanager
-def plain_operators() -> Iterator[None]:
+def pytorch_operators() -> Iterator[None]:
     """Inside, every operator runs, and is traced, as plain PyTorch: for graphs that must consist of
     standard operators alone, such as an exported model that runs without this package.
 
-        with plain_operators():
+        with pytorch_operators():
             exported = torch.export.export(model, inputs)
 
     For the whole process, not for one thread.
@@ -126,7 +126,7 @@ def use_kernel(name: str, device: torch.device) -> bool:
     """Whether operator `name` has a kernel for tensors on `device`.
 
     Warns, once per process and device type, where there is none on a CPU or a CUDA device. An ONNX
-    graph is made of plain PyTorch, as is everything inside of `plain_operators`.
+    graph is made of plain PyTorch, as is everything inside of `pytorch_operators`.
     """
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if _is_plain or (is_traced and torch.onnx.is_in_onnx_export()):

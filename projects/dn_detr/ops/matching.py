@@ -47,7 +47,7 @@ def assign_objects(
     batch: int,
     is_empty: list[Tensor | None],
     num_groups: list[int],
-    repeats: list[int],
+    matches_per_object: list[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Solve the assignment problem of every layer, image and group of several segments.
 
@@ -61,7 +61,9 @@ def assign_objects(
     there are more objects than slots, those stay without whose absence costs least in all. The
     result is the same on every device and with any number of threads. No host synchronisation.
     """
-    return torch.ops.dn_detr.assign_objects(costs, image_of, batch, is_empty, num_groups, repeats)
+    return torch.ops.dn_detr.assign_objects(
+        costs, image_of, batch, is_empty, num_groups, matches_per_object
+    )
 
 
 def has_nonfinite(values: Tensor, is_empty: Tensor | None) -> Tensor:

@@ -33,10 +33,10 @@ def ms_deform_attn(
     if use_kernel("ms_deform_attn", value.device):
         sides = [side for shape in spatial_shapes for side in shape]
         return torch.ops.dn_detr.ms_deform_attn(value, sides, sampling_locations, attention_weights)
-    return ms_deform_attn_plain(value, spatial_shapes, sampling_locations, attention_weights)
+    return ms_deform_attn_pytorch(value, spatial_shapes, sampling_locations, attention_weights)
 
 
-def ms_deform_attn_plain(
+def ms_deform_attn_pytorch(
     value: Tensor,
     spatial_shapes: Sequence[tuple[int, int]],
     sampling_locations: Tensor,
@@ -133,7 +133,7 @@ def _backward(ctx, grad_output):
 
 def _no_second_backward(ctx, *grads):
     raise RuntimeError(
-        "ms_deform_attn is not twice differentiable; use ms_deform_attn_plain for that"
+        "ms_deform_attn is not twice differentiable; use ms_deform_attn_pytorch for that"
     )
 
 

@@ -38,7 +38,7 @@ def noise_objects(
     labels: Tensor,
     boxes: Tensor,
     is_object: Tensor,
-    noise_keys: Tensor,
+    noise_seeds: Tensor,
     *,
     num_groups: int,
     slots_per_group: int,
@@ -53,7 +53,7 @@ def noise_objects(
     """Noise every object once per group, and the attention mask that keeps the groups apart.
 
     labels [B, M] int64; boxes [B, M, 4] cxcywh in [0, 1], float32 or float64; is_object [B, M]
-    bool, objects first; noise_keys [B] int64; slots_per_group <= M; num_matched: N queries after
+    bool, objects first; noise_seeds [B] int64; slots_per_group <= M; num_matched: N queries after
     the slots.
 
     Plain: the centre moves by up to box_noise half sizes, the sizes change by up to the factor
@@ -73,23 +73,23 @@ def noise_objects(
     more into its own, instead of writing all of it. The last four masks are kept.
     """
     arguments = (
-        labels, boxes.detach() if boxes.requires_grad else boxes, is_object, noise_keys, num_groups,
+        labels, boxes.detach() if boxes.requires_grad else boxes, is_object, noise_seeds, num_groups,
         slots_per_group, num_classes, float(box_noise), float(label_noise), contrastive,
         num_matched, mask_dtype, hide_empty,
     )  # fmt: skip
     if not use_kernel("noise_objects", labels.device):
-        return noise_objects_plain(*arguments)
+        return noise_objects_pytorch(*arguments)
     if labels.is_cpu and not torch.compiler.is_compiling():
         return NoisedSlots(*_IN_OLD_MEMORY(*arguments))
     return NoisedSlots(*torch.ops.dn_detr.noise_objects(*arguments))
 
 
 @torch.no_grad()
-def noise_objects_plain(
+def noise_objects_pytorch(
     labels: Tensor,
     boxes: Tensor,
     is_object: Tensor,
-    noise_keys: Tensor,
+    noise_seeds: Tensor,
     num_groups: int,
     slots_per_group: int,
     num_classes: int,
@@ -101,10 +101,10 @@ def noise_objects_plain(
     hide_empty: bool = True,
 ) -> NoisedSlots:
     """`noise_objects` in plain PyTorch: the specification of the kernels, equal to the last bit."""
-    _check(labels, boxes, is_object, noise_keys, num_groups, slots_per_group)
+    _check(labels, boxes, is_object, noise_seeds, num_groups, slots_per_group)
     batch = labels.shape[0]
     kinds = 2 if contrastive else 1  # positives, negatives
-    key = noise_keys.view(batch, 1, 1, 1)
+    key = noise_seeds.view(batch, 1, 1, 1)
     group = torch.arange(num_groups, device=labels.device).view(1, num_groups, 1, 1)
     kind = torch.arange(kinds, device=labels.device).view(1, 1, kinds, 1)
     stream = group * 2 + kind
@@ -184,14 +184,14 @@ def _mask(is_empty, group_size, num_matched, dtype, hide_empty):
     return mask[..., :total]
 
 
-def _check(labels, boxes, is_object, noise_keys, num_groups, slots_per_group):
+def _check(labels, boxes, is_object, noise_seeds, num_groups, slots_per_group):
     if labels.ndim != 2:
         raise ValueError(f"labels must be [B, M], got {list(labels.shape)}")
     batch, most = labels.shape
     for name, tensor, shape in (
         ("boxes", boxes, (batch, most, 4)),
         ("is_object", is_object, (batch, most)),
-        ("noise_keys", noise_keys, (batch,)),
+        ("noise_seeds", noise_seeds, (batch,)),
     ):
         if tensor.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
@@ -199,7 +199,7 @@ def _check(labels, boxes, is_object, noise_keys, num_groups, slots_per_group):
         ("labels", labels, (torch.int64,)),
         ("boxes", boxes, (torch.float32, torch.float64)),
         ("is_object", is_object, (torch.bool,)),
-        ("noise_keys", noise_keys, (torch.int64,)),
+        ("noise_seeds", noise_seeds, (torch.int64,)),
     ):
         if tensor.dtype not in dtypes:
             raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
@@ -211,10 +211,10 @@ def _check(labels, boxes, is_object, noise_keys, num_groups, slots_per_group):
 
 
 def _fake(
-    labels, boxes, is_object, noise_keys, num_groups, slots_per_group, num_classes, box_noise,
+    labels, boxes, is_object, noise_seeds, num_groups, slots_per_group, num_classes, box_noise,
     label_noise, contrastive, num_matched, mask_dtype, hide_empty,
 ):  # fmt: skip
-    _check(labels, boxes, is_object, noise_keys, num_groups, slots_per_group)
+    _check(labels, boxes, is_object, noise_seeds, num_groups, slots_per_group)
     batch = labels.shape[0]
     slots = num_groups * slots_per_group * (2 if contrastive else 1)
     total = slots + num_matched

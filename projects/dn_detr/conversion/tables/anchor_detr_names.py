@@ -51,9 +51,9 @@ RULES: dict[str, Rule] = {
         {**FEED_FORWARD, "norm1": "norm", "norm2": "self_attention.norm"},
     ),
     "transformer.pattern.weight": "query_design.shared.patterns",
-    "transformer.position.weight": "query_design.tables.anchors",
-    "transformer.adapt_pos2d.0": "decoder.position.of_point.layers.0",
-    "transformer.adapt_pos2d.2": "decoder.position.of_point.layers.1",
+    "transformer.position.weight": "query_design.learned.anchors",
+    "transformer.adapt_pos2d.0": "decoder.position.point_mlp.layers.0",
+    "transformer.adapt_pos2d.2": "decoder.position.point_mlp.layers.1",
     **axis(0, 0),
     **axis(2, 1),
     # One head for all layers, which their file names once for each.

@@ -13,9 +13,9 @@ RULES: dict[str, Rule] = {
     **conditional_decoder_layers(),
     "transformer.decoder.norm": "decoder.predictor.norm",
     "transformer.decoder.query_scale.layers.{}": "decoder.position.scale.layers.{}",
-    "transformer.decoder.ref_point_head.layers.{}": "query_design.point.of_slot.layers.{}",
+    "transformer.decoder.ref_point_head.layers.{}": "query_design.point.query_mlp.layers.{}",
     **HEADS,
-    "query_embed.weight": "query_design.tables.position",
+    "query_embed.weight": "query_design.learned.position",
 }
 
 DECODER_LAYER = below(
@@ -47,9 +47,9 @@ HUGGING_FACE: dict[str, Rule] = {
     **resnet("model.backbone.conv_encoder.model"),
     **hugging_face_names.CONDITIONAL,
     **DECODER_LAYER,
-    "model.decoder.ref_point_head.layers.{}": "query_design.point.of_slot.layers.{}",
+    "model.decoder.ref_point_head.layers.{}": "query_design.point.query_mlp.layers.{}",
     "class_labels_classifier": "decoder.predictor.heads.class_heads.0",
-    "model.query_position_embeddings.weight": "query_design.tables.position",
+    "model.query_position_embeddings.weight": "query_design.learned.position",
 }
 
 TABLES = [

@@ -12,27 +12,27 @@ from dn_detr.conversion.tables.deformable_names import BODY, OWN_HEADS
 
 def content_rows(rows: Tensor) -> dict[str, Tensor]:
     """Learned content [N, C], of DN-DETR [N, C - 1] without the channel of the indicator."""
-    return {"query_design.tables.content": F.pad(rows, (0, rows.shape[1] % 2))}
+    return {"query_design.learned.content": F.pad(rows, (0, rows.shape[1] % 2))}
 
 
 RULES: dict[str, Rule] = {
     **BODY,
     **OWN_HEADS,
     "transformer.decoder.query_scale.layers.{}": "decoder.position.scale.layers.{}",
-    "transformer.decoder.ref_point_head.layers.{}": "decoder.position.of_box.layers.{}",
+    "transformer.decoder.ref_point_head.layers.{}": "decoder.position.box_mlp.layers.{}",
     "tgt_embed.weight": content_rows,
-    "refpoint_embed.weight": "query_design.tables.box_logits",
-    "label_enc.weight": "query_design.content.label_table.weight",
+    "refpoint_embed.weight": "query_design.learned.box_logits",
+    "label_enc.weight": "query_design.content.label_embedding.weight",
 }
 
 DETREX: dict[str, Rule] = {
     **detrex_names.DEFORMABLE,
     **OWN_HEADS,
     "transformer.decoder.query_scale.layers.{}": "decoder.position.scale.layers.{}",
-    "transformer.decoder.ref_point_head.layers.{}": "decoder.position.of_box.layers.{}",
+    "transformer.decoder.ref_point_head.layers.{}": "decoder.position.box_mlp.layers.{}",
     "tgt_embed.weight": content_rows,
-    "refpoint_embed.weight": "query_design.tables.box_logits",
-    "denoising_generator.label_encoder.weight": "query_design.content.label_table.weight",
+    "refpoint_embed.weight": "query_design.learned.box_logits",
+    "denoising_generator.label_encoder.weight": "query_design.content.label_embedding.weight",
 }
 
 TABLES = [

@@ -10,11 +10,11 @@ from dn_detr.conversion.tables import detrex_names, hugging_face_names
 from dn_detr.conversion.tables.dense_names import HEADS, conditional_decoder_layers, encoder_layers
 
 
-def label_table(labels: Tensor) -> dict[str, Tensor]:
+def label_embedding(labels: Tensor) -> dict[str, Tensor]:
     """DN-DETR's label embeddings [K + 1, C - 1]; the last one, "unknown", is also the content that
     all matched queries share, with an indicator of zero."""
     return {
-        "query_design.content.label_table.weight": labels,
+        "query_design.content.label_embedding.weight": labels,
         "query_design.shared.row": F.pad(labels[-1:], (0, 1)),
     }
 
@@ -22,13 +22,13 @@ def label_table(labels: Tensor) -> dict[str, Tensor]:
 QUERIES_AND_HEADS: dict[str, Rule] = {
     "transformer.decoder.norm": "decoder.predictor.norm",
     "transformer.decoder.query_scale.layers.{}": "decoder.position.scale.layers.{}",
-    "transformer.decoder.ref_point_head.layers.{}": "decoder.position.of_box.layers.{}",
+    "transformer.decoder.ref_point_head.layers.{}": "decoder.position.box_mlp.layers.{}",
     "transformer.decoder.ref_anchor_head.layers.{}": "decoder.position.size.layers.{}",
     **HEADS,
     "transformer.decoder.bbox_embed.layers.{}": None,  # the box head once more
-    "refpoint_embed.weight": "query_design.tables.anchors",
+    "refpoint_embed.weight": "query_design.learned.anchors",
     "transformer.patterns.weight": "query_design.shared.patterns",
-    "label_enc.weight": label_table,
+    "label_enc.weight": label_embedding,
 }
 
 RULES: dict[str, Rule] = {
@@ -89,12 +89,12 @@ DETREX: dict[str, Rule] = {
     f"{DETREX_DECODER}.ffns.0.layers.0.1": None,
     "transformer.decoder.post_norm_layer": "decoder.predictor.norm",
     "transformer.decoder.query_scale.layers.{}": "decoder.position.scale.layers.{}",
-    "transformer.decoder.ref_point_head.layers.{}": "decoder.position.of_box.layers.{}",
+    "transformer.decoder.ref_point_head.layers.{}": "decoder.position.box_mlp.layers.{}",
     "transformer.decoder.ref_anchor_head.layers.{}": "decoder.position.size.layers.{}",
     **HEADS,
     "transformer.decoder.bbox_embed.layers.{}": None,  # the box head once more
-    "anchor_box_embed.weight": "query_design.tables.anchors",
-    "denoising_generator.label_encoder.weight": label_table,
+    "anchor_box_embed.weight": "query_design.learned.anchors",
+    "denoising_generator.label_encoder.weight": label_embedding,
 }
 
 # ------------------------------------------------------------------------------- Hugging Face
@@ -129,11 +129,11 @@ HUGGING_FACE: dict[str, Rule] = {
             "mlp.final_layer_norm": "feed_forward.norm",
         },
     ),
-    "model.decoder.ref_point_head.layers.{}": "decoder.position.of_box.layers.{}",
+    "model.decoder.ref_point_head.layers.{}": "decoder.position.box_mlp.layers.{}",
     "model.decoder.ref_anchor_head.layers.{}": "decoder.position.size.layers.{}",
     "model.decoder.bbox_embed.layers.{}": None,  # the box head once more
     "class_embed": "decoder.predictor.heads.class_heads.0",
-    "model.query_refpoint_embeddings.weight": "query_design.tables.anchors",
+    "model.query_refpoint_embeddings.weight": "query_design.learned.anchors",
     "model.patterns.weight": "query_design.shared.patterns",
 }
 

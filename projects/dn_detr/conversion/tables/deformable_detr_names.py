@@ -14,7 +14,7 @@ SOURCE = "fundamentalvision/Deformable-DETR"
 def slots(rows: Tensor) -> dict[str, Tensor]:
     """Learned slots [N, 2 C]: position, then content."""
     position, content = rows.chunk(2, dim=1)
-    return {"query_design.tables.position": position, "query_design.tables.content": content}
+    return {"query_design.learned.position": position, "query_design.learned.content": content}
 
 
 SLOTS: dict[str, Rule] = {

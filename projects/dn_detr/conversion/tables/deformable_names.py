@@ -57,16 +57,16 @@ SHARED_HEADS: dict[str, Rule] = {
 """One pair of heads, which stands in the file once for every layer."""
 
 PROPOSAL_HEAD: dict[str, Rule] = {
-    "transformer.enc_output": "query_design.tables.head.project",
-    "transformer.enc_output_norm": "query_design.tables.head.norm",
+    "transformer.enc_output": "query_design.learned.head.project",
+    "transformer.enc_output_norm": "query_design.learned.head.norm",
 }
 """The layers before the heads of the proposals."""
 
 TWO_STAGE: dict[str, Rule] = {
     **BODY,
     **PROPOSAL_HEAD,
-    "class_embed.6": "query_design.tables.head.class_head",  # behind those of the 6 decoder layers
-    "bbox_embed.6.layers.{}": "query_design.tables.head.box_head.layers.{}",
+    "class_embed.6": "query_design.learned.head.class_head",  # behind those of the 6 decoder layers
+    "bbox_embed.6.layers.{}": "query_design.learned.head.box_head.layers.{}",
     **OWN_HEADS,
     "transformer.decoder.class_embed.{}": None,  # the class heads once more
     "transformer.pos_trans": "query_design.transform.project",

@@ -12,7 +12,7 @@ RULES: dict[str, Rule] = {
     **decoder_layers({"multihead_attn": "cross_attention.attention"}),
     "transformer.decoder.norm": "decoder.predictor.norm",
     **HEADS,
-    "query_embed.weight": "query_design.tables.position",
+    "query_embed.weight": "query_design.learned.position",
 }
 
 TABLES = [Table("facebookresearch/detr", RULES)]

@@ -14,9 +14,9 @@ ONE_TO_ONE = 300
 def content_rows(rows: Tensor) -> dict[str, Tensor]:
     """Learned content [N + T, C]: of the one-to-one branch, then of the one-to-many branch, which
     is the model's first assist."""
-    converted = {"query_design.tables.content": rows[:ONE_TO_ONE]}
+    converted = {"query_design.learned.content": rows[:ONE_TO_ONE]}
     if rows.shape[0] > ONE_TO_ONE:
-        converted["assists.0.tables.content"] = rows[ONE_TO_ONE:]
+        converted["auxiliary.0.learned.content"] = rows[ONE_TO_ONE:]
     return converted
 
 

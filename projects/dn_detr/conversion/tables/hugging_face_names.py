@@ -74,13 +74,13 @@ DEFORMABLE_BOX_HEADS: dict[str, Rule] = {
 DEFORMABLE_TWO_STAGE: dict[str, Rule] = {
     **DEFORMABLE,
     # Those of the proposals stand behind those of the 6 decoder layers.
-    "model.decoder.class_embed.6": "query_design.tables.head.class_head",
+    "model.decoder.class_embed.6": "query_design.learned.head.class_head",
     "model.decoder.class_embed.{}": "decoder.predictor.heads.class_heads.{}",
-    "model.decoder.bbox_embed.6.layers.{}": "query_design.tables.head.box_head.layers.{}",
+    "model.decoder.bbox_embed.6.layers.{}": "query_design.learned.head.box_head.layers.{}",
     **DEFORMABLE_BOX_HEADS,
     "class_embed.{}": None,
-    "model.enc_output": "query_design.tables.head.project",
-    "model.enc_output_norm": "query_design.tables.head.norm",
+    "model.enc_output": "query_design.learned.head.project",
+    "model.enc_output_norm": "query_design.learned.head.norm",
     "model.pos_trans": "query_design.transform.project",
     "model.pos_trans_norm": "query_design.transform.norm",
 }

@@ -53,11 +53,11 @@ RULES: dict[str, Rule] = {
         {**FEED_FORWARD, "norm": "feed_forward.norm"},
     ),
     **heads("query_design.heads", "decoder.heads"),
-    f"{PREDICTOR}.query_embed.weight": "query_design.tables.position",
+    f"{PREDICTOR}.query_embed.weight": "query_design.learned.position",
     f"{PREDICTOR}.level_embed.weight": turned("decoder.level_embedding"),
 }
 
-CONTENT = "query_design.tables.content"
+CONTENT = "query_design.learned.content"
 
 TABLES = [
     Table("facebookresearch/Mask2Former", {**RULES, f"{PREDICTOR}.{name}.weight": CONTENT})

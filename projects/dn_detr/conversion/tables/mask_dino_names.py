@@ -22,7 +22,7 @@ from dn_detr.conversion.tables.masks_names import (
 
 def labels(table: Tensor) -> dict[str, Tensor]:
     """Their table has no row for "unknown", which is never used here either."""
-    return {"query_design.content.label_table.weight": F.pad(table, (0, 0, 0, 1))}
+    return {"query_design.content.label_embedding.weight": F.pad(table, (0, 0, 0, 1))}
 
 
 OWNERS = ("query_design.heads", "decoder.predictor.heads")
@@ -60,9 +60,9 @@ RULES: dict[str, Rule] = {
     f"{PREDICTOR}.bbox_embed.{{}}.layers.{{}}": None,
     f"{PREDICTOR}.decoder.bbox_embed.{{}}.layers.{{}}": None,
     f"{PREDICTOR}.decoder.norm": None,
-    f"{PREDICTOR}.decoder.ref_point_head.layers.{{}}": "decoder.position.of_box.layers.{}",
-    f"{PREDICTOR}.enc_output": "query_design.tables.head.project",
-    f"{PREDICTOR}.enc_output_norm": "query_design.tables.head.norm",
+    f"{PREDICTOR}.decoder.ref_point_head.layers.{{}}": "decoder.position.box_mlp.layers.{}",
+    f"{PREDICTOR}.enc_output": "query_design.learned.head.project",
+    f"{PREDICTOR}.enc_output_norm": "query_design.learned.head.norm",
     f"{PREDICTOR}.label_enc.weight": labels,
 }
 

@@ -37,7 +37,7 @@ RULES: dict[str, Rule] = {
     "transformer.decoder.layers.0.point1.layers.{}": "query_design.point.mlp.layers.{}",
     "transformer.decoder.norm": "decoder.predictor.norm",
     **HEADS,
-    "query_embed.weight": "query_design.tables.position",
+    "query_embed.weight": "query_design.learned.position",
 }
 
 TABLES = [Table("gaopengcuhk/SMCA-DETR", RULES)]

@@ -143,11 +143,11 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Known objects (2203.01305, TPAMI version): in training, random objects of the share PROBABILITY of
     # the images are given as queries that all matched queries see, the share HIDDEN_LABELS of them
     # without label, their boxes noised as in denoising. The detector can then be prompted.
-    node.KNOWN = CfgNode()
-    node.KNOWN.ENABLED = False
-    node.KNOWN.PROBABILITY = 0.5
-    node.KNOWN.HIDDEN_LABELS = 0.2
-    node.KNOWN.BOX_NOISE = 0.1
+    node.BOX_PROMPTS = CfgNode()
+    node.BOX_PROMPTS.ENABLED = False
+    node.BOX_PROMPTS.PROBABILITY = 0.5
+    node.BOX_PROMPTS.HIDDEN_LABELS = 0.2
+    node.BOX_PROMPTS.BOX_NOISE = 0.1
     # The batch's largest object count is rounded up to a multiple of this: 1 as published, 8 for
     # few distinct shapes.
     node.PAD_OBJECTS_TO = 1
@@ -156,12 +156,12 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Group DETR (2207.13085): groups of NUM_QUERIES queries in training, each matched on its own;
     # 1: none.
     node.NUM_GROUPS = 1
-    # H-DETR (2207.13080): further queries in training among which each object is matched REPEATS
+    # H-DETR (2207.13080): further queries in training among which each object is matched MATCHES_PER_OBJECT
     # times. Excludes groups.
     node.HYBRID = CfgNode()
     node.HYBRID.ENABLED = False
     node.HYBRID.NUM_QUERIES = 1500
-    node.HYBRID.REPEATS = 6
+    node.HYBRID.MATCHES_PER_OBJECT = 6
     node.HYBRID.WEIGHT = 1.0
 
     # --------------------------------------------------------------------------------- teaching

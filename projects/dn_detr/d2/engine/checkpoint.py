@@ -25,11 +25,11 @@ from dn_detr.d2.engine.ema import KEY as EMA
 from dn_detr.d2.modeling.timm_torchvision import NamedBackbone
 from dn_detr.errors import InputError
 
-CLASS_DEPENDENT = ("class_head", "class_heads", "label_table", "cls_score", "bbox_pred")
+CLASS_DEPENDENT = ("class_head", "class_heads", "label_embedding", "cls_score", "bbox_pred")
 """Parameters whose size is the number of classes: start anew together when it changes."""
 
-TRAINING_ONLY = ("assists", "label_table")
-"""Parameters that only an assist uses: a checkpoint may have them or not."""
+TRAINING_ONLY = ("auxiliary", "label_embedding")
+"""Parameters that only an auxiliary query module uses: a checkpoint may have them or not."""
 
 UNFINISHED = ".unfinished"
 """Part of the name of a file that is being written."""
@@ -41,7 +41,10 @@ AVERAGED = f"@{EMA}"
 """At the end of a path: the moving average that the checkpoint holds."""
 
 DETECTOR = "detector"
-"""Under this key a checkpoint says which detector it holds."""
+"""Under this key a checkpoint describes the detector it holds."""
+
+FORMAT = 2
+"""Of the names of parameters, in the description: raised whenever one changes (tests/d2/parameters.txt)."""
 
 FOREIGN = ("transformer", "class_embed", "sem_seg_head", "input_proj", "query_embed", "bbox_embed")
 """Parts of names in detectors of the authors, of detrex and of Hugging Face."""
@@ -86,7 +89,18 @@ def describe(cfg: CfgNode) -> dict:
     """What checkpoints of this training say of their model, in plain types, which
     `torch.load(weights_only=True)` reads."""
     names = [str(name) for name in class_names(cfg.DATASETS.TRAIN[0])]
-    return {"config": cfg.dump(), "class_names": names}
+    return {"format": FORMAT, "config": cfg.dump(), "class_names": names}
+
+
+def check_format(filename: str, checkpoint: dict) -> None:
+    """InputError where a training of this project saved other parameter names than this version's."""
+    about = checkpoint.get(DETECTOR) or {}
+    found = about.get("format", 1 if "config" in about else FORMAT)
+    if found != FORMAT:
+        raise InputError(
+            f"{filename!r} was saved with the parameter names of format {found}, and this version of "
+            f"dn_detr reads format {FORMAT}: use the version that saved it."
+        )
 
 
 def has_part(key: str, parts: tuple[str, ...]) -> bool:
@@ -167,6 +181,7 @@ class Checkpointer(DetectionCheckpointer):
                     f"SOLVER.EMA.ENABLED, so leave {AVERAGED!r} out of MODEL.WEIGHTS."
                 )
             checkpoint["model"] = checkpoint.pop(EMA)["model"]
+        check_format(filename, checkpoint)
         state = checkpoint["model"]
         if not isinstance(state, dict) or not all(hasattr(v, "shape") for v in state.values()):
             raise InputError(f"{filename!r} is not a checkpoint: it must hold arrays by name.")

@@ -10,7 +10,7 @@ import torch
 from detectron2.utils import comm
 from torch import distributed
 
-from dn_detr.errors import InputError, ToldElsewhere
+from dn_detr.errors import InputError, RemoteInputError
 
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ def together(function: Callable[[], T]) -> T:
     """The result of `function`, which every process calls; every process must come here.
 
     If it raises an InputError in one of them, every process raises one, so that none waits for
-    another that has ended: the first that has one its own, all others ToldElsewhere. While one
+    another that has ended: the first that has one its own, all others RemoteInputError. While one
     process may have raised, `function` must not wait for others.
     """
     result, error = None, None
@@ -33,7 +33,7 @@ def together(function: Callable[[], T]) -> T:
     failed = [rank for rank, sentence in enumerate(sentences) if sentence is not None]
     if failed[0] == comm.get_rank():
         raise error
-    raise ToldElsewhere(sentences[failed[0]])
+    raise RemoteInputError(sentences[failed[0]])
 
 
 def on_main(function: Callable[[], T]) -> T:

@@ -10,7 +10,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from torch import nn
 
 
-class Evidence:
+class NonFiniteDump:
     """Writes files into `folder` that `tools/replay_not_finite.py` reads.
 
     config: of the run, as YAML.

@@ -15,8 +15,8 @@ from detectron2.utils.events import get_event_storage
 from torch.nn.parallel import DistributedDataParallel
 
 from dn_detr.d2.engine.collective import together
-from dn_detr.d2.engine.nonfinite_dump import Evidence
-from dn_detr.d2.modeling.batch import Whole, whole_batch
+from dn_detr.d2.engine.nonfinite_dump import NonFiniteDump
+from dn_detr.d2.modeling.batch import BatchStats, batch_stats
 from dn_detr.errors import InputError, NotFinite
 from dn_detr.losses.criterion import summarize
 from dn_detr.losses.matcher import find_nonfinite
@@ -42,7 +42,7 @@ class TrainStep(SimpleTrainer):
         precision: str | None,
         seed: int,
         num_parts: int = 1,
-        evidence: Evidence | None = None,
+        evidence: NonFiniteDump | None = None,
     ):
         super().__init__(model, data_loader, optimizer)
         if precision is not None and precision not in PRECISIONS:
@@ -65,7 +65,7 @@ class TrainStep(SimpleTrainer):
         data_time = time.perf_counter() - start
 
         torch.manual_seed(self.device_seed())
-        whole = whole_batch(data, self.device)
+        whole = batch_stats(data, self.device)
         self.optimizer.zero_grad()
         losses = self.backward(data, whole)
         self.after_backward()
@@ -83,7 +83,7 @@ class TrainStep(SimpleTrainer):
         """Where this process's random numbers of this iteration come from."""
         return hash((self.seed, self.iter, comm.get_rank())) & 0x7FFFFFFF
 
-    def backward(self, data: list[dict], whole: Whole) -> dict[str, torch.Tensor]:
+    def backward(self, data: list[dict], whole: BatchStats) -> dict[str, torch.Tensor]:
         """Add up the gradients of all parts of the batch; returns its losses."""
         losses: dict[str, torch.Tensor] = {}
         self.assignments = []  # of each part
@@ -103,7 +103,7 @@ class TrainStep(SimpleTrainer):
                 losses[name] = losses[name] + value if name in losses else value
         return losses
 
-    def forward(self, part: list[dict], whole: Whole, data: list[dict]) -> dict:
+    def forward(self, part: list[dict], whole: BatchStats, data: list[dict]) -> dict:
         """Losses of a part of the batch `data`; NotFinite where matching meets no finite numbers."""
         with torch.autocast(
             self.device.type, dtype=self.precision, enabled=self.precision is not None
@@ -115,7 +115,7 @@ class TrainStep(SimpleTrainer):
                     f"{error}, {self.whereabouts(part)}; {self.advice(data, whole)}"
                 ) from error
 
-    def report(self, losses: dict, data: list[dict], whole: Whole, data_time: float) -> None:
+    def report(self, losses: dict, data: list[dict], whole: BatchStats, data_time: float) -> None:
         """Put the losses, averaged over the ranks, into the event storage.
 
         NotFinite on every rank if one or the gradient is not finite, before the optimizer uses it.
@@ -167,7 +167,7 @@ class TrainStep(SimpleTrainer):
         rank = comm.get_rank()
         return f"in iteration {self.iter}, from the images [{', '.join(images)}] of rank {rank}"
 
-    def advice(self, data: list[dict], whole: Whole) -> str:
+    def advice(self, data: list[dict], whole: BatchStats) -> str:
         """Keeps the evidence, and says where."""
         if self.evidence is None:
             return "a smaller learning rate or float32 may help"

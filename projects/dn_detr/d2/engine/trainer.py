@@ -25,7 +25,7 @@ from dn_detr.d2.engine.ema import KEY as EMA
 from dn_detr.d2.engine.ema import FollowWeights, MovingAverage
 from dn_detr.d2.engine.evaluation_hooks import SaveEvaluation
 from dn_detr.d2.engine.instability_hook import build_instruments
-from dn_detr.d2.engine.nonfinite_dump import Evidence
+from dn_detr.d2.engine.nonfinite_dump import NonFiniteDump
 from dn_detr.d2.engine.train_step import TrainStep
 from dn_detr.d2.engine.wandb_writer import WandbWriter
 from dn_detr.d2.engine.writers import ProgressBar, ProgressLines
@@ -70,7 +70,7 @@ class Trainer(DefaultTrainer):
             precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else None,
             seed=loader.seed,
             num_parts=num_parts(cfg),
-            evidence=Evidence(cfg.OUTPUT_DIR, cfg.dump()),
+            evidence=NonFiniteDump(cfg.OUTPUT_DIR, cfg.dump()),
         )
         self.checkpointer = Checkpointer(
             model,

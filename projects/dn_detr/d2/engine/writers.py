@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 SHOWN = (
     "total_loss",
     "loss_match",
-    "loss_denoise",
-    "loss_groups",
+    "loss_dn",
+    "loss_group",
     "loss_hybrid",
-    "loss_encoder",
+    "loss_enc",
 )
 """Losses on the console; metrics.json and TensorBoard hold every one."""
 

@@ -17,7 +17,7 @@ from dn_detr import __version__
 from dn_detr.d2.export.graphs import detections_of, graph_of, side_step
 from dn_detr.d2.modeling.faster_rcnn import DenoisingRCNN
 from dn_detr.errors import InputError
-from dn_detr.ops import plain_operators
+from dn_detr.ops import pytorch_operators
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2"}
 
@@ -103,7 +103,7 @@ def metadata(cfg, class_names: list[str], model: nn.Module) -> dict:
 def write(model: nn.Module, path: Path, kind: str, about: dict) -> None:
     """Trace a model and write the graph and its metadata. kind: one of FORMATS."""
     if kind == "torch-export":
-        with plain_operators():
+        with pytorch_operators():
             program = trace(model)
         torch.export.save(program, path, extra_files={METADATA: json.dumps(about)})
         return

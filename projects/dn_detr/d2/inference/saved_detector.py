@@ -13,7 +13,7 @@ from torch import nn
 from dn_detr.conversion.safe_load import read_pickle
 from dn_detr.d2.config.defaults import add_dn_detr_config, merge, read_config
 from dn_detr.d2.data.catalog import class_names, register_coco_format
-from dn_detr.d2.engine.checkpoint import AVERAGED, DETECTOR, Checkpointer
+from dn_detr.d2.engine.checkpoint import AVERAGED, DETECTOR, Checkpointer, check_format
 from dn_detr.d2.engine.trainer import Trainer
 from dn_detr.errors import InputError
 
@@ -40,6 +40,8 @@ def description_in(path: str) -> dict | None:
     except ValueError as error:
         raise InputError(f"{path!r} cannot be loaded as a checkpoint: {error}.") from error
     about = checkpoint.get(DETECTOR) if isinstance(checkpoint, dict) else None
+    if isinstance(about, dict):
+        check_format(path, checkpoint)
     return about if isinstance(about, dict) else None
 
 

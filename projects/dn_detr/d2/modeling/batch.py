@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole:
+class BatchStats:
     """What losses and shapes of an image take from the batch that it stands in.
 
     num_objects: in this process's images, averaged over the processes and at least 1: the losses'
@@ -40,7 +40,7 @@ class Whole:
         return F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
 
 
-def whole_batch(samples: list[dict], device: torch.device) -> Whole:
+def batch_stats(samples: list[dict], device: torch.device) -> BatchStats:
     """Of the training samples of this process. Every process must call it together."""
     counts = [len(sample["instances"]) for sample in samples]
     num_taught = sum(len(sample.get("teacher_instances", ())) for sample in samples)
@@ -49,7 +49,7 @@ def whole_batch(samples: list[dict], device: torch.device) -> Whole:
         total = torch.tensor([float(sum(counts)), float(num_taught)], device=device)
         torch.distributed.all_reduce(total)
         normalisers = (total / comm.get_world_size()).clamp(min=1)
-    return Whole(
+    return BatchStats(
         num_objects=normalisers[0],
         num_teacher_boxes=normalisers[1],
         most_objects=max(1, *counts),

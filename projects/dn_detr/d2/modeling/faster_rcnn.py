@@ -19,20 +19,12 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from torch import Tensor
 
-from dn_detr.auxiliary.denoising import Denoise, FixedGroups
+from dn_detr.auxiliary.denoising import DenoisingQueries, FixedGroups
 from dn_detr.d2.data.catalog import with_num_classes
-from dn_detr.d2.modeling.batch import Whole
+from dn_detr.d2.modeling.batch import BatchStats
 from dn_detr.d2.modeling.instances import IterationCounter, to_targets
 from dn_detr.layers.box_ops import cxcywh_to_xyxy
 from dn_detr.structures import Assignments, NoisedObjects
-
-NAMES = {
-    "loss_rpn_cls": "loss_rpn_class",
-    "loss_rpn_loc": "loss_rpn_box",
-    "loss_cls": "loss_class",
-    "loss_box_reg": "loss_box",
-}
-"""Detectron2's losses under the names that losses of this project have."""
 
 
 @META_ARCH_REGISTRY.register()
@@ -44,7 +36,7 @@ class DenoisingRCNN(GeneralizedRCNN):
     """
 
     @configurable
-    def __init__(self, *, denoise: Denoise | None, seed: int, **parts):
+    def __init__(self, *, denoise: DenoisingQueries | None, seed: int, **parts):
         super().__init__(**parts)
         self.denoise = denoise
         self.seed = seed
@@ -55,9 +47,9 @@ class DenoisingRCNN(GeneralizedRCNN):
     def from_config(cls, cfg) -> dict:
         cfg = with_num_classes(cfg).clone()
         node = cfg.MODEL.DN_DETR
-        if node.TEACH.ENABLED or node.KNOWN.ENABLED:
+        if node.TEACH.ENABLED or node.BOX_PROMPTS.ENABLED:
             raise ValueError(
-                "DenoisingRCNN has no queries: MODEL.DN_DETR.TEACH and KNOWN must be off"
+                "DenoisingRCNN has no queries: MODEL.DN_DETR.TEACH and BOX_PROMPTS must be off"
             )
         cfg.defrost()
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = node.NUM_CLASSES
@@ -70,7 +62,7 @@ class DenoisingRCNN(GeneralizedRCNN):
     def forward(
         self,
         batched_inputs: list[dict],
-        whole: Whole | None = None,
+        whole: BatchStats | None = None,
         iteration: int | None = None,
     ) -> dict[str, Tensor] | list[dict]:
         """whole: not needed, as all losses are means over the regions of these images. iteration: as
@@ -82,12 +74,12 @@ class DenoisingRCNN(GeneralizedRCNN):
         features = self.backbone(images.tensor)
         proposals, losses = self.proposal_generator(images, features, objects)
         sampled, more = self.roi_heads(images, features, proposals, objects)
-        losses = {NAMES.get(name, name): loss.float() for name, loss in {**losses, **more}.items()}
+        losses = {name: loss.float() for name, loss in {**losses, **more}.items()}
         if self.denoise is not None:
             iteration = self.iterations.next(iteration)
             regions = self.noised_regions(batched_inputs, objects, iteration)
             num_sampled = sum(len(proposals) for proposals in sampled)
-            losses["loss_denoise_box"] = self.denoising_loss(features, regions, num_sampled)
+            losses["loss_box_reg_dn"] = self.denoising_loss(features, regions, num_sampled)
         return losses
 
     def noised_regions(
@@ -122,7 +114,7 @@ class DenoisingRCNN(GeneralizedRCNN):
         return mean.float() * (weight * len(classes) / max(1, num_sampled))
 
 
-def box_denoising(node) -> Denoise:
+def box_denoising(node) -> DenoisingQueries:
     """Denoising of boxes alone, as MODEL.DN_DETR says. ValueError if it asks for more."""
     noise = node.DENOISING
     if noise.LABEL_NOISE or noise.CONTRASTIVE:
@@ -130,7 +122,7 @@ def box_denoising(node) -> Denoise:
             "DenoisingRCNN noises boxes alone: MODEL.DN_DETR.DENOISING must have LABEL_NOISE 0.0 and "
             f"CONTRASTIVE False, got {noise.LABEL_NOISE} and {noise.CONTRASTIVE}"
         )
-    return Denoise(
+    return DenoisingQueries(
         num_classes=node.NUM_CLASSES,
         groups=FixedGroups(num_groups=noise.NUM_GROUPS, max_objects=noise.MAX_OBJECTS),
         box_noise=noise.BOX_NOISE,

@@ -6,9 +6,9 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 
 from dn_detr.build import (
+    BoxPrompting,
     Denoising,
     HybridMatching,
-    Prompting,
     build_criterion,
     build_model,
     mask_terms,
@@ -19,13 +19,13 @@ from dn_detr.losses.mask_points import PointSampling
 from dn_detr.losses.matcher import Costs
 from dn_detr.losses.teacher_loss import Teaching
 from dn_detr.models.detection_transformer import DETR
-from dn_detr.models.model_config import Numbers
+from dn_detr.models.model_config import ModelConfig
 
 
 def core_from(cfg: CfgNode, shapes: dict[str, ShapeSpec]) -> DETR:
-    """The core, with its assists. shapes: of the backbone's features."""
+    """The core, with its auxiliary. shapes: of the backbone's features."""
     node = cfg.MODEL.DN_DETR
-    numbers = Numbers(
+    config = ModelConfig(
         num_classes=node.NUM_CLASSES,
         num_queries=node.NUM_QUERIES,
         channels=node.CHANNELS,
@@ -53,23 +53,23 @@ def core_from(cfg: CfgNode, shapes: dict[str, ShapeSpec]) -> DETR:
     )
     hybrid = HybridMatching(
         num_queries=node.HYBRID.NUM_QUERIES,
-        repeats=node.HYBRID.REPEATS,
+        matches_per_object=node.HYBRID.MATCHES_PER_OBJECT,
         weight=node.HYBRID.WEIGHT,
     )
-    known = Prompting(
-        probability=node.KNOWN.PROBABILITY,
-        hidden_labels=node.KNOWN.HIDDEN_LABELS,
-        box_noise=node.KNOWN.BOX_NOISE,
+    prompts = BoxPrompting(
+        probability=node.BOX_PROMPTS.PROBABILITY,
+        hidden_labels=node.BOX_PROMPTS.HIDDEN_LABELS,
+        box_noise=node.BOX_PROMPTS.BOX_NOISE,
     )
     core = build_model(
         node.METHOD,
-        numbers,
+        config,
         in_channels=[shapes[name].channels for name in node.IN_FEATURES],
         strides=[shapes[name].stride for name in node.IN_FEATURES],
         denoising=denoising if node.DENOISING.ENABLED else None,
         num_groups=node.NUM_GROUPS,
         hybrid=hybrid if node.HYBRID.ENABLED else None,
-        known=known if node.KNOWN.ENABLED else None,
+        prompts=prompts if node.BOX_PROMPTS.ENABLED else None,
     )
     if cfg.MODEL.MASK_ON != (core.mask_head is not None):
         raise ValueError(
@@ -118,7 +118,7 @@ def criterion_from(cfg: CfgNode) -> Criterion:
                 oversample=loss.MASK_OVERSAMPLE,
                 importance=loss.MASK_IMPORTANCE,
             ),
-            without=() if node.DENOISING.MASKS else ("denoise",),
+            without=() if node.DENOISING.MASKS else ("dn",),
         )
     return build_criterion(
         class_weight=loss.CLASS_WEIGHT,
@@ -139,9 +139,9 @@ def teaching_from(cfg: CfgNode, costs: Costs) -> Teaching | None:
     teach = node.TEACH
     if not teach.ENABLED:
         return None
-    if node.KNOWN.ENABLED:
+    if node.BOX_PROMPTS.ENABLED:
         raise ValueError(
-            "MODEL.DN_DETR.TEACH and KNOWN exclude each other: boxes of a teacher do not say "
+            "MODEL.DN_DETR.TEACH and BOX_PROMPTS exclude each other: boxes of a teacher do not say "
             "which of them are given"
         )
     return Teaching(
@@ -152,5 +152,5 @@ def teaching_from(cfg: CfgNode, costs: Costs) -> Teaching | None:
         giou_weight=teach.GIOU_WEIGHT,
         unmatched_weight=teach.UNMATCHED_WEIGHT,
         no_object_weight=node.LOSS.NO_OBJECT_WEIGHT,
-        segments=("match", "groups") if node.NUM_GROUPS > 1 else ("match",),
+        segments=("match", "group") if node.NUM_GROUPS > 1 else ("match",),
     )

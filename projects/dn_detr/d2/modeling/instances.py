@@ -11,7 +11,7 @@ from dn_detr.models.postprocess import Detections
 from dn_detr.structures import Target, Targets, pad_targets
 
 
-def noise_key(seed: int, iteration: int, image_id: int | str) -> int:
+def noise_seed(seed: int, iteration: int, image_id: int | str) -> int:
     """An integer in [0, 2^63) from which all denoising noise of an image follows.
 
     It depends on nothing else, so that noise is the same after a resume and in any batch.
@@ -43,7 +43,7 @@ class IterationCounter:
 
 
 def to_target(
-    instances: Instances, *, num_classes: int, noise_key: int, with_masks: bool = False
+    instances: Instances, *, num_classes: int, noise_seed: int, with_masks: bool = False
 ) -> Target:
     """Ground truth of one image: gt_boxes in pixels of the (augmented) image, gt_classes and, if
     asked for, gt_masks. A teacher's boxes have scores too.
@@ -68,7 +68,7 @@ def to_target(
         )
     masks = instances.gt_masks.tensor if with_masks else None
     scores = instances.scores if instances.has("scores") else None
-    return Target(labels=labels, boxes=boxes, masks=masks, scores=scores, noise_key=noise_key)
+    return Target(labels=labels, boxes=boxes, masks=masks, scores=scores, noise_seed=noise_seed)
 
 
 def to_targets(
@@ -86,7 +86,7 @@ def to_targets(
         to_target(
             sample["instances"],
             num_classes=num_classes,
-            noise_key=noise_key(seed, iteration, sample.get("image_id", position)),
+            noise_seed=noise_seed(seed, iteration, sample.get("image_id", position)),
             with_masks=with_masks,
         )
         for position, sample in enumerate(samples)

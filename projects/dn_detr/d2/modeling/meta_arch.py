@@ -10,9 +10,9 @@ from detectron2.structures import ImageList
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from dn_detr.auxiliary.box_prompts import Known
+from dn_detr.auxiliary.box_prompts import RandomBoxPrompts
 from dn_detr.d2.data.catalog import with_num_classes
-from dn_detr.d2.modeling.batch import Whole, whole_batch
+from dn_detr.d2.modeling.batch import BatchStats, batch_stats
 from dn_detr.d2.modeling.from_config import (
     core_from,
     costs_from,
@@ -21,7 +21,7 @@ from dn_detr.d2.modeling.from_config import (
     with_masks,
 )
 from dn_detr.d2.modeling.instances import IterationCounter, to_instances, to_target, to_targets
-from dn_detr.d2.modeling.prompts import classify_known, prompt_in
+from dn_detr.d2.modeling.prompts import classify_prompts, prompts_from
 from dn_detr.errors import InputError
 from dn_detr.losses.criterion import Criterion
 from dn_detr.losses.mask_costs import MaskCosts
@@ -41,8 +41,8 @@ class DenoisingDETR(nn.Module):
     output size "height", "width". Gives a dict of scalar losses in training, and in evaluation a
     list of {"instances": pred_boxes in pixels of the output size, scores, pred_classes}; pages with
     masks need gt_masks, and give pred_masks bool [N, height, width]. With `teaching`, training needs
-    "teacher_instances" too (gt_boxes, gt_classes, scores). In evaluation a sample may have "known"
-    objects, see `prompt_in`; its answer then has "known" too: pred_classes and scores of them.
+    "teacher_instances" too (gt_boxes, gt_classes, scores). In evaluation a sample may have "prompts",
+    see `prompts_from`; its output then has "prompts" too: their pred_classes and scores.
     """
 
     @configurable
@@ -123,7 +123,7 @@ class DenoisingDETR(nn.Module):
     def forward(
         self,
         batched_inputs: list[dict],
-        whole: Whole | None = None,
+        whole: BatchStats | None = None,
         iteration: int | None = None,
     ) -> dict[str, Tensor] | list[dict]:
         """whole: the batch that these are a part of in training; None: they are all of it.
@@ -131,12 +131,12 @@ class DenoisingDETR(nn.Module):
         iteration: from which, with seed and image id, the noise of training follows; None: the model
         counts its training forwards."""
         if self.training and whole is None:
-            whole = whole_batch(batched_inputs, self.device)
+            whole = batch_stats(batched_inputs, self.device)
         images, padding = self.preprocess(batched_inputs, whole)
         features = self.backbone(images.tensor)
         features = [features[name] for name in self.in_features]
         if not self.training:
-            prompt = prompt_in(batched_inputs, self.num_classes, self.device)
+            prompt = prompts_from(batched_inputs, self.num_classes, self.device)
             predictions = self.core(features, padding, prompt=prompt)
             return self.detect(predictions, images, batched_inputs)
         targets = self.targets(batched_inputs, whole, self.iterations.next(iteration))
@@ -173,13 +173,17 @@ class DenoisingDETR(nn.Module):
                 for detected, size, output_size in zip(detections, sizes, wanted, strict=True)
             ]
         outputs = [{"instances": instances} for instances in found]
-        if any("known" in sample for sample in batched_inputs):
-            known = classify_known(predictions, batched_inputs, has_no_object=self.has_no_object)
-            outputs = [{**output, "known": one} for output, one in zip(outputs, known, strict=True)]
+        if any("prompts" in sample for sample in batched_inputs):
+            prompts = classify_prompts(
+                predictions, batched_inputs, has_no_object=self.has_no_object
+            )
+            outputs = [
+                {**output, "prompts": one} for output, one in zip(outputs, prompts, strict=True)
+            ]
         return outputs
 
     def preprocess(
-        self, batched_inputs: list[dict], whole: Whole | None = None
+        self, batched_inputs: list[dict], whole: BatchStats | None = None
     ) -> tuple[ImageList, Tensor]:
         """Normalised images, padded to one canvas, that of the whole batch where there is one, and
         its padding [B, H, W] (True = padding)."""
@@ -199,7 +203,7 @@ class DenoisingDETR(nn.Module):
         return images, padding
 
     def targets(
-        self, batched_inputs: list[dict], whole: Whole | None = None, iteration: int = 0
+        self, batched_inputs: list[dict], whole: BatchStats | None = None, iteration: int = 0
     ) -> Targets:
         """Ground truth of a training batch, with the noise keys of an iteration, padded to as many
         objects as the whole batch where there is one."""
@@ -219,7 +223,7 @@ class DenoisingDETR(nn.Module):
     def teacher_boxes(self, batched_inputs: list[dict]) -> Targets:
         """What a teacher saw in the images of a training batch, with its scores."""
         targets = [
-            to_target(sample["teacher_instances"], num_classes=self.num_classes, noise_key=0)
+            to_target(sample["teacher_instances"], num_classes=self.num_classes, noise_seed=0)
             for sample in batched_inputs
         ]
         return pad_targets(targets).to(self.device)
@@ -237,16 +241,16 @@ def core_of(model: nn.Module, asked: str) -> DETR:
 
 def check_promptable(model: nn.Module, *, asks_names: bool) -> None:
     """InputError unless objects can be given to this detector; asks_names: also ones without label."""
-    core = core_of(model, "known objects")
+    core = core_of(model, "box prompts")
     if core.mask_head is not None:
-        raise InputError("known objects need a detector of boxes: this one finds masks.")
-    if not any("label_table" in name for name, _ in core.named_parameters()):
+        raise InputError("box prompts need a detector of boxes: this one finds masks.")
+    if not any("label_embedding" in name for name, _ in core.named_parameters()):
         raise InputError(
-            "known objects need label embeddings, which this detector has not: it was trained without "
-            "denoising and without MODEL.DN_DETR.KNOWN."
+            "box prompts need label embeddings, but this detector has none: it was trained without "
+            "denoising and without MODEL.DN_DETR.BOX_PROMPTS."
         )
-    if asks_names and not any(isinstance(assist, Known) for assist in core.assists):
+    if asks_names and not any(isinstance(assist, RandomBoxPrompts) for assist in core.auxiliary):
         raise InputError(
-            "known boxes without a class name need a detector trained with MODEL.DN_DETR.KNOWN: give "
+            "box prompts without a class name need a detector trained with MODEL.DN_DETR.BOX_PROMPTS: give "
             "a name for each."
         )

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """How much better are the other objects found when some are known? AP with and without being told.
 
-    python tools/evaluate_known.py --share 0.5 \\
-        MODEL.WEIGHTS output/known_dn_deformable/model_final.pth
+    python tools/evaluate_prompts.py --share 0.5 \\
+        MODEL.WEIGHTS output/prompted_dn_deformable/model_final.pth
 
 Of every image of the test dataset a random share of the objects is given to the detector, boxes and
 names. AP is that of the others alone, told and not told: in both, the best detection that matches a
@@ -27,7 +27,7 @@ from torchvision.ops import box_iou
 
 from dn_detr.d2.data.catalog import class_names, prepare
 from dn_detr.d2.inference.saved_detector import load_detector, weights_named
-from dn_detr.detector import DetectedObjects, Detector, KnownObjects
+from dn_detr.detector import BoxPrompts, DetectedObjects, Detector
 from dn_detr.errors import InputError
 
 METRICS = ("AP", "AP50", "AP75")
@@ -94,10 +94,10 @@ def evaluate(
             as_result(image, boxes[i], labels[i], id=len(others) + n + 1)
             for n, i in enumerate(rest)
         ]
-        known = KnownObjects(boxes[given], [names[label] for label in labels[given]])
+        prompts = BoxPrompts(boxes[given], [names[label] for label in labels[given]])
         path = record["file_name"]
         for kind in results:
-            found = detector(path, threshold=0.0, known=known if kind == "told" else None)
+            found = detector(path, threshold=0.0, prompts=prompts if kind == "told" else None)
             first = count if kind == "told" else 0
             found = DetectedObjects(
                 found.boxes_xyxy_px[first:], found.scores[first:], found.labels[first:], []
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
         records = records[: args.num_images]
         metrics, given, others = evaluate(detector, records, share=args.share, seed=args.seed)
     except InputError as error:
-        sys.exit(f"evaluate_known.py: {error}")
+        sys.exit(f"evaluate_prompts.py: {error}")
     print(f"{name}: {len(records)} images, {given} objects given, AP of the other {others}:")
     print(f"| | {' | '.join(METRICS)} |\n|---|{'---|' * len(METRICS)}")
     for kind, values in metrics.items():

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """What does each training assist cost, in time and in memory?
 
-    python benchmarks/assists.py --configs configs/quick --batch 4 --size 160 213 --save
-    python benchmarks/assists.py --device cuda --host DAB-Deformable --batch 8
+    python benchmarks/auxiliary.py --configs configs/quick --batch 4 --size 160 213 --save
+    python benchmarks/auxiliary.py --device cuda --host DAB-Deformable --batch 8
 
 Steps and memory as in train_step.py, a detector beside what trains with it. Mosaics and mixed images
 (dense O2O) cost the detector nothing but objects: four times as many, here. Needs Detectron2.
@@ -65,7 +65,7 @@ def main():
         rows += [{**row, "host": host} for row in measured]
     keys = ("host", "batch", "size", "measure")
     print(table(rows, keys, against="plain"))
-    save(args, "assists", rows, keys=keys, against="plain")
+    save(args, "auxiliary", rows, keys=keys, against="plain")
 
 
 if __name__ == "__main__":
