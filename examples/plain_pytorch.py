@@ -23,10 +23,9 @@ from torch import nn
 from torchvision.io import read_image
 from torchvision.models import resnet18
 
-from dn_detr.build import Denoising, build_criterion, build_model
+from dn_detr.build import Denoising, LossConfig, build_model, make_config
 from dn_detr.datasets.shapes import generate
 from dn_detr.losses.matcher import Costs, assign
-from dn_detr.models.model_config import ModelConfig
 from dn_detr.models.postprocess import postprocess
 from dn_detr.structures import Target, pad_targets
 
@@ -41,7 +40,8 @@ class Detector(nn.Module):
         self.stages = nn.ModuleList([net.layer2, net.layer3, net.layer4])
         self.core = build_model(
             "dab_deformable",
-            ModelConfig(
+            make_config(
+                "dab_deformable",
                 num_classes=num_classes,
                 num_queries=60,
                 channels=96,
@@ -123,7 +123,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = Detector(num_classes=6)
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-4, weight_decay=1e-4)
-    criterion, costs = build_criterion(class_weight=2.0), Costs()
+    criterion, costs = LossConfig(class_weight=2.0).criterion(), Costs()
     end, step = time.monotonic() + 60 * args.minutes, 0
     while time.monotonic() < end:
         picked = torch.randint(len(train), (4,)).tolist()

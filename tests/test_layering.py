@@ -23,12 +23,13 @@ MODULES = {
 
 CORE = {
     "structures": {"errors"},
+    "protocols": {"structures"},
     "ops": {"errors"},
     "layers": {"errors", "ops", "structures"},
-    "models": {"errors", "layers", "ops", "structures"},
+    "models": {"errors", "layers", "ops", "protocols", "structures"},
     "methods": {"errors", "layers", "models", "structures"},
-    "auxiliary": {"errors", "layers", "ops", "structures"},
-    "losses": {"errors", "layers", "ops", "structures"},
+    "auxiliary": {"errors", "layers", "ops", "protocols", "structures"},
+    "losses": {"errors", "layers", "ops", "protocols", "structures"},
     "analysis": {"errors", "structures"},
     "build": {"auxiliary", "errors", "layers", "losses", "methods", "models", "structures"},
 }
@@ -189,14 +190,14 @@ for name in ("detectron2", "fvcore", "pycocotools"):
     sys.modules[name] = None  # importing it raises ImportError
 import torch
 from tiny import tiny_features, tiny_model, tiny_padding, tiny_targets
-from dn_detr.build import Denoising, build_criterion
+from dn_detr.build import Denoising, LossConfig
 from dn_detr.datasets import shapes
 from dn_detr.losses.matcher import Costs, assign
 
 model = tiny_model("dab_deformable", denoising=Denoising(num_groups=2))
 targets = tiny_targets(2, 0)
 predictions = model(tiny_features(2), tiny_padding([(96, 128), (64, 80)]), targets)
-losses = build_criterion()(predictions, targets, assign(predictions, targets, Costs()), 2.0)
+losses = LossConfig().criterion()(predictions, targets, assign(predictions, targets, Costs()), 2.0)
 sum(losses.values()).backward()
 assert all(value.isfinite() for value in losses.values())
 try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -11,21 +12,20 @@ from dn_detr.build import (
     BoxPrompting,
     Denoising,
     HybridMatching,
-    build_criterion,
+    LossConfig,
     build_model,
-    mask_terms,
 )
 from dn_detr.layers.box_ops import cxcywh_to_xyxy
 from dn_detr.losses.mask_costs import MaskCosts
-from dn_detr.losses.mask_points import PointSampling
 from dn_detr.losses.matcher import Costs, assign
+from dn_detr.methods import config_class
 from dn_detr.models.model_config import ModelConfig
 from dn_detr.structures import Predictions, Target, Targets, pad_targets
 
 ASSISTS = {
     "denoising": {"denoising": Denoising(num_groups=3)},
     "budget": {"denoising": Denoising(num_groups=0, max_objects=9)},
-    "contrastive": {"denoising": Denoising(num_groups=3, is_contrastive=True)},
+    "contrastive": {"denoising": Denoising(num_groups=3, contrastive=True)},
     "groups": {"num_groups": 3},
     "hybrid": {"hybrid": HybridMatching(num_queries=5, matches_per_object=2)},
     "denoising and groups": {"denoising": Denoising(num_groups=2), "num_groups": 3},
@@ -59,7 +59,7 @@ def tiny_model(
     **numbers,
 ):
     """A model of `method` with random weights everywhere, also where training starts from zero."""
-    if method == "mask2former" and denoising is not None and denoising.is_contrastive:
+    if method == "mask2former" and denoising is not None and denoising.contrastive:
         pytest.skip("masks are shifted, which has no contrastive form")
     torch.manual_seed(seed)
     sizes = {
@@ -74,7 +74,7 @@ def tiny_model(
     }
     model = build_model(
         method,
-        ModelConfig(**{**sizes, **numbers}),
+        config_of(method, **{**sizes, **numbers}),
         in_channels=WIDTHS,
         strides=STRIDES,
         denoising=denoising,
@@ -86,6 +86,13 @@ def tiny_model(
         # Zero-initialised heads and offsets would hide leaks and dead paths.
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+def config_of(method: str, **values) -> ModelConfig:
+    """The hyper-parameters of a method, those of `values` that it reads."""
+    kind = config_class(method)
+    names = {field.name for field in fields(kind)}
+    return kind(**{name: value for name, value in values.items() if name in names})
 
 
 def without_group_norm(model):
@@ -142,11 +149,11 @@ def tiny_losses(method: str, predictions: Predictions, targets: Targets, num_obj
         costs = Costs(l1=0, giou=0)
     if method in PAGES_WITH_MASKS:
         costs = MaskCosts(others=costs, num_points=40)
-        masks = mask_terms(points=PointSampling(num_points=32))
+        masks = LossConfig(mask_points=32).mask_terms()
     assignments = assign(predictions, targets, costs)
     if num_objects is None:
         num_objects = max(1, sum(targets.counts))
-    criterion = build_criterion(**weights, masks=masks)
+    criterion = LossConfig(**weights).criterion(masks)
     return criterion(predictions, targets, assignments, num_objects)
 
 

@@ -99,7 +99,7 @@ def test_who_sees_whom():
 )
 def test_further_queries_are_told_nothing(method, further, name):
     """They find all objects, with the predictions that they have where nothing is given."""
-    denoising = Denoising(num_groups=2, is_contrastive=True)
+    denoising = Denoising(num_groups=2, contrastive=True)
     model = tiny_model(method, prompts=ALWAYS, denoising=denoising, **further)
     targets = tiny_targets(3, 3)
     told = model(tiny_features(2), tiny_padding(SIZES), targets)
@@ -128,7 +128,7 @@ def test_a_query_that_is_matched_with_a_given_object_must_say_nothing():
 
 
 def test_what_is_given_follows_from_the_noise_key_alone():
-    assist = RandomBoxPrompts(num_classes=5, probability=1.0, hidden_labels=0.5, box_noise=0.1)
+    assist = RandomBoxPrompts(BoxPrompting(probability=1.0, hidden_labels=0.5), num_classes=5)
     target, other = tiny_target(4, key=7), tiny_target(9, key=8)
     alone = assist.choose(pad_targets([target]))
     beside = assist.choose(pad_targets([other, target]))
@@ -138,7 +138,7 @@ def test_what_is_given_follows_from_the_noise_key_alone():
 
 def test_shares_are_as_asked_and_boxes_are_noised_a_little():
     """2000 images of 4 objects: half of the images asked, half of their objects given, on average."""
-    assist = RandomBoxPrompts(num_classes=5, probability=0.5, hidden_labels=0.25, box_noise=0.1)
+    assist = RandomBoxPrompts(BoxPrompting(hidden_labels=0.25), num_classes=5)
     targets = pad_targets([tiny_target(4, key=key) for key in range(2000)])
     chosen = assist.choose(targets)
     share = chosen.is_given.double().mean(dim=1)

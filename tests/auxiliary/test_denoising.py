@@ -29,7 +29,7 @@ def test_the_loss_is_a_mean_over_groups(method, is_contrastive):
     losses = []
     for num_groups in (1, 3):
         denoising = Denoising(
-            num_groups=num_groups, box_noise=0.0, label_noise=0.0, is_contrastive=is_contrastive
+            num_groups=num_groups, box_noise=0.0, label_noise=0.0, contrastive=is_contrastive
         )
         model = tiny_model(method, denoising=denoising)
         predictions = model(tiny_features(2), tiny_padding(SIZES), targets)

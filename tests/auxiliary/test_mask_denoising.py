@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_features, tiny_model, tiny_padding, tiny_target
 
-from dn_detr.auxiliary.denoising import DenoisingQueries, FixedGroups
+from dn_detr.auxiliary.denoising import DenoisingQueries
 from dn_detr.build import Denoising
 from dn_detr.structures import QueryState, pad_targets
 
@@ -33,7 +33,7 @@ class Boxes:
 def noised_boxes(queries, targets, box_noise):
     """What box denoising makes of the same keys: [B, T, 4]."""
     assist = DenoisingQueries(
-        num_classes=5, groups=FixedGroups(num_groups=3), box_noise=box_noise, label_noise=0.0
+        Denoising(num_groups=3, box_noise=box_noise, label_noise=0.0), num_classes=5
     )
     content = queries.state.content[:, -7:, :1]
     state = QueryState(content, None, torch.zeros(*content.shape[:2], 4, dtype=content.dtype))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tiny import tiny_target
@@ -11,12 +9,12 @@ from tiny import tiny_target
 from dn_detr.build import build_model
 from dn_detr.conversion.convert_weights import convert
 from dn_detr.conversion.safe_load import read_parameters
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.methods import make_config
 
 transformers = pytest.importorskip("transformers", reason="compared only where it is installed")
 pytest.importorskip("timm", reason="the backbone of their models needs it")
 
-NUMBERS = ModelConfig(
+NUMBERS = dict(
     num_classes=7,
     num_queries=11,
     channels=256,
@@ -64,7 +62,7 @@ def run_both(method, config, theirs, folder):
     theirs.save_pretrained(folder)
     state, table = convert(read_parameters(folder / "model.safetensors"), method)
     assert "Hugging Face" in table.source
-    ours = build_model(method, config, in_channels=[2048], strides=[32])
+    ours = build_model(method, make_config(method, **config), in_channels=[2048], strides=[32])
     ours.load_state_dict(
         {n.removeprefix("core."): t for n, t in state.items() if n.startswith("core.")}
     )
@@ -95,7 +93,7 @@ def test_conditional_detr_has_the_same_predictions_in_all_layers(tmp_path):
 
     for layer in theirs.model.decoder.layers:
         layer.register_forward_hook(classify)
-    config = replace(NUMBERS, epsilon=1e-5)
+    config = {**NUMBERS, "epsilon": 1e-5}
     output, ours = run_both("conditional_detr", config, theirs, tmp_path)
     assert difference(ours.logits, torch.stack(logits)) < LARGEST
     assert difference(ours.logits[-1], output.logits) < LARGEST

@@ -8,7 +8,7 @@ import torch
 from dn_detr.build import build_model
 from dn_detr.conversion.convert_weights import convert
 from dn_detr.conversion.safe_load import read_parameters
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.methods import make_config
 
 transformers = pytest.importorskip("transformers", reason="compared only where it is installed")
 pytest.importorskip("timm", reason="the backbone of their models needs it")
@@ -74,8 +74,8 @@ def test_predictions_of_all_layers_are_the_same(tmp_path, method, variant):
             }
     state, table = convert(state, method)
     assert "Hugging Face" in table.source
-    config = ModelConfig(
-        num_classes=7, num_queries=11, feed_forward_dim=64, encoder_layers=1, epsilon=1e-5
+    config = make_config(
+        method, num_classes=7, num_queries=11, feed_forward_dim=64, encoder_layers=1, epsilon=1e-5
     )
     ours = build_model(method, config, in_channels=[512, 1024, 2048], strides=[8, 16, 32])
     ours.load_state_dict(

@@ -6,7 +6,7 @@ import torch
 import torchvision
 from peers import difference, layers_of, loss_differences
 
-from dn_detr.build import build_criterion
+from dn_detr.build import LossConfig
 from dn_detr.conversion.convert_weights import convert
 from dn_detr.conversion.name_table import Table, resnet
 from dn_detr.losses.matcher import Costs, assign
@@ -56,7 +56,7 @@ def compare_losses(predictions, targets, theirs, prefix="", *, costs=None, **cri
     prefix: of the denoising losses of theirs; criterion: keyword arguments of ours.
     """
     assignments = assign(predictions, targets, costs or Costs())
-    terms = build_criterion(class_weight=1.0, l1_weight=1.0, giou_weight=1.0, **criterion)
+    terms = LossConfig(l1_weight=1.0, giou_weight=1.0, **criterion).criterion()
     ours = terms(predictions, targets, assignments, max(1, sum(targets.counts)))
     found = loss_differences(ours, theirs, prefix)
     assert len(found) == 3 * predictions.logits.shape[0] * len(predictions.segments)

@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from compare import LARGEST
 from peers import GivenFeatures, difference
+from tiny import config_of
 
-from dn_detr.build import build_criterion, build_model
+from dn_detr.build import LossConfig, build_model
 from dn_detr.losses.matcher import Costs, assign
-from dn_detr.models.model_config import ModelConfig
 
 NUMBERS = {"num_classes": 91, "num_queries": 11, "feed_forward_dim": 64, "encoder_layers": 2}
 ARGS = Namespace(
@@ -58,7 +58,7 @@ def use_fallback(load, ops, monkeypatch):
 def our_model(method, config=None, **auxiliary):
     return build_model(
         method,
-        ModelConfig(**{**NUMBERS, **(config or {})}),
+        config_of(method, **{**NUMBERS, **(config or {})}),
         in_channels=[8, 16, 24],
         strides=[8, 16, 32],
         **auxiliary,
@@ -72,7 +72,7 @@ def losses_of(predictions, targets, *, counts_empty=()):
     for name in counts_empty:
         is_real = torch.ones_like(assignments[name].is_real)
         assignments[name] = replace(assignments[name], is_real=is_real)
-    terms = build_criterion(class_weight=1.0, l1_weight=1.0, giou_weight=1.0)
+    terms = LossConfig(l1_weight=1.0, giou_weight=1.0).criterion()
     return terms(predictions, targets, assignments, max(1, sum(targets.counts)))
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from compare import compare, compare_losses
 from peers import GivenFeatures, layers_of, objects, randomize
+from tiny import config_of
 from torch import nn
 
 from dn_detr.build import Denoising, build_model
-from dn_detr.models.model_config import ModelConfig
 
 ARGS = Namespace(
     hidden_dim=256,
@@ -71,7 +71,7 @@ def test_dab_detr_equals_the_authors(authors, inputs, num_patterns):
     output = theirs(nested(padding[:, None].float(), padding))
     ours = build_model(
         "dab_detr",
-        ModelConfig(**NUMBERS, num_patterns=num_patterns),
+        config_of("dab_detr", **NUMBERS, num_patterns=num_patterns),
         in_channels=[24],
         strides=[32],
     )
@@ -92,7 +92,7 @@ def test_dn_detr_equals_the_authors(authors, inputs, num_patterns, counts):
     output, denoised = theirs.train()(nested(padding[:, None].float(), padding), noise)
     ours = build_model(
         "dab_detr",
-        ModelConfig(**NUMBERS, num_patterns=num_patterns, shares_content=True),
+        config_of("dab_detr", **NUMBERS, num_patterns=num_patterns, shares_content=True),
         in_channels=[24],
         strides=[32],
         denoising=Denoising(num_groups=3, box_noise=0, label_noise=0, hides_empty=False),
@@ -157,7 +157,7 @@ def test_dn_detr_of_detrex_has_the_same_predictions(authors, inputs):
     }
     ours = build_model(
         "dab_detr",
-        ModelConfig(**NUMBERS, shares_content=True),
+        config_of("dab_detr", **NUMBERS, shares_content=True),
         in_channels=[24],
         strides=[32],
         denoising=Denoising(),

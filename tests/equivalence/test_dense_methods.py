@@ -7,10 +7,10 @@ from argparse import Namespace
 import torch
 from compare import compare, compare_losses
 from peers import GivenFeatures, objects, randomize
+from tiny import config_of
 
 from dn_detr.build import build_model
 from dn_detr.losses.matcher import Costs
-from dn_detr.models.model_config import ModelConfig
 
 ARGS = Namespace(
     hidden_dim=256,
@@ -42,7 +42,11 @@ def our_model(method, **numbers):
         "epsilon": 1e-5,
     }
     return build_model(
-        method, ModelConfig(**{**sizes, **numbers}), in_channels=[24], strides=[32], denoising=None
+        method,
+        config_of(method, **{**sizes, **numbers}),
+        in_channels=[24],
+        strides=[32],
+        denoising=None,
     )
 
 

@@ -74,7 +74,7 @@ def test_dino_equals_the_authors(authors, inputs, monkeypatch, counts):
         max_objects=50,
         box_noise=0,
         label_noise=0,
-        is_contrastive=True,
+        contrastive=True,
         hides_empty=False,
     )
     ours = our_model("dino", {"scales_with_canvas": True}, denoising=denoising)

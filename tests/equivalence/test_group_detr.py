@@ -12,7 +12,7 @@ from peers import GivenFeatures, difference, layers_of, objects, randomize
 from tiny import key_of
 
 from dn_detr.build import build_model
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.methods import make_config
 
 ARGS = Namespace(
     hidden_dim=256,
@@ -26,7 +26,8 @@ ARGS = Namespace(
     position_embedding="sine",
     group_detr=3,
 )
-NUMBERS = ModelConfig(
+NUMBERS = make_config(
+    "conditional_detr",
     num_classes=91,
     num_queries=11,
     feed_forward_dim=64,

@@ -13,13 +13,13 @@ import torch
 from compare import LARGEST, load
 from multiscale import use_fallback
 from peers import difference, layers_of, objects, randomize
+from tiny import config_of
 
-from dn_detr.build import Denoising, build_criterion, build_model, mask_terms
+from dn_detr.build import Denoising, LossConfig, build_model
 from dn_detr.losses.mask_costs import MaskCosts
 from dn_detr.losses.mask_points import CANDIDATES, MATCHING, RANDOM, PointSampling
 from dn_detr.losses.matcher import Costs, assign
 from dn_detr.models.mask_head import mask_logits
-from dn_detr.models.model_config import ModelConfig
 
 WIDTHS, STRIDES = [8, 8, 16, 24], [4, 8, 16, 32]
 HEIGHT, WIDTH = 128, 160
@@ -113,7 +113,7 @@ class Head(torch.nn.Module):
 def our_model(method, config, theirs, **auxiliary):
     ours = build_model(
         method,
-        ModelConfig(**{**NUMBERS, **config}),
+        config_of(method, **{**NUMBERS, **config}),
         in_channels=WIDTHS,
         strides=STRIDES,
         **auxiliary,
@@ -126,8 +126,8 @@ def our_losses(predictions, targets, costs, *, counts_empty=(), **criterion):
     for name in counts_empty:
         is_real = torch.ones_like(assignments[name].is_real)
         assignments[name] = replace(assignments[name], is_real=is_real)
-    masks = mask_terms(cross_entropy=1.0, dice=1.0, points=SAMPLING)
-    terms = build_criterion(class_weight=1.0, masks=masks, **criterion)
+    masks = replace(LossConfig(mask_weight=1.0, dice_weight=1.0).mask_terms(), points=SAMPLING)
+    terms = LossConfig(**criterion).criterion(masks)
     return terms(predictions, targets, assignments, max(1, sum(targets.counts)))
 
 

@@ -8,7 +8,7 @@ from random_values import random_mask, random_predictions, random_targets
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.testing import assert_close
 
-from dn_detr.build import build_criterion
+from dn_detr.build import LossConfig
 from dn_detr.losses.criterion import gather_targets
 from dn_detr.losses.loss_terms import L1, Focal, GIoU, MatchabilityAware, Softmax
 from dn_detr.structures import Assignment, Matched, Segment
@@ -113,12 +113,12 @@ def test_the_class_loss_is_chosen_by_its_name():
         ("softmax", Softmax(unmatched_weight=0.2)),
     ):
         numbers = {"focal_alpha": 0.3, "focal_gamma": 1.7, "mal_gamma": 1.3}
-        criterion = build_criterion(kind=kind, no_object_weight=0.2, **numbers)
+        criterion = LossConfig(kind=kind, no_object_weight=0.2, **numbers).criterion()
         assert_close(criterion.terms["ce"][0](matched, 2.0), term(matched, 2.0))
     with pytest.raises(ValueError, match="must be one of .*'mal'.*, got 'vfl'"):
-        build_criterion(kind="vfl")
-    with pytest.raises(ValueError, match='"mal" asks for the overlap of boxes'):
-        build_criterion(kind="mal", l1_weight=0.0, giou_weight=0.0)
+        LossConfig(kind="vfl")
+    with pytest.raises(ValueError, match='"mal" needs box IoU'):
+        LossConfig(kind="mal", l1_weight=0.0, giou_weight=0.0)
 
 
 def test_matchability_aware_loss_has_no_gradient_through_its_weights():

@@ -9,7 +9,7 @@ import torch
 from random_values import random_predictions, random_targets
 from torch.nn import functional as F
 
-from dn_detr.build import build_criterion, mask_terms
+from dn_detr.build import LossConfig
 from dn_detr.layers.point_sampling import random_points
 from dn_detr.losses.mask_costs import MaskCosts
 from dn_detr.losses.mask_points import CANDIDATES, MATCHING, RANDOM, PointSampling
@@ -96,7 +96,9 @@ def test_losses_are_those_of_whole_masks_at_the_most_unsure_candidates(counts):
     predictions = masked_predictions(denoise, Segment("match", 4))
     targets = with_masks(random_targets(*counts))
     sampling = PointSampling(num_points=12, oversample=2.5, importance=0.75)
-    criterion = build_criterion(masks=mask_terms(cross_entropy=2.0, dice=3.0, points=sampling))
+    criterion = LossConfig().criterion(
+        replace(LossConfig(mask_weight=2.0, dice_weight=3.0).mask_terms(), points=sampling)
+    )
     assignments = assign(predictions, targets, MaskCosts(others=Costs(), num_points=9))
     losses = criterion(predictions, targets, assignments, 4.0)
     candidates = random_points(targets.noise_seeds, 30, CANDIDATES)
@@ -120,9 +122,9 @@ def test_a_segment_can_do_without_masks():
     fixed = torch.tensor([[0, 1], [1, 0]])
     predictions = masked_predictions(Segment("dn", 2, assignment=fixed), Segment("match", 4))
     targets = with_masks(random_targets(2, 2))
-    masks = mask_terms(points=PointSampling(num_points=8), without=("dn",))
+    masks = LossConfig(mask_points=8).mask_terms(without=("dn",))
     assignments = assign(predictions, targets, CLASS_ONLY)
-    names = build_criterion(masks=masks)(predictions, targets, assignments, 4.0)
+    names = LossConfig().criterion(masks)(predictions, targets, assignments, 4.0)
     assert {"loss_mask", "loss_dice_0", "loss_bbox_dn"} <= set(names)
     assert not {"loss_mask_dn", "loss_dice_dn_0"} & set(names)
 

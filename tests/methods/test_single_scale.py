@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_features, tiny_model, tiny_padding, tiny_targets
 
-from dn_detr.build import Denoising, build_criterion
+from dn_detr.build import Denoising, LossConfig
 from dn_detr.losses.matcher import Costs, assign
 from dn_detr.methods.anchor_detr import AxisPosition
 from dn_detr.methods.smca import gaussian
@@ -37,7 +37,7 @@ def test_patterns_and_groups_and_denoising_go_together():
     predictions = model(tiny_features(2), tiny_padding(SIZES), targets)
     assert predictions.of("match").logits.shape[2] == 14
     assert predictions.segment("group").size == 28
-    losses = build_criterion()(
+    losses = LossConfig().criterion()(
         predictions, targets, assign(predictions, targets, Costs()), sum(targets.counts)
     )
     sum(losses.values()).backward()
@@ -61,11 +61,11 @@ def test_a_softmax_over_no_object_needs_one_logit_more():
     predictions = model(tiny_features(2), tiny_padding(SIZES), targets)
     assert predictions.logits.shape == (3, 2, 7, 6)
     assignments = assign(predictions, targets, Costs(class_cost=1, kind="softmax"))
-    losses = build_criterion(kind="softmax")(predictions, targets, assignments, 5)
+    losses = LossConfig(kind="softmax").criterion()(predictions, targets, assignments, 5)
     sum(losses.values()).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     with pytest.raises(ValueError, match="must be one of .* got 'other'"):
-        build_criterion(kind="other")
+        LossConfig(kind="other")
 
 
 def test_with_no_object_each_query_speaks_for_its_best_class_alone():

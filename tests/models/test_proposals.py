@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_features, tiny_model, tiny_padding, tiny_targets, without_group_norm
 
-from dn_detr.build import Denoising, build_criterion
+from dn_detr.build import Denoising, LossConfig
 from dn_detr.layers.query_attention import additive, allowed_pairs
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.losses.matcher import Costs, assign
@@ -125,7 +125,7 @@ def test_fewer_tokens_than_queries_leave_queries_empty(method):
     assert is_empty.sum(1).tolist() == [max(0, 7 - count) for count in valid]
     assignments = assign(predictions, targets, Costs())
     assert (assignments["match"].object_of[:, is_empty] == -1).all()
-    losses = build_criterion()(predictions, targets, assignments, 3.0)
+    losses = LossConfig().criterion()(predictions, targets, assignments, 3.0)
     assert all(value.isfinite() for value in losses.values())
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dn_detr.ops import noise_objects
 from dn_detr.ops.philox import philox
+from dn_detr.protocols import QuerySource
 from dn_detr.structures import Queries, QueryState, Segment, Targets
 
 KNOWN_DRAW = 2  # of the generator: `ops.noise_objects` has 0 and 1
@@ -37,7 +38,7 @@ class PromptedObjects:
     is_given: Tensor
 
 
-def add_prompts(queries: Queries, source, given: PromptedObjects) -> Queries:
+def add_prompts(queries: Queries, source: QuerySource, given: PromptedObjects) -> Queries:
     """`queries` behind a "prompt" segment of the given objects, which they see.
 
     source: has `from_boxes(labels [B, M], boxes [B, M, 4]) -> QueryState`.
@@ -64,29 +65,38 @@ def add_prompts(queries: Queries, source, given: PromptedObjects) -> Queries:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class BoxPrompting:
+    """Which objects are given in training (2203.01305, TPAMI version, sec. 5.7)."""
+
+    # Fraction of the images with given objects; each object of these is then given with a
+    # probability that is itself drawn from [0, 1).
+    probability: float = 0.5
+    # Fraction of the given objects without a label.
+    hidden_labels: float = 0.2
+    # Noise of the given boxes, as in denoising.
+    box_noise: float = 0.1
+
+    def __post_init__(self):
+        if not (0 < self.probability <= 1 and 0 <= self.hidden_labels <= 1 and self.box_noise >= 0):
+            raise ValueError(
+                "probability must be in (0, 1], hidden_labels in [0, 1] and box_noise >= 0, got "
+                f"{self.probability}, {self.hidden_labels} and {self.box_noise}"
+            )
+
+
 class RandomBoxPrompts(nn.Module):
     """In training, gives random objects of random images to the queries.
 
-    probability: that an image has given objects; then each is given with a probability that is
-    itself drawn from [0, 1). hidden_labels: share of them without label. box_noise: as in
-    denoising. All follows from `targets.noise_seeds`.
+    Everything random follows from `targets.noise_seeds`.
     """
 
-    def __init__(
-        self, *, num_classes: int, probability: float, hidden_labels: float, box_noise: float
-    ):
+    def __init__(self, config: BoxPrompting, *, num_classes: int):
         super().__init__()
-        if not (0 < probability <= 1 and 0 <= hidden_labels <= 1 and box_noise >= 0):
-            raise ValueError(
-                "probability must be in (0, 1], hidden_labels in [0, 1] and box_noise >= 0, got "
-                f"{probability}, {hidden_labels} and {box_noise}"
-            )
+        self.config = config
         self.num_classes = num_classes
-        self.probability = probability
-        self.hidden_labels = hidden_labels
-        self.box_noise = box_noise
 
-    def forward(self, queries: Queries, source, targets: Targets) -> Queries:
+    def forward(self, queries: Queries, source: QuerySource, targets: Targets) -> Queries:
         """source: see `add_prompts`."""
         return add_prompts(queries, source, self.choose(targets))
 
@@ -102,7 +112,7 @@ class RandomBoxPrompts(nn.Module):
         chance, hiding, *_ = (
             word.double() * 2.0**-32 for word in philox(key, (index, 0, KNOWN_DRAW, 0))
         )
-        is_given = targets.is_object & (is_asked < self.probability) & (chance < share)
+        is_given = targets.is_object & (is_asked < self.config.probability) & (chance < share)
         noised = noise_objects(
             targets.labels,
             targets.boxes,
@@ -111,11 +121,11 @@ class RandomBoxPrompts(nn.Module):
             num_groups=1,
             slots_per_group=most,
             num_classes=self.num_classes,
-            box_noise=self.box_noise,
+            box_noise=self.config.box_noise,
             label_noise=0.0,
             contrastive=False,
             num_matched=0,
             mask_dtype=torch.float32,
         )
-        labels = torch.where(hiding < self.hidden_labels, self.num_classes, targets.labels)
+        labels = torch.where(hiding < self.config.hidden_labels, self.num_classes, targets.labels)
         return PromptedObjects(labels, noised.boxes, is_given)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from dn_detr.layers.query_attention import attention_dtype
 from dn_detr.ops import noise_objects
+from dn_detr.protocols import MaskQuerySource, QuerySource
 from dn_detr.structures import NoisedObjects, Queries, QueryState, Segment, Targets
 
 
@@ -63,45 +64,59 @@ class ObjectBudget:
         return max(1, self.max_objects // most_objects), min(most_objects, self.max_objects)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Denoising:
+    """Hyper-parameters of query denoising (2203.01305, sec. 4.2 and 5.1)."""
+
+    # Groups, each a noised copy of all objects; 0: as many as fit into max_objects.
+    num_groups: int = 5
+    # At most this many noised objects an image, over all groups. In more crowded images each group
+    # holds a random subset of the objects.
+    max_objects: int = 500
+    # Centers move by up to box_noise / 2 of the size, sizes change by up to the fraction box_noise.
+    box_noise: float = 0.4
+    # Probability that a label is replaced by a random one (which may be the same).
+    label_noise: float = 0.2
+    # Contrastive (DINO, 2203.03605, sec. 3.3): also a negative copy of each object, farther away,
+    # that must predict background. The sides of the box then move, by up to box_noise half sizes
+    # (negatives: up to twice that).
+    contrastive: bool = False
+    # Hide the empty queries of images with fewer objects than the fullest one. The published code
+    # leaves them visible, with a content of zero; False reproduces it.
+    hides_empty: bool = True
+    # Methods with masks: denoising queries also reconstruct masks, not only boxes.
+    masks: bool = True
+
+    def __post_init__(self):
+        if self.box_noise < 0 or not 0 <= self.label_noise <= 1:
+            raise ValueError(
+                "box_noise must be >= 0 and label_noise in [0, 1], got "
+                f"{self.box_noise} and {self.label_noise}"
+            )
+
+
 class DenoisingQueries(nn.Module):
     """Prepends a "dn" segment of noised ground truth to the queries.
 
-    box_noise: 0.4 in DN-DETR, 1.0 in DINO; label_noise: probability that a label is redrawn. The
-    noise depends on `targets.noise_seeds` alone. hides_empty: see the head of this file; without it,
-    empty slots are seen with a content of zero, as in the published code.
+    The noise depends on `targets.noise_seeds` alone.
     """
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        groups: FixedGroups | ObjectBudget,
-        box_noise: float,
-        label_noise: float,
-        is_contrastive: bool = False,
-        hides_empty: bool = True,
-    ):
+    def __init__(self, config: Denoising, *, num_classes: int):
         super().__init__()
-        if box_noise < 0 or not 0 <= label_noise <= 1:
-            raise ValueError(
-                "box_noise must be >= 0 and label_noise in [0, 1], got "
-                f"{box_noise} and {label_noise}"
-            )
+        self.config = config
         self.num_classes = num_classes
-        self.groups = groups
-        self.box_noise = box_noise
-        self.label_noise = label_noise
-        self.is_contrastive = is_contrastive
-        self.hides_empty = hides_empty
+        self.groups: FixedGroups | ObjectBudget = ObjectBudget(max_objects=config.max_objects)
+        if config.num_groups:
+            self.groups = FixedGroups(num_groups=config.num_groups, max_objects=config.max_objects)
 
-    def forward(self, queries: Queries, source, targets: Targets) -> Queries:
+    def forward(self, queries: Queries, source: QuerySource, targets: Targets) -> Queries:
         """source: has `from_boxes(labels [B, T], boxes [B, T, 4]) -> QueryState`."""
         match = next(segment for segment in queries.segments if segment.name == "match")
         noised, mask = self.noise(
             targets, num_matched=match.size, mask_dtype=attention_dtype(queries.state.content)
         )
         state = self.describe(noised, source, targets)
-        if not self.hides_empty:
+        if not self.config.hides_empty:
             content = state.content.masked_fill(noised.is_empty[..., None], 0)
             state = replace(state, content=content)
         segment = Segment(
@@ -134,16 +149,16 @@ class DenoisingQueries(nn.Module):
             num_groups=num_groups,
             slots_per_group=slots,
             num_classes=self.num_classes,
-            box_noise=self.box_noise,
-            label_noise=self.label_noise,
-            contrastive=self.is_contrastive,
+            box_noise=self.config.box_noise,
+            label_noise=self.config.label_noise,
+            contrastive=self.config.contrastive,
             num_matched=num_matched,
             mask_dtype=mask_dtype,
-            hide_empty=self.hides_empty,
+            hide_empty=self.config.hides_empty,
         )
         return NoisedObjects(labels, boxes, assignment, is_empty, num_groups), mask
 
-    def describe(self, noised: NoisedObjects, source, targets: Targets) -> QueryState:
+    def describe(self, noised: NoisedObjects, source: QuerySource, targets: Targets) -> QueryState:
         """The queries of noised objects."""
         return source.from_boxes(noised.labels, noised.boxes)
 
@@ -158,7 +173,9 @@ class MaskDenoisingQueries(DenoisingQueries):
     see `Targets.masks`; shift in shares of the image.
     """
 
-    def describe(self, noised: NoisedObjects, source, targets: Targets) -> QueryState:
+    def describe(
+        self, noised: NoisedObjects, source: MaskQuerySource, targets: Targets
+    ) -> QueryState:
         if targets.masks is None:
             raise ValueError("denoising of masks needs targets with masks, got None")
         object_of = noised.assignment.clamp(min=0)

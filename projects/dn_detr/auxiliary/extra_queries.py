@@ -14,11 +14,12 @@ the plain model has none of them.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from dn_detr.protocols import QueryDesign, QuerySource
 from dn_detr.structures import Predictions, Queries, QueryState, Segment, Targets
 
 
@@ -28,7 +29,7 @@ class GroupQueries(nn.Module):
     Owns what these groups learn (`query_design.new_parameters`), so that the plain model has none of it.
     """
 
-    def __init__(self, *, query_design: nn.Module, num_queries: int, num_groups: int):
+    def __init__(self, *, query_design: QueryDesign, num_queries: int, num_groups: int):
         super().__init__()
         if num_groups < 2:
             raise ValueError(f"num_groups must be at least 2, got {num_groups}")
@@ -36,7 +37,7 @@ class GroupQueries(nn.Module):
             query_design.new_parameters(num_queries) for _ in range(num_groups - 1)
         )
 
-    def forward(self, queries: Queries, source, targets: Targets) -> Queries:
+    def forward(self, queries: Queries, source: QuerySource, targets: Targets) -> Queries:
         """source: has `queries(learned) -> Queries`."""
         further = [source.queries(learned) for learned in self.learned]
         share = 1 / (1 + len(further))
@@ -44,40 +45,43 @@ class GroupQueries(nn.Module):
         return append(weigh_match(queries, share), further, segment)
 
 
-class HybridQueries(nn.Module):
-    """Appends a "hybrid" segment of `num_queries` (T; 1500) with `matches_per_object` matches an object (K; 6).
+@dataclass(frozen=True, kw_only=True)
+class HybridMatching:
+    """Hyper-parameters of H-DETR's one-to-many branch (2207.13080, sec. 4.1)."""
 
-    weight: of its losses (lambda; 1). Owns what these queries learn (`query_design.new_parameters`).
+    num_queries: int = 1500
+    # Queries that each object is matched to.
+    matches_per_object: int = 6
+    # Factor on the losses of this branch.
+    weight: float = 1.0
+
+
+class HybridQueries(nn.Module):
+    """Appends a "hybrid" segment of T queries with several matches an object.
+
+    Owns the parameters of these queries (`query_design.new_parameters`).
     """
 
-    def __init__(
-        self,
-        *,
-        query_design: nn.Module,
-        num_queries: int,
-        matches_per_object: int,
-        weight: float = 1.0,
-    ):
+    def __init__(self, config: HybridMatching, *, query_design: QueryDesign):
         super().__init__()
-        if num_queries < 1 or matches_per_object < 1:
+        if config.num_queries < 1 or config.matches_per_object < 1:
             raise ValueError(
-                "hybrid matching needs at least 1 query and 1 repeat, got "
-                f"{num_queries} and {matches_per_object}"
+                "hybrid matching needs num_queries and matches_per_object of at least 1, got "
+                f"{config.num_queries} and {config.matches_per_object}"
             )
-        self.matches_per_object = matches_per_object
-        self.weight = weight
-        self.learned = query_design.new_parameters(num_queries, own_head=False)
+        self.config = config
+        self.learned = query_design.new_parameters(config.num_queries, own_head=False)
 
-    def forward(self, queries: Queries, source, targets: Targets) -> Queries:
+    def forward(self, queries: Queries, source: QuerySource, targets: Targets) -> Queries:
         """source: has `queries(learned, first_rank) -> Queries`."""
         match = next(segment for segment in queries.segments if segment.name == "match")
         further = source.queries(self.learned, first_rank=match.size)
         segment = Segment(
             "hybrid",
             0,
-            matches_per_object=self.matches_per_object,
-            positives_per_object=self.matches_per_object,
-            weight=self.weight,
+            matches_per_object=self.config.matches_per_object,
+            positives_per_object=self.config.matches_per_object,
+            weight=self.config.weight,
         )
         return append(queries, [further], segment)
 

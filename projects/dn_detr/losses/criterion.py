@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from dn_detr.layers.box_ops import at_least_float32
-from dn_detr.losses.loss_terms import Term
 from dn_detr.losses.mask_terms import MaskTerms
 from dn_detr.losses.segments import split_segments
+from dn_detr.protocols import LossTerm
 from dn_detr.structures import Assignment, Assignments, Matched, Predictions, Targets
 
 
@@ -36,7 +36,7 @@ class Criterion:
 
     def __init__(
         self,
-        terms: Mapping[str, tuple[Term, float]],
+        terms: Mapping[str, tuple[LossTerm, float]],
         *,
         suffix: str = "",
         segments: Collection[str] | None = None,

@@ -10,7 +10,6 @@ without object by `unmatched_weight` (Teach-DETR, 2211.11953: 0.5; 1 for ground 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +19,6 @@ from torch import Tensor
 from dn_detr.layers.box_ops import cxcywh_to_xyxy, elementwise_generalized_iou, elementwise_iou
 from dn_detr.losses.matching_costs import focal_penalty
 from dn_detr.structures import Matched
-
-Term = Callable[[Matched, float | Tensor], Tensor]
 
 
 def _sum_slots(loss: Tensor, is_chosen: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dn_detr.losses.loss_terms import Term
 from dn_detr.losses.mask_points import PointSampling
+from dn_detr.protocols import LossTerm
 from dn_detr.structures import Matched
 
 
@@ -19,7 +19,7 @@ class MaskTerms:
     """What a criterion needs for masks: terms, name -> (term, weight); points: where they look;
     without: names of the segments whose masks are not trained."""
 
-    terms: Mapping[str, tuple[Term, float]]
+    terms: Mapping[str, tuple[LossTerm, float]]
     points: PointSampling
     without: Collection[str] = ()
 

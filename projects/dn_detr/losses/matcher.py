@@ -6,14 +6,14 @@ the device. Only without the compiled operators the costs travel to the host, in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dn_detr.losses.linear_assignment import solve
-from dn_detr.losses.matching_costs import Costs, Objects, list_objects
+from dn_detr.losses.matching_costs import Costs, MatchingCosts, Objects, list_objects
 from dn_detr.losses.segments import split_segments
 from dn_detr.ops.extension import use_kernel
 from dn_detr.ops.matching import has_nonfinite
@@ -26,7 +26,7 @@ __all__ = ["Costs", "assign", "find_nonfinite"]
 def assign(
     predictions: Predictions,
     targets: Targets,
-    costs: Callable[[Predictions, Objects], Tensor],
+    costs: MatchingCosts,
     only: Collection[str] | None = None,
 ) -> Assignments:
     """Assign the objects of each image to its slots, for every layer and segment on its own.
@@ -90,7 +90,7 @@ def _leave_out(object_of: Tensor, ignored_objects: Tensor | None) -> Tensor:
     return torch.where(ignored_objects.gather(2, object_of.clamp(min=0)), -1, object_of)
 
 
-def _costs(part: Predictions, objects: Objects, costs: Callable) -> Tensor:
+def _costs(part: Predictions, objects: Objects, costs: MatchingCosts) -> Tensor:
     """[L, T, size] of a single segment."""
     if part.is_class_agnostic:
         objects = replace(objects, labels=torch.zeros_like(objects.labels))

@@ -7,6 +7,7 @@ not the padded one. An object is only compared with the slots of its own image.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,13 @@ def list_objects(targets: Targets) -> Objects:
         masks=targets.masks,
         noise_seeds=targets.noise_seeds,
     )
+
+
+class MatchingCosts(Protocol):
+    """The costs that the matcher minimizes."""
+
+    def __call__(self, predictions: Predictions, objects: Objects) -> Tensor:
+        """Return the cost of every query for every object of its image, [L, T, Q]."""
 
 
 def focal_cost(

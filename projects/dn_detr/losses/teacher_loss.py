@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -11,6 +12,19 @@ from dn_detr.losses.loss_terms import L1, Focal, GIoU, Softmax
 from dn_detr.losses.matcher import assign
 from dn_detr.losses.matching_costs import Costs
 from dn_detr.structures import Predictions, Targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teach:
+    """Hyper-parameters of Teach-DETR (2211.11953)."""
+
+    # Factor on all these losses (lambda in the paper).
+    weight: float = 1.0
+    # Factor on the class loss of queries without a teacher's box.
+    unmatched_weight: float = 0.5
+    class_weight: float = 2.0
+    l1_weight: float = 5.0
+    giou_weight: float = 2.0
 
 
 class Teaching:
@@ -27,22 +41,21 @@ class Teaching:
     (`tools/make_teacher_boxes.py`). Proposals of two-stage pages, which the authors' code teaches
     too, learn from the ground truth alone.
 
-    costs: of the matching, for boxes alone; they also say which class loss it is. weight: of the
-    whole (lambda in the paper). no_object_weight: with softmax, of slots without object; it and
-    `unmatched_weight` multiply. segments: names of those that learn from the teacher; the others,
-    and proposals, keep to the ground truth. With Group DETR these are all groups, over which losses
-    are a mean; of H-DETR's the authors teach the one-to-one queries alone.
+    Args:
+        config: the weights.
+        costs: of the matching, for boxes alone; their kind is that of the class loss, too.
+        no_object_weight: with softmax, of queries without object; multiplied by
+            `config.unmatched_weight`.
+        segments: names of those that learn from the teacher; the others, and proposals, only learn
+            from the ground truth. With Group DETR these are all groups, over which losses are a
+            mean; of H-DETR's the authors teach the one-to-one queries alone.
     """
 
     def __init__(
         self,
+        config: Teach,
         *,
         costs: Costs,
-        weight: float = 1.0,
-        class_weight: float = 2.0,
-        l1_weight: float = 5.0,
-        giou_weight: float = 2.0,
-        unmatched_weight: float = 0.5,
         no_object_weight: float = 0.1,
         segments: Collection[str] = ("match",),
     ):
@@ -50,18 +63,21 @@ class Teaching:
             raise ValueError("a teacher's boxes can only teach a detector that predicts boxes")
         self.costs = costs
         self.segments = tuple(segments)
+        weight = config.weight
         self.criterion = Criterion(
             {
                 "ce": (
-                    Softmax(unmatched_weight=no_object_weight * unmatched_weight)
+                    Softmax(unmatched_weight=no_object_weight * config.unmatched_weight)
                     if costs.kind == "softmax"
                     else Focal(
-                        alpha=costs.alpha, gamma=costs.gamma, unmatched_weight=unmatched_weight
+                        alpha=costs.alpha,
+                        gamma=costs.gamma,
+                        unmatched_weight=config.unmatched_weight,
                     ),
-                    weight * class_weight,
+                    weight * config.class_weight,
                 ),
-                "bbox": (L1(), weight * l1_weight),
-                "giou": (GIoU(), weight * giou_weight),
+                "bbox": (L1(), weight * config.l1_weight),
+                "giou": (GIoU(), weight * config.giou_weight),
             },
             suffix="teacher",
             segments=self.segments,

@@ -1,7 +1,11 @@
-"""One page per paper. A page is a function (config, in_channels, strides, content) -> DETR.
+"""One file per paper: a function (config, in_channels, strides, content) -> DETR.
 
-To add a method, write its page and name it here; nothing else needs to know of it.
+The annotation of `config` is the dataclass of the hyper-parameters that the method reads. To add a
+method, write its file and name it here.
 """
+
+from dataclasses import fields
+from typing import get_type_hints
 
 from dn_detr.methods.anchor_detr import anchor_detr
 from dn_detr.methods.conditional_detr import conditional_detr
@@ -19,6 +23,7 @@ from dn_detr.methods.h_deformable import h_deformable
 from dn_detr.methods.mask2former import mask2former
 from dn_detr.methods.mask_dino import mask_dino
 from dn_detr.methods.smca import smca, smca_multiscale
+from dn_detr.models.model_config import ModelConfig
 
 METHODS = {
     "detr": detr,
@@ -37,3 +42,26 @@ METHODS = {
     "mask2former": mask2former,
     "mask_dino": mask_dino,
 }
+
+
+def config_class(method: str) -> type[ModelConfig]:
+    """The dataclass of the hyper-parameters that a method reads.
+
+    Raises:
+        ValueError: if there is no such method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"there is no method {method!r}, only {sorted(METHODS)}")
+    return get_type_hints(METHODS[method])["config"]
+
+
+def make_config(method: str, **values) -> ModelConfig:
+    """Make the hyper-parameters of a method.
+
+    Raises:
+        ValueError: for a name that the method does not read, or a value that makes no model.
+    """
+    kind = config_class(method)
+    if unread := values.keys() - {field.name for field in fields(kind)}:
+        raise ValueError(f"{method} has no hyper-parameters {sorted(unread)}")
+    return kind(**values)

@@ -33,7 +33,7 @@ from dn_detr.layers.query_content import QueryContent, SharedContent
 from dn_detr.layers.row_column_attention import RowColumnAttention
 from dn_detr.models.decoder import Decoder, DecoderLayer
 from dn_detr.models.detection_transformer import DETR
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.model_config import ModelConfig, PatternConfig
 from dn_detr.models.neck import SingleScaleNeck, norm
 from dn_detr.models.prediction_heads import PointOffsetBoxes, shared_heads
 from dn_detr.models.query_designs import AnchorParameters, SharedBoxQueries
@@ -171,7 +171,7 @@ def decoder_layer(c: ModelConfig) -> DecoderLayer:
 
 
 def anchor_detr(
-    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
+    config: PatternConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Neck, encoder, queries and decoder of Anchor DETR."""
     c = config

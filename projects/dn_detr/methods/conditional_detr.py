@@ -30,7 +30,7 @@ from dn_detr.models.decoder import Decoder
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.encoder import DenseEncoder
 from dn_detr.models.learned_queries import zero_content_queries
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.model_config import BoxConfig
 from dn_detr.models.prediction_heads import PointOffsetBoxes, shared_heads
 from dn_detr.models.single_scale import (
     conditional_decoder_layers,
@@ -71,7 +71,7 @@ class ConditionalPointPosition(nn.Module):
 
 
 def conditional_detr(
-    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
+    config: BoxConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Neck, encoder, queries and decoder of Conditional DETR."""
     c = config

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dn_detr.layers.position_encoding import SinePosition
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.detection_transformer import DETR
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.model_config import CanvasScaledConfig
 from dn_detr.models.multi_scale import deformable_detector
 from dn_detr.models.prediction_heads import IterativeRefinement, own_heads
 from dn_detr.models.query_designs import BoxQueries
@@ -28,7 +28,7 @@ from dn_detr.models.query_positions import BoxPosition
 
 
 def dab_deformable(
-    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
+    config: CanvasScaledConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Neck, encoder, queries and decoder of the fully deformable DAB-DETR."""
     c = config

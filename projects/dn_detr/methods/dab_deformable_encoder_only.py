@@ -16,6 +16,8 @@ projection instead of after it, which is the same, as the weights add up to 1.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +33,7 @@ from dn_detr.layers.query_attention import QueryAttentionMask
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.decoder import Decoder
 from dn_detr.models.detection_transformer import DETR
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.model_config import MultiScaleConfig, SharedContentConfig
 from dn_detr.models.multi_scale import deformable_encoder, feed_forward, multi_scale_neck
 from dn_detr.models.neck import Flatten
 from dn_detr.models.prediction_heads import normed_iterative_refinement
@@ -100,8 +102,13 @@ class LevelMixingLayer(nn.Module):
         return attention.out((torch.stack(found, dim=-1) * weights[:, :, None]).sum(-1))
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncoderOnlyConfig(SharedContentConfig, MultiScaleConfig):
+    """DAB-Deformable-DETR with a deformable encoder alone."""
+
+
 def dab_deformable_encoder_only(
-    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
+    config: EncoderOnlyConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Neck, encoder, queries and decoder of the encoder-only DAB-Deformable-DETR."""
     c = config
@@ -122,7 +129,7 @@ def dab_deformable_encoder_only(
     )
 
 
-def decoder_layer(c: ModelConfig, *, is_first: bool) -> LevelMixingLayer:
+def decoder_layer(c: EncoderOnlyConfig, *, is_first: bool) -> LevelMixingLayer:
     size = {"channels": c.channels, "num_heads": c.num_heads, "dropout": c.dropout}
     return LevelMixingLayer(
         self_attention=SplitSelfAttention(**size),

@@ -35,7 +35,7 @@ from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.decoder import Decoder
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.encoder import DenseEncoder
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.model_config import SharedContentConfig
 from dn_detr.models.prediction_heads import normed_iterative_refinement
 from dn_detr.models.query_designs import shared_box_queries
 from dn_detr.models.query_positions import ModulatedBoxPosition
@@ -63,7 +63,7 @@ class ScaledDenseEncoder(DenseEncoder):
 
 
 def dab_detr(
-    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
+    config: SharedContentConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Neck, encoder, queries and decoder of DAB-DETR and DN-DETR."""
     c = config

@@ -28,7 +28,7 @@ from dn_detr.layers.position_encoding import SinePosition
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.learned_queries import LearnedQueries
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.model_config import DeformableConfig
 from dn_detr.models.multi_scale import deformable_detector
 from dn_detr.models.prediction_heads import (
     IterativeRefinement,
@@ -41,7 +41,7 @@ from dn_detr.models.query_positions import LearnedPosition
 
 
 def deformable_detr(
-    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
+    config: DeformableConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """All layers share their heads; boxes are offsets from the slot's point."""
     c = config
@@ -59,7 +59,7 @@ def deformable_detr(
 
 
 def deformable_detr_refine(
-    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
+    config: DeformableConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """With iterative box refinement (sec. 4.2 and appendix A.4)."""
     c = config
@@ -75,7 +75,7 @@ def deformable_detr_refine(
 
 
 def deformable_detr_two_stage(
-    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
+    config: DeformableConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Refinement from proposals of the encoder (sec. 4.2 and appendix A.4)."""
     c = config
@@ -111,7 +111,7 @@ class LinearPoint(nn.Module):
         return self.reference_points(position)
 
 
-def slots(c: ModelConfig, content: QueryContent) -> LearnedQueries:
+def slots(c: DeformableConfig, content: QueryContent) -> LearnedQueries:
     return LearnedQueries(
         content=content,
         num_queries=c.num_queries,
@@ -121,11 +121,11 @@ def slots(c: ModelConfig, content: QueryContent) -> LearnedQueries:
     )
 
 
-def image_position(c: ModelConfig) -> SinePosition:
+def image_position(c: DeformableConfig) -> SinePosition:
     return SinePosition(channels=c.channels, temperature=10000.0, cell_offset=-0.5)
 
 
-def refined(c: ModelConfig, *, size_bias: float) -> IterativeRefinement:
+def refined(c: DeformableConfig, *, size_bias: float) -> IterativeRefinement:
     return IterativeRefinement(
         heads=own_heads(c, size_bias),
         norm=None,

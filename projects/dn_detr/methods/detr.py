@@ -22,7 +22,7 @@ from dn_detr.models.decoder import Decoder
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.encoder import DenseEncoder
 from dn_detr.models.learned_queries import zero_content_queries
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.model_config import BoxConfig
 from dn_detr.models.prediction_heads import DirectBoxes, Heads, shared_heads
 from dn_detr.models.query_positions import LearnedPosition
 from dn_detr.models.single_scale import (
@@ -33,7 +33,7 @@ from dn_detr.models.single_scale import (
 
 
 def detr(
-    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
+    config: BoxConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Neck, encoder, queries and decoder of DETR."""
     c = config
@@ -52,7 +52,7 @@ def detr(
     )
 
 
-def heads(c: ModelConfig) -> Heads:
+def heads(c: BoxConfig) -> Heads:
     """Boxes start anywhere, since there is no base for them to start at; and so do the classes of a
     softmax, which needs no prior against a flood of negatives."""
     made = shared_heads(c)

@@ -24,7 +24,7 @@ from __future__ import annotations
 from dn_detr.layers.position_encoding import SinePosition
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.detection_transformer import DETR
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.model_config import CanvasScaledConfig
 from dn_detr.models.multi_scale import deformable_detector
 from dn_detr.models.prediction_heads import normed_iterative_refinement
 from dn_detr.models.proposals import ProposalQueries
@@ -32,7 +32,7 @@ from dn_detr.models.query_positions import BoxPosition
 
 
 def dino(
-    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
+    config: CanvasScaledConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Neck, encoder, queries and decoder of DINO."""
     c = config

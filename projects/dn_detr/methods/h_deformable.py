@@ -19,7 +19,7 @@ from __future__ import annotations
 from dn_detr.layers.position_encoding import SinePosition
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.detection_transformer import DETR
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.model_config import DeformableConfig
 from dn_detr.models.multi_scale import deformable_detector
 from dn_detr.models.prediction_heads import IterativeRefinement, own_heads
 from dn_detr.models.proposals import BoxTransform, ProposalQueries
@@ -27,7 +27,7 @@ from dn_detr.models.query_positions import LearnedPosition
 
 
 def h_deformable(
-    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
+    config: DeformableConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Neck, encoder, queries and decoder of H-Deformable-DETR."""
     c = config

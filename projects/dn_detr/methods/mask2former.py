@@ -37,7 +37,7 @@ from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.learned_queries import LearnedQueryParameters
 from dn_detr.models.mask_head import MaskHead, MaskHeads, mask_logits
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.model_config import ModelConfig, MultiScaleConfig
 from dn_detr.models.multi_scale import deformable_encoder, feed_forward, multi_scale_neck
 from dn_detr.models.neck import Flatten
 from dn_detr.structures import Memory, Predictions, Queries, QueryState, Segment
@@ -47,7 +47,7 @@ POINTS_PER_SIDE = 4
 
 
 def mask2former(
-    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
+    config: MultiScaleConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Neck, encoder, mask features, queries and decoder of Mask2Former. The first feature is only for
     the mask features."""
@@ -92,6 +92,8 @@ class MaskQueries(nn.Module):
 
     heads: those of the decoder, which stand twice in a checkpoint.
     """
+
+    starts_from_masks = True
 
     def __init__(
         self, *, content: QueryContent, num_queries: int, heads: MaskHeads, first_level: int

@@ -31,7 +31,7 @@ from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.decoder import Decoder
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.mask_head import MaskHead, MaskHeads, boxes_of_masks, mask_logits
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.model_config import CanvasScaledConfig, ModelConfig
 from dn_detr.models.multi_scale import decoder_layer, deformable_encoder, multi_scale_neck
 from dn_detr.models.neck import Flatten
 from dn_detr.models.prediction_heads import box_head, refine_box
@@ -47,7 +47,7 @@ from dn_detr.structures import LayerOutput, Memory, Predictions, Queries, QueryS
 
 
 def mask_dino(
-    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
+    config: CanvasScaledConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Neck, encoder, mask features, queries and decoder of Mask DINO. The first feature is only for the
     mask features."""
@@ -119,6 +119,8 @@ class TokenQueries(nn.Module):
     heads: those of the decoder, which stand twice in a checkpoint. has_no_object: must be False, see
     `check_ranking`. Boxes that an auxiliary query module brings are clamped to [epsilon, 1 - epsilon].
     """
+
+    starts_from_masks = False
 
     def __init__(
         self,

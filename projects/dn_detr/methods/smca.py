@@ -24,7 +24,7 @@ was released under this name is another network, with depthwise convolutions as 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ from dn_detr.models.decoder import Decoder
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.encoder import DenseEncoder
 from dn_detr.models.learned_queries import LearnedQueries, zero_content_queries
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.model_config import BoxConfig, ModelConfig
 from dn_detr.models.multi_scale import multi_scale_neck
 from dn_detr.models.neck import Flatten
 from dn_detr.models.prediction_heads import PointOffsetBoxes, shared_heads
@@ -187,7 +187,7 @@ class ScaleEncoder(DenseEncoder):
 
 
 def slots_and_decoder(
-    c: ModelConfig, content: QueryContent, *, num_levels: int
+    c: BoxConfig, content: QueryContent, *, num_levels: int
 ) -> tuple[LearnedQueries, Decoder]:
     layers = [GaussianDecoderLayer(c, num_levels=num_levels) for _ in range(c.decoder_layers)]
     point = GuidedPoint(channels=c.channels, norm=layers[0].guide_norm)
@@ -202,7 +202,7 @@ def slots_and_decoder(
 
 
 def smca(
-    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
+    config: BoxConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """SMCA on the last feature."""
     c = config
@@ -218,8 +218,15 @@ def smca(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SMCAMultiScaleConfig(BoxConfig):
+    """SMCA on several feature levels."""
+
+    num_levels: int = 4
+
+
 def smca_multiscale(
-    config: ModelConfig, in_channels: list[int], strides: list[int], content: QueryContent
+    config: SMCAMultiScaleConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """SMCA on several scales (strides 16, 32 and 64 in the paper)."""
     c = config

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dn_detr.layers.attention_blocks import SelfAttention
 from dn_detr.layers.mlp import FeedForward
 from dn_detr.layers.query_attention import QueryAttentionMask, attention_dtype
+from dn_detr.protocols import CrossAttention, Predictor, QueryPosition
 from dn_detr.structures import Memory, Predictions, Queries
 
 
@@ -21,7 +22,7 @@ class DecoderLayer(nn.Module):
         self,
         *,
         self_attention: SelfAttention,
-        cross_attention: nn.Module,
+        cross_attention: CrossAttention,
         feed_forward: FeedForward,
         channels: int,
         dropout: float,
@@ -68,7 +69,7 @@ class Decoder(nn.Module):
     which may predict something before the first layer.
     """
 
-    def __init__(self, *, layers: list[nn.Module], position: nn.Module, predictor: nn.Module):
+    def __init__(self, *, layers: list[nn.Module], position: QueryPosition, predictor: Predictor):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.position = position

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from dn_detr.protocols import QueryDesign, QuerySource
 from dn_detr.structures import Predictions, Queries, Targets
 
 
@@ -28,7 +29,7 @@ class DETR(nn.Module):
         neck: nn.Module,
         flatten: nn.Module,
         encoder: nn.Module,
-        query_design: nn.Module,
+        query_design: QueryDesign,
         decoder: nn.Module,
         mask_head: nn.Module | None = None,
     ):
@@ -46,7 +47,7 @@ class DETR(nn.Module):
         features: list[Tensor],
         padding: Tensor,
         targets: Targets | None = None,
-        prompt: Callable[[Queries, object], Queries] | None = None,
+        prompt: Callable[[Queries, QuerySource], Queries] | None = None,
     ) -> Predictions:
         if self.mask_head is not None:
             finest, *features = features

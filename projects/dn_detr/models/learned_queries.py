@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dn_detr.layers.box_ops import at_least_float32
 from dn_detr.layers.query_content import QueryContent
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.model_config import BoxConfig
 from dn_detr.structures import Memory, Queries, QueryState, Segment
 
 
@@ -30,6 +30,8 @@ class LearnedQueries(nn.Module):
     (2203.01305, on vanilla DETR), which exists only with labels, and its centre, clamped to
     [epsilon, 1 - epsilon], as point.
     """
+
+    starts_from_masks = False
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class LearnedQueries(nn.Module):
 
 
 def zero_content_queries(
-    config: ModelConfig, content: QueryContent, point: nn.Module | None
+    config: BoxConfig, content: QueryContent, point: nn.Module | None
 ) -> LearnedQueries:
     """Slots whose content starts from zero."""
     return LearnedQueries(

@@ -10,19 +10,20 @@ from dn_detr.layers.mlp import FeedForward
 from dn_detr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.encoder import DeformableEncoder, DeformableEncoderLayer
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.model_config import ModelConfig, MultiScaleConfig
 from dn_detr.models.neck import Flatten, MultiScaleNeck
+from dn_detr.protocols import Predictor, QueryDesign, QueryPosition
 
 
 def deformable_detector(
-    config: ModelConfig,
+    config: MultiScaleConfig,
     in_channels: list[int],
     strides: list[int],
     *,
     image_position: nn.Module,
-    query_design: nn.Module,
-    position: nn.Module,
-    predictor: nn.Module,
+    query_design: QueryDesign,
+    position: QueryPosition,
+    predictor: Predictor,
 ) -> DETR:
     """A detector that is deformable throughout. image_position: of the cells of a feature map."""
     return DETR(
@@ -40,7 +41,7 @@ def deformable_detector(
     )
 
 
-def multi_scale_neck(config: ModelConfig, in_channels: list[int], strides: list[int]):
+def multi_scale_neck(config: MultiScaleConfig, in_channels: list[int], strides: list[int]):
     return MultiScaleNeck(
         in_channels=in_channels,
         strides=strides,
@@ -49,7 +50,7 @@ def multi_scale_neck(config: ModelConfig, in_channels: list[int], strides: list[
     )
 
 
-def deformable_encoder(config: ModelConfig) -> DeformableEncoder:
+def deformable_encoder(config: MultiScaleConfig) -> DeformableEncoder:
     hidden_dim = config.encoder_feed_forward_dim or config.feed_forward_dim
     return DeformableEncoder(
         [
@@ -63,7 +64,7 @@ def deformable_encoder(config: ModelConfig) -> DeformableEncoder:
     )
 
 
-def decoder_layer(config: ModelConfig) -> DecoderLayer:
+def decoder_layer(config: MultiScaleConfig) -> DecoderLayer:
     return DecoderLayer(
         self_attention=SelfAttention(
             channels=config.channels, num_heads=config.num_heads, dropout=config.dropout
@@ -75,7 +76,7 @@ def decoder_layer(config: ModelConfig) -> DecoderLayer:
     )
 
 
-def deformable_attention(config: ModelConfig) -> DeformableAttention:
+def deformable_attention(config: MultiScaleConfig) -> DeformableAttention:
     return DeformableAttention(
         channels=config.channels,
         num_heads=config.num_heads,

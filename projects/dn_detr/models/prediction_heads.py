@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dn_detr.layers.box_ops import at_least_float32, inverse_sigmoid
 from dn_detr.layers.mlp import MLP
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.model_config import BoxConfig, ModelConfig
 from dn_detr.structures import LayerOutput
 
 
@@ -178,7 +178,7 @@ class DirectBoxes(nn.Module):
         )
 
 
-def normed_iterative_refinement(config: ModelConfig) -> IterativeRefinement:
+def normed_iterative_refinement(config: BoxConfig) -> IterativeRefinement:
     """The box rule of DAB-DETR and DINO: shared heads behind a norm, looking forward twice."""
     return IterativeRefinement(
         heads=shared_heads(config),

@@ -137,6 +137,8 @@ class ProposalQueries(nn.Module):
     [epsilon, 1 - epsilon].
     """
 
+    starts_from_masks = False
+
     def __init__(
         self,
         *,

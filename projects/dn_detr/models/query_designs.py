@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dn_detr.layers.query_content import QueryContent, SharedContent
-from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.model_config import SharedContentConfig
 from dn_detr.structures import Memory, Queries, QueryState, Segment
 
 
@@ -35,6 +35,8 @@ class BoxQueries(nn.Module):
     epsilon: boxes that an auxiliary query module brings are clamped to [epsilon, 1 - epsilon], so that their logits
     are finite.
     """
+
+    starts_from_masks = False
 
     def __init__(self, *, content: QueryContent, num_queries: int, epsilon: float):
         super().__init__()
@@ -95,6 +97,8 @@ class SharedBoxQueries(nn.Module):
     places override `new_parameters`, `references` and `reference_of`.
     """
 
+    starts_from_masks = False
+
     def __init__(
         self, *, content: QueryContent, shared: SharedContent, num_queries: int, epsilon: float
     ):
@@ -121,8 +125,8 @@ class SharedBoxQueries(nn.Module):
         return SharedBoxSource(self, memory)
 
 
-def shared_box_queries(config: ModelConfig, content: QueryContent) -> SharedBoxQueries:
-    """As the numbers say: with or without a learned vector, and patterns."""
+def shared_box_queries(config: SharedContentConfig, content: QueryContent) -> SharedBoxQueries:
+    """With or without a shared learned content vector, and patterns."""
     return SharedBoxQueries(
         content=content,
         shared=SharedContent(

@@ -21,6 +21,7 @@ from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.encoder import DenseEncoderLayer
 from dn_detr.models.model_config import ModelConfig
 from dn_detr.models.neck import Flatten, SingleScaleNeck
+from dn_detr.protocols import QueryDesign
 
 Activation = Callable[[], nn.Module]
 
@@ -32,7 +33,7 @@ def single_scale_detector(
     *,
     temperature: float,
     encoder: nn.Module,
-    query_design: nn.Module,
+    query_design: QueryDesign,
     decoder: Decoder,
 ) -> DETR:
     """On a linear projection of the coarsest feature. temperature: of the tokens' sines."""

@@ -19,7 +19,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from torch import Tensor
 
-from dn_detr.auxiliary.denoising import DenoisingQueries, FixedGroups
+from dn_detr.auxiliary.denoising import Denoising, DenoisingQueries
+from dn_detr.d2.config.fields import read_fields
 from dn_detr.d2.data.catalog import with_num_classes
 from dn_detr.d2.modeling.batch import BatchStats
 from dn_detr.d2.modeling.instances import IterationCounter, to_targets
@@ -122,12 +123,7 @@ def box_denoising(node) -> DenoisingQueries:
             "DenoisingRCNN noises boxes alone: MODEL.DN_DETR.DENOISING must have LABEL_NOISE 0.0 and "
             f"CONTRASTIVE False, got {noise.LABEL_NOISE} and {noise.CONTRASTIVE}"
         )
-    return DenoisingQueries(
-        num_classes=node.NUM_CLASSES,
-        groups=FixedGroups(num_groups=noise.NUM_GROUPS, max_objects=noise.MAX_OBJECTS),
-        box_noise=noise.BOX_NOISE,
-        label_noise=0.0,
-    )
+    return DenoisingQueries(read_fields(noise, Denoising), num_classes=node.NUM_CLASSES)
 
 
 def regions_of(noised: NoisedObjects, image: int, objects: Instances) -> Instances:

@@ -13,13 +13,7 @@ from torch import Tensor, nn
 from dn_detr.auxiliary.box_prompts import RandomBoxPrompts
 from dn_detr.d2.data.catalog import with_num_classes
 from dn_detr.d2.modeling.batch import BatchStats, batch_stats
-from dn_detr.d2.modeling.from_config import (
-    core_from,
-    costs_from,
-    criterion_from,
-    teaching_from,
-    with_masks,
-)
+from dn_detr.d2.modeling.from_config import core_from, losses_from
 from dn_detr.d2.modeling.instances import IterationCounter, to_instances, to_target, to_targets
 from dn_detr.d2.modeling.prompts import classify_prompts, prompts_from
 from dn_detr.errors import InputError
@@ -92,7 +86,7 @@ class DenoisingDETR(nn.Module):
         cfg = with_num_classes(cfg)
         backbone = build_backbone(cfg)
         node, shapes = cfg.MODEL.DN_DETR, backbone.output_shape()
-        core, costs = core_from(cfg, shapes), costs_from(cfg)
+        core, (costs, criterion, teaching) = core_from(cfg, shapes), losses_from(cfg)
         size_divisibility = backbone.size_divisibility
         if core.mask_head is not None:
             # Cells of all levels then cover whole cells of the map that masks are made of.
@@ -102,8 +96,8 @@ class DenoisingDETR(nn.Module):
             "in_features": list(node.IN_FEATURES),
             "core": core,
             "size_divisibility": size_divisibility,
-            "costs": with_masks(cfg, costs),
-            "criterion": criterion_from(cfg),
+            "costs": costs,
+            "criterion": criterion,
             "num_classes": node.NUM_CLASSES,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -113,7 +107,7 @@ class DenoisingDETR(nn.Module):
             "method": node.METHOD,
             "input_format": cfg.INPUT.FORMAT,
             "seed": cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
-            "teaching": teaching_from(cfg, costs),
+            "teaching": teaching,
         }
 
     @property
