@@ -65,7 +65,7 @@ def main():
         rows += [{**row, "host": host} for row in measured]
     keys = ("host", "batch", "size", "measure")
     print(table(rows, keys, against="plain"))
-    save(args, "auxiliary", rows, keys=keys, against="plain")
+    save(args, "auxiliary_queries", rows, keys=keys, against="plain")
 
 
 if __name__ == "__main__":

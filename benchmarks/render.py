@@ -17,7 +17,7 @@ TITLES = {
     "denoising_queries": "Denoising queries",
     "matcher": "Matching",
     "train_step": "Training steps",
-    "auxiliary": "What auxiliary queries cost",
+    "auxiliary_queries": "What auxiliary queries cost",
 }
 COUNTS = ("kernels", "copies", "waits")
 

@@ -21,9 +21,9 @@ OPTIONS = {
     "denoising_queries": (),
     "matcher": (),
     "train_step": ("--config-file", CONFIG, "--size", "64", "96", "--batch", "1", "--no-memory"),
-    "auxiliary": ("--host", "Mask2Former"),
+    "auxiliary_queries": ("--host", "Mask2Former"),
 }
-OWN = {"train_step": "denoised", "auxiliary": "denoised"}
+OWN = {"train_step": "denoised", "auxiliary_queries": "denoised"}
 
 
 def run(script, *arguments):
@@ -48,7 +48,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_benchmark_measures_us_and_others_and_saves_it(name, results):
-    if name in ("train_step", "auxiliary") and not HAS_DETECTRON2:
+    if name in ("train_step", "auxiliary_queries") and not HAS_DETECTRON2:
         pytest.skip("needs Detectron2")
     run(name, "--quick", "--save", str(results), *OPTIONS[name])
     section = json.loads(results.read_text())[name]

@@ -84,7 +84,7 @@ def test_yolo_outlines_become_polygons_with_their_box_and_area(yolo):
         ("0.5 .5 .5 .1 .1", "the class must be 0 to 1, got 0.5"),
         ("0 100 50 50 50", "shares of the image in .0, 1., not pixels"),
         ("0 nan 0.5 0.1 0.1", "shares of the image"),
-        ("cat 0.5 0.5 0.1 0.1", "expected config, got 'cat 0.5"),
+        ("cat 0.5 0.5 0.1 0.1", "expected numbers, got 'cat 0.5"),
     ],
 )
 def test_lines_that_are_not_yolos_are_refused_with_their_place(yolo, text, words):

@@ -25,7 +25,7 @@ RUN = (
 """Programs that run for real, made small by `reduced`. They see the files of the fixture `world`."""
 
 PARSED = {
-    "python benchmarks/auxiliary.py": "tests/benchmarks run it",
+    "python benchmarks/auxiliary_queries.py": "tests/benchmarks run it",
     "python tools/analyze_model.py": "tests/tools run it",
     "python tools/benchmark.py": "tests/tools run it",
     "python tools/convert_checkpoint.py": "needs weights of others; tests/conversion run it",

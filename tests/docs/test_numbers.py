@@ -92,7 +92,7 @@ def test_assists_cost_what_was_measured():
     for name, what, *costs in table:
         host = name or host
         found = [
-            value("auxiliary", ASSISTS[what], host=host, measure=measure)
+            value("auxiliary_queries", ASSISTS[what], host=host, measure=measure)
             for measure in ("ms", "peak MiB")
         ]
         if what:
@@ -100,7 +100,7 @@ def test_assists_cost_what_was_measured():
         else:
             plain, expected = found, [f"{found[0]:.0f} ms", f"{found[1]:.0f} MiB"]
         assert costs == expected, (host, what)
-    assert len(table) == len(SECTIONS["auxiliary"]["rows"]) / 2
+    assert len(table) == len(SECTIONS["auxiliary_queries"]["rows"]) / 2
 
 
 def test_the_tables_of_results_are_rendered_from_them(monkeypatch):

@@ -25,7 +25,7 @@ def pytest_generate_tests(metafunc):
         if argument in metafunc.fixturenames:
             variants = _variants(name)
             values = [
-                (getattr(ops, name if kind == "kernel" else f"{name}_plain"), device)
+                (getattr(ops, name if kind == "kernel" else f"{name}_pytorch"), device)
                 for kind, device in variants
             ]
             metafunc.parametrize(argument, values, ids=["-".join(v) for v in variants])
