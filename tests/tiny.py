@@ -166,3 +166,21 @@ def outputs_of(predictions: Predictions) -> dict[str, torch.Tensor]:
 def key_of(key: str, segment: str) -> str:
     """The name of the same loss in another segment: loss_ce_0 -> loss_ce_<segment>_0."""
     return re.sub(r"^(.*?)((?:_\d+)?)$", rf"\1_{segment}\2", key)
+
+
+def read_by(config_file, settings: list[str], opts=()) -> list[str]:
+    """Those of `settings` that the model of a configuration with `opts` reads."""
+    from detectron2.config import get_cfg
+
+    from dn_detr.d2.config.defaults import add_dn_detr_config
+    from dn_detr.d2.config.unread_keys import why_unread
+
+    cfg = get_cfg()
+    add_dn_detr_config(cfg)
+    cfg.merge_from_file(str(config_file))
+    keys = [str(part) for part in opts][::2]
+    for key in ("MODEL.DN_DETR.METHOD", "MODEL.META_ARCHITECTURE", "MODEL.MASK_ON"):
+        if key in keys:
+            cfg.merge_from_list([key, opts[2 * keys.index(key) + 1]])
+    pairs = zip(settings[::2], settings[1::2], strict=True)
+    return [part for pair in pairs if not why_unread(cfg, pair[0]) for part in pair]

@@ -91,13 +91,13 @@ def main() -> None:
     model.seed = kept["seed"]
     step.iter = kept["iteration"]
     normalisers = {name: kept[name] for name in ("num_objects", "num_teacher_boxes")}
-    whole = replace(batch_stats(samples, step.device), **normalisers)
+    stats = replace(batch_stats(samples, step.device), **normalisers)
     broken = watch(model)
     print(f"weights and statistics that are not finite: {unhealthy or 'none'}")
     torch.manual_seed(kept["device_seed"])
     with EventStorage(kept["iteration"]), torch.autograd.set_detect_anomaly(True):
         try:
-            losses = {**step.backward(samples, whole), "grad_norm": step.gradient_norm()}
+            losses = {**step.backward(samples, stats), "grad_norm": step.gradient_norm()}
         except (FloatingPointError, RuntimeError) as error:  # the latter from anomaly detection
             print(str(error).splitlines()[0])
         else:

@@ -42,9 +42,7 @@ def look(saved: SavedDetector, image: np.ndarray) -> tuple[Predictions, list[Lay
     resize = T.ResizeShortestEdge(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST).get_transform(image)
     pixels = torch.from_numpy(np.ascontiguousarray(resize.apply_image(image).transpose(2, 0, 1)))
     with torch.inference_mode(), record(core_of(model, "visualize.py")) as looks:
-        images, padding = model.preprocess([{"image": pixels}])
-        features = model.backbone(images.tensor)
-        predictions = model.core([features[name] for name in model.in_features], padding)
+        predictions = model.predict(model.make_batch([{"image": pixels}]))
     if not any(entry.samples or entry.maps for entry in looks):
         raise InputError("this page has no attention to the image that could be shown.")
     return predictions.of("match"), looks

@@ -93,7 +93,7 @@ def denoised(cfg: CfgNode, iteration: int) -> Pictures:
     if assist is None:
         raise InputError("this configuration trains without denoising (DENOISING.ENABLED).")
     for number, batch in batches(cfg, iteration):
-        targets = model.targets(batch, iteration=number).to("cpu")
+        targets = model.make_batch(batch, iteration=number, with_targets=True).targets.to("cpu")
         noised, _ = assist.noise(targets, num_matched=1, mask_dtype=torch.float32)
         for i, sample in enumerate(batch):
             image = rgb_of(sample, cfg)

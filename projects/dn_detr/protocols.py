@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from dn_detr.layers.query_content import QueryContent
 from dn_detr.structures import LayerOutput, Matched, Memory, Queries, QueryState, Targets
 
 
@@ -40,6 +41,7 @@ class MaskQuerySource(QuerySource, Protocol):
 class QueryDesign(Protocol):
     """Where the decoder's queries come from, and how a box becomes a query; an nn.Module."""
 
+    content: QueryContent
     learned: nn.Module
     starts_from_masks: bool
 
@@ -94,7 +96,12 @@ class Predictor(Protocol):
 
 
 class AuxiliaryQueries(Protocol):
-    """Queries that exist only in training; an nn.Module."""
+    """Queries that exist only in training; an nn.Module.
+
+    hides_labels: whether they train the label embedding "unknown".
+    """
+
+    hides_labels: bool
 
     def __call__(self, queries: Queries, source: QuerySource, targets: Targets) -> Queries:
         """Return `queries` with segments added."""

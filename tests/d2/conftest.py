@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import logger as detectron2_logger
+from tiny import read_by
 
 from dn_detr.d2.engine.writers import LOGGERS
 from dn_detr.datasets.shapes import generate
@@ -71,7 +72,13 @@ def arguments(tmp_path, tiny_data):
     def command_line(*opts, flags=(), config_file=QUICK, output="run") -> list[str]:
         return [
             *("--config-file", str(config_file), "--num-gpus", "0", *flags),
-            *("OUTPUT_DIR", str(tmp_path / output), *TINY, *tiny_data, *map(str, opts)),
+            *(
+                "OUTPUT_DIR",
+                str(tmp_path / output),
+                *read_by(config_file, TINY, opts),
+                *tiny_data,
+                *map(str, opts),
+            ),
         ]
 
     return command_line
@@ -107,7 +114,13 @@ def train_tiny(train_net, tiny_data):
 
     def train_tiny(folder, *opts, flags=(), config_file=QUICK):
         command_line = ["--config-file", str(config_file), "--num-gpus", "0", *flags]
-        options = ["OUTPUT_DIR", str(folder), *TINY, *tiny_data, *map(str, opts)]
+        options = [
+            "OUTPUT_DIR",
+            str(folder),
+            *read_by(config_file, TINY, opts),
+            *tiny_data,
+            *map(str, opts),
+        ]
         run_quietly(train_net, [*command_line, *options])
 
     return train_tiny

@@ -7,7 +7,7 @@ from detectron2.utils.events import EventStorage
 from samples import sample
 
 from dn_detr.d2.engine.train_step import TrainStep
-from dn_detr.d2.modeling.batch import BatchStats
+from dn_detr.d2.modeling.images import pad_images
 from dn_detr.d2.solver.optimizer import build_optimizer
 
 FROZEN = (
@@ -77,11 +77,11 @@ def test_parts_have_the_losses_and_gradients_of_the_whole(tiny_config, opts):
 
 
 def test_a_part_is_padded_like_the_whole():
-    whole = BatchStats(num_objects=1.0, most_objects=1, height=40, width=70)
-    images = torch.ones(1, 3, 32, 32)
-    padded = whole.pad(images, 32)
+    images = torch.ones(3, 32, 32)
+    padded, padding = pad_images([images], 32, height=40, width=70)
     assert padded.shape == (1, 3, 64, 96)
     assert padded.sum() == images.sum() and (padded[..., :32, :32] == 1).all()
+    assert padding.sum() == 64 * 96 - 32 * 32 and not padding[:, :32, :32].any()
 
 
 def test_a_training_in_parts_says_how_many_images_it_learns_from(run, tmp_path):

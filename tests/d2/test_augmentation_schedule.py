@@ -183,7 +183,7 @@ def test_a_dense_batch_trains_with_noise_of_its_own_for_each_image(tiny_config, 
     (batch,) = batches(build_train_loader(cfg), 1)
     model = build_model(cfg)
     with EventStorage(0), torch.autocast("cpu", torch.bfloat16, enabled=precision is not None):
-        keys = model.targets(batch).noise_seeds.tolist()
+        keys = model.make_batch(batch, with_targets=True).targets.noise_seeds.tolist()
         losses = model(batch)
     assert len(set(keys)) == 4
     sum(losses.values()).backward()

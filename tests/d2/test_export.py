@@ -17,6 +17,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_model
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from tiny import read_by
 from torch import nn
 from torch.nn import functional as F
 
@@ -107,7 +108,7 @@ def small_model(page: str, *opts):
     """The page with random weights everywhere: zero-initialised heads would hide differences."""
     regions = SMALL_REGIONS if "rcnn" in page else []
     config_file = str(ROOT / "configs" / "quick" / f"{page}.yaml")
-    cfg = read_config(config_file, [*SMALL, *regions, *opts])
+    cfg = read_config(config_file, [*read_by(config_file, SMALL, opts), *regions, *opts])
     torch.manual_seed(0)
     model = build_model(cfg).eval()
     for name, parameter in model.named_parameters():

@@ -43,10 +43,8 @@ def brute_force(hook, image) -> tuple[list[int], float]:
 
     model = hook.model.eval()
     with torch.no_grad():
-        images, padding = model.preprocess([image])
-        features = model.backbone(images.tensor)
-        found = model.core([features[name] for name in model.in_features], padding)
-        targets = model.targets([image])
+        found = model.predict(model.make_batch([image]))
+        targets = model.make_batch([image], with_targets=True).targets
         cost = model.costs(found.of("match"), list_objects(targets))[-1]  # [objects, queries]
     model.train()
     rows, columns = linear_sum_assignment(cost.numpy())

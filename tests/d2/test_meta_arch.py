@@ -55,10 +55,16 @@ def test_losses_have_the_same_keys_with_and_without_objects(model_of):
 def test_noise_of_an_image_does_not_depend_on_its_batch(model_of):
     model = model_of().eval()
     batches = [[sample(7, 2), sample(8, 5)], [sample(9, 1), sample(7, 2)], [sample(7, 2)]]
-    keys = [model.targets(batch, iteration=3).noise_seeds for batch in batches]
+    keys = [
+        model.make_batch(batch, iteration=3, with_targets=True).targets.noise_seeds
+        for batch in batches
+    ]
     assert keys[0][0] == keys[1][1] == keys[2][0]
     assert len({int(key) for part in keys for key in part}) == 3
-    assert model.targets(batches[0], iteration=4).noise_seeds[0] != keys[0][0]
+    assert (
+        model.make_batch(batches[0], iteration=4, with_targets=True).targets.noise_seeds[0]
+        != keys[0][0]
+    )
 
 
 @pytest.mark.parametrize("has_storage", [False, True])
@@ -99,14 +105,15 @@ def test_the_normaliser_is_at_least_one():
 def test_images_are_normalised_and_padding_is_what_lies_beyond_them(model_of):
     model = model_of("MODEL.PIXEL_MEAN", [10, 20, 30], "MODEL.PIXEL_STD", [2, 4, 8])
     batch = [sample(0, 1), sample(1, 1, height=32, width=64)]
-    images, padding = model.preprocess(batch)
-    assert images.tensor.shape == (2, 3, 64, 96) and padding.shape == (2, 64, 96)
+    made = model.make_batch(batch)
+    images, padding = made.images, made.padding
+    assert images.shape == (2, 3, 64, 96) and padding.shape == (2, 64, 96)
     assert not padding[0].any() and not padding[1, :32, :64].any()
     assert padding[1].sum() == 64 * 96 - 32 * 64
-    assert (images.tensor[1, :, padding[1]] == 0).all()
+    assert (images[1, :, padding[1]] == 0).all()
     mean, std = (torch.tensor(x)[:, None, None] for x in ([10, 20, 30], [2, 4, 8]))
     expected = (batch[1]["image"] - mean) / std
-    torch.testing.assert_close(images.tensor[1, :, :32, :64], expected)
+    torch.testing.assert_close(images[1, :, :32, :64], expected)
 
 
 def test_costs_and_losses_have_the_weights_of_the_configuration(model_of):

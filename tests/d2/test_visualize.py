@@ -27,7 +27,7 @@ def test_the_noise_that_is_drawn_is_the_noise_of_the_training(
     assist.register_forward_hook(lambda module, args, queries: seen.append(queries))
     number, batch = next(visualize_data.batches(cfg, iteration=5))
     model(batch, iteration=number)
-    targets = model.targets(batch, iteration=number)
+    targets = model.make_batch(batch, iteration=number, with_targets=True).targets
     assert number == 5
     noised, _ = assist.noise(targets, num_matched=1, mask_dtype=torch.float32)
     segment = next(s for s in seen[0].segments if s.name == "dn")

@@ -7,6 +7,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from tiny import read_by
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -110,4 +112,7 @@ def reduced(words: list[str], tiny: list[str]) -> list[str]:
     if "--num-gpus" in small:
         small[small.index("--num-gpus") + 1] = "0"
     small = [word for word in small if word not in ("KEY", "VALUE", "...", "[KEY", "VALUE]")]
-    return small + tiny
+    file = next((word for word in small if word.startswith("configs/")), None)
+    opts = small[small.index("--config-file") + 2 :] if "--config-file" in small else []
+    opts = [word for word in opts if not word.startswith("--")]
+    return small + (read_by(ROOT / file, tiny, opts) if file else tiny)

@@ -91,6 +91,8 @@ class RandomBoxPrompts(nn.Module):
     Everything random follows from `targets.noise_seeds`.
     """
 
+    hides_labels = True
+
     def __init__(self, config: BoxPrompting, *, num_classes: int):
         super().__init__()
         self.config = config

@@ -101,6 +101,8 @@ class DenoisingQueries(nn.Module):
     The noise depends on `targets.noise_seeds` alone.
     """
 
+    hides_labels = False
+
     def __init__(self, config: Denoising, *, num_classes: int):
         super().__init__()
         self.config = config

@@ -29,6 +29,8 @@ class GroupQueries(nn.Module):
     Owns what these groups learn (`query_design.new_parameters`), so that the plain model has none of it.
     """
 
+    hides_labels = False
+
     def __init__(self, *, query_design: QueryDesign, num_queries: int, num_groups: int):
         super().__init__()
         if num_groups < 2:
@@ -61,6 +63,8 @@ class HybridQueries(nn.Module):
 
     Owns the parameters of these queries (`query_design.new_parameters`).
     """
+
+    hides_labels = False
 
     def __init__(self, config: HybridMatching, *, query_design: QueryDesign):
         super().__init__()

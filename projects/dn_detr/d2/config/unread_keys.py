@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "MODEL.DN_DETR."
 
-WITHOUT_QUERIES = ("IN_FEATURES", "NUM_QUERIES", "NUM_GROUPS", "LOSS.", "PAD_OBJECTS_TO", "COMPILE")
+WITHOUT_QUERIES = ("IN_FEATURES", "NUM_GROUPS", "LOSS.", "PAD_OBJECTS_TO")
 """What Faster R-CNN has no use for, beside the hyper-parameters of methods."""
 
 
@@ -55,6 +55,14 @@ def unread_keys(cfg: CfgNode) -> Iterator[tuple[str, str]]:
         yield "BACKBONE", "only MODEL.BACKBONE.NAME 'build_named_backbone' reads it"
 
 
+def why_unread(cfg: CfgNode, key: str) -> str | None:
+    """Why this model does not read a key; None if it does."""
+    if not key.startswith(PREFIX):
+        return None
+    key = key.removeprefix(PREFIX)
+    return next((why for k, why in unread_keys(cfg) if key == k or _is_below(key, k)), None)
+
+
 def check_keys(cfg: CfgNode, default: CfgNode, config_file: str, opts: list[str]) -> None:
     """Check what a user has set against what the model reads.
 
@@ -68,17 +76,11 @@ def check_keys(cfg: CfgNode, default: CfgNode, config_file: str, opts: list[str]
     Raises:
         InputError: for the first such key of `opts`.
     """
-    unread = list(unread_keys(cfg))
-
-    def reason(key: str) -> str | None:
-        fits = (why for prefix, why in unread if key == prefix or _is_below(key, prefix))
-        return next(fits, None)
-
     for key in map(str, opts[::2]):
-        if key.startswith(PREFIX) and (why := reason(key.removeprefix(PREFIX))):
+        if why := why_unread(cfg, key):
             raise InputError(f"{key} has no effect: {why}.")
     changed = _changed_in(config_file, default.MODEL.DN_DETR)
-    ignored = [f"{PREFIX}{key} ({why})" for key in changed if (why := reason(key))]
+    ignored = [f"{key} ({why})" for key in changed if (why := why_unread(cfg, key))]
     if ignored:
         logger.warning(f"{config_file} sets keys that have no effect: {', '.join(ignored)}")
 
@@ -88,10 +90,10 @@ def _is_below(key: str, prefix: str) -> bool:
 
 
 def _changed_in(config_file: str, default: CfgNode) -> Iterator[str]:
-    """Keys below MODEL.DN_DETR of a file itself that differ from the default."""
+    """Keys of a file itself, below MODEL.DN_DETR, that differ from the default."""
     with open(config_file) as file:
         content = yaml.safe_load(file) or {}
-    parts = [("", content.get("MODEL", {}).get("DN_DETR", {}), default)]
+    parts = [(PREFIX, content.get("MODEL", {}).get("DN_DETR", {}), default)]
     for prefix, values, defaults in parts:
         for key, value in values.items():
             if isinstance(value, dict):

@@ -68,10 +68,8 @@ class MatchingInstruments(AfterEvaluation):
         model = self.model
         with inference_context(model):
             for index, samples in self.loader:
-                images, padding = model.preprocess(samples)
-                features = model.backbone(images.tensor)
-                predictions = model.core([features[name] for name in model.in_features], padding)
-                targets = model.targets(samples)
+                predictions = model.predict(model.make_batch(samples))
+                targets = model.make_batch(samples, with_targets=True).targets
                 part = predictions.of("match")
                 match = assign(part, targets, model.costs)["match"]
                 if part.references[0] is not None:

@@ -19,7 +19,6 @@ from dn_detr.d2.engine.nonfinite_dump import NonFiniteDump
 from dn_detr.d2.modeling.batch import BatchStats, batch_stats
 from dn_detr.errors import InputError, NotFinite
 from dn_detr.losses.criterion import summarize
-from dn_detr.losses.matcher import find_nonfinite
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,11 +64,11 @@ class TrainStep(SimpleTrainer):
         data_time = time.perf_counter() - start
 
         torch.manual_seed(self.device_seed())
-        whole = batch_stats(data, self.device)
+        stats = batch_stats(data, self.device)
         self.optimizer.zero_grad()
-        losses = self.backward(data, whole)
+        losses = self.backward(data, stats)
         self.after_backward()
-        self.report(losses, data, whole, data_time)
+        self.report(losses, data, stats, data_time)
         self.grad_scaler.unscale_(self.optimizer)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
@@ -83,19 +82,27 @@ class TrainStep(SimpleTrainer):
         """Where this process's random numbers of this iteration come from."""
         return hash((self.seed, self.iter, comm.get_rank())) & 0x7FFFFFFF
 
-    def backward(self, data: list[dict], whole: BatchStats) -> dict[str, torch.Tensor]:
+    def parts(self, data: list[dict]) -> list[list[dict]]:
+        """The batch in `num_parts` equal parts."""
+        size = len(data) // self.num_parts
+        return [data[i * size : (i + 1) * size] for i in range(self.num_parts)]
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision, or none."""
+        return torch.autocast(
+            self.device.type, dtype=self.precision, enabled=self.precision is not None
+        )
+
+    def backward(self, data: list[dict], stats: BatchStats) -> dict[str, torch.Tensor]:
         """Add up the gradients of all parts of the batch; returns its losses."""
         losses: dict[str, torch.Tensor] = {}
-        self.assignments = []  # of each part
-        size = len(data) // self.num_parts
-        for part in range(self.num_parts):
-            is_last = part == self.num_parts - 1
+        for index, part in enumerate(self.parts(data)):
+            is_last = index == self.num_parts - 1
             wait = contextlib.nullcontext()
             if not is_last and isinstance(self.model, DistributedDataParallel):
                 wait = self.model.no_sync()  # the processes add their gradients up once
             with wait:
-                some = self.forward(data[part * size : (part + 1) * size], whole, data)
-                self.assignments.append(self.detector.assignments)
+                some = self.forward(part, stats, data)
                 total = torch.stack(list(some.values())).sum()
                 self.grad_scaler.scale(total).backward()
             for name, value in some.items():
@@ -103,19 +110,17 @@ class TrainStep(SimpleTrainer):
                 losses[name] = losses[name] + value if name in losses else value
         return losses
 
-    def forward(self, part: list[dict], whole: BatchStats, data: list[dict]) -> dict:
+    def forward(self, part: list[dict], stats: BatchStats, data: list[dict]) -> dict:
         """Losses of a part of the batch `data`; NotFinite where matching meets no finite numbers."""
-        with torch.autocast(
-            self.device.type, dtype=self.precision, enabled=self.precision is not None
-        ):
+        with self.autocast():
             try:
-                return self.model(part, whole, iteration=self.iter)
+                return self.model(part, stats, iteration=self.iter)
             except FloatingPointError as error:
                 raise NotFinite(
-                    f"{error}, {self.whereabouts(part)}; {self.advice(data, whole)}"
+                    f"{error}, {self.whereabouts(part)}; {self.advice(data, stats)}"
                 ) from error
 
-    def report(self, losses: dict, data: list[dict], whole: BatchStats, data_time: float) -> None:
+    def report(self, losses: dict, data: list[dict], stats: BatchStats, data_time: float) -> None:
         """Put the losses, averaged over the ranks, into the event storage.
 
         NotFinite on every rank if one or the gradient is not finite, before the optimizer uses it.
@@ -134,7 +139,7 @@ class TrainStep(SimpleTrainer):
         if self.grad_scaler.is_enabled() and broken == ["grad_norm"]:
             broken = []  # gradient scaling skips such a step and takes a smaller scale
         if broken:
-            where = f"{self.bad_matching()}{self.whereabouts(data)}; {self.advice(data, whole)}"
+            where = f"{self.bad_matching(data, stats)}{self.whereabouts(data)}; {self.advice(data, stats)}"
             if all(map(math.isfinite, own)):
                 where = f"in iteration {self.iter}, but not from rank {comm.get_rank()}"
             raise NotFinite(f"not finite: {', '.join(broken)}, {where}; all losses: {losses}")
@@ -144,11 +149,15 @@ class TrainStep(SimpleTrainer):
         storage.put_scalars(**losses)
         storage.put_scalars(**summarize(losses))
 
-    def bad_matching(self) -> str:
-        """Where the matcher met no finite numbers: on a GPU the losses say only that it did."""
-        for part, assignments in enumerate(self.assignments):
-            if sentence := find_nonfinite(assignments):
-                which = f" (part {part} of {self.num_parts})" if self.num_parts > 1 else ""
+    def bad_matching(self, data: list[dict], stats: BatchStats) -> str:
+        """Where the matcher met numbers that are not finite: on a GPU the losses only show that it
+        did. The forward passes are computed again, with the random numbers of before."""
+        torch.manual_seed(self.device_seed())
+        for index, part in enumerate(self.parts(data)):
+            with self.autocast():
+                sentence = self.detector.find_nonfinite(part, stats, self.iter)
+            if sentence:
+                which = f" (part {index} of {self.num_parts})" if self.num_parts > 1 else ""
                 return f"{sentence}{which}, "
         return ""
 
@@ -167,7 +176,7 @@ class TrainStep(SimpleTrainer):
         rank = comm.get_rank()
         return f"in iteration {self.iter}, from the images [{', '.join(images)}] of rank {rank}"
 
-    def advice(self, data: list[dict], whole: BatchStats) -> str:
+    def advice(self, data: list[dict], stats: BatchStats) -> str:
         """Keeps the evidence, and says where."""
         if self.evidence is None:
             return "a smaller learning rate or float32 may help"
@@ -178,8 +187,8 @@ class TrainStep(SimpleTrainer):
             rank=comm.get_rank(),
             seed=self.seed,
             device_seed=self.device_seed(),
-            num_objects=float(whole.num_objects),
-            num_teacher_boxes=float(whole.num_teacher_boxes),
+            num_objects=float(stats.num_objects),
+            num_teacher_boxes=float(stats.num_teacher_boxes),
             num_parts=self.num_parts,
         )
         return f"python tools/replay_not_finite.py {path} computes it again"

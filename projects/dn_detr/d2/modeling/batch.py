@@ -1,4 +1,4 @@
-"""What the images of one iteration share, so that it can be computed in parts."""
+"""One value for the images of a forward pass, made once: images, padding, targets, normalizers."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from dataclasses import dataclass
 import torch
 from detectron2.utils import comm
 from torch import Tensor
-from torch.nn import functional as F
 
+from dn_detr.auxiliary.box_prompts import PromptedObjects
 from dn_detr.errors import InputError
+from dn_detr.structures import Targets
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchStats:
-    """What losses and shapes of an image take from the batch that it stands in.
+    """What losses and shapes take from the whole batch of a process, also for a part of it.
 
-    num_objects: in this process's images, averaged over the processes and at least 1: the losses'
-    normaliser. most_objects: in one of this process's images, at least 1. height, width: of its
-    tallest and of its widest image. num_teacher_boxes: as num_objects, of a teacher's boxes.
+    Attributes:
+        num_objects: averaged over the processes and at least 1: the normalizer of the losses.
+        most_objects: in one image, at least 1.
+        height, width: of the tallest and of the widest image, in pixels.
+        num_teacher_boxes: as num_objects, of a teacher's boxes.
     """
 
     num_objects: float | Tensor
@@ -30,28 +33,46 @@ class BatchStats:
     width: int
     num_teacher_boxes: float | Tensor = 1.0
 
-    def pad(self, images: Tensor, multiple_of: int) -> Tensor:
-        """Images [B, C, h, w] on the canvas of the whole batch, with zeros below and to the right.
 
-        multiple_of: what its sides are rounded up to, as those of the images are already.
-        """
-        step = max(1, multiple_of)
-        height, width = (-(-side // step) * step for side in (self.height, self.width))
-        return F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """The images of one forward pass and what is known about them (`DenoisingDETR.make_batch`).
+
+    Attributes:
+        images: [B, 3, H, W] normalized, zeros below and to the right of each image.
+        padding: [B, H, W] bool, True outside the image.
+        sizes: (height, width) of each image in pixels.
+        output_sizes: (height, width) in pixels that detections are scaled to.
+        targets: ground truth, in training.
+        num_objects: normalizer of the losses.
+        teacher_boxes: boxes of a teacher with scores, for Teach-DETR.
+        num_teacher_boxes: normalizer of their losses.
+        prompts: given objects, at inference.
+    """
+
+    images: Tensor
+    padding: Tensor
+    sizes: list[tuple[int, int]]
+    output_sizes: list[tuple[int, int]]
+    targets: Targets | None = None
+    num_objects: float | Tensor = 1.0
+    teacher_boxes: Targets | None = None
+    num_teacher_boxes: float | Tensor = 1.0
+    prompts: PromptedObjects | None = None
 
 
 def batch_stats(samples: list[dict], device: torch.device) -> BatchStats:
     """Of the training samples of this process. Every process must call it together."""
     counts = [len(sample["instances"]) for sample in samples]
     num_taught = sum(len(sample.get("teacher_instances", ())) for sample in samples)
-    normalisers: tuple | Tensor = max(1.0, float(sum(counts))), max(1.0, float(num_taught))
+    normalizers: tuple | Tensor = max(1.0, float(sum(counts))), max(1.0, float(num_taught))
     if comm.get_world_size() > 1:
         total = torch.tensor([float(sum(counts)), float(num_taught)], device=device)
         torch.distributed.all_reduce(total)
-        normalisers = (total / comm.get_world_size()).clamp(min=1)
+        normalizers = (total / comm.get_world_size()).clamp(min=1)
     return BatchStats(
-        num_objects=normalisers[0],
-        num_teacher_boxes=normalisers[1],
+        num_objects=normalizers[0],
+        num_teacher_boxes=normalizers[1],
         most_objects=max(1, *counts),
         height=max(sample["image"].shape[-2] for sample in samples),
         width=max(sample["image"].shape[-1] for sample in samples),
@@ -70,11 +91,11 @@ def num_parts(cfg) -> int:
     if parts > 1 and cfg.MODEL.DN_DETR.LOSS.KIND == "softmax":
         raise InputError(
             "SOLVER.ACCUMULATE needs MODEL.DN_DETR.LOSS.KIND 'focal' or 'mal': the softmax loss is a "
-            "mean over the slots of a whole batch, which its parts cannot know."
+            "mean over the queries of a whole batch, which its parts do not have."
         )
     if parts > 1 and cfg.MODEL.META_ARCHITECTURE == "DenoisingRCNN":
         raise InputError(
-            "SOLVER.ACCUMULATE works on the pages of dn_detr.methods alone: the losses of Faster R-CNN "
+            "SOLVER.ACCUMULATE works with DenoisingDETR only: the losses of Faster R-CNN "
             "are means over the regions of a whole batch."
         )
     logger.info(

@@ -25,7 +25,7 @@ from dn_detr.d2.data.catalog import with_num_classes
 from dn_detr.d2.modeling.batch import BatchStats
 from dn_detr.d2.modeling.instances import IterationCounter, to_targets
 from dn_detr.layers.box_ops import cxcywh_to_xyxy
-from dn_detr.structures import Assignments, NoisedObjects
+from dn_detr.structures import NoisedObjects
 
 
 @META_ARCH_REGISTRY.register()
@@ -42,7 +42,6 @@ class DenoisingRCNN(GeneralizedRCNN):
         self.denoise = denoise
         self.seed = seed
         self.iterations = IterationCounter()
-        self.assignments: Assignments = {}  # nothing is matched one to one
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -63,10 +62,10 @@ class DenoisingRCNN(GeneralizedRCNN):
     def forward(
         self,
         batched_inputs: list[dict],
-        whole: BatchStats | None = None,
+        stats: BatchStats | None = None,
         iteration: int | None = None,
     ) -> dict[str, Tensor] | list[dict]:
-        """whole: not needed, as all losses are means over the regions of these images. iteration: as
+        """stats: not needed, as all losses are means over the regions of these images. iteration: as
         for `DenoisingDETR`."""
         if not self.training:
             return self.inference(batched_inputs)
@@ -82,6 +81,10 @@ class DenoisingRCNN(GeneralizedRCNN):
             num_sampled = sum(len(proposals) for proposals in sampled)
             losses["loss_box_reg_dn"] = self.denoising_loss(features, regions, num_sampled)
         return losses
+
+    def find_nonfinite(self, samples: list[dict], stats: BatchStats, iteration: int) -> str:
+        """Nothing is matched one to one here: ""."""
+        return ""
 
     def noised_regions(
         self, batched_inputs: list[dict], objects: list[Instances], iteration: int

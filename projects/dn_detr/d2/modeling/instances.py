@@ -94,6 +94,16 @@ def to_targets(
     return pad_targets(targets, multiple_of)
 
 
+def teacher_targets(samples: list[dict], num_classes: int) -> Targets:
+    """The boxes of a teacher for the training samples of a batch, with scores, on the host."""
+    return pad_targets(
+        [
+            to_target(sample["teacher_instances"], num_classes=num_classes, noise_seed=0)
+            for sample in samples
+        ]
+    )
+
+
 def to_instances(detections: Detections, image_size: tuple[int, int]) -> Instances:
     """Detections of an image of (height, width) as pred_boxes, scores, pred_classes, pred_masks."""
     instances = Instances(image_size)

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import ImageList
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from dn_detr.auxiliary.box_prompts import RandomBoxPrompts
+from dn_detr.auxiliary.box_prompts import add_prompts
 from dn_detr.d2.data.catalog import with_num_classes
-from dn_detr.d2.modeling.batch import BatchStats, batch_stats
+from dn_detr.d2.modeling.batch import Batch, BatchStats, batch_stats
 from dn_detr.d2.modeling.from_config import core_from, losses_from
-from dn_detr.d2.modeling.instances import IterationCounter, to_instances, to_target, to_targets
+from dn_detr.d2.modeling.images import pad_images
+from dn_detr.d2.modeling.instances import (
+    IterationCounter,
+    teacher_targets,
+    to_instances,
+    to_targets,
+)
 from dn_detr.d2.modeling.prompts import classify_prompts, prompts_from
 from dn_detr.errors import InputError
 from dn_detr.losses.criterion import Criterion
-from dn_detr.losses.mask_costs import MaskCosts
-from dn_detr.losses.matcher import Costs, assign
+from dn_detr.losses.matcher import assign, find_nonfinite
+from dn_detr.losses.matching_costs import MatchingCosts
 from dn_detr.losses.teacher_loss import Teaching
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.mask_postprocess import postprocess_masks
 from dn_detr.models.postprocess import postprocess
-from dn_detr.structures import Assignments, Predictions, Targets, pad_targets
+from dn_detr.structures import Predictions
 
 
 @META_ARCH_REGISTRY.register()
 class DenoisingDETR(nn.Module):
-    """Any page of `dn_detr.methods` behind a Detectron2 backbone.
+    """Any method of `dn_detr.methods` on a Detectron2 backbone.
 
     Takes Detectron2's list of dicts: "image" [3, H, W] in 0..255, "instances" in training, and the
     output size "height", "width". Gives a dict of scalar losses in training, and in evaluation a
@@ -47,7 +55,7 @@ class DenoisingDETR(nn.Module):
         in_features: list[str],
         core: DETR,
         size_divisibility: int,
-        costs: Costs | MaskCosts,
+        costs: MatchingCosts,
         criterion: Criterion,
         num_classes: int,
         pixel_mean: list[float],
@@ -77,7 +85,6 @@ class DenoisingDETR(nn.Module):
         self.input_format = input_format
         self.teaching = teaching
         self.iterations = IterationCounter()
-        self.assignments: Assignments = {}  # of the last training batch
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean)[:, None, None], False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std)[:, None, None], False)
 
@@ -117,117 +124,139 @@ class DenoisingDETR(nn.Module):
     def forward(
         self,
         batched_inputs: list[dict],
-        whole: BatchStats | None = None,
+        stats: BatchStats | None = None,
         iteration: int | None = None,
     ) -> dict[str, Tensor] | list[dict]:
-        """whole: the batch that these are a part of in training; None: they are all of it.
+        """Return losses in training, detections in evaluation.
 
-        iteration: from which, with seed and image id, the noise of training follows; None: the model
-        counts its training forwards."""
-        if self.training and whole is None:
-            whole = batch_stats(batched_inputs, self.device)
-        images, padding = self.preprocess(batched_inputs, whole)
-        features = self.backbone(images.tensor)
-        features = [features[name] for name in self.in_features]
-        if not self.training:
-            prompt = prompts_from(batched_inputs, self.num_classes, self.device)
-            predictions = self.core(features, padding, prompt=prompt)
-            return self.detect(predictions, images, batched_inputs)
-        targets = self.targets(batched_inputs, whole, self.iterations.next(iteration))
-        predictions = self.core(features, padding, targets)
-        self.assignments = assign(predictions, targets, self.costs)
-        losses = self.criterion(predictions, targets, self.assignments, whole.num_objects)
-        if self.teaching is not None:
-            boxes = self.teacher_boxes(batched_inputs)
-            losses.update(self.teaching(predictions, boxes, whole.num_teacher_boxes))
-        return losses
+        Args:
+            batched_inputs: see the class.
+            stats: of the batch that these samples are a part of, in training; None: they are all of
+                it.
+            iteration: from which, with seed and image id, the noise of training follows; None: the
+                model counts its forward passes in training.
+        """
+        if self.training:
+            iteration = self.iterations.next(iteration)
+        batch = self.make_batch(batched_inputs, stats, iteration, with_targets=self.training)
+        predictions = self.predict(batch)
+        return self.losses(predictions, batch) if self.training else self.detect(predictions, batch)
 
-    def detect(
-        self, predictions: Predictions, images: ImageList, batched_inputs: list[dict]
-    ) -> list[dict]:
-        """Predictions as Instances, in pixels of the size that the dataset asks for."""
-        sizes = images.image_sizes
-        wanted = [
-            (sample.get("height", height), sample.get("width", width))
-            for sample, (height, width) in zip(batched_inputs, sizes, strict=True)
-        ]
-        if self.has_masks:
-            canvas = tuple(images.tensor.shape[-2:])
-            options = {"canvas": canvas, "output_sizes": wanted, "top_k": self.top_k}
-            detections = postprocess_masks(
-                predictions, sizes, has_no_object=self.has_no_object, **options
-            )
-            found = [to_instances(*image) for image in zip(detections, wanted, strict=True)]
-        else:
-            detections = postprocess(
-                predictions, sizes, self.top_k, has_no_object=self.has_no_object
-            )
-            found = [
-                detector_postprocess(to_instances(detected, size), *output_size)
-                for detected, size, output_size in zip(detections, sizes, wanted, strict=True)
-            ]
-        outputs = [{"instances": instances} for instances in found]
-        if any("prompts" in sample for sample in batched_inputs):
-            prompts = classify_prompts(
-                predictions, batched_inputs, has_no_object=self.has_no_object
-            )
-            outputs = [
-                {**output, "prompts": one} for output, one in zip(outputs, prompts, strict=True)
-            ]
-        return outputs
+    def make_batch(
+        self,
+        samples: list[dict],
+        stats: BatchStats | None = None,
+        iteration: int | None = None,
+        *,
+        with_targets: bool = False,
+    ) -> Batch:
+        """Make the batch of a forward pass; the arguments are those of `forward`.
 
-    def preprocess(
-        self, batched_inputs: list[dict], whole: BatchStats | None = None
-    ) -> tuple[ImageList, Tensor]:
-        """Normalised images, padded to one canvas, that of the whole batch where there is one, and
-        its padding [B, H, W] (True = padding)."""
-        images = [
-            (sample["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
-            for sample in batched_inputs
-        ]
-        images = ImageList.from_tensors(images, self.size_divisibility)
-        if whole is not None:
-            canvas = whole.pad(images.tensor, self.size_divisibility)
-            images = ImageList(canvas, images.image_sizes)
-        padding = torch.ones(
-            images.tensor.shape[0], *images.tensor.shape[-2:], dtype=torch.bool, device=self.device
+        with_targets: ground truth, and a teacher's boxes where the model is taught; otherwise the
+        prompts of an inference.
+        """
+        if with_targets and stats is None:
+            stats = batch_stats(samples, self.device)
+        canvas = {} if stats is None else {"height": stats.height, "width": stats.width}
+        images, padding = pad_images(
+            [
+                (s["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
+                for s in samples
+            ],
+            self.size_divisibility,
+            **canvas,
         )
-        for image, (height, width) in enumerate(images.image_sizes):
-            padding[image, :height, :width] = False
-        return images, padding
-
-    def targets(
-        self, batched_inputs: list[dict], whole: BatchStats | None = None, iteration: int = 0
-    ) -> Targets:
-        """Ground truth of a training batch, with the noise keys of an iteration, padded to as many
-        objects as the whole batch where there is one."""
-        multiple_of = self.pad_objects_to
-        if whole is not None:  # rounding a part up to the slots of the whole gives just these
-            multiple_of *= -(-whole.most_objects // multiple_of)
+        sizes = [tuple(sample["image"].shape[-2:]) for sample in samples]
+        batch = Batch(
+            images=images,
+            padding=padding,
+            sizes=sizes,
+            output_sizes=[
+                (sample.get("height", height), sample.get("width", width))
+                for sample, (height, width) in zip(samples, sizes, strict=True)
+            ],
+        )
+        if not with_targets:
+            prompts = prompts_from(samples, self.num_classes, self.device)
+            return replace(batch, prompts=prompts)
+        taught = {}
+        if self.teaching is not None:
+            taught = {
+                "teacher_boxes": teacher_targets(samples, self.num_classes).to(self.device),
+                "num_teacher_boxes": stats.num_teacher_boxes,
+            }
+        # Rounding a part up to the objects of the whole gives just as many padded ones.
+        multiple_of = self.pad_objects_to * -(-stats.most_objects // self.pad_objects_to)
         targets = to_targets(
-            batched_inputs,
+            samples,
             seed=self.seed,
-            iteration=iteration,
+            iteration=iteration or 0,
             num_classes=self.num_classes,
             with_masks=self.has_masks,
             multiple_of=multiple_of,
         )
-        return targets.to(self.device)
+        return replace(
+            batch, targets=targets.to(self.device), num_objects=stats.num_objects, **taught
+        )
 
-    def teacher_boxes(self, batched_inputs: list[dict]) -> Targets:
-        """What a teacher saw in the images of a training batch, with its scores."""
-        targets = [
-            to_target(sample["teacher_instances"], num_classes=self.num_classes, noise_seed=0)
-            for sample in batched_inputs
-        ]
-        return pad_targets(targets).to(self.device)
+    def predict(self, batch: Batch) -> Predictions:
+        """Run backbone and core."""
+        features = self.backbone(batch.images)
+        features = [features[name] for name in self.in_features]
+        prompt = None if batch.prompts is None else partial(add_prompts, given=batch.prompts)
+        return self.core(features, batch.padding, batch.targets, prompt=prompt)
+
+    def losses(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
+        """Return scalar losses by name."""
+        assignments = assign(predictions, batch.targets, self.costs)
+        losses = self.criterion(predictions, batch.targets, assignments, batch.num_objects)
+        if self.teaching is not None:
+            losses.update(self.teaching(predictions, batch.teacher_boxes, batch.num_teacher_boxes))
+        return losses
+
+    def find_nonfinite(self, samples: list[dict], stats: BatchStats, iteration: int) -> str:
+        """Compute the forward pass of `losses` again, and tell where the matcher meets numbers that
+        are not finite; "" where it does not. (On a GPU the losses alone do not tell.)"""
+        batch = self.make_batch(samples, stats, iteration, with_targets=True)
+        with torch.no_grad():
+            predictions = self.predict(batch)
+            try:
+                return find_nonfinite(assign(predictions, batch.targets, self.costs)) or ""
+            except FloatingPointError as error:  # on the CPU
+                return str(error)
+
+    def detect(self, predictions: Predictions, batch: Batch) -> list[dict]:
+        """Return {"instances": detections, ...} of each image, in pixels of its output size."""
+        options = {"top_k": self.top_k, "has_no_object": self.has_no_object}
+        if self.has_masks:
+            canvas = tuple(batch.images.shape[-2:])
+            detections = postprocess_masks(
+                predictions, batch.sizes, canvas=canvas, output_sizes=batch.output_sizes, **options
+            )
+            found = [
+                to_instances(*image) for image in zip(detections, batch.output_sizes, strict=True)
+            ]
+        else:
+            detections = postprocess(predictions, batch.sizes, **options)
+            found = [
+                detector_postprocess(to_instances(detected, size), *output_size)
+                for detected, size, output_size in zip(
+                    detections, batch.sizes, batch.output_sizes, strict=True
+                )
+            ]
+        outputs = [{"instances": instances} for instances in found]
+        if batch.prompts is not None:
+            prompted = classify_prompts(predictions, batch, has_no_object=self.has_no_object)
+            for output, one in zip(outputs, prompted, strict=True):
+                output["prompts"] = one
+        return outputs
 
 
 def core_of(model: nn.Module, asked: str) -> DETR:
     """The core of a detector. InputError, which says what was asked for, where it has none."""
     if not isinstance(model, DenoisingDETR):
         raise InputError(
-            f"{asked} works on the pages of dn_detr.methods alone: this model is a "
+            f"{asked} works with DenoisingDETR only: this model is a "
             f"{type(model).__name__} and has no encoder and decoder."
         )
     return model.core
@@ -238,12 +267,12 @@ def check_promptable(model: nn.Module, *, asks_names: bool) -> None:
     core = core_of(model, "box prompts")
     if core.mask_head is not None:
         raise InputError("box prompts need a detector of boxes: this one finds masks.")
-    if not any("label_embedding" in name for name, _ in core.named_parameters()):
+    if not core.query_design.content.has_labels:
         raise InputError(
             "box prompts need label embeddings, but this detector has none: it was trained without "
             "denoising and without MODEL.DN_DETR.BOX_PROMPTS."
         )
-    if asks_names and not any(isinstance(assist, RandomBoxPrompts) for assist in core.auxiliary):
+    if asks_names and not any(auxiliary.hides_labels for auxiliary in core.auxiliary):
         raise InputError(
             "box prompts without a class name need a detector trained with MODEL.DN_DETR.BOX_PROMPTS: give "
             "a name for each."

@@ -1,25 +1,26 @@
-"""Prompted objects at inference: what a user knows of an image goes in, the names of it come out."""
+"""Box prompts at inference: objects given with the samples, and the classes predicted for them."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from detectron2.structures import Boxes, Instances
 
-from dn_detr.auxiliary.box_prompts import PromptedObjects, add_prompts
+from dn_detr.auxiliary.box_prompts import PromptedObjects
+from dn_detr.d2.modeling.batch import Batch
 from dn_detr.d2.modeling.instances import to_target
-from dn_detr.structures import Predictions, Queries, pad_targets
+from dn_detr.structures import Predictions, pad_targets
 
 
 def prompts_from(
     samples: list[dict], num_classes: int, device: torch.device
-) -> Callable[[Queries, object], Queries] | None:
-    """The prompt of the images of an inference, None where no sample has any.
+) -> PromptedObjects | None:
+    """The given objects of the images of an inference, None where no sample has any.
 
-    A sample may have "prompts": Instances with gt_boxes in pixels of "image" and gt_classes, where
-    num_classes is an unknown one.
+    Args:
+        samples: may have "prompts": Instances with gt_boxes in pixels of "image" and gt_classes,
+            of which num_classes means unknown.
+        num_classes: K.
+        device: of the result.
     """
     if not any("prompts" in sample for sample in samples):
         return None
@@ -30,22 +31,20 @@ def prompts_from(
         for sample in samples
     ]
     prompts = pad_targets(targets).to(device)
-    given = PromptedObjects(labels=prompts.labels, boxes=prompts.boxes, is_given=prompts.is_object)
-    return partial(add_prompts, given=given)
+    return PromptedObjects(labels=prompts.labels, boxes=prompts.boxes, is_given=prompts.is_object)
 
 
 def classify_prompts(
-    predictions: Predictions, samples: list[dict], *, has_no_object: bool
+    predictions: Predictions, batch: Batch, *, has_no_object: bool
 ) -> list[Instances]:
-    """What the model takes the box prompts of each image for: pred_classes and scores."""
+    """The pred_classes and scores that the model predicts for the prompts of each image."""
     logits = predictions.of("prompt").logits[-1]
     scores = logits.softmax(-1)[..., :-1] if has_no_object else logits.sigmoid()
     best, labels = scores.max(-1)
     found = []
-    for image, sample in enumerate(samples):
-        prompts = sample.get("prompts", _nothing(sample))
-        one = Instances(prompts.image_size)
-        one.scores, one.pred_classes = best[image, : len(prompts)], labels[image, : len(prompts)]
+    for image, (size, is_given) in enumerate(zip(batch.sizes, batch.prompts.is_given, strict=True)):
+        one = Instances(size)
+        one.scores, one.pred_classes = best[image, is_given], labels[image, is_given]
         found.append(one)
     return found
 
