@@ -1,11 +1,11 @@
-"""The values that flow between the rooms: every arrow of the pipeline is one of these types.
+"""Data types passed between subpackages: every arrow of ARCHITECTURE.md is one of them.
 
 All are frozen: made in one place and only read afterwards. Constructors check shapes, dtypes and
-devices, never values, because a value check waits for the GPU and breaks a compiled graph. Values
-are checked by `Target`, while they are still on the host.
+devices, but not values, because a value check waits for the GPU and breaks a compiled graph. `Target`
+checks values, while they are still on the host.
 
-Capital letters are fixed for the whole project: B images, Q queries, K classes, C channels,
-L predictions (decoder layers), S memory tokens, R reference width, M most objects in an image.
+Capital letters mean the same everywhere: B images, Q queries, K classes, C channels, L predictions
+(decoder layers), S memory tokens, R reference width, M most objects in an image.
 Boxes are cxcywh in [0, 1] of the unpadded image; padding masks are True where there is padding.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def _check(value: Tensor, name: str, shape: tuple, *, integer: bool = False, boolean: bool = False):
-    """Raise ValueError unless `value` has `shape` (None = any size) and the kind of dtype asked."""
+    """Raise ValueError unless `value` has `shape` (None: any size) and the requested kind of dtype."""
     sizes_fit = len(shape) == value.dim() and all(
         want is None or got == want for got, want in zip(value.shape, shape, strict=True)
     )
@@ -38,11 +38,14 @@ def _check(value: Tensor, name: str, shape: tuple, *, integer: bool = False, boo
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """The objects of one image, on the host. The only structure whose values are checked.
+    """The objects of one image, on the host. The only type whose values are checked.
 
-    labels [n] int64 >= 0; boxes [n, 4] cxcywh in [0, 1] of the unpadded image, finite, w, h > 0;
-    masks [n, H, W] bool or None; scores [n] in (0, 1] or None (a teacher's confidence);
-    noise_seed: integer made from (seed, iteration, image id), the source of all denoising noise.
+    Attributes:
+        labels: [n] int64, >= 0.
+        boxes: [n, 4] cxcywh in [0, 1] of the unpadded image, finite, width and height > 0.
+        masks: [n, H, W] bool, or None.
+        scores: [n] in (0, 1], a teacher's confidence, or None.
+        noise_seed: made from (seed, iteration, image id); all denoising noise follows from it.
     """
 
     labels: Tensor
@@ -71,12 +74,17 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """The objects of a batch, padded to M >= 1 an image; made once by `pad_targets`.
+    """The objects of a batch, padded to M >= 1 per image by `pad_targets`.
 
-    labels [B, M] int64; boxes [B, M, 4]; is_object [B, M] bool, True first; scores [B, M] or None;
-    noise_seeds [B] int64; masks: B tensors [n_b, H, W] or None (ragged). Where not is_object the
-    label is 0 and the box (.5, .5, .5, .5). `counts` holds the number of objects of each image on
-    the host: only for the assignment and mask terms, never read inside the model.
+    Attributes:
+        labels: [B, M] int64, 0 where there is no object.
+        boxes: [B, M, 4] cxcywh in [0, 1], (.5, .5, .5, .5) where there is no object.
+        is_object: [B, M] bool, True first.
+        noise_seeds: [B] int64.
+        counts: number of objects of each image, on the host; only for the matcher and mask losses,
+            never read inside the model.
+        scores: [B, M], or None.
+        masks: B tensors [n_b, H, W] bool (ragged), or None.
     """
 
     labels: Tensor
@@ -97,7 +105,7 @@ class Targets:
             _check(self.scores, "scores", (batch, most))
 
     def to(self, device: torch.device | str) -> Targets:
-        """A copy on `device`; `counts` stays on the host."""
+        """Return a copy on `device`; `counts` stays on the host."""
 
         def move(value):
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -111,8 +119,13 @@ class Targets:
 def pad_targets(targets: list[Target], multiple_of: int = 1) -> Targets:
     """Join the targets of a batch.
 
-    M is the largest number of objects, at least 1, rounded up to `multiple_of`: 1 gives the
-    published numbers of denoising groups under a query budget, 8 gives few distinct shapes.
+    Args:
+        targets: one for each image.
+        multiple_of: M, the largest number of objects and at least 1, is rounded up to a multiple of
+            it. 1 gives the published numbers of denoising groups, 8 few distinct shapes.
+
+    Raises:
+        ValueError: for an empty list, or if only some targets have scores or masks.
     """
     if not targets:
         raise ValueError("pad_targets needs at least one image, got none")
@@ -148,10 +161,14 @@ def pad_targets(targets: list[Target], multiple_of: int = 1) -> Targets:
 
 @dataclass(frozen=True, eq=False)
 class NoisedObjects:
-    """Noised copies of the ground truth in T slots (see `ops.noise_objects`).
+    """Noised copies of the ground truth for T queries (`ops.noise_objects`).
 
-    labels [B, T] int64; boxes [B, T, 4]; assignment [B, T] int64 (object to rebuild, -1 = must say
-    nothing); is_empty [B, T] bool (slot does not exist); num_groups divides T.
+    Attributes:
+        labels: [B, T] int64.
+        boxes: [B, T, 4] cxcywh in [0, 1].
+        assignment: [B, T] int64, the object to reconstruct, -1: background.
+        is_empty: [B, T] bool, True where the query does not exist.
+        num_groups: divides T.
     """
 
     labels: Tensor
@@ -173,8 +190,13 @@ class NoisedObjects:
 
 @dataclass(frozen=True, eq=False)
 class FeatureMaps:
-    """What the encoder gets: maps of [B, C, h, w], fine to coarse, padding of [B, h, w] bool, and
-    the stride of each level in pixels."""
+    """The encoder's input.
+
+    Attributes:
+        maps: [B, C, h, w] each, fine to coarse.
+        padding: [B, h, w] bool each, True outside the image.
+        strides: of each level, in pixels.
+    """
 
     maps: tuple[Tensor, ...]
     padding: tuple[Tensor, ...]
@@ -193,9 +215,11 @@ class FeatureMaps:
 
 @dataclass(frozen=True, eq=False)
 class MaskFeatures:
-    """What masks are made of: a mask is the product of an embedding [C] and features [B, C, h, w].
+    """Mask features: a mask is the product of a query's embedding [C] and `features`.
 
-    valid_sizes [B, 2]: (w, h) of the unpadded image in cells of the map, fractions included.
+    Attributes:
+        features: [B, C, h, w].
+        valid_sizes: [B, 2], (w, h) of the unpadded image in cells, fractions included.
     """
 
     features: Tensor
@@ -209,11 +233,15 @@ class MaskFeatures:
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """Tokens of all levels, flattened fine to coarse; one type before and after the encoder.
+    """Tokens of all levels, flattened fine to coarse; the same type before and after the encoder.
 
-    tokens [B, S, C]; position [B, S, C]; padding [B, S] bool; shapes: (h, w) of each level as host
-    integers, sum of h * w = S; valid_sizes [B, levels, 2]: (w, h) of the unpadded part in cells;
-    mask_features: only behind the encoder of a page that predicts masks.
+    Attributes:
+        tokens: [B, S, C].
+        position: [B, S, C], position encoding.
+        padding: [B, S] bool, True outside the image.
+        shapes: (h, w) of each level as integers on the host; the sum of h * w is S.
+        valid_sizes: [B, levels, 2], (w, h) of the unpadded part in cells.
+        mask_features: of methods that predict masks, after the encoder.
     """
 
     tokens: Tensor
@@ -235,9 +263,14 @@ class Memory:
 
 @dataclass(frozen=True, eq=False)
 class QueryState:
-    """What a query is: content [B, Q, C]; position [B, Q, C] or None (a learned vector; None where
-    it follows from the reference); reference [B, Q, R] or None, R = 2 point or 4 box, in [0, 1] of
-    the unpadded image (a page with masks may use R = h * w mask logits)."""
+    """The queries that enter the decoder.
+
+    Attributes:
+        content: [B, Q, C].
+        position: [B, Q, C] a learned vector; None where it follows from the reference.
+        reference: [B, Q, R] in [0, 1] of the unpadded image, R = 2 for points, 4 for boxes; h * w
+            mask logits in Mask2Former; None without references.
+    """
 
     content: Tensor
     position: Tensor | None
@@ -252,7 +285,11 @@ class QueryState:
 
     @staticmethod
     def cat(states: list[QueryState]) -> QueryState:
-        """Join along the query axis. All or none of the states must have each part."""
+        """Join along the query axis.
+
+        Raises:
+            ValueError: if only some states have a position, or a reference.
+        """
 
         def join(name):
             parts = [getattr(state, name) for state in states]
@@ -267,16 +304,20 @@ class QueryState:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """A run of query slots that get their ground truth in one way.
+    """A range of queries that get their ground truth in the same way.
 
-    name: unique, also the prefix of its losses (none for "match"); num_groups equal groups that do
-    not see each other; sees: names of other segments whose slots (of all groups) it attends to.
-    ignored_objects [B, M] bool: a slot that the matcher gives one of these objects must say nothing.
-    assignment [B, size] int64: object that a slot must rebuild, -1 = must say nothing; None = the
-    matcher decides. is_empty [B, size] bool: the slot does not exist: no key, no loss, no match.
-    matches_per_object: how often an object may be matched inside one group (H-DETR, 2207.13080). copies: how
-    many slots an object has in the segment in all, part of the loss normaliser. weight: factor on
-    all its losses.
+    Attributes:
+        name: unique; also the suffix of its losses (none for "match").
+        size: number of queries.
+        num_groups: equal groups that do not attend to each other.
+        attends_to: names of other segments whose queries (of all groups) it attends to.
+        assignment: [B, size] int64, the object that a query must reconstruct, -1: background; None:
+            the matcher decides.
+        is_empty: [B, size] bool, True where the query does not exist: no key, no loss, no match.
+        matches_per_object: within one group (H-DETR, 2207.13080).
+        positives_per_object: queries of an object in the whole segment, part of the loss normalizer.
+        weight: factor on all its losses.
+        ignored_objects: [B, M] bool; a query matched to one of these is trained as background.
     """
 
     name: str
@@ -305,13 +346,13 @@ class Segment:
 
 
 def check_segments(segments: tuple[Segment, ...], num_queries: int) -> None:
-    """Raise ValueError unless the segments fill `num_queries` and name each other correctly."""
+    """Raise ValueError unless the segments fill `num_queries` and their references are valid."""
     names = [segment.name for segment in segments]
     if len(set(names)) != len(names):
         raise ValueError(f"segment names must be unique, got {names}")
     total = sum(segment.size for segment in segments)
     if total != num_queries:
-        raise ValueError(f"segments hold {total} slots, but there are {num_queries} queries")
+        raise ValueError(f"segments hold {total} queries, but there are {num_queries} queries")
     for segment in segments:
         unknown = set(segment.attends_to) - set(names)
         if unknown:
@@ -322,12 +363,15 @@ def check_segments(segments: tuple[Segment, ...], num_queries: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Queries:
-    """The decoder's input: a state whose query axis the segments divide, in their order.
+    """The decoder's input: queries, divided by segments in their order.
 
-    proposals: predictions of a two-stage encoder, or None. mask [B or 1, 1, n, n]: the additive
-    attention mask between the first n slots, those of segments that see or are seen by others,
-    where whoever prepended the last of them has it ready; None: it follows from the segments
-    (`layers.attend.QueryAttentionMask`).
+    Attributes:
+        state: the queries.
+        segments: fill the query axis.
+        proposals: predictions of a two-stage encoder, or None.
+        mask: [B or 1, 1, n, n], additive attention mask among the first n queries, those of segments
+            that attend to others or are attended to, if the denoising operator has written it; None:
+            it follows from the segments (`layers.query_attention.QueryAttentionMask`).
     """
 
     state: QueryState
@@ -347,10 +391,16 @@ class Queries:
 
 @dataclass(frozen=True, eq=False)
 class LayerOutput:
-    """One decoder layer's outcome: logits [B, Q, K] and boxes [B, Q, 4] (None before the first
-    prediction); mask_embeddings [B, Q, C] or None; reference: what the next layer attends with,
-    detached between layers; base: what the next box is an offset from (the same, or with gradient:
-    DAB-DETR, DINO)."""
+    """The output of one decoder layer.
+
+    Attributes:
+        logits: [B, Q, K]; None before the first prediction.
+        boxes: [B, Q, 4] cxcywh in [0, 1]; None before the first prediction.
+        reference: [B, Q, R], what the next layer attends with, detached between layers.
+        base: [B, Q, R], what the next box is an offset from: the reference, or with gradient (DAB-DETR,
+            DINO).
+        mask_embeddings: [B, Q, C], or None.
+    """
 
     logits: Tensor | None
     boxes: Tensor | None
@@ -363,10 +413,16 @@ class LayerOutput:
 class Predictions:
     """All predictions of all queries; L counts every prediction, also one before layer 0.
 
-    logits [L, B, Q, K]; boxes [L, B, Q, 4] or None; references: L entries [B, Q, R], detached, or
-    None, references[0] the initial one (widths may differ between layers, so they are not stacked);
-    proposals: predictions of a two-stage encoder (L = 1) or None; is_class_agnostic: all labels
-    count as 0; mask_embeddings [L, B, Q, C] and mask_features: masks are their product; both or None.
+    Attributes:
+        logits: [L, B, Q, K].
+        boxes: [L, B, Q, 4] cxcywh in [0, 1], or None.
+        references: L tensors [B, Q, R], detached, or None; the first is the initial one. (Widths may
+            differ between layers, so they are not stacked.)
+        segments: divide the query axis.
+        proposals: predictions of a two-stage encoder (L = 1), or None.
+        is_class_agnostic: all labels count as 0.
+        mask_embeddings: [L, B, Q, C], with mask_features, or None.
+        mask_features: a mask is their product with an embedding.
     """
 
     logits: Tensor
@@ -394,7 +450,7 @@ class Predictions:
             _check(self.mask_embeddings, "mask_embeddings", (layers, batch, queries, channels))
 
     def segment(self, name: str) -> Segment:
-        """The segment called `name`; ValueError if there is none."""
+        """Return the segment called `name`; ValueError if there is none."""
         for segment in self.segments:
             if segment.name == name:
                 return segment
@@ -402,7 +458,7 @@ class Predictions:
         raise ValueError(f"there is no segment {name!r}, only {names}")
 
     def of(self, name: str) -> Predictions:
-        """The predictions of one segment, as views."""
+        """Return the predictions of one segment, as views."""
         segment = self.segment(name)
         start = 0
         for other in self.segments:
@@ -426,9 +482,14 @@ class Predictions:
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """Who rebuilds what in one segment: object_of [L, B, size] int64, -1 = nothing; is_real
-    [B, size] bool, False = the slot does not exist; is_bad [L, B] bool or None: what was predicted
-    is not finite, so that the matching means nothing."""
+    """The objects assigned to the queries of one segment.
+
+    Attributes:
+        object_of: [L, B, size] int64, -1: background.
+        is_real: [B, size] bool, False where the query does not exist.
+        is_bad: [L, B] bool, True where predictions are not finite and the matching means nothing;
+            or None.
+    """
 
     object_of: Tensor
     is_real: Tensor
@@ -442,24 +503,29 @@ class Assignment:
             _check(self.is_bad, "is_bad", (layers, batch), boolean=True)
 
     def positive_slots(self, limit: int) -> Tensor:
-        """Slots that rebuild an object, first and in order: [L, B, limit] int64.
+        """Return the queries with an object, in order: [L, B, limit] int64.
 
-        Padded by other slots (whose object_of is -1); no synchronisation with the device. `limit`
-        must be at most `size`.
+        Padded by other queries (whose object_of is -1); does not synchronize with the device.
+
+        Args:
+            limit: at most `size`.
         """
         return torch.argsort(self.object_of < 0, dim=-1, stable=True)[..., :limit]
 
 
 Assignments = dict[str, Assignment]
-"""Segment name -> Assignment; segments of proposals stand under "encoder/<name>"."""
+"""Segment name -> Assignment; segments of proposals are named "encoder/<name>"."""
 
 
 @dataclass(frozen=True, eq=False)
 class MaskPoints:
-    """Masks of the slots that rebuild an object, at P points of their image, beside the truth.
+    """Predicted and true masks of the queries with an object, at P points of their image.
 
-    logits [L, B, n, P]; labels [L, B, n, P] in [0, 1]; is_positive [L, B, n] bool: False where there
-    are fewer such slots than n; scores [L, B, n]: of the target.
+    Attributes:
+        logits: [L, B, n, P].
+        labels: [L, B, n, P] in [0, 1].
+        is_positive: [L, B, n] bool, False where there are fewer such queries than n.
+        scores: [L, B, n], of the target.
     """
 
     logits: Tensor
@@ -470,12 +536,18 @@ class MaskPoints:
 
 @dataclass(frozen=True, eq=False)
 class Matched:
-    """What every loss term receives: one segment, all layers, beside its ground truth.
+    """The input of every loss term: one segment, all layers, with its ground truth.
 
-    logits [L, B, q, K]; boxes [L, B, q, 4]; labels [L, B, q] int64, target_boxes [L, B, q, 4] and
-    target_scores [L, B, q] are those of the assigned object (of object 0 where there is none:
-    select with is_positive); is_positive, is_real [L, B, q] bool; assignment of the segment;
-    positives_per_object: part of the normaliser; mask_points: None unless the criterion samples masks.
+    Attributes:
+        logits: [L, B, q, K].
+        boxes: [L, B, q, 4] cxcywh in [0, 1], or None.
+        labels: [L, B, q] int64 of the assigned object (of object 0 where there is none: select with
+            is_positive), like target_boxes [L, B, q, 4] and target_scores [L, B, q].
+        is_positive: [L, B, q] bool, True where an object is assigned.
+        is_real: [L, B, q] bool, False where the query does not exist.
+        assignment: of the segment.
+        positives_per_object: part of the normalizer.
+        mask_points: only if the criterion samples masks.
     """
 
     logits: Tensor
