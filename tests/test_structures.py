@@ -175,7 +175,7 @@ def test_query_states_are_joined_along_the_query_axis():
 def test_segments_must_fill_the_queries_and_name_each_other_correctly():
     match, denoise = Segment("match", 4), Segment("dn", 6, num_groups=2, attends_to=("match",))
     check_segments((denoise, match), 10)
-    with pytest.raises(ValueError, match="segments hold 10 slots, but there are 9 queries"):
+    with pytest.raises(ValueError, match="segments hold 10 queries, but there are 9 queries"):
         check_segments((denoise, match), 9)
     with pytest.raises(ValueError, match=r"unique, got \['match', 'match'\]"):
         check_segments((match, match), 8)
@@ -188,7 +188,7 @@ def test_segments_must_fill_the_queries_and_name_each_other_correctly():
     with pytest.raises(ValueError, match="match.assignment must be int64, got torch.float32"):
         replace(match, assignment=torch.zeros(2, 4))
     state = QueryState(torch.zeros(2, 9, 8), None, None)
-    with pytest.raises(ValueError, match="segments hold 10 slots, but there are 9 queries"):
+    with pytest.raises(ValueError, match="segments hold 10 queries, but there are 9 queries"):
         Queries(state, (denoise, match))
 
 

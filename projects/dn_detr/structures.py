@@ -178,11 +178,11 @@ class NoisedObjects:
     num_groups: int
 
     def __post_init__(self):
-        batch, slots = self.labels.shape
-        _check(self.labels, "labels", (batch, slots), integer=True)
-        _check(self.boxes, "boxes", (batch, slots, 4))
-        _check(self.assignment, "assignment", (batch, slots), integer=True)
-        _check(self.is_empty, "is_empty", (batch, slots), boolean=True)
+        batch, queries = self.labels.shape
+        _check(self.labels, "labels", (batch, queries), integer=True)
+        _check(self.boxes, "boxes", (batch, queries, 4))
+        _check(self.assignment, "assignment", (batch, queries), integer=True)
+        _check(self.is_empty, "is_empty", (batch, queries), boolean=True)
 
 
 # --------------------------------------------------------------------------------------- images
