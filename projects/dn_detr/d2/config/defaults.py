@@ -21,35 +21,35 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     if "FLOAT32_PRECISION" not in cfg:  # an older Detectron2: a saved configuration may have it
         cfg.FLOAT32_PRECISION = ""
     # ------------------------------------------------------------------------------------- data
-    # Datasets in COCO format, without any Python: a list of [name, json, image_root]. The names can
-    # then be used in DATASETS.TRAIN and DATASETS.TEST.
+    # Datasets in COCO format, registered without Python code: a list of [name, json, image_root]. Use
+    # the names in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_FORMAT = []
     # Boxes of teachers for MODEL.DN_DETR.TEACH: a list of [dataset, json], one for each training
-    # dataset: results in COCO's format, as tools/make_teacher_boxes.py makes them.
+    # dataset, in COCO's result format (tools/make_teacher_boxes.py writes it).
     cfg.DATASETS.TEACHER_BOXES = []
-    # What is checked before the first iteration: "full" (annotations and images) or "off".
+    # Checks before the first iteration: "full" (annotations and images) or "off".
     cfg.DATASETS.CHECK = "full"
-    # Images are not grouped by aspect ratio, as in the published code: a sample depends on its
-    # position in the stream alone.
+    # As in the published code, images are not grouped by aspect ratio: a sample only depends on its
+    # position in the stream.
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
     # The crop branch of DETR's augmentation, taken with probability 0.5: shorter side to one of
     # MIN_SIZE_BEFORE, a crop with sides in INPUT.CROP.SIZE, then the usual resize.
     cfg.INPUT.CROP.TYPE = "absolute_range"
     cfg.INPUT.CROP.SIZE = (384, 600)
     cfg.INPUT.CROP.MIN_SIZE_BEFORE = (400, 500, 600)
-    # Large scale jitter, as in Mask2Former and Mask DINO, in place of crop and resizing: the image
-    # scaled to fit into SIZE x SIZE times a factor from RANGE, and a crop of at most that size.
+    # Large-scale jitter, as in Mask2Former and Mask DINO, instead of crop and resize: the image is
+    # scaled to fit into SIZE x SIZE times a factor from RANGE, then cropped to at most SIZE x SIZE.
     cfg.INPUT.SCALE_JITTER = CfgNode()
     cfg.INPUT.SCALE_JITTER.ENABLED = False
     cfg.INPUT.SCALE_JITTER.RANGE = (0.1, 2.0)
     cfg.INPUT.SCALE_JITTER.SIZE = 1024
-    # Dense O2O (DEIM, 2412.04234): more objects in an image, by mosaics and mixed images. When:
-    # iterations [first, flat, last]. Mosaics and mixed images from first to flat, crops from first to
-    # last; before and behind that, images are only flipped and resized. []: all of it, always.
+    # Dense O2O (DEIM, 2412.04234): more objects in an image, by mosaic and mixup. Iterations [first,
+    # flat, last]: mosaic and mixup from first to flat, crops from first to last; otherwise images are
+    # only flipped and resized. []: everything, always.
     cfg.INPUT.SCHEDULE = []
-    # With this probability a mosaic in place of an image: of four images with SIZE pixels at their
-    # shorter side, turned by up to ROTATION degrees, moved by up to TRANSLATION of its sides, and
-    # scaled by a factor from SCALE. Objects of whose box less than MIN_VISIBLE is left are dropped.
+    # With this probability, a mosaic replaces an image: four images with a shorter side of SIZE
+    # pixels, rotated by up to ROTATION degrees, translated by up to TRANSLATION of its sides and
+    # scaled by a factor from SCALE. Objects with less than MIN_VISIBLE of their box left are dropped.
     cfg.INPUT.MOSAIC = CfgNode()
     cfg.INPUT.MOSAIC.ENABLED = False
     cfg.INPUT.MOSAIC.PROBABILITY = 0.5
@@ -58,21 +58,21 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.INPUT.MOSAIC.TRANSLATION = 0.1
     cfg.INPUT.MOSAIC.SCALE = (0.5, 1.5)
     cfg.INPUT.MOSAIC.MIN_VISIBLE = 0.1
-    # With this probability a batch (of each process) in which every image is laid over the one before
-    # it: its own share is from BLEND, and it has the objects of both.
+    # With this probability, every image of a batch (of each process) is blended with the one before
+    # it, with a weight from BLEND for itself, and gets the objects of both.
     cfg.INPUT.MIXUP = CfgNode()
     cfg.INPUT.MIXUP.ENABLED = False
     cfg.INPUT.MIXUP.PROBABILITY = 0.5
     cfg.INPUT.MIXUP.BLEND = (0.45, 0.55)
 
     # ------------------------------------------------------------------------------- evaluation
-    # Also write a report on every test dataset: OUTPUT_DIR/inference/report_<name>/report.html.
+    # Write a report on every test dataset: OUTPUT_DIR/inference/report_<name>/report.html.
     cfg.TEST.REPORT = False
-    # Detections of a class in an image that count: 100 in COCO's own AP, and so in published ones; 0:
-    # all TEST.DETECTIONS_PER_IMAGE, for datasets with more objects in an image.
+    # Detections per class and image that count: 100 in COCO's AP, and so in published results; 0: all
+    # TEST.DETECTIONS_PER_IMAGE, for datasets with more objects in an image.
     cfg.TEST.COCO_LIMIT = 100
-    # Who computes AP: "detectron2" (its C++), "pycocotools" (slow), or "faster_coco_eval", to install
-    # by pip; they agree to rounding.
+    # COCO evaluation backend: "detectron2" (its C++), "pycocotools" (slow) or "faster_coco_eval" (pip
+    # install faster-coco-eval); they agree up to rounding.
     cfg.TEST.COCO_EVAL = "detectron2"
 
     # ------------------------------------------------------------------------------------ model
@@ -81,23 +81,23 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.METHOD = "dab_deformable"
     # Number of classes; 0: that of the first training dataset (COCO: 80).
     node.NUM_CLASSES = 0
-    # Names of the model's classes, filled in from the checkpoint by an evaluation: datasets may have
+    # Class names of the model, filled in from the checkpoint for an evaluation: test datasets may have
     # some of them, in any order.
     node.CLASS_NAMES = []
     # Hyper-parameters of the methods, each read by those whose dataclass has it.
     for method in METHODS:
         add_fields(node, config_class(method), without=("has_no_object",))
-    # Backbone features that the neck takes, fine to coarse; methods with a single scale take the
-    # coarsest. For methods with masks (MODEL.MASK_ON) the first is for the masks alone.
+    # Backbone features for the neck, fine to coarse; single-scale methods use the coarsest. Methods
+    # with masks (MODEL.MASK_ON) use the first for mask features only.
     node.IN_FEATURES = ["res3", "res4", "res5"]
 
     # With MODEL.BACKBONE.NAME build_named_backbone: "torchvision/swin_t", "timm/convnext_tiny", ...
-    # and whether that library's ImageNet weights are downloaded where MODEL.WEIGHTS is "".
+    # and whether the library's ImageNet weights are downloaded if MODEL.WEIGHTS is "".
     node.BACKBONE = ""
     node.BACKBONE_PRETRAINED = True
 
-    # Parameters of the backbone that MODEL.WEIGHTS may lack, by the beginnings of their names, e.g.
-    # ["stem.conv1"]; they start anew. Where the file lacks others, the training does not start.
+    # Backbone parameters that MODEL.WEIGHTS may lack, as prefixes, e.g. ["stem.conv1"]; they are
+    # initialized randomly. A file that lacks others is refused.
     node.NEW_PARAMETERS = []
 
     # Query denoising, box prompts, the one-to-many branch of H-DETR, losses of a teacher's boxes

@@ -6,66 +6,64 @@ from detectron2.config import CfgNode
 
 
 def add_training_config(cfg: CfgNode) -> None:
-    """Add the keys of training, with the published 50-epoch values; everything further is off."""
+    """Add the keys of training, with the published 50-epoch values; all options are off."""
     # "ADAMW", or "SGD" with Detectron2's MOMENTUM and NESTEROV; the published schedule: 50 epochs of
     # COCO at 16 images, 0.1x after 40.
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     cfg.SOLVER.BASE_LR = 1e-4
     cfg.SOLVER.WEIGHT_DECAY = 1e-4
-    # Learning-rate factors of the backbone, and of the linear layers that make sampling offsets
-    # and reference points.
+    # Learning-rate factors of the backbone, and of the linear layers for sampling offsets and
+    # reference points.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     cfg.SOLVER.SAMPLING_MULTIPLIER = 0.1
-    # Computes the IMS_PER_BATCH images of a step in so many parts, one after the other: less memory,
-    # the same gradients to float rounding (but for batch norm and dropout, which see the parts).
+    # Gradient accumulation: the IMS_PER_BATCH images of a step in this many parts. Less memory, same
+    # gradients up to rounding (except for batch norm and dropout, which see the parts).
     cfg.SOLVER.ACCUMULATE = 1
     # Mixed precision: "bfloat16" or "float16"; switched on by SOLVER.AMP.ENABLED.
     cfg.SOLVER.AMP.PRECISION = "bfloat16"
-    # Further factor for each layer (stage, or block of a transformer) of the backbone, from its last
-    # one back: the first of n layers learns with BACKBONE_LAYER_DECAY ** (n - 1). 1: all alike.
+    # Layer-wise learning-rate decay of the backbone: the first of n layers (stages, or blocks of a
+    # transformer) gets the factor BACKBONE_LAYER_DECAY ** (n - 1). 1: none.
     cfg.SOLVER.BACKBONE_LAYER_DECAY = 1.0
     # LR_SCHEDULER_NAME is one of Detectron2's, "WarmupMultiStepLR" (0.1x at STEPS) or "WarmupCosineLR"
     # (to BASE_LR_END), or "WarmupFlatCosineLR" (DEIM, 2412.04234): BASE_LR until FLAT_ITERS, a cosine
     # to BASE_LR_END, and that for the last FINAL_ITERS. WARMUP_METHOD may then also be "quadratic".
     cfg.SOLVER.FLAT_ITERS = 0
     cfg.SOLVER.FINAL_ITERS = 0
-    # A moving average of the weights, evaluated beside them (metrics "ema/bbox/AP", ...) and saved
-    # in every checkpoint: MODEL.WEIGHTS "model_final.pth@ema" reads it. After the update u it keeps
-    # the share DECAY * (1 - exp(-u / WARMUP)) of itself, so that it soon forgets the random start.
+    # Exponential moving average of the weights, evaluated as well (metrics "ema/bbox/AP", ...) and
+    # saved in every checkpoint: MODEL.WEIGHTS "model_final.pth@ema" loads it. Its decay after update u
+    # is DECAY * (1 - exp(-u / WARMUP)), so that it soon forgets the random start.
     cfg.SOLVER.EMA = CfgNode()
     cfg.SOLVER.EMA.ENABLED = False
     cfg.SOLVER.EMA.DECAY = 0.9997
     cfg.SOLVER.EMA.WARMUP = 2000
-    # Saves model_best.pth whenever this metric of the evaluation ("bbox/AP", "ema/bbox/AP", ...) is
-    # better than ever before: higher, or with MODE "min" lower. "": not at all.
+    # Save model_best.pth whenever this metric of the evaluation ("bbox/AP", "ema/bbox/AP", ...) is a
+    # new best: MODE "max" or "min". "": off.
     cfg.TEST.BEST = CfgNode()
     cfg.TEST.BEST.METRIC = ""
     cfg.TEST.BEST.MODE = "max"
-    # Ends the training when this metric has not been better in PATIENCE evaluations. "": never.
+    # Early stopping: end the training after PATIENCE evaluations without a new best. "": off.
     cfg.TEST.EARLY_STOP = CfgNode()
     cfg.TEST.EARLY_STOP.METRIC = ""
     cfg.TEST.EARLY_STOP.MODE = "max"
     cfg.TEST.EARLY_STOP.PATIENCE = 5
-    # The instruments of DN-DETR after every evaluation: how many queries of an image have another
-    # object than at the evaluation before ("matching/instability"), and how far the initial
-    # references are from the objects that they are matched with ("matching/anchor_distance", in
-    # image sides; absent where queries start without one). On so many images of the first dataset
-    # of DATASETS.TEST, spread evenly; 0: all.
+    # Metrics of DN-DETR after every evaluation: queries per image that are matched to another object
+    # than at the last evaluation ("matching/instability"), and distances of the initial references
+    # to their matched objects ("matching/anchor_distance", in image sides; not for queries without
+    # reference). NUM_IMAGES of the first dataset of DATASETS.TEST, evenly spaced; 0: all.
     cfg.TEST.INSTABILITY = CfgNode()
     cfg.TEST.INSTABILITY.ENABLED = False
     cfg.TEST.INSTABILITY.NUM_IMAGES = 0
-    # Activation checkpointing: the layers of these parts, of "backbone", "encoder" and "decoder", keep
-    # only their inputs and are computed again in the backward pass: less memory, same losses.
+    # Activation checkpointing of the layers of these parts: "backbone", "encoder", "decoder". They
+    # are recomputed in the backward pass: less memory, same losses.
     cfg.MODEL.DN_DETR.RECOMPUTE = []
-    # torch.compile of the core in training, by this backend ("inductor"); "": none. Set PAD_OBJECTS_TO
-    # to 8 or so with it, for few compilations.
+    # torch.compile the core in training with this backend ("inductor"); "": off. PAD_OBJECTS_TO 8
+    # then avoids recompilations.
     cfg.MODEL.DN_DETR.COMPILE = ""
-    # Same seed, same run: data, augmentation and noise follow from it and from the iteration, so
-    # that a resumed training continues as if it had never stopped. -1: another one every time, which
-    # checkpoints keep for resuming.
+    # Data order, augmentation and noise follow from the seed and the iteration, so that a resumed
+    # training equals an uninterrupted one. -1: random, and kept in checkpoints for resuming.
     cfg.SEED = 42
-    # Only algorithms that give the same numbers every time, which the CPU's do anyway: on a GPU
-    # slower, and an error where PyTorch has none.
+    # Deterministic algorithms only (the CPU's always are): slower on a GPU, and an error where PyTorch
+    # has none.
     cfg.DETERMINISTIC = False
     # Weights & Biases (pip install wandb) beside metrics.json and TensorBoard, with all that they
     # hold; NAME "": that of the folder. One run for each OUTPUT_DIR, also after resuming.
