@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +51,10 @@ def wheel_of(tmp_path, monkeypatch):
     return wheel_of
 
 
+def not_found(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
 @pytest.fixture
 def world(monkeypatch, tmp_path):
     """No network: `reaches` says whether git gets an answer, `broken` for which arguments pip fails;
@@ -85,6 +90,7 @@ def world(monkeypatch, tmp_path):
     monkeypatch.setattr(
         chooser.importlib.util, "find_spec", lambda n: None if n == "detectron2" else real(n)
     )
+    monkeypatch.setattr(chooser.metadata, "distribution", not_found)
     monkeypatch.setattr(sys, "argv", ["install_detectron2"])
     monkeypatch.delenv("DETECTRON2", raising=False)
     return world
@@ -159,7 +165,12 @@ def is_installed(monkeypatch, version: str, origin: dict | None) -> None:
 
     Found.version = version
     monkeypatch.setattr(chooser.metadata, "distribution", lambda name: Found())
-    monkeypatch.setattr(chooser.importlib.util, "find_spec", lambda name: object())
+    has_package(monkeypatch, "/site-packages/detectron2/__init__.py")
+
+
+def has_package(monkeypatch, origin: str | None) -> None:
+    spec = SimpleNamespace(origin=origin)
+    monkeypatch.setattr(chooser.importlib.util, "find_spec", lambda name: spec)
 
 
 def of_commit(commit: str, url: str = chooser.REPOSITORY) -> dict:
@@ -194,6 +205,40 @@ def test_of_what_is_installed_the_tested_one_stays_and_that_of_the_user(
     forced = [arguments for arguments in world.pip if "--force-reinstall" in arguments]
     assert len(forced) == (not stays)
     assert all(chooser.GITHUB in arguments and "--no-deps" in arguments for arguments in forced)
+
+
+@pytest.mark.parametrize("origin", [None, "/site-packages/detectron2/__init__.py"])
+def test_a_bare_folder_or_an_interrupted_installation_is_no_detectron2(world, monkeypatch, origin):
+    """Neither has metadata; a folder without __init__.py in the current directory has no origin."""
+    has_package(monkeypatch, origin)
+    chooser.main()
+    assert installed(world) == [chooser.GITHUB]
+    assert not any("--force-reinstall" in arguments for arguments in world.pip)
+
+
+def test_without_github_an_interrupted_installation_is_replaced(world, wheel_of, monkeypatch):
+    has_package(monkeypatch, "/site-packages/detectron2/__init__.py")
+    world.reaches, world.wheel = False, wheel_of()
+    chooser.main()
+    assert len(installed(world)) == 1
+
+
+def test_detectron2_on_pythonpath_stays(world, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", f":/elsewhere:{tmp_path}")
+    has_package(monkeypatch, str(tmp_path / "detectron2" / "__init__.py"))
+    chooser.main()
+    assert not installed(world) and not world.git
+
+
+@pytest.mark.parametrize("package", [None, SimpleNamespace(origin=None)])
+def test_metadata_without_the_package_is_reinstalled_by_force(world, monkeypatch, package):
+    is_installed(monkeypatch, "0.6", of_commit(chooser.COMMIT))
+    monkeypatch.setattr(
+        chooser.importlib.util, "find_spec", lambda n: package if n == "detectron2" else object()
+    )
+    chooser.main()
+    (forced,) = [arguments for arguments in world.pip if "--force-reinstall" in arguments]
+    assert chooser.GITHUB in forced
 
 
 def test_what_an_installed_detectron2_lacks_is_installed(world, monkeypatch):

@@ -76,10 +76,32 @@ def describe() -> str:
     return f"{found.version} from {origin.get('url', 'an index')}"
 
 
+def has_metadata() -> bool:
+    """Whether pip has a record of Detectron2; its files may be gone."""
+    try:
+        metadata.distribution("detectron2")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def is_installed() -> bool:
+    """Whether the package and pip's record of it are there, or the package is on PYTHONPATH.
+
+    Files without a record are those of an interrupted installation, or of the current directory.
+    """
+    spec = importlib.util.find_spec("detectron2")
+    if spec is None or spec.origin is None:  # a folder without __init__.py has no origin
+        return False
+    folders = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    package = Path(spec.origin).resolve().parent
+    return has_metadata() or package.parent in {Path(folder).resolve() for folder in folders}
+
+
 def is_settled(source: str) -> bool:
     """Whether the Detectron2 that is installed stays: the tested commit does, and one of the user's own
     unless DETECTRON2=github. Files from PyPI and an earlier tested commit are replaced."""
-    if importlib.util.find_spec("detectron2") is None:
+    if not is_installed():
         return False
     try:
         found = metadata.distribution("detectron2")
@@ -134,7 +156,7 @@ def install_from_github_or_pypi(*, may_fall_back: bool) -> None:
         if not may_fall_back:
             raise Failed(f"{failure}; DETECTRON2=github forbids another source") from failure
         reason = failure
-    if importlib.util.find_spec("detectron2") is not None:
+    if is_installed():
         complete()
         shout(f"{reason}. The Detectron2 that is installed stays: {describe()}.")
         return
@@ -182,7 +204,7 @@ def install(requirement: str, source: str) -> None:
     pip("install", "--quiet", *BUILD, failure=f"pip could not install {', '.join(BUILD)}")
     command = ("install", "--quiet", "--no-build-isolation", requirement)
     failure = f"pip could not install Detectron2 {source} (its messages are above)"
-    if importlib.util.find_spec("detectron2") is not None:  # pip alone would keep an equal version
+    if has_metadata():  # pip alone would keep an equal version, even where its files are gone
         pip(*command, "--no-deps", "--force-reinstall", failure=failure)
     pip(*command, *BESIDES, BUILD[0], failure=failure)
     shout(f"Detectron2 is installed {source}: {describe()}.")
