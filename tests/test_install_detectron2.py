@@ -358,6 +358,23 @@ def test_files_cannot_go_into_a_file(write_files, tmp_path):
     assert "the files cannot be written: " in write_files()
 
 
+def test_files_go_neither_among_older_ones_nor_through_a_link(write_files, tmp_path):
+    package = tmp_path / "files" / "detectron2"
+    package.mkdir(parents=True)
+    (package / "old.py").write_text("")
+    assert f"{package} exists already: remove it" in write_files()
+    package.rename(tmp_path / "elsewhere")
+    package.symlink_to(tmp_path / "elsewhere")
+    assert f"{package} exists already: remove it" in write_files()
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["old.py"]
+
+
+def test_files_are_not_written_where_github_is_asked_for(write_files, world, monkeypatch):
+    monkeypatch.setenv("DETECTRON2", "github")
+    assert "DETECTRON2=github forbids them" in write_files()
+    assert not world.pip
+
+
 def has_a_bad_crc(wheel: bytes) -> bytes:
     return wheel.replace(b"steps = 1", b"steps = 2")
 

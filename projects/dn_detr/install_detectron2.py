@@ -140,6 +140,11 @@ def write_files(arguments: list[str]) -> None:
     """`--files FOLDER`: the checked files of the wheel, to put on PYTHONPATH."""
     if len(arguments) != 2 or arguments[0] != "--files":
         raise Failed(f"the only option is --files FOLDER, got {' '.join(arguments)}")
+    if os.environ.get("DETECTRON2") == "github":
+        raise Failed(f"--files takes files of {WHEEL}, and DETECTRON2=github forbids them")
+    package = Path(arguments[1], "detectron2")
+    if os.path.lexists(package):  # old files would stay among the new ones
+        raise Failed(f"{package} exists already: remove it, or name another folder")
     with tempfile.TemporaryDirectory() as folder:
         files = checked_files(download_wheel(Path(folder)))
     try:
