@@ -10,6 +10,7 @@ from dn_detr.d2.data.catalog import (
     prepare,
     register_coco_format,
     resolve_num_classes,
+    with_num_classes,
 )
 from dn_detr.errors import InputError
 
@@ -112,3 +113,14 @@ def test_prepare_resolves_the_configuration(tmp_path):
     cfg.DATASETS.TEST, cfg.MODEL.DN_DETR.NUM_CLASSES = ("made_up",), 0
     prepare(cfg, eval_only=True)
     assert cfg.MODEL.DN_DETR.NUM_CLASSES == 2
+
+
+def test_a_model_alone_takes_its_classes_from_datasets_that_are_not_registered(tmp_path):
+    cfg = get_cfg()
+    add_dn_detr_config(cfg)
+    cfg.DATASETS.TRAIN = ("shapes_train",)
+    forget("shapes_train")
+    assert with_num_classes(cfg).MODEL.DN_DETR.NUM_CLASSES == 6
+    cfg.DATASETS.COCO_FORMAT = [["made_up", *write(tmp_path, make_content())]]
+    cfg.DATASETS.TRAIN = ("made_up",)
+    assert with_num_classes(cfg).MODEL.DN_DETR.NUM_CLASSES == 2

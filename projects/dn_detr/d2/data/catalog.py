@@ -159,7 +159,8 @@ def resolve_num_classes(configured: int, names: list[str]) -> int:
 
 def with_num_classes(cfg: CfgNode) -> CfgNode:
     """`cfg`, with MODEL.DN_DETR.NUM_CLASSES 0 replaced by the number of classes of the first training
-    dataset, so that Detectron2's `build_model` works on any configuration.
+    dataset, which is registered as `prepare` does, so that Detectron2's `build_model` works on any
+    configuration.
 
     InputError where no dataset says it.
     """
@@ -172,6 +173,8 @@ def with_num_classes(cfg: CfgNode) -> CfgNode:
         )
     cfg = cfg.clone()
     cfg.defrost()
+    register_shapes()
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
     cfg.MODEL.DN_DETR.NUM_CLASSES = len(class_names(cfg.DATASETS.TRAIN[0]))
     return cfg
 
