@@ -1,5 +1,6 @@
 """Between pixels of Detectron2 and the values of the core."""
 
+import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
@@ -65,6 +66,7 @@ def test_noise_keys_depend_on_seed_iteration_and_image_and_on_nothing_else():
     assert len(set(keys.values())) == len(keys)
     assert all(0 <= key < 2**63 for key in keys.values())
     assert noise_seed(0, 1, 1) == keys[0, 1, 1]
+    assert noise_seed(0, np.int64(1000), np.int64(1)) == keys[0, 1000, 1]
     # Neighbours differ in about half of their bits: noise of one image says nothing of the next.
     flips = [(noise_seed(0, i, 5) ^ noise_seed(0, i + 1, 5)).bit_count() for i in range(200)]
     assert 26 < sum(flips) / len(flips) < 37

@@ -20,7 +20,7 @@ def noise_seed(seed: int, iteration: int, image_id: int | str) -> int:
     state = 0x9E3779B97F4A7C15
     for word in words:
         # The finaliser of SplitMix64 (Steele et al., 2014): every input bit reaches every output bit.
-        state = (state ^ (word & 0xFFFFFFFFFFFFFFFF)) & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ (int(word) & 0xFFFFFFFFFFFFFFFF)) & 0xFFFFFFFFFFFFFFFF
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 31
