@@ -76,6 +76,16 @@ def test_parts_have_the_losses_and_gradients_of_the_whole(tiny_config, opts):
         check_equal(parts, losses_of_parts, whole, losses)
 
 
+def test_parts_of_samples_without_image_id_have_the_noise_of_the_whole(tiny_config):
+    batch = unequal_batch()
+    for one in batch:
+        del one["image_id"]
+    (parts, losses_of_parts), (whole, losses) = (
+        gradients_and_losses(tiny_config(*FROZEN), num_parts, batch) for num_parts in (4, 1)
+    )
+    check_equal(parts, losses_of_parts, whole, losses)
+
+
 def test_a_part_is_padded_like_the_whole():
     images = torch.ones(3, 32, 32)
     padded, padding = pad_images([images], 32, height=40, width=70)

@@ -67,6 +67,18 @@ def test_noise_of_an_image_does_not_depend_on_its_batch(model_of):
     )
 
 
+def test_noise_of_images_without_id_differs_between_positions_and_ranks(model_of, monkeypatch):
+    model = model_of()
+    batch = [sample(0, 2), sample(0, 2)]
+    for one in batch:
+        del one["image_id"]
+    seeds = []
+    for rank in (0, 1):
+        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
+        seeds += model.targets(batch, iteration=3).noise_seeds.tolist()
+    assert len(set(seeds)) == 4
+
+
 @pytest.mark.parametrize("has_storage", [False, True])
 def test_in_anybodys_own_loop_the_noise_changes_from_step_to_step(model_of, has_storage):
     """It came from Detectron2's EventStorage, and without one was the same in every step."""

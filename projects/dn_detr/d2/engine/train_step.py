@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dn_detr.d2.engine.collective import together
 from dn_detr.d2.engine.nonfinite_dump import NonFiniteDump
 from dn_detr.d2.modeling.batch import BatchStats, batch_stats
+from dn_detr.d2.modeling.instances import with_image_ids
 from dn_detr.errors import InputError, NotFinite
 from dn_detr.losses.criterion import summarize
 
@@ -60,7 +61,7 @@ class TrainStep(SimpleTrainer):
 
     def run_step(self):
         start = time.perf_counter()
-        data = together(lambda: next(self._data_loader_iter))
+        data = with_image_ids(together(lambda: next(self._data_loader_iter)))
         data_time = time.perf_counter() - start
 
         torch.manual_seed(self.device_seed())

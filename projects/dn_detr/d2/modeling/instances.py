@@ -6,6 +6,7 @@ import zlib
 
 import torch
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 
 from dn_detr.models.postprocess import Detections
 from dn_detr.structures import Target, Targets, pad_targets
@@ -71,6 +72,16 @@ def to_target(
     return Target(labels=labels, boxes=boxes, masks=masks, scores=scores, noise_seed=noise_seed)
 
 
+def with_image_ids(samples: list[dict]) -> list[dict]:
+    """Samples of this process's whole batch; those without an "image_id" get "rank:position", so that
+    neither parts of the batch nor ranks repeat their noise."""
+    rank = comm.get_rank()
+    return [
+        sample if "image_id" in sample else {**sample, "image_id": f"{rank}:{position}"}
+        for position, sample in enumerate(samples)
+    ]
+
+
 def to_targets(
     samples: list[dict],
     *,
@@ -86,10 +97,10 @@ def to_targets(
         to_target(
             sample["instances"],
             num_classes=num_classes,
-            noise_seed=noise_seed(seed, iteration, sample.get("image_id", position)),
+            noise_seed=noise_seed(seed, iteration, sample["image_id"]),
             with_masks=with_masks,
         )
-        for position, sample in enumerate(samples)
+        for sample in with_image_ids(samples)
     ]
     return pad_targets(targets, multiple_of)
 
