@@ -36,7 +36,7 @@ from dn_detr.d2.data.catalog import prepare
 from dn_detr.d2.data.summary import check_once
 from dn_detr.d2.engine.checkpoint import Checkpointer
 from dn_detr.d2.engine.collective import together
-from dn_detr.d2.engine.trainer import Trainer
+from dn_detr.d2.engine.trainer import Trainer, use_deterministic_algorithms
 from dn_detr.d2.inference.saved_detector import read_evaluation_config
 from dn_detr.errors import InputError, RemoteInputError, sentence_in
 from dn_detr.ops.extension import slow_sentence
@@ -68,6 +68,8 @@ def main(args) -> dict | None:
     """Train, or only evaluate; returns the metrics where there are any."""
     cfg = check_once(together(lambda: setup(args)), eval_only=args.eval_only)
     if args.eval_only:
+        if cfg.DETERMINISTIC:
+            use_deterministic_algorithms()
         model = Trainer.build_model(cfg)
         Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)

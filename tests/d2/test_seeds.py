@@ -59,6 +59,16 @@ def test_deterministic_algorithms_are_a_key(run, monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
+def test_an_evaluation_alone_is_deterministic_too(run, monkeypatch, trained):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    weights = str(trained / "model_final.pth")
+    try:
+        run("DETERMINISTIC", True, "MODEL.WEIGHTS", weights, flags=["--eval-only"])
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("batch_size", [0, 3])
 def test_a_batch_that_the_processes_cannot_share_is_refused(batch_size):
     with pytest.raises(InputError, match=f"multiple of the number .*got {batch_size} images for 2"):
