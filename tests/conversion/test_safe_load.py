@@ -16,6 +16,9 @@ from dn_detr.conversion.safe_load import read_parameters
 WEIGHT = torch.arange(6.0).reshape(2, 3)
 
 
+HTML = b"<!DOCTYPE html><html>404: Not Found</html>"
+
+
 class Bomb:
     """Writes a file as soon as an unpickler runs what it asks for."""
 
@@ -66,8 +69,8 @@ def test_arrays_of_detectron2s_model_zoo_are_read_without_executing_anything(tmp
         assert list(state) == ["a.weight"]
         assert torch.equal(state["a.weight"], WEIGHT)
         assert not trace.exists()
-    path.write_bytes(b"no pickle")
-    with pytest.raises(ValueError, match="or no pickle file"):
+    path.write_bytes(HTML)
+    with pytest.raises(ValueError, match=r"or no pickle file: .*[^.]$"):  # callers add a full stop
         read_parameters(path)
 
 
@@ -91,6 +94,42 @@ def test_safetensors_are_read_by_their_specification(tmp_path):
     path.write_bytes(struct.pack("<Q", len(header)) + header + raw)
     state = read_parameters(path)
     assert torch.equal(state["a"], WEIGHT) and torch.equal(state["b"], half)
+
+
+def test_a_damaged_safetensors_file_is_refused(tmp_path):
+    """A file that was cut off ended in a RuntimeError of torch.frombuffer or of reshape."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "model.safetensors"
+    safetensors.save_file({"a": WEIGHT, "b": WEIGHT.clone()}, path)
+    whole = path.read_bytes()
+    start = len(whole) - 2 * WEIGHT.nbytes
+    path.write_bytes(whole[:8] + whole[8:].replace(b"[2,3]", b"[2,4]"))
+    with pytest.raises(ValueError, match="the file is damaged: it does not hold all of a"):
+        read_parameters(path)
+    for length, sentence in (
+        (len(whole) - 1, "the file is damaged: it does not hold all of b"),
+        (start + WEIGHT.nbytes, "the file is damaged: it does not hold all of b"),
+        (start - 20, "the file is damaged: it ends inside its header"),
+        (8, "the file is no safetensors file"),
+        (0, "the file is no safetensors file"),
+    ):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=sentence):
+            read_parameters(path)
+
+
+@pytest.mark.parametrize("header", ["{1: 2}", "{}1", '{"a": 1}', '{"a": {"dtype": "F32"}}'])
+def test_a_safetensors_header_that_makes_no_sense_is_refused(tmp_path, header):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    with pytest.raises(ValueError, match="the file is damaged: its header cannot be read"):
+        read_parameters(path)
+
+
+def test_a_web_page_named_safetensors_is_no_safetensors_file(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(HTML)
+    with pytest.raises(ValueError, match="the file is no safetensors file"):
+        read_parameters(tmp_path / "model.safetensors")
 
 
 def test_a_file_without_parameters_is_refused(tmp_path):

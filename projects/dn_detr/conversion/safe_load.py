@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -114,7 +115,8 @@ def read_arrays(path: str | Path) -> object:
         try:
             content = ArrayUnpickler(file, encoding="latin1").load()
         except Exception as error:  # any, as `pickle` says, may come of a damaged file
-            raise ValueError(f"the file is damaged, or no pickle file: {error}") from error
+            reason = str(error).rstrip(".")
+            raise ValueError(f"the file is damaged, or no pickle file: {reason}") from error
 
     def to_tensors(value):
         if isinstance(value, dict):
@@ -126,18 +128,38 @@ def read_arrays(path: str | Path) -> object:
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file: an eight-byte size, a JSON header, then raw data."""
-    data = Path(path).read_bytes()
+    """Read the tensors of a .safetensors file: an eight-byte size, a JSON header, then raw data.
+
+    Raises:
+        ValueError: The file is damaged, is no .safetensors file or has an unsupported type.
+    """
+    data = memoryview(Path(path).read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in SAFETENSORS_TYPES:
-            raise ValueError(f"{name} has type {entry['dtype']}, which is not supported")
-        begin, end = entry["data_offsets"]
-        raw = bytearray(data[start + begin : start + end])
-        dtype = SAFETENSORS_TYPES[entry["dtype"]]
-        flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-        tensors[name] = flat.reshape(entry["shape"])
-    return tensors
+    if data[8:9] != b"{":
+        raise ValueError("the file is no safetensors file")
+    if start > len(data):
+        raise ValueError("the file is damaged: it ends inside its header")
+    entries = {}
+    try:
+        header = json.loads(bytes(data[8:start]))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = map(int, entry["data_offsets"])
+            shape = tuple(map(int, entry["shape"]))
+            entries[name] = str(entry["dtype"]), shape, begin, end
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError("the file is damaged: its header cannot be read") from error
+    return {name: _safetensor(name, data[start:], *entry) for name, entry in entries.items()}
+
+
+def _safetensor(
+    name: str, data: memoryview, type_name: str, shape: tuple[int, ...], begin: int, end: int
+) -> Tensor:
+    if type_name not in SAFETENSORS_TYPES:
+        raise ValueError(f"{name} has type {type_name}, which is not supported")
+    dtype = SAFETENSORS_TYPES[type_name]
+    if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"the file is damaged: it does not hold all of {name}")
+    raw = bytearray(data[begin:end])
+    flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+    return flat.reshape(shape)
