@@ -118,7 +118,18 @@ def test_a_damaged_safetensors_file_is_refused(tmp_path):
             read_parameters(path)
 
 
-@pytest.mark.parametrize("header", ["{1: 2}", "{}1", '{"a": 1}', '{"a": {"dtype": "F32"}}'])
+def header_of(dtype="F32", shape=(2,), data_offsets=(0, 8)) -> str:
+    return json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": data_offsets}})
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *("{1: 2}", "{}1", '{"a": 1}', '{"a": []}', '{"a": {"dtype": "F32"}}'),
+        *('{"a":' * 100_000, header_of(data_offsets=[0]), header_of(data_offsets=["x", 8])),
+        *(header_of(shape="x"), header_of(shape=[-1, -2]), header_of(shape=[float("inf")])),
+    ],
+)
 def test_a_safetensors_header_that_makes_no_sense_is_refused(tmp_path, header):
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode())

@@ -146,8 +146,17 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         for name, entry in header.items():
             begin, end = map(int, entry["data_offsets"])
             shape = tuple(map(int, entry["shape"]))
+            if min(shape, default=0) < 0:
+                raise ValueError(f"{name} has the shape {shape}")
             entries[name] = str(entry["dtype"]), shape, begin, end
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise ValueError("the file is damaged: its header cannot be read") from error
     return {name: _safetensor(name, data[start:], *entry) for name, entry in entries.items()}
 
