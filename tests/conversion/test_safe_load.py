@@ -44,6 +44,17 @@ def test_a_command_line_in_the_file_does_not_stop_the_reading(tmp_path, is_zip):
     assert torch.equal(state["a.weight"], WEIGHT)
 
 
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_file_that_was_cut_off_anywhere_is_refused(tmp_path, is_zip):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"a": WEIGHT, "b": WEIGHT[0]}, path, _use_new_zipfile_serialization=is_zip)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 1 if len(whole) < 1000 else 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="the file is damaged, or torch.save did not write"):
+            read_parameters(path)
+
+
 def test_unknown_classes_are_replaced(tmp_path):
     path = tmp_path / "checkpoint.pth"
     torch.save({"model": {"a": WEIGHT}, "args": Settings(depth=[Settings()])}, path)
