@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dn_detr.conversion.safe_load import read_parameters
+from dn_detr.conversion.safe_load import as_parameters, read_parameters
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
 
@@ -152,6 +152,64 @@ def test_a_web_page_named_safetensors_is_no_safetensors_file(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(HTML)
     with pytest.raises(ValueError, match="the file is no safetensors file"):
         read_parameters(tmp_path / "model.safetensors")
+
+
+LOOP: dict = {}
+LOOP["model"] = LOOP
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({0: WEIGHT}, "its names must be strings, got 0"),
+        ({"a": WEIGHT.to("meta")}, "a must be a dense tensor, got a meta one"),
+        ({"a": WEIGHT.to_sparse()}, "a must be a dense tensor, got a sparse one"),
+        (
+            {"a": torch.quantize_per_tensor(WEIGHT, 0.1, 0, torch.qint8)},
+            "a must be a dense tensor, got a quantized one",
+        ),
+        ({"module.a": WEIGHT, "a": WEIGHT + 1}, "a and module.a have different values"),
+        ({"a": WEIGHT, "module.a": WEIGHT.double()}, "a and module.a have different values"),
+    ],
+)
+def test_what_is_no_dense_tensor_by_name_is_refused(tmp_path, content, sentence):
+    path = tmp_path / "checkpoint.pth"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=sentence):
+        read_parameters(path)
+
+
+@pytest.mark.parametrize(
+    "values", [["x"], [None], np.zeros(1, np.longdouble), np.zeros(1, "M8[s]"), np.zeros(1, ">i4")]
+)
+def test_arrays_of_no_numbers_are_refused(tmp_path, values):
+    array = np.array(values)
+    with pytest.raises(ValueError, match="a must be an array of numbers, got"):
+        as_parameters({"a": array})
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a": array}))
+    with pytest.raises(ValueError, match="no parameters"):
+        read_parameters(tmp_path / "a.pkl")
+
+
+def test_arrays_of_another_byte_order_are_read(tmp_path):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a": WEIGHT.numpy().astype(">f4")}))
+    assert torch.equal(read_parameters(tmp_path / "a.pkl")["a"], WEIGHT)
+
+
+def test_a_pickle_of_dicts_in_each_other_is_read_in_its_own_size(tmp_path):
+    """A copy of each occurrence would be one of 2**40, or of infinitely many."""
+    content = {}
+    for _ in range(40):
+        content = {"a": content, "b": content}
+    for nested in (content, LOOP):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps(nested))
+        with pytest.raises(ValueError, match="no parameters"):
+            read_parameters(tmp_path / "a.pkl")
+
+
+def test_one_parameter_under_two_names_of_distributed_training_is_read(tmp_path):
+    torch.save({"module.a": WEIGHT, "a": WEIGHT}, tmp_path / "checkpoint.pth")
+    assert list(read_parameters(tmp_path / "checkpoint.pth")) == ["a"]
 
 
 def test_a_file_without_parameters_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -188,6 +189,10 @@ def cut_off(path):
     path.write_bytes(path.read_bytes()[:20_000])
 
 
+LOOP: dict = {}
+LOOP["model"] = LOOP
+
+
 @pytest.mark.parametrize(
     ("name", "make", "words"),
     [
@@ -196,6 +201,17 @@ def cut_off(path):
         ("a.pkl", lambda path: path.write_bytes(b"\x80"), "cannot be loaded as a checkpoint"),
         ("a.pth", lambda path: torch.save([1, 2], path), "must hold arrays by name"),
         ("a.pth", lambda path: torch.save({"model": 3}, path), "must hold arrays by name"),
+        (
+            "a.pth",
+            lambda path: torch.save({0: torch.zeros(3)}, path),
+            "names must be strings, got 0",
+        ),
+        (
+            "a.pkl",
+            lambda path: path.write_bytes(pickle.dumps({"a": np.array(["x"])})),
+            "of numbers",
+        ),
+        ("a.pkl", lambda path: path.write_bytes(pickle.dumps(LOOP)), "must hold arrays by name"),
         ("a.pth", lambda path: None, "there is no checkpoint"),
     ],
 )

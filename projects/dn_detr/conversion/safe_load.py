@@ -59,14 +59,39 @@ def read_parameters(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f"the file must hold a dictionary of parameters, got a {type(content).__name__}"
         )
-    state = {
-        name.removeprefix("module."): value
-        for name, value in content.items()
-        if isinstance(value, Tensor)
-    }
+    state = as_parameters({k: v for k, v in content.items() if isinstance(v, Tensor)})
     if not state:
         raise ValueError(f"the file holds no parameters, only {sorted(map(str, content))[:8]}")
     return state
+
+
+def as_parameters(state: dict) -> dict[str, Tensor]:
+    """Return tensors and arrays as dense tensors, named without "module." of distributed training.
+
+    Raises:
+        ValueError: A name is no string, a value is not dense or not of numbers, or two names
+            differ only in "module." and have different values.
+    """
+    parameters: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f"its names must be strings, got {name!r}")
+        if isinstance(value, np.ndarray):
+            if value.dtype.kind not in "fiub" or value.itemsize > 8 or not value.dtype.isnative:
+                raise ValueError(f"{name} must be an array of numbers, got {value.dtype}")
+            value = torch.from_numpy(value.copy())
+        if value.is_meta or value.is_quantized or value.layout != torch.strided:
+            kind = "meta" if value.is_meta else "quantized" if value.is_quantized else "sparse"
+            raise ValueError(f"{name} must be a dense tensor, got a {kind} one")
+        short = name.removeprefix("module.")
+        if short in parameters and not is_same(parameters[short], value):
+            raise ValueError(f"{short} and module.{short} have different values")
+        parameters[short] = value
+    return parameters
+
+
+def is_same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def read_pickle(path: str | Path, *, mmap: bool = False) -> object:
@@ -113,18 +138,22 @@ def read_arrays(path: str | Path) -> object:
     """What `pickle` wrote, as Detectron2's model zoo does; floating-point arrays become tensors."""
     with open(path, "rb") as file:
         try:
-            content = ArrayUnpickler(file, encoding="latin1").load()
+            return _to_tensors(ArrayUnpickler(file, encoding="latin1").load(), {})
         except Exception as error:  # any, as `pickle` says, may come of a damaged file
             reason = str(error).rstrip(".")
             raise ValueError(f"the file is damaged, or no pickle file: {reason}") from error
 
-    def to_tensors(value):
-        if isinstance(value, dict):
-            return {key: to_tensors(inner) for key, inner in value.items()}
-        is_array = isinstance(value, np.ndarray) and value.dtype.kind == "f"
-        return torch.from_numpy(value.copy()) if is_array else value
 
-    return to_tensors(content)
+def _to_tensors(value, done: dict[int, dict]):
+    """done: id of a dict -> its copy; a dict may occur several times, also in itself."""
+    if isinstance(value, dict):
+        if id(value) not in done:
+            done[id(value)] = copy = {}
+            copy.update((key, _to_tensors(inner, done)) for key, inner in value.items())
+        return done[id(value)]
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.itemsize > 8:
+        return value
+    return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:

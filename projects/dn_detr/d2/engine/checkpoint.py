@@ -19,7 +19,12 @@ from dn_detr.conversion.backbone_weights import (
     match_backbone,
 )
 from dn_detr.conversion.convert_weights import ABSENT, COCO_CATEGORIES, convert, keep_coco_classes
-from dn_detr.conversion.safe_load import read_arrays, read_pickle, read_safetensors
+from dn_detr.conversion.safe_load import (
+    as_parameters,
+    read_arrays,
+    read_pickle,
+    read_safetensors,
+)
 from dn_detr.d2.data.catalog import class_names
 from dn_detr.d2.engine.ema import KEY as EMA
 from dn_detr.d2.modeling.timm_torchvision import NamedBackbone
@@ -185,10 +190,13 @@ class Checkpointer(DetectionCheckpointer):
         state = checkpoint["model"]
         if not isinstance(state, dict) or not all(hasattr(v, "shape") for v in state.values()):
             raise InputError(f"{filename!r} is not a checkpoint: it must hold arrays by name.")
+        try:
+            checkpoint["model"] = as_parameters(state)
+        except ValueError as error:
+            raise InputError(f"{filename!r} cannot be loaded as a checkpoint: {error}.") from error
         return checkpoint
 
     def _load_model(self, checkpoint: dict):
-        self._convert_ndarray_to_tensor(checkpoint["model"])
         state, known = checkpoint["model"], self.model.state_dict()
         if not any(has_part(key, ("core", "roi_heads")) for key in state):
             converted = self._converted(state)
@@ -233,8 +241,7 @@ class Checkpointer(DetectionCheckpointer):
                 "library_names": names,
                 "library_normalisation": normalisation,
             }
-        state = {name.removeprefix("module."): v for name, v in checkpoint["model"].items()}
-        match = match_backbone(state, wanted, **library)
+        match = match_backbone(checkpoint["model"], wanted, **library)
         if not match.found:
             raise InputError(
                 f"{self.path!r} holds none of the parameters of this model's backbone, whose first is "
@@ -291,7 +298,7 @@ class Checkpointer(DetectionCheckpointer):
         none. InputError where it is one of another method."""
         method = getattr(self.model, "method", None)
         try:
-            ours, table = convert({k.removeprefix("module."): v for k, v in state.items()}, method)
+            ours, table = convert(state, method)
         except ValueError as error:
             if not any(has_part(key, FOREIGN) for key in state):
                 return None
