@@ -225,6 +225,16 @@ def test_files_that_are_no_checkpoints_are_refused_in_one_sentence(
     assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
 
 
+@pytest.mark.parametrize("average", [None, {"module": {}}, {"model": None}])
+def test_a_moving_average_of_another_project_is_refused_in_one_sentence(
+    model_of, tmp_path, average
+):
+    model = model_of()
+    torch.save({"model": model.state_dict(), "ema": average}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match="no moving average of the weights|arrays by name"):
+        load(model, f"{tmp_path / 'a.pth'}@ema")
+
+
 @pytest.mark.parametrize("saved", [None, FORMAT - 1, FORMAT + 1])
 def test_parameter_names_of_another_version_are_refused_in_one_sentence(model_of, tmp_path, saved):
     about = {"config": "", "class_names": list("abcdef")}

@@ -180,12 +180,13 @@ class Checkpointer(DetectionCheckpointer):
             check_hash(self.path, filename)
         checkpoint = read_checkpoint(filename)
         if self.path.endswith(AVERAGED):
-            if EMA not in checkpoint:
+            average = checkpoint.pop(EMA, None)
+            if not isinstance(average, dict) or "model" not in average:
                 raise InputError(
-                    f"{filename!r} holds no moving average of the weights: it was saved without "
-                    f"SOLVER.EMA.ENABLED, so leave {AVERAGED!r} out of MODEL.WEIGHTS."
+                    f"{filename!r} holds no moving average of the weights that a training with "
+                    f"SOLVER.EMA.ENABLED saved: leave {AVERAGED!r} out of MODEL.WEIGHTS."
                 )
-            checkpoint["model"] = checkpoint.pop(EMA)["model"]
+            checkpoint["model"] = average["model"]
         check_format(filename, checkpoint)
         state = checkpoint["model"]
         if not isinstance(state, dict) or not all(hasattr(v, "shape") for v in state.values()):
