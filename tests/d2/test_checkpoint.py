@@ -174,6 +174,17 @@ def test_a_deeper_detector_is_another_architecture(model_of, tmp_path):
         load(model_of(), path, is_for_training=True)
 
 
+def test_a_detector_of_integers_is_refused(model_of, tmp_path):
+    model = model_of()
+    state = model.state_dict()
+    state["backbone.stem.conv1.weight"] = state["backbone.stem.conv1.weight"].long()
+    torch.save({"model": state}, tmp_path / "a.pth")
+    with pytest.raises(
+        InputError, match="type torch.int64 for backbone.stem.conv1.weight, which must be"
+    ):
+        load(model, str(tmp_path / "a.pth"))
+
+
 def test_a_foreign_checkpoint_is_refused(model_of, tmp_path):
     for name, sentence in [
         ("weight", "holds none of the parameters of this model's backbone"),

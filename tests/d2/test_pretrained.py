@@ -170,6 +170,20 @@ def test_a_file_of_another_network_is_refused(resnet50, tmp_path, change, senten
         load(model_of("dn_deformable.yaml"), tmp_path / "a.pth")
 
 
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (torch.zeros(64, 3, 7, 7, dtype=torch.int64), "type torch.int64 for stem.conv1.weight"),
+        (torch.full((64, 3, 7, 7), float("nan")), "NaN or infinity in stem.conv1.weight"),
+        (torch.full((64, 3, 7, 7), float("inf")), "NaN or infinity in stem.conv1.weight"),
+    ],
+)
+def test_weights_that_are_no_finite_floats_are_refused(resnet50, tmp_path, value, sentence):
+    torch.save({**resnet50, "conv1.weight": value}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=sentence):
+        load(model_of("dn_deformable.yaml"), tmp_path / "a.pth")
+
+
 def test_a_deeper_resnet_is_refused(resnet101):
     with pytest.raises(InputError, match="that the backbone does not have, 255 in all"):
         load(model_of("dn_deformable.yaml"), resnet101[0])

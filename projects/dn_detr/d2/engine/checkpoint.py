@@ -208,6 +208,7 @@ class Checkpointer(DetectionCheckpointer):
         start_anew = CLASS_DEPENDENT if has_other_classes else ()
         for key in [key for key in state if has_part(key, start_anew)]:
             del state[key]
+        self._check_floats(state, known)
         # Seen before loading, since frozen batch norms then make up the statistics that they lack.
         missing = [key for key in known if key not in state and not is_counter(key)]
         incompatible = super()._load_model(checkpoint)
@@ -233,7 +234,8 @@ class Checkpointer(DetectionCheckpointer):
         backbone = self.model.backbone
         prefix = "backbone.bottom_up." if hasattr(backbone, "bottom_up") else "backbone."
         body = getattr(backbone, "bottom_up", backbone)
-        wanted = {name: value.shape for name, value in body.state_dict().items()}
+        known = body.state_dict()
+        wanted = {name: value.shape for name, value in known.items()}
         library = {}
         if isinstance(body, NamedBackbone):
             names, normalisation = body.library_names(), body.normalisation
@@ -261,6 +263,10 @@ class Checkpointer(DetectionCheckpointer):
                     f"{len(wanted)} parameters and statistics: {fault}, {len(names)} in all, the first "
                     f"{names[0]}. (MODEL.DN_DETR.NEW_PARAMETERS names what the file may lack.)"
                 )
+        self._check_floats(match.found, known)
+        broken = [name for name, v in match.found.items() if not v.float().isfinite().all()]
+        if broken:
+            raise InputError(f"{self.path!r} has NaN or infinity in {broken[0]}.")
         normalisation, strides = match.normalisation, match.strides_in_1x1
         if checkpoint.get("__author__") == "torchvision":
             normalisation, strides = IMAGENET, False
@@ -275,6 +281,16 @@ class Checkpointer(DetectionCheckpointer):
             f"{self.path}, read as {match.source}{new}"
         )
         return incompatible
+
+    def _check_floats(self, state: dict, known: dict) -> None:
+        """InputError where the file has integers for what are floating-point numbers here."""
+        for name, value in state.items():
+            is_float = name in known and known[name].is_floating_point()
+            if is_float and not value.is_floating_point():
+                raise InputError(
+                    f"{self.path!r} has values of type {value.dtype} for {name}, which must be "
+                    "floating-point numbers."
+                )
 
     def _check_network(self, body, strides_in_1x1: bool | None, *, is_affine: bool) -> None:
         """InputError where a backbone has the parameters, but computes something else with them."""
