@@ -189,6 +189,19 @@ def test_a_deeper_resnet_is_refused(resnet101):
         load(model_of("dn_deformable.yaml"), resnet101[0])
 
 
+def test_stages_after_the_last_feature_are_left_out(resnet50, tmp_path):
+    ends = {"MODEL__RESNETS__OUT_FEATURES": ["res3", "res4"]}
+    ends["MODEL__DN_DETR__IN_FEATURES"] = ["res3", "res4"]
+    torch.save(resnet50, tmp_path / "a.pth")
+    model = model_of("dn_deformable.yaml", **ends)
+    load(model, tmp_path / "a.pth")
+    used = {name: value for name, value in resnet50.items() if not name.startswith("layer4")}
+    check_all_loaded(model, in_order(used))
+    torch.save({**resnet50, "layer3.6.conv1.weight": torch.zeros(1)}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match="does not have, 1 in all, the first layer3.6"):
+        load(model, tmp_path / "a.pth")
+
+
 def test_another_normalisation_than_that_of_the_weights_is_refused(resnet50, tmp_path):
     torch.save(resnet50, tmp_path / "a.pth")
     for changes in (

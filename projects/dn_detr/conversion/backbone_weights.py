@@ -31,6 +31,9 @@ CLASSIFIER = re.compile(
 """What a classifier has behind its backbone. Left out, by name."""
 
 PREFIXES = ("backbone.bottom_up.", "backbone.", "bottom_up.")
+LAST_STAGE = 5
+"""Of a ResNet: res5."""
+
 CAFFE_CONVS = {"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
 CAFFE_LEAVES = {"w": "weight", "b": "bias"}
 CAFFE_NORM_LEAVES = {
@@ -130,16 +133,25 @@ def _match(
     state, wanted, source: str, rename: Renamer, normalisation: Normalisation | None
 ) -> BackboneMatch:
     found, wrong, surplus = {}, [], []
+    last = max((_stage_of(name) for name in wanted), default=0)
     for name, ours, tensor in rename(state):
         if ours in wanted and tuple(tensor.shape) == tuple(wanted[ours]):
             found[ours] = tensor
         elif ours in wanted:
             wrong.append(f"{ours} {list(tensor.shape)} instead of {list(wanted[ours])}")
+        elif 0 < last < _stage_of(ours) <= LAST_STAGE:
+            continue  # the backbone ends at an earlier feature
         elif ours != "" and not CLASSIFIER.match(name) and not IGNORED.search(name):
             surplus.append(name)
     lacking = [n for n in wanted if n not in found and not IGNORED.search(n)]
     missing = [n for n in lacking if not any(entry.startswith(f"{n} ") for entry in wrong)]
     return BackboneMatch(source, found, missing, surplus, wrong, normalisation)
+
+
+def _stage_of(name: str | None) -> int:
+    """5 for "res5.0.conv1.weight"; 0 outside of stages."""
+    match = re.match(r"res(\d)\.", name or "")
+    return int(match[1]) if match else 0
 
 
 def _detectron2(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str | None, Tensor]]:
