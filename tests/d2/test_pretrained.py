@@ -141,6 +141,22 @@ def test_a_raw_resnet50_is_loaded_and_said(resnet50, tmp_path, caplog):
     assert "a ResNet of torchvision or timm" in caplog.text
 
 
+@pytest.mark.parametrize("prefix", ["backbone.", "module.resnet.", "module.model.backbone."])
+def test_a_resnet_inside_another_module_is_found(resnet50, tmp_path, prefix):
+    torch.save({f"{prefix}{k}": v for k, v in resnet50.items()}, tmp_path / "a.pth")
+    model = model_of("dn_deformable.yaml")
+    load(model, tmp_path / "a.pth")
+    check_all_loaded(model, in_order(resnet50))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "backbone."])
+def test_two_resnets_in_one_file_are_refused(resnet50, tmp_path, prefix):
+    other = {f"{prefix}{name}": value + 1 for name, value in resnet50.items()}
+    torch.save({**resnet50, **other}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match="have different values|conv1.weight, another stem.conv1"):
+        load(model_of("dn_deformable.yaml"), tmp_path / "a.pth")
+
+
 def test_a_dilated_last_stage_takes_the_same_file(resnet50, tmp_path):
     torch.save({"state_dict": {f"module.{k}": v for k, v in resnet50.items()}}, tmp_path / "a.pth")
     model = model_of("dn_detr_dc5.yaml")
@@ -374,6 +390,8 @@ def test_backbones_that_torchvision_builds_take_its_files(name, tmp_path):
     state = classifier(name)
     torch.save(state, tmp_path / "a.pth")
     load(model, tmp_path / "a.pth")
+    torch.save({f"model.backbone.{k}": v for k, v in state.items()}, tmp_path / "inside.pth")
+    load(model_of("dn_deformable.yaml", **changes), tmp_path / "inside.pth")
     trunk = torchvision.models.get_model(name)
     trunk.load_state_dict(state)
     children = dict(getattr(trunk, "features", trunk).named_children())
@@ -399,6 +417,8 @@ def test_backbones_that_timm_builds_take_its_files_and_its_normalisation(name, t
     torch.save(state, tmp_path / "a.pth")
     model = model_of("dn_deformable.yaml", **changes)
     load(model, tmp_path / "a.pth")
+    torch.save({f"model.{k}": v for k, v in state.items()}, tmp_path / "inside.pth")
+    load(model_of("dn_deformable.yaml", **changes), tmp_path / "inside.pth")
     loaded = [v for k, v in model.backbone.state_dict().items() if "num_batches" not in k]
     values = {value.double().sum().item() for value in state.values()}
     assert all(value.double().sum().item() in values for value in loaded) and len(loaded) > 50

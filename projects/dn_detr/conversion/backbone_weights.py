@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dn_detr.conversion.name_table import IGNORED, Rule, Table, resnet
+from dn_detr.conversion.safe_load import is_same
 
 Normalisation = tuple[str, tuple[float, ...], tuple[float, ...]]
 """Channel order, mean and standard deviation of the pixels in 0..255 that weights were trained with."""
@@ -25,8 +26,11 @@ TORCHVISION = "a ResNet of torchvision or timm"
 HUGGING_FACE = "a ResNet of Hugging Face"
 CAFFE2 = "a ResNet of Caffe2"
 
+WRAPPERS = re.compile(r"((module|model|backbone|bottom_up|resnet)\.)*")
+"""What may come before the names of a library."""
+
 CLASSIFIER = re.compile(
-    r"^(module\.)?(stem\.fc|fc|classifier|heads?|linear|fc1000(_\w)?|pred_\w)(\.|$)"
+    rf"^{WRAPPERS.pattern}(stem\.fc|fc|classifier|heads?|linear|fc1000(_\w)?|pred_\w)(\.|$)"
 )
 """What a classifier has behind its backbone. Left out, by name."""
 
@@ -135,7 +139,9 @@ def _match(
     found, wrong, surplus = {}, [], []
     last = max((_stage_of(name) for name in wanted), default=0)
     for name, ours, tensor in rename(state):
-        if ours in wanted and tuple(tensor.shape) == tuple(wanted[ours]):
+        if ours in found and not is_same(found[ours], tensor):
+            surplus.append(f"{name}, another {ours}")
+        elif ours in wanted and tuple(tensor.shape) == tuple(wanted[ours]):
             found[ours] = tensor
         elif ours in wanted:
             wrong.append(f"{ours} {list(tensor.shape)} instead of {list(wanted[ours])}")
@@ -166,7 +172,7 @@ def _by_table(rules: dict[str, Rule]) -> Renamer:
 
     def rename(state):
         for name, tensor in state.items():
-            ours, _, _ = table.apply({f"x.{name.removeprefix('resnet.')}": tensor})
+            ours, _, _ = table.apply({f"x.{_bare(name)}": tensor})
             for new, part in ours.items():
                 yield name, new.removeprefix("backbone."), part
             if not ours:
@@ -175,10 +181,14 @@ def _by_table(rules: dict[str, Rule]) -> Renamer:
     return rename
 
 
+def _bare(name: str) -> str:
+    return name[WRAPPERS.match(name).end() :]
+
+
 def _by_names(names: Mapping[str, str]) -> Renamer:
     def rename(state):
         for name, tensor in state.items():
-            yield name, names.get(name), tensor
+            yield name, names.get(name, names.get(_bare(name))), tensor
 
     return rename
 
