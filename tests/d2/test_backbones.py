@@ -126,3 +126,22 @@ def test_frozen_norms_compute_what_the_network_computes(name):
 def test_an_unknown_backbone_is_refused_by_name(name):
     with pytest.raises(ValueError, match="got|no model"):
         build("build_named_backbone", config(MODEL__DN_DETR__BACKBONE=name))
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("timm/resnet50x", r"timm cannot build 'resnet50x': Unknown model \(resnet50x\)$"),
+        (
+            "timm/vit_tiny_patch16_224",
+            "vit_tiny_patch16_224 is no backbone for images of any size: .*Input height .*[^.]$",
+        ),
+        ("torchvision/inception_v3", "inception_v3 is no backbone for images of any size: "),
+    ],
+)
+def test_a_network_that_is_no_backbone_is_refused_in_one_sentence(name, sentence):
+    """They ended in a RuntimeError or an AssertionError of the library."""
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=sentence):
+        build("build_named_backbone", config(MODEL__DN_DETR__BACKBONE=name))

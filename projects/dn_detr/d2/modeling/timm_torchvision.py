@@ -33,8 +33,14 @@ class NamedBackbone(Backbone):
         self.place: dict[str, int] = {}
         self.is_channels_last: dict[str, bool] = {}
         self._out_feature_channels, self._out_feature_strides = {}, {}
-        with torch.no_grad():
-            outputs = stages.eval()(torch.zeros(1, 3, *PROBE))
+        try:
+            with torch.no_grad():
+                outputs = stages.eval()(torch.zeros(1, 3, *PROBE))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{name} is no backbone for images of any size: it fails on {PROBE[0]} x {PROBE[1]} "
+                f"pixels ({_one_line(error)})"
+            ) from error
         stages.train()
         for index, output in enumerate(outputs):
             for stride, name in STAGES.items():
@@ -134,12 +140,15 @@ class TimmStages(nn.Module):
             raise ValueError(f"the backbone timm/{name} needs timm: pip install timm") from error
         self.parts = nn.ModuleList()
         options = {"pretrained": is_pretrained, "features_only": True}
-        try:  # transformers with windows are made for images of one size, unless told otherwise
-            self.model = timm.create_model(name, strict_img_size=False, **options)
-        except TypeError as error:
-            if "strict_img_size" not in str(error):
-                raise
-            self.model = timm.create_model(name, **options)
+        try:
+            try:  # transformers with windows are made for images of one size, unless told otherwise
+                self.model = timm.create_model(name, strict_img_size=False, **options)
+            except TypeError as error:
+                if "strict_img_size" not in str(error):
+                    raise
+                self.model = timm.create_model(name, **options)
+        except RuntimeError as error:
+            raise ValueError(f"timm cannot build {name!r}: {_one_line(error)}") from error
         self.name = name
         self.normalisation = _normalisation(
             self.model.default_cfg["mean"], self.model.default_cfg["std"]
@@ -157,6 +166,10 @@ class TimmStages(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return self.model(images)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _renamed(key: str, place: dict[str, str]) -> str:
@@ -217,11 +230,10 @@ def build_named_backbone(cfg, input_shape: ShapeSpec) -> NamedBackbone:
     try:
         stages = LIBRARIES[library](name, is_pretrained)
     except OSError as error:  # of urllib, and of timm's hub
-        reason = " ".join(str(error).split()).rstrip(".")
         raise InputError(
-            f"{library} cannot fetch its weights of {name} ({reason}): bring the file to this machine "
-            "and set MODEL.WEIGHTS to its path, or MODEL.DN_DETR.BACKBONE_PRETRAINED False to start "
-            "from random weights."
+            f"{library} cannot fetch its weights of {name} ({_one_line(error)}): bring the "
+            "file to this machine and set MODEL.WEIGHTS to its path, or "
+            "MODEL.DN_DETR.BACKBONE_PRETRAINED False to start from random weights."
         ) from error
     if cfg.MODEL.RESNETS.NORM == "FrozenBN":
         freeze_norms(stages)
