@@ -85,6 +85,22 @@ def test_freezing_reaches_up_to_the_named_feature():
     assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
 
 
+@pytest.mark.parametrize(
+    ("name", "freeze_at", "sentence"),
+    [
+        ("timm/resnet10t", 2, "FREEZE_AT must be 0 for backbones of timm, got 2$"),
+        ("torchvision/resnet18", 1, r"must be 0 or the number of a .*\['res2', .*\], got 1$"),
+    ],
+)
+def test_what_cannot_be_frozen_is_refused(name, freeze_at, sentence):
+    """One sentence spoke of a feature's number for timm, and then forbade it."""
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    cfg = config(MODEL__DN_DETR__BACKBONE=name, MODEL__BACKBONE__FREEZE_AT=freeze_at)
+    with pytest.raises(ValueError, match=sentence):
+        build("build_named_backbone", cfg)
+
+
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "swin_tiny_patch4_window7_224"])
 def test_a_timm_backbone_gives_the_features_that_it_promises(name):
     pytest.importorskip("timm")

@@ -55,13 +55,17 @@ class NamedBackbone(Backbone):
         if not self.place:
             raise ValueError("the backbone has no features of stride 4, 8, 16 or 32")
         if freeze_at:
-            name = f"res{freeze_at}"
-            if name not in self.place or not stages.parts:
+            if not stages.parts:
+                raise ValueError(
+                    f"MODEL.BACKBONE.FREEZE_AT must be 0 for backbones of timm, got {freeze_at}"
+                )
+            last = self.place.get(f"res{freeze_at}")
+            if last is None:
                 raise ValueError(
                     f"MODEL.BACKBONE.FREEZE_AT must be 0 or the number of a feature of the "
-                    f"backbone {self._out_features}, and 0 for timm, got {freeze_at}"
+                    f"backbone {self._out_features}, got {freeze_at}"
                 )
-            stages.parts[: self.place[name] + 1].requires_grad_(False)
+            stages.parts[: last + 1].requires_grad_(False)
 
     def library_names(self) -> dict[str, str]:
         """Names of parameters in the library's own files -> names here; "" where only the classifier
