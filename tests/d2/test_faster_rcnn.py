@@ -233,6 +233,22 @@ def test_it_starts_from_the_backbone_of_another_detector(
 # ------------------------------------------------------------------------------- trainer and tools
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "available"),
+    [
+        ("FPN", ["res2", "res9"], "res2.*res5"),
+        ("RPN", ["p2", "p9"], "p2.*p6"),
+        ("ROI_HEADS", ["p2", "p9"], "p2.*p6"),
+    ],
+)
+def test_a_feature_that_the_backbone_lacks_is_refused_by_its_key(model_of, key, value, available):
+    """It was a KeyError of its name alone."""
+    key = f"MODEL.{key}.IN_FEATURES"
+    sentence = rf"{key} has '{value[1]}', but the features of the backbone are \['{available}'\]"
+    with pytest.raises(ValueError, match=sentence):
+        model_of(key, value, **PLAIN)
+
+
 def test_it_trains_resumes_and_detects(run, tmp_path):
     """Resumed, it has the losses that it had without interruption, bit for bit."""
     options = (*SMALL, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2)

@@ -42,6 +42,16 @@ RESNET = (
 # ------------------------------------------------------------------------------------ training
 
 
+def test_a_feature_that_the_backbone_lacks_is_refused_by_its_key(tiny_config):
+    """It was a KeyError of its name alone."""
+    cfg = tiny_config("MODEL.RESNETS.OUT_FEATURES", "['res5']")
+    sentence = (
+        r"MODEL.DN_DETR.IN_FEATURES has '\w+', but the features of the backbone are \['res5'\]"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        build_model(cfg)
+
+
 def test_losses_have_the_same_keys_with_and_without_objects(model_of):
     model = model_of()
     batches = [[sample(0, 3), sample(1, 1)], [sample(0, 3), sample(2, 0)], [sample(2, 0)]]

@@ -23,6 +23,7 @@ from dn_detr.auxiliary.denoising import Denoising, DenoisingQueries
 from dn_detr.d2.config.fields import read_fields
 from dn_detr.d2.data.catalog import with_num_classes
 from dn_detr.d2.modeling.batch import BatchStats
+from dn_detr.d2.modeling.feature_names import check_rcnn_features
 from dn_detr.d2.modeling.instances import IterationCounter, to_targets
 from dn_detr.layers.box_ops import cxcywh_to_xyxy
 from dn_detr.structures import NoisedObjects
@@ -53,8 +54,13 @@ class DenoisingRCNN(GeneralizedRCNN):
             )
         cfg.defrost()
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = node.NUM_CLASSES
+        try:
+            parts = super().from_config(cfg)
+        except KeyError:
+            check_rcnn_features(cfg)
+            raise
         return {
-            **super().from_config(cfg),
+            **parts,
             "denoise": box_denoising(node) if node.DENOISING.ENABLED else None,
             "seed": cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         }

@@ -7,6 +7,7 @@ from detectron2.layers import ShapeSpec
 
 from dn_detr.build import BoxPrompting, Denoising, HybridMatching, LossConfig, build_model
 from dn_detr.d2.config.fields import T, read_fields
+from dn_detr.d2.modeling.feature_names import check_features
 from dn_detr.losses.criterion import Criterion
 from dn_detr.losses.matching_costs import MatchingCosts
 from dn_detr.losses.teacher_loss import Teach, Teaching
