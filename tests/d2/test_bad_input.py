@@ -16,6 +16,7 @@ from PIL import Image
 
 import dn_detr
 from dn_detr.d2.data.coco_check import read_json
+from dn_detr.d2.engine.trainer import reason_of
 from dn_detr.errors import InputError
 
 
@@ -136,6 +137,9 @@ def test_boxes_without_size_are_no_error_but_dropped_and_reported(run, tmp_path)
 # --------------------------------------------------------------------------------- configuration
 
 
+RESNET = ["MODEL.BACKBONE.NAME", "build_resnet_backbone"]
+
+
 @pytest.mark.parametrize(
     ("opts", "words"),
     [
@@ -145,6 +149,12 @@ def test_boxes_without_size_are_no_error_but_dropped_and_reported(run, tmp_path)
         (["SOLVER.MAX_ITER"], ("odd length",)),
         (["MODEL.DN_DETR.METHOD", "yolo"], ("no method 'yolo'", "dab_deformable")),
         (["MODEL.DN_DETR.NUM_HEADS", 3], ("num_heads 3",)),
+        (["MODEL.DN_DETR.IN_FEATURES", "['res4', 'p3']"], ("MODEL.DN_DETR.IN_FEATURES has 'p3'",)),
+        (
+            [*RESNET, "MODEL.RESNETS.DEPTH", 18],
+            ("cannot be built", "Must set MODEL.RESNETS.RES2_OUT_CHANNELS = 64"),
+        ),
+        ([*RESNET, "MODEL.RESNETS.OUT_FEATURES", "['res9']"], ("cannot be built", "Available ch")),
         (["MODEL.META_ARCHITECTURE", "Detector"], ("Detector", "META_ARCH")),
         (["SOLVER.OPTIMIZER", "LION"], ("'ADAMW' or 'SGD'", "'LION'")),
         (["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "half"], ("bfloat16", "'half'")),
@@ -155,6 +165,14 @@ def test_boxes_without_size_are_no_error_but_dropped_and_reported(run, tmp_path)
 def test_a_faulty_configuration(answer, opts, words):
     said = answer(*opts)
     assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("error", [AssertionError(), AssertionError([])])
+def test_an_assertion_without_a_sentence_is_told_by_its_source(error):
+    try:
+        raise error
+    except AssertionError as caught:
+        assert reason_of(caught) == "raise error"
 
 
 def test_a_missing_or_faulty_configuration_file(answer, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import weakref
 
 import torch
@@ -180,9 +181,9 @@ class Trainer(DefaultTrainer):
         try:
             with checked_operators(cfg):
                 return super().build_model(cfg)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, AssertionError) as error:
             raise InputError(
-                f"the model cannot be built from this configuration: {error.args[0]}."
+                f"the model cannot be built from this configuration: {reason_of(error)}."
             ) from error
 
     @classmethod
@@ -204,6 +205,13 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg, dataset_name: str) -> Evaluator:
         return build_evaluator(cfg, dataset_name)
+
+
+def reason_of(error: Exception) -> str:
+    """The message of an error on one line, without full stop; of a bare assertion its source."""
+    if not isinstance(error, AssertionError) or " " in str(error):
+        return " ".join(str(error.args[0] if error.args else error).split()).rstrip(".")
+    return traceback.extract_tb(error.__traceback__)[-1].line
 
 
 def across_processes(model: nn.Module) -> nn.Module:
