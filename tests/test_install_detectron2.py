@@ -387,6 +387,17 @@ def test_a_damaged_wheel_is_refused_in_one_sentence(write_files, world, monkeypa
     assert f"{world.wheel.name} is damaged: " in write_files()
 
 
+@pytest.mark.parametrize("module", ["info", "install_detectron2"])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_is_printed_and_nothing_is_done(module, option):
+    """The one refused --help, the other ignored it."""
+    command = [sys.executable, "-m", f"dn_detr.{module}", option]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr
+    assert f"python -m dn_detr.{module}" in done.stdout
+    assert "GPU" not in done.stdout and "$ pip" not in done.stdout
+
+
 def test_the_manifest_names_python_files_of_detectron2_alone():
     manifest = chooser.read_manifest()
     assert len(manifest) > 300 and chooser.VERSION_FILE in manifest

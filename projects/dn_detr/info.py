@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 from importlib import metadata
 
@@ -66,4 +67,5 @@ def _extension() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m dn_detr.info", description=__doc__).parse_args()
     print(report())

@@ -117,6 +117,9 @@ def is_settled(source: str) -> bool:
 
 def main() -> None:
     """Install as the environment says; exits with a sentence where that fails."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__.strip())
+        return
     source = os.environ.get("DETECTRON2", "")
     try:
         if sys.argv[1:]:

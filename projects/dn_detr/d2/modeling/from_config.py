@@ -19,6 +19,7 @@ from dn_detr.models.model_config import ModelConfig
 def core_from(cfg: CfgNode, shapes: dict[str, ShapeSpec]) -> DETR:
     """Build the core with its auxiliary queries; shapes: of the backbone's features."""
     node = cfg.MODEL.DN_DETR
+    check_features("MODEL.DN_DETR.IN_FEATURES", node.IN_FEATURES, shapes)
 
     def enabled(part: CfgNode, kind: type[T]) -> T | None:
         return read_fields(part, kind) if part.ENABLED else None
