@@ -200,6 +200,16 @@ def test_weights_that_are_no_finite_floats_are_refused(resnet50, tmp_path, value
         load(model_of("dn_deformable.yaml"), tmp_path / "a.pth")
 
 
+def test_a_wider_resnet_is_refused_by_its_shapes(resnet50, tmp_path):
+    """It was said to have none of the names, because no shape was equal."""
+    torch.save(resnet50, tmp_path / "a.pth")
+    channels = {"STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 32, "WIDTH_PER_GROUP": 8}
+    narrow = {f"MODEL__RESNETS__{key}": value for key, value in channels.items()}
+    sentence = r"torchvision or timm, .* these shapes differ, 265 in all, the first stem.conv1"
+    with pytest.raises(InputError, match=sentence):
+        load(model_of("dn_deformable.yaml", **narrow), tmp_path / "a.pth")
+
+
 def test_a_deeper_resnet_is_refused(resnet101):
     with pytest.raises(InputError, match="that the backbone does not have, 255 in all"):
         load(model_of("dn_deformable.yaml"), resnet101[0])

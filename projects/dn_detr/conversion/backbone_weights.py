@@ -111,7 +111,7 @@ def match_backbone(
         )
         candidates.insert(0, (library, _by_names(library_names), library_normalisation))
     matches = [_match(state, wanted, *candidate) for candidate in candidates]
-    match = max(matches, key=lambda match: len(match.found))
+    match = max(matches, key=lambda match: (len(match.found) + len(match.wrong), len(match.found)))
     if match.source in (TORCHVISION, HUGGING_FACE):
         return replace(match, strides_in_1x1=False)
     if match.source == CAFFE2:

@@ -245,7 +245,7 @@ class Checkpointer(DetectionCheckpointer):
                 "library_normalisation": normalisation,
             }
         match = match_backbone(checkpoint["model"], wanted, **library)
-        if not match.found:
+        if not match.found and not match.wrong:
             raise InputError(
                 f"{self.path!r} holds none of the parameters of this model's backbone, whose first is "
                 f"{next(iter(wanted))}, under any known name; the file's first is "
