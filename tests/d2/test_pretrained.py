@@ -167,7 +167,10 @@ def test_a_dilated_last_stage_takes_the_same_file(resnet50, tmp_path):
 def test_a_file_without_one_statistic_is_refused_unless_that_may_be_new(resnet50, tmp_path):
     state = {k: v for k, v in resnet50.items() if k != "layer1.0.bn2.running_var"}
     torch.save(state, tmp_path / "a.pth")
-    sentence = "lacks parameters of the backbone, 1 in all, the first res2.0.conv2.norm.running_var"
+    sentence = (
+        "lacks parameters of the backbone, 1 in all, the first res2.0.conv2.norm.running_var. "
+        r"\(MODEL.DN_DETR.NEW_PARAMETERS names what the file may lack"
+    )
     with pytest.raises(InputError, match=sentence):
         load(model_of("dn_deformable.yaml"), tmp_path / "a.pth")
     load(model_of("dn_deformable.yaml"), tmp_path / "a.pth", may_be_new=["res2.0.conv2.norm"])
@@ -182,8 +185,9 @@ def test_a_file_without_one_statistic_is_refused_unless_that_may_be_new(resnet50
 )
 def test_a_file_of_another_network_is_refused(resnet50, tmp_path, change, sentence):
     torch.save({**resnet50, **change}, tmp_path / "a.pth")
-    with pytest.raises(InputError, match=sentence):
+    with pytest.raises(InputError, match=sentence) as caught:
         load(model_of("dn_deformable.yaml"), tmp_path / "a.pth")
+    assert "NEW_PARAMETERS" not in str(caught.value)  # which helps where something is missing
 
 
 @pytest.mark.parametrize(
@@ -211,7 +215,8 @@ def test_a_wider_resnet_is_refused_by_its_shapes(resnet50, tmp_path):
 
 
 def test_a_deeper_resnet_is_refused(resnet101):
-    with pytest.raises(InputError, match="that the backbone does not have, 255 in all"):
+    sentence = r"does not have, 255 in all, .*a ResNet-101: set MODEL.RESNETS.DEPTH 101\.\)$"
+    with pytest.raises(InputError, match=sentence):
         load(model_of("dn_deformable.yaml"), resnet101[0])
 
 
@@ -226,6 +231,24 @@ def test_stages_after_the_last_feature_are_left_out(resnet50, tmp_path):
     torch.save({**resnet50, "layer3.6.conv1.weight": torch.zeros(1)}, tmp_path / "a.pth")
     with pytest.raises(InputError, match="does not have, 1 in all, the first layer3.6"):
         load(model, tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("resnet50d", "these shapes differ"),
+        ("swin_tiny_patch4_window7_224", "holds none of the parameters"),
+    ],
+)
+def test_networks_that_detectron2_lacks_are_refused_with_how_to_build_them(
+    name, sentence, tmp_path
+):
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        state = random_state(timm.create_model(name))
+    torch.save({k: v.float() for k, v in state.items()}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=f"{sentence}.*MODEL.BACKBONE.NAME build_named_backbone"):
+        load(model_of("dn_deformable.yaml"), tmp_path / "a.pth")
 
 
 def test_another_normalisation_than_that_of_the_weights_is_refused(resnet50, tmp_path):

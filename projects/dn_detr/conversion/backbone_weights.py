@@ -7,7 +7,7 @@ and of Caffe2 (Detectron2's MSRA files), and for a backbone that a library built
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,9 +55,9 @@ class BackboneMatch:
 
     source: in words; found: parameters by the backbone's names; missing: names that the file lacks;
     surplus: names in the file that belong to nothing; wrong: names with the shapes there and here;
-    normalisation: what the weights were trained with, None = unknown; strides_in_1x1: whether the
-    bottlenecks of its network stride in their first convolution, None = unknown; is_affine: its batch
-    norms are an affine map alone.
+    depth: see `resnet_depth`; normalisation: what the weights were trained with, None = unknown;
+    strides_in_1x1: whether the bottlenecks of its network stride in their first convolution, None =
+    unknown; is_affine: its batch norms are an affine map alone.
     """
 
     source: str
@@ -65,6 +65,7 @@ class BackboneMatch:
     missing: list[str]
     surplus: list[str]
     wrong: list[str]
+    depth: int | None
     normalisation: Normalisation | None
     strides_in_1x1: bool | None = None
     is_affine: bool = False
@@ -136,9 +137,10 @@ Renamer = Callable[[Mapping[str, Tensor]], Iterator[tuple[str, str | None, Tenso
 def _match(
     state, wanted, source: str, rename: Renamer, normalisation: Normalisation | None
 ) -> BackboneMatch:
-    found, wrong, surplus = {}, [], []
+    found, wrong, surplus, known = {}, [], [], []
     last = max((_stage_of(name) for name in wanted), default=0)
     for name, ours, tensor in rename(state):
+        known.append(ours or "")
         if ours in found and not is_same(found[ours], tensor):
             surplus.append(f"{name}, another {ours}")
         elif ours in wanted and tuple(tensor.shape) == tuple(wanted[ours]):
@@ -151,7 +153,28 @@ def _match(
             surplus.append(name)
     lacking = [n for n in wanted if n not in found and not IGNORED.search(n)]
     missing = [n for n in lacking if not any(entry.startswith(f"{n} ") for entry in wrong)]
-    return BackboneMatch(source, found, missing, surplus, wrong, normalisation)
+    depth = resnet_depth(known)
+    return BackboneMatch(source, found, missing, surplus, wrong, depth, normalisation)
+
+
+def resnet_depth(names: Collection[str]) -> int | None:
+    """Return MODEL.RESNETS.DEPTH of the ResNet with these parameters, None for other networks."""
+    blocks = {match[0] for name in names if (match := re.match(r"res\d\.\d+\.", name))}
+    counts = tuple(
+        sum(block.startswith(f"res{stage}.") for block in blocks) for stage in range(2, 6)
+    )
+    has_bottlenecks = any(name.startswith("res2.0.conv3.") for name in names)
+    return RESNET_DEPTHS.get((counts, has_bottlenecks))
+
+
+RESNET_DEPTHS = {
+    ((2, 2, 2, 2), False): 18,
+    ((3, 4, 6, 3), False): 34,
+    ((3, 4, 6, 3), True): 50,
+    ((3, 4, 23, 3), True): 101,
+    ((3, 8, 36, 3), True): 152,
+}
+"""Blocks of the stages, and whether they are bottlenecks -> depth (1512.03385, table 1)."""
 
 
 def _stage_of(name: str | None) -> int:

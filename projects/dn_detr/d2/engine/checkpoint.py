@@ -14,9 +14,11 @@ from torch import nn
 
 from dn_detr.conversion.backbone_weights import (
     IMAGENET,
+    BackboneMatch,
     Normalisation,
     check_normalisation,
     match_backbone,
+    resnet_depth,
 )
 from dn_detr.conversion.convert_weights import ABSENT, COCO_CATEGORIES, convert, keep_coco_classes
 from dn_detr.conversion.safe_load import (
@@ -249,7 +251,7 @@ class Checkpointer(DetectionCheckpointer):
             raise InputError(
                 f"{self.path!r} holds none of the parameters of this model's backbone, whose first is "
                 f"{next(iter(wanted))}, under any known name; the file's first is "
-                f"{next(iter(checkpoint['model']), 'none')}."
+                f"{next(iter(checkpoint['model']), 'none')}.{self._hint(match, body)}"
             )
         missing = [name for name in match.missing if not name.startswith(self.may_be_new or "\0")]
         for fault, names in (
@@ -258,10 +260,13 @@ class Checkpointer(DetectionCheckpointer):
             ("the file has parameters that the backbone does not have", match.surplus),
         ):
             if names:
+                hint = self._hint(match, body)
+                if names is missing:
+                    hint = hint or " (MODEL.DN_DETR.NEW_PARAMETERS names what the file may lack.)"
                 raise InputError(
                     f"{self.path!r}, read as {match.source}, does not fit the backbone of "
                     f"{len(wanted)} parameters and statistics: {fault}, {len(names)} in all, the first "
-                    f"{names[0]}. (MODEL.DN_DETR.NEW_PARAMETERS names what the file may lack.)"
+                    f"{names[0]}.{hint}"
                 )
         self._check_floats(match.found, known)
         broken = [name for name, v in match.found.items() if not v.float().isfinite().all()]
@@ -291,6 +296,21 @@ class Checkpointer(DetectionCheckpointer):
                     f"{self.path!r} has values of type {value.dtype} for {name}, which must be "
                     "floating-point numbers."
                 )
+
+    def _hint(self, match: BackboneMatch, body) -> str:
+        """Say how to build the network of the file; "" where that is not known."""
+        depth = resnet_depth(body.state_dict().keys())
+        if depth and match.depth and match.depth != depth:
+            return (
+                f" (The file is of a ResNet-{match.depth}: set MODEL.RESNETS.DEPTH {match.depth}.)"
+            )
+        is_of_detectron2 = body is self.model.backbone and not isinstance(body, NamedBackbone)
+        if is_of_detectron2 and (match.surplus or not (match.found or match.wrong)):
+            return (
+                " (For a network of torchvision or timm, set MODEL.BACKBONE.NAME build_named_backbone "
+                "and MODEL.DN_DETR.BACKBONE to its name, e.g. timm/resnet50d.)"
+            )
+        return ""
 
     def _check_network(self, body, strides_in_1x1: bool | None, *, is_affine: bool) -> None:
         """InputError where a backbone has the parameters, but computes something else with them."""
