@@ -78,10 +78,14 @@ def check_normalisation(weights: str, wanted: Normalisation, given: Normalisatio
     tolerance = 0.01 * max(wanted[2])
     if given[0] == wanted[0] and all(abs(a - b) <= tolerance for a, b in pairs):
         return
-    order, mean, std = (wanted[0], *([round(v, 3) for v in values] for values in wanted[1:]))
+    (order, mean, std), (given_order, given_mean, given_std) = (
+        (order, *([round(v, 3) for v in values] for values in others))
+        for order, *others in (wanted, given)
+    )
     raise ValueError(
         f"{weights} were trained with another pixel normalisation: set INPUT.FORMAT {order} "
-        f'MODEL.PIXEL_MEAN "{mean}" MODEL.PIXEL_STD "{std}", got {given[0]}, {list(given[1])} and {list(given[2])}'
+        f'MODEL.PIXEL_MEAN "{mean}" MODEL.PIXEL_STD "{std}", got {given_order}, {given_mean} and '
+        f"{given_std}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -275,9 +275,10 @@ class Checkpointer(DetectionCheckpointer):
         normalisation, strides = match.normalisation, match.strides_in_1x1
         if checkpoint.get("__author__") == "torchvision":
             normalisation, strides = IMAGENET, False
-        if normalisation is not None:
-            self._check_normalisation(normalisation)
-        self._check_network(body, strides, is_affine=match.is_affine)
+        self._refuse(
+            *self._normalisation_faults(normalisation),
+            *self._network_faults(body, strides, is_affine=match.is_affine),
+        )
         state = {f"{prefix}{name}": tensor for name, tensor in match.found.items()}
         incompatible = super()._load_model({"model": state})
         new = f"; these start anew: {', '.join(match.missing)}" if match.missing else ""
@@ -312,22 +313,29 @@ class Checkpointer(DetectionCheckpointer):
             )
         return ""
 
-    def _check_network(self, body, strides_in_1x1: bool | None, *, is_affine: bool) -> None:
-        """InputError where a backbone has the parameters, but computes something else with them."""
+    def _refuse(self, *faults: str) -> None:
+        """InputError of all faults, if any."""
+        if faults:
+            raise InputError(f"{'; and '.join(faults)}.")
+
+    def _network_faults(
+        self, body, strides_in_1x1: bool | None, *, is_affine: bool
+    ) -> Iterator[str]:
+        """Where a backbone has the parameters, but computes something else with them."""
         modules = list(body.modules())
         if is_affine and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
-            raise InputError(
+            yield (
                 f"the batch norms in {self.path!r} are without statistics, so they can only stay as "
-                "they are: set MODEL.RESNETS.NORM FrozenBN."
+                "they are: set MODEL.RESNETS.NORM FrozenBN"
             )
         blocks = (BottleneckBlock, DeformBottleneckBlock)
         strided = next((m for m in modules if isinstance(m, blocks) and m.stride == 2), None)
         if strides_in_1x1 is None or strided is None:
             return
         if (strided.conv1.stride == (2, 2)) != strides_in_1x1:
-            raise InputError(
+            yield (
                 f"the network of the weights in {self.path!r} strides in other convolutions: set "
-                f"MODEL.RESNETS.STRIDE_IN_1X1 {strides_in_1x1}."
+                f"MODEL.RESNETS.STRIDE_IN_1X1 {strides_in_1x1}"
             )
 
     def _converted(self, state: dict) -> dict | None:
@@ -344,7 +352,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"{method or type(self.model).__name__}: {error}."
             ) from error
         self.logger.info(f"Read {self.path} as {table.source}")
-        self._check_normalisation(IMAGENET)
+        self._refuse(*self._normalisation_faults(IMAGENET))
         known = self.model.state_dict()
         surplus = {
             value.shape[0] - known[name].shape[0]
@@ -354,13 +362,15 @@ class Checkpointer(DetectionCheckpointer):
         is_coco = self.model.num_classes == len(COCO_CATEGORIES)
         return keep_coco_classes(ours) if is_coco and surplus == {len(ABSENT) + 1} else ours
 
-    def _check_normalisation(self, normalisation: Normalisation) -> None:
+    def _normalisation_faults(self, normalisation: Normalisation | None) -> Iterator[str]:
+        if normalisation is None:
+            return
         mean, std = (v.flatten().tolist() for v in (self.model.pixel_mean, self.model.pixel_std))
         try:
             given = (self.model.input_format, mean, std)
             check_normalisation(f"the weights in {self.path!r}", normalisation, given)
         except ValueError as error:
-            raise InputError(f"{error}.") from error
+            yield str(error)
 
     def _has_other_classes(self, checkpoint: dict) -> bool:
         """By their names where both sides know them, and by the sizes of what depends on them."""
