@@ -35,7 +35,7 @@ from dn_detr.d2.config.defaults import read_config
 from dn_detr.d2.data.catalog import prepare
 from dn_detr.d2.data.summary import check_once
 from dn_detr.d2.engine.checkpoint import Checkpointer
-from dn_detr.d2.engine.collective import together
+from dn_detr.d2.engine.collective import raise_on_all_ranks
 from dn_detr.d2.engine.trainer import Trainer, use_deterministic_algorithms
 from dn_detr.d2.inference.saved_detector import read_evaluation_config
 from dn_detr.errors import InputError, RemoteInputError, sentence_in
@@ -66,7 +66,7 @@ def setup(args) -> CfgNode:
 
 def main(args) -> dict | None:
     """Train, or only evaluate; returns the metrics where there are any."""
-    cfg = check_once(together(lambda: setup(args)), eval_only=args.eval_only)
+    cfg = check_once(raise_on_all_ranks(lambda: setup(args)), eval_only=args.eval_only)
     if args.eval_only:
         if cfg.DETERMINISTIC:
             use_deterministic_algorithms()

@@ -88,8 +88,8 @@ def test_without_data_one_sentence_says_where_they_were_looked_for_and_what_to_d
         read_json("datasets/coco/annotations/instances_train2017.json")
     sentence = str(caught.value)
     assert sentence.startswith(
-        "the annotation file datasets/coco/annotations/instances_train2017.json does not exist, seen "
-        f"from {os.getcwd()}: "
+        "the annotation file datasets/coco/annotations/instances_train2017.json does not exist "
+        f"(working directory {os.getcwd()}): "
     )
     assert "`export DETECTRON2_DATASETS=FOLDER`" in sentence
     quick = re.search("--config-file (.*?)`", sentence)[1]
@@ -217,7 +217,7 @@ def test_weights_that_cannot_be_downloaded(answer, monkeypatch):
     monkeypatch.setattr("iopath.common.file_io.download", no_network)
     said = answer("MODEL.WEIGHTS", "https://example.org/model.pth")
     assert "https://example.org/model.pth" in said and "no network" in said
-    assert "bring the file to this machine" in said
+    assert "copy the file to this machine" in said
 
 
 def test_a_checkpoint_of_another_architecture(answer, run, tmp_path):

@@ -37,7 +37,7 @@ def test_the_report_of_any_file_is_printed(check_data, tmp_path, capsys):
     check_data(["--coco", json_file, images])
     printed = capsys.readouterr().out
     assert "images     4, 2 without objects" in printed
-    assert "boxes      3, beside 1 crowd regions" in printed
+    assert "boxes      3, plus 1 crowd regions" in printed
     assert "queries" not in printed and "training" not in printed  # no model was named
     assert "zero, negative or not finite size: 2" in printed and "clipped" in printed
     forget(json_file)

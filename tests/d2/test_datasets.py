@@ -68,9 +68,9 @@ def test_all_datasets_of_a_run_must_have_the_same_classes(tmp_path):
     register_coco_format([["made_up", *write(tmp_path / "a", content)]])
     content["categories"][0]["name"] = "wolf"
     register_coco_format([["other", *write(tmp_path / "b", content)]])
-    with pytest.raises(InputError, match="class 1 is 'dog' in the one and 'wolf' in the other"):
+    with pytest.raises(InputError, match="class 1 is 'dog' in the first and 'wolf' in the second"):
         resolve_num_classes(0, ["made_up", "other"])
-    with pytest.raises(InputError, match="the one has 2 and the other 80|class 0 is 'cat'"):
+    with pytest.raises(InputError, match="the first has 2 and the second 80|class 0 is 'cat'"):
         resolve_num_classes(0, ["made_up", "coco_2017_val"])
 
 

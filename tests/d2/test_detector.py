@@ -171,7 +171,7 @@ def test_what_is_no_image_is_refused(detector, tmp_path):
     pixels = np.zeros((4, 4, 3), np.uint8)
     for image, order, words in [
         (tmp_path / "none.png", None, "does not exist"),
-        (tmp_path / "text.png", None, "cannot be read .no known image format"),
+        (tmp_path / "text.png", None, "cannot be read .unknown image format"),
         (pixels, None, "say which channel order"),
         (pixels, "rgb", "say which channel order"),
         (pixels[0], "RGB", r"must be uint8 \[height, width, 3\], got uint8 \[4, 3\]"),

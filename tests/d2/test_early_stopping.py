@@ -89,7 +89,7 @@ def test_a_wrong_name_is_refused_at_the_first_evaluation_with_all_names(scored, 
         scored([1.0], f"TEST.{key}.METRIC", "box/AP")
     assert str(caught.value) == (
         f"train_net.py: TEST.{key}.METRIC must be a metric of this evaluation, perhaps 'bbox/AP', "
-        "got 'box/AP'; there are bbox/AP."
+        "got 'box/AP'; available: bbox/AP."
     )
 
 

@@ -396,8 +396,8 @@ def test_results_of_any_detector_are_evaluated(tool, dataset, tmp_path, capsys):
         "AP"
     ] == pytest.approx(100)
     for content, words in [
-        ([], "must hold a list of results, at least one"),
-        ([{**good[0], "image_id": 9}], "has the image_id 9, which the annotation file has not"),
+        ([], "must hold a list of at least one result"),
+        ([{**good[0], "image_id": 9}], "has the image_id 9, which is not in the annotation file"),
         ([{**good[0], "category_id": 1}], "has the category_id 1"),
         ([{"image_id": 1}], "entry 0 of 'results' has no 'category_id'"),
     ]:

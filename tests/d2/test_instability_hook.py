@@ -109,7 +109,7 @@ def test_matches_of_other_images_are_not_compared(tiny_config, caplog):
     hook = instruments(tiny_config())
     hook.load_state_dict({"matches": torch.zeros(7, 12, dtype=torch.int64)})
     assert "matching/instability" not in scalars(hook)
-    assert "no instability this time" in caplog.text
+    assert "no matching instability this time" in caplog.text
 
 
 def test_images_are_spread_evenly_over_the_first_test_set(tiny_config):

@@ -72,7 +72,7 @@ def test_the_report_says_how_many_and_how_good(make, capsys):
     make(seen)
     printed = capsys.readouterr().out
     assert "teacher0.json\n  read       3 boxes\n" in printed
-    assert "boxes.json: 3 boxes in 2 of 4 images; in an image: median 0.5, most 2" in printed
+    assert "boxes.json: 3 boxes in 2 of 4 images; per image: median 0.5, most 2" in printed
     assert "Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ]" in printed
 
 

@@ -168,7 +168,7 @@ def test_a_file_without_one_statistic_is_refused_unless_that_may_be_new(resnet50
     state = {k: v for k, v in resnet50.items() if k != "layer1.0.bn2.running_var"}
     torch.save(state, tmp_path / "a.pth")
     sentence = (
-        "lacks parameters of the backbone, 1 in all, the first res2.0.conv2.norm.running_var. "
+        "lacks parameters of the backbone, 1 in all, e.g. res2.0.conv2.norm.running_var. "
         r"\(MODEL.DN_DETR.NEW_PARAMETERS names what the file may lack"
     )
     with pytest.raises(InputError, match=sentence):
@@ -179,7 +179,7 @@ def test_a_file_without_one_statistic_is_refused_unless_that_may_be_new(resnet50
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"layer5.0.conv1.weight": torch.zeros(1)}, "does not have, 1 in all, the first layer5.0"),
+        ({"layer5.0.conv1.weight": torch.zeros(1)}, "does not have, 1 in all, e.g. layer5.0"),
         ({"conv1.weight": torch.zeros(64, 4, 7, 7)}, r"stem.conv1.weight \[64, 4, 7, 7\] instead"),
     ],
 )
@@ -209,7 +209,7 @@ def test_a_wider_resnet_is_refused_by_its_shapes(resnet50, tmp_path):
     torch.save(resnet50, tmp_path / "a.pth")
     channels = {"STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 32, "WIDTH_PER_GROUP": 8}
     narrow = {f"MODEL__RESNETS__{key}": value for key, value in channels.items()}
-    sentence = r"torchvision or timm, .* these shapes differ, 265 in all, the first stem.conv1"
+    sentence = r"torchvision or timm, .* these shapes differ, 265 in all, e.g. stem.conv1"
     with pytest.raises(InputError, match=sentence):
         load(model_of("dn_deformable.yaml", **narrow), tmp_path / "a.pth")
 
@@ -229,7 +229,7 @@ def test_stages_after_the_last_feature_are_left_out(resnet50, tmp_path):
     used = {name: value for name, value in resnet50.items() if not name.startswith("layer4")}
     check_all_loaded(model, in_order(used))
     torch.save({**resnet50, "layer3.6.conv1.weight": torch.zeros(1)}, tmp_path / "a.pth")
-    with pytest.raises(InputError, match="does not have, 1 in all, the first layer3.6"):
+    with pytest.raises(InputError, match="does not have, 1 in all, e.g. layer3.6"):
         load(model, tmp_path / "a.pth")
 
 
@@ -553,7 +553,7 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch):
     cfg = get_cfg()
     add_dn_detr_config(cfg)
     cfg.merge_from_file(str(CONFIGS / R101[0]))
-    with pytest.raises(InputError, match="bring the file to this machine and set MODEL.WEIGHTS to"):
+    with pytest.raises(InputError, match="copy the file to this machine and set MODEL.WEIGHTS to"):
         load(model_of(R101[0]), cfg.MODEL.WEIGHTS)
 
 
@@ -577,7 +577,7 @@ def test_a_librarys_weights_are_only_fetched_without_others_and_say_what_to_do(m
     changes = named("torchvision/resnet18")
     model_of("dn_deformable.yaml", **changes, MODEL__WEIGHTS="detector.pth")
     assert not asked
-    with pytest.raises(InputError, match="bring the file to this machine and set MODEL.WEIGHTS"):
+    with pytest.raises(InputError, match="copy the file to this machine and set MODEL.WEIGHTS"):
         model_of("dn_deformable.yaml", **changes, MODEL__WEIGHTS="")
     assert asked == [torchvision.models.ResNet18_Weights.DEFAULT.url]
 

@@ -40,7 +40,7 @@ def test_a_resumed_training_goes_on_with_the_seed_that_was_drawn(run, tmp_path):
     fixed = ("SEED", seed, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 4)
     run(*fixed, flags=["--resume"], output="fixed")
     assert losses(tmp_path / "run")[-2:] == losses(tmp_path / "fixed")
-    assert f"going on with the seed {seed}" in (tmp_path / "run" / "log.txt").read_text()
+    assert f"continuing with the seed {seed}" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_seed_that_is_configured_is_not_replaced_by_that_of_a_checkpoint(run, tmp_path):

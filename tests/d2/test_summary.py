@@ -165,9 +165,9 @@ def _delete(key, number, field):
         (lambda content: content["categories"].clear(), "a.json has no 'categories'"),
         (_delete("images", 1, "file_name"), "entry 1 of 'images' has no 'file_name'"),
         (_set("images", 1, "width", 0), "11.png must be at least 1x1 pixels, got 0x40"),
-        (_set("images", 1, "width", "60"), "entry 1 of 'images' has an impossible 'width': '60'"),
+        (_set("images", 1, "width", "60"), "entry 1 of 'images' has an invalid 'width': '60'"),
         (_set("images", 1, "id", 10), "the image id 10 is used twice"),
-        (_set("images", 1, "id", "11"), "image ids must be all numbers or all texts"),
+        (_set("images", 1, "id", "11"), "image ids must be all numbers or all strings"),
         (_set("categories", 1, "id", 7), "the category id 7 is used twice"),
         (_set("annotations", 1, "id", 1), "the annotation id 1 is used twice"),
         (_set("annotations", 1, "category_id", 4), "annotation 2 has category_id 4, which is not"),
@@ -178,7 +178,7 @@ def _delete(key, number, field):
         (_set("annotations", 1, "bbox", [1, 2, 3, None]), "annotation 2 must have a bbox"),
         (_set("annotations", 1, "ignore", 1), "annotation 2 has 'ignore', which is not supported"),
         (_set("images", 1, "file_name", "b.png"), "1 of the 4 image files .*/b.png"),
-        (_set("images", 1, "width", 61), "11.png, which has 60x40 pixels .* say 61x40"),
+        (_set("images", 1, "width", 61), "11.png, which has 60x40 pixels, .* say 61x40"),
     ],
 )
 def test_bad_annotations_are_answered_in_one_sentence(tmp_path, change, expected):
@@ -215,7 +215,7 @@ def test_broken_images_are_found_before_training(tmp_path):
     paths = write(tmp_path, make_content())
     (tmp_path / "images" / "12.png").write_bytes(b"not an image")
     sentence = sentence_for(paths)
-    assert "12.png, which cannot be read (no known image format)" in sentence
+    assert "12.png, which cannot be read (unknown image format)" in sentence
 
 
 def test_images_are_not_opened_in_large_datasets(tmp_path, monkeypatch):

@@ -104,10 +104,10 @@ def test_the_report_says_what_was_left_out(tmp_path, caplog):
     text = caplog.messages[-1]
     for part in (
         "read       9 boxes",
-        "4 boxes in 2 of 4 images; in an image: median 1, most 2",
+        "4 boxes in 2 of 4 images; per image: median 1, most 2",
         "zero, negative or not finite size: 1 (",
         "12.png [1, 2, 0, 4])",
-        "outside of their image: 1 (",
+        "outside their image: 1 (",
         "10.png [70, 0, 5, 5])",
         "at the border of their image: 1 (",
         "boxes with the score 0: 1",
@@ -117,9 +117,9 @@ def test_the_report_says_what_was_left_out(tmp_path, caplog):
 
 
 WRONG = {
-    "no list": ({"annotations": [result(10)]}, "must hold a list of results, at least one"),
-    "one result": (result(10), "must hold a list of results, at least one"),
-    "nothing": ([], "must hold a list of results, at least one"),
+    "no list": ({"annotations": [result(10)]}, "must hold a list of at least one result"),
+    "one result": (result(10), "must hold a list of at least one result"),
+    "nothing": ([], "must hold a list of at least one result"),
     "cut off": (json.dumps([result(10)])[:-9], "cannot be read: "),
     "no object": ([result(10), [10, 3]], r"result 1 must have image_id, .* score, got \[10, 3\]"),
     "no score": (
@@ -133,8 +133,8 @@ WRONG = {
         [result(10, bbox=(1, 2, 3))],
         r"must have a bbox \[x, y, width, height\], got",
     ),
-    "class": ([result(10, 4)], "result 0 has the category_id 4, which the dataset has not"),
-    "id": ([result([10])], r"image_id \[10\], which is neither a number nor a text"),
+    "class": ([result(10, 4)], "result 0 has the category_id 4, which is not in the dataset"),
+    "id": ([result([10])], r"image_id \[10\], which is neither a number nor a string"),
     "other dataset": (
         [result(1), result(2)],
         "no image_id in .*, e.g. 1, is in the dataset 'taught'",
@@ -143,7 +143,7 @@ WRONG = {
         [result(10, bbox=(300, 2, 3, 3)), result(10, bbox=(0, 0, 0, 0))],
         "2 of the 2 boxes",
     ),
-    "no file": (None, "teacher.json do not exist: tools/make_teacher_boxes.py makes them"),
+    "no file": (None, "teacher.json do not exist: make them by tools/make_teacher_boxes.py"),
 }
 
 

@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 from samples import sample, with_teacher
 
 from dn_detr.d2.data.catalog import prepare
-from dn_detr.d2.engine.collective import on_main, together
+from dn_detr.d2.engine.collective import raise_on_all_ranks, run_on_main_rank
 from dn_detr.d2.engine.train_step import TrainStep
 from dn_detr.d2.engine.trainer import Trainer, across_processes
 from dn_detr.d2.modeling.batch import batch_stats
@@ -84,13 +84,13 @@ def meet_errors_of_one(rank: int, folder: Path, cfg) -> None:
             raise InputError(f"the file of {rank} is broken.")
         return f"read by {rank}"
 
-    raised = [on_main(lambda: f"read by {rank}"), together(lambda: fails_in(2))]
+    raised = [run_on_main_rank(lambda: f"read by {rank}"), raise_on_all_ranks(lambda: fails_in(2))]
     prepare(cfg)
     Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
     sys.modules["wandb"] = None  # not installed
     for attempt in (
-        lambda: on_main(lambda: fails_in(0)),
-        lambda: together(lambda: fails_in(1)),
+        lambda: run_on_main_rank(lambda: fails_in(0)),
+        lambda: raise_on_all_ranks(lambda: fails_in(1)),
         lambda: Trainer(cfg),
         lambda: train_until_an_image_is_broken(rank, cfg),
     ):

@@ -1,8 +1,7 @@
-"""Dense O2O (DEIM, 2412.04234, sec. 3.2): more objects in an image by mosaics and mixed images, and the
-schedule that switches them on and off by iteration.
+"""Dense O2O augmentation (DEIM, 2412.04234, sec. 3.2): mosaics and mixed images by iteration.
 
-Everything drawn here follows from the seed and a position of the training stream, so that a resumed
-training sees the same, and images that are no mosaics are augmented as they would be without any.
+All random draws depend only on the seed and a position in the training stream. A resumed training
+repeats them, and images outside mosaics get the same augmentation as without mosaics.
 """
 
 from __future__ import annotations
@@ -18,32 +17,43 @@ from dn_detr.d2.data.mixup import mix_batch
 from dn_detr.d2.data.mosaic import Mosaic, RandomAffine, check_mosaic
 from dn_detr.errors import InputError
 
-_MOSAIC, _MIXUP = 2, 3  # first words of seeds, beside those of the loader
+_MOSAIC, _MIXUP = 2, 3  # first words of seeds; the loader uses 0 and 1
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Iterations [first, flat, last): mosaics and mixed images from first to flat, crops from first
-    to last. None as last: without end."""
+    """Iterations at which augmentations start and stop.
+
+    Args:
+        first: First iteration with mosaics, mixed images and crops.
+        flat: First iteration without mosaics and mixed images; None means never.
+        last: First iteration without crops; None means never.
+    """
 
     first: int = 0
     flat: int | None = None
     last: int | None = None
 
     def is_dense(self, iteration: int) -> bool:
+        """Return whether this iteration uses mosaics and mixed images."""
         return self.first <= iteration and (self.flat is None or iteration < self.flat)
 
     def is_calm(self, iteration: int) -> bool:
-        """Neither mosaics nor mixed images nor crops."""
+        """Return whether this iteration uses neither mosaics nor mixed images nor crops."""
         return iteration < self.first or (self.last is not None and iteration >= self.last)
 
 
 class DenseO2O:
-    """What becomes of the images of an iteration.
+    """Apply mosaics and mixed images to the samples of an iteration.
 
-    calm: the mapper without crops. mosaic: four records -> sample; None: no mosaics. blend: the least
-    and the largest share of an image in its mixture; None: none are mixed. Probabilities are those in
-    the iterations that the schedule calls dense.
+    Args:
+        schedule: Iterations in which they are used.
+        calm: Mapper without crops.
+        mosaic: Maps four records to one sample; None disables mosaics.
+        mosaic_probability: Probability of a mosaic per image, in dense iterations.
+        blend: Smallest and largest weight of an image in its mixture; None disables mixing.
+        mixup_probability: Probability of mixing a batch, in dense iterations.
+        fill: Colour of empty pixels, in the channel order of the images.
     """
 
     def __init__(
@@ -68,7 +78,7 @@ class DenseO2O:
     def sample(
         self, mapper, records, index: int, iteration: int, *, seed: int, position: int
     ) -> dict:
-        """The sample at this position of the stream: of image `index`, or a mosaic that begins with it."""
+        """Return the sample at a stream position: image `index`, or a mosaic starting with it."""
         others = self.partners(iteration, len(records), seed=seed, position=position)
         if others is not None:
             return self.mosaic([records[i] for i in (index, *others)])
@@ -79,32 +89,32 @@ class DenseO2O:
     def batch(
         self, samples: list[dict], iteration: int, *, seed: int, first_position: int
     ) -> list[dict]:
-        """The samples of one process, or their mixtures."""
+        """Return the samples of one process, mixed if the draw for this batch says so."""
         share = self.share(iteration, seed=seed, first_position=first_position)
         return samples if share is None else mix_batch(samples, share, self.fill)
 
     def partners(
         self, iteration: int, num_images: int, *, seed: int, position: int
     ) -> list[int] | None:
-        """The three images that make a mosaic of the one at this position; None: it stays alone."""
+        """Draw the other three images of a mosaic at this position, or None for no mosaic."""
         if self.mosaic is None or not self.schedule.is_dense(iteration):
             return None
-        drawn = np.random.default_rng([_MOSAIC, seed, position])
-        if drawn.random() >= self.mosaic_probability:
+        rng = np.random.default_rng([_MOSAIC, seed, position])
+        if rng.random() >= self.mosaic_probability:
             return None
-        return drawn.integers(num_images, size=3).tolist()
+        return rng.integers(num_images, size=3).tolist()
 
     def share(self, iteration: int, *, seed: int, first_position: int) -> float | None:
-        """How much each image has of its mixture; None: this batch is not mixed."""
+        """Draw the weight of each image in its mixture, or None for an unmixed batch."""
         if self.blend is None or not self.schedule.is_dense(iteration):
             return None
-        drawn = np.random.default_rng([_MIXUP, seed, first_position])
-        if drawn.random() >= self.mixup_probability:
+        rng = np.random.default_rng([_MIXUP, seed, first_position])
+        if rng.random() >= self.mixup_probability:
             return None
-        return float(drawn.uniform(*self.blend))
+        return float(rng.uniform(*self.blend))
 
     def describe(self, num_iterations: int) -> str:
-        """What is done when, in a training of so many iterations, and to which share of its images."""
+        """Describe the phases of a training for the log, with the fraction of affected images."""
         first, flat, last = (
             num_iterations if number is None else number
             for number in (self.schedule.first, self.schedule.flat, self.schedule.last)
@@ -125,9 +135,17 @@ class DenseO2O:
 
 
 def build_dense_o2o(cfg, mapper: Callable[[dict], dict] | None = None) -> DenseO2O | None:
-    """Of INPUT.SCHEDULE, MOSAIC and MIXUP, for the process that calls it; None where all are off.
+    """Build Dense O2O from INPUT.SCHEDULE, MOSAIC and MIXUP for the calling process.
 
-    mapper: of one's own, in place of `DetrMapper`. InputError where the keys cannot be followed.
+    Args:
+        cfg: Configuration of the training.
+        mapper: Custom mapper to use instead of `DetrMapper`.
+
+    Returns:
+        The augmentation, or None if all three keys are off.
+
+    Raises:
+        InputError: If a value is invalid.
     """
     mosaic, mixup = cfg.INPUT.MOSAIC, cfg.INPUT.MIXUP
     schedule = _schedule(cfg)
@@ -140,7 +158,9 @@ def build_dense_o2o(cfg, mapper: Callable[[dict], dict] | None = None) -> DenseO
             )
     low, high = mixup.BLEND
     if not 0 <= low <= high <= 1:
-        raise InputError(f"INPUT.MIXUP.BLEND must rise within [0, 1], got {mixup.BLEND}.")
+        raise InputError(
+            f"INPUT.MIXUP.BLEND must be two increasing values in [0, 1], got {mixup.BLEND}."
+        )
     images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     if mixup.ENABLED and images < 2:
         raise InputError(
@@ -148,7 +168,7 @@ def build_dense_o2o(cfg, mapper: Callable[[dict], dict] | None = None) -> DenseO
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} gives each process {images}."
         )
     check_mosaic(mosaic)
-    # As padding: nothing, to the network.
+    # The mean colour, which is 0 after normalisation, like padding.
     fill = tuple(round(value) for value in cfg.MODEL.PIXEL_MEAN)
     return DenseO2O(
         schedule=schedule,
@@ -167,21 +187,20 @@ def _shares(kinds: dict[str, float], of: float) -> str:
 
 
 def _schedule(cfg) -> Schedule:
-    numbers, total = list(cfg.INPUT.SCHEDULE), cfg.SOLVER.MAX_ITER
-    if not numbers:
+    steps, total = list(cfg.INPUT.SCHEDULE), cfg.SOLVER.MAX_ITER
+    if not steps:
         return Schedule()
-    rises = len(numbers) == 3 and 0 <= numbers[0] <= numbers[1] <= numbers[2] <= total
-    if not rises:
+    if not (len(steps) == 3 and 0 <= steps[0] <= steps[1] <= steps[2] <= total):
         raise InputError(
-            "INPUT.SCHEDULE must be three iterations [first, flat, last] that rise, none of them "
-            f"behind SOLVER.MAX_ITER {total}, got {numbers}."
+            "INPUT.SCHEDULE must be three increasing iterations [first, flat, last], none of them "
+            f"after SOLVER.MAX_ITER {total}, got {steps}."
         )
-    if numbers[0] == numbers[1] and (cfg.INPUT.MOSAIC.ENABLED or cfg.INPUT.MIXUP.ENABLED):
+    if steps[0] == steps[1] and (cfg.INPUT.MOSAIC.ENABLED or cfg.INPUT.MIXUP.ENABLED):
         raise InputError(
-            f"INPUT.SCHEDULE {numbers} leaves no iteration to INPUT.MOSAIC and INPUT.MIXUP: its "
+            f"INPUT.SCHEDULE {steps} leaves no iteration to INPUT.MOSAIC and INPUT.MIXUP: its "
             "second number must be larger than its first."
         )
-    return Schedule(*numbers)
+    return Schedule(*steps)
 
 
 def _calm_mapper(cfg) -> DetrMapper:
@@ -192,7 +211,7 @@ def _calm_mapper(cfg) -> DetrMapper:
 
 
 def _mosaic(cfg, fill: tuple[int, int, int]) -> Mosaic:
-    """Behind the mosaic comes what `DetrMapper` does without crops."""
+    """Build the mosaic, followed by the augmentations of `DetrMapper` without crops."""
     node = cfg.INPUT.MOSAIC
     affine = RandomAffine(
         rotation=node.ROTATION, translation=node.TRANSLATION, scale=node.SCALE, fill=fill

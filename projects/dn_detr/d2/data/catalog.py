@@ -1,4 +1,4 @@
-"""Which datasets a run uses, under which names, and how many classes they have."""
+"""Dataset registration and the class names of registered datasets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from dn_detr.errors import InputError
 def prepare(cfg, eval_only: bool = False) -> None:
     """Register the datasets of this run and resolve MODEL.DN_DETR.NUM_CLASSES, in place.
 
-    An evaluation that knows the model's classes takes datasets with some of them, in any order.
+    An evaluation with MODEL.DN_DETR.CLASS_NAMES accepts datasets that share some of these classes,
+    in any order.
     """
     register_shapes()
     register_coco_format(cfg.DATASETS.COCO_FORMAT)
@@ -39,7 +40,7 @@ def prepare(cfg, eval_only: bool = False) -> None:
 
 
 def dataset_names(cfg, eval_only: bool = False) -> list[str]:
-    """The datasets that this run reads, without repetition, those of training first."""
+    """Return the datasets of this run without repetition, training sets first."""
     if eval_only and not cfg.DATASETS.TEST:
         raise InputError("DATASETS.TEST is empty: name at least one dataset to evaluate on.")
     if not eval_only and not cfg.DATASETS.TRAIN:
@@ -52,19 +53,20 @@ def dataset_names(cfg, eval_only: bool = False) -> list[str]:
 
 
 def _load_shapes(folder: Path, name: str) -> list[dict]:
-    from dn_detr.datasets.shapes import (
-        generate,  # here, for `python -m dn_detr.datasets.shapes` to be clean
-    )
+    # A local import: otherwise `python -m dn_detr.datasets.shapes` warns of a second import.
+    from dn_detr.datasets.shapes import generate
 
     generate(folder.parent, name.removeprefix("shapes_"))
     return load_coco_json(str(folder / "annotations.json"), str(folder / "images"), name)
 
 
 def register_shapes(root: str | Path | None = None) -> None:
-    """Register `shapes_train` and `shapes_val` under `root`, drawn when first loaded.
+    """Register `shapes_train` and `shapes_val`, whose images are drawn on first load.
 
-    Default root: DETECTRON2_DATASETS, else `datasets`. Class names and paths are known at once.
-    Splits that are registered already are left alone.
+    Splits that are already registered stay unchanged.
+
+    Args:
+        root: Parent folder; defaults to DETECTRON2_DATASETS, else `datasets`.
     """
     for name in ("shapes_train", "shapes_val"):
         if name in DatasetCatalog:
@@ -84,8 +86,11 @@ def register_shapes(root: str | Path | None = None) -> None:
 def register_coco_format(entries) -> None:
     """Register DATASETS.COCO_FORMAT: a list of [name, json file, image folder], or one such entry.
 
-    Paths may begin with `~`. The same entry may come again; a name that other paths have taken, or
-    an entry of another form, is an InputError. Files are looked at when they are first needed.
+    Paths may begin with `~`. Files are opened on first use; registering the same entry twice is
+    fine.
+
+    Raises:
+        InputError: If an entry has another form, or its name is registered with other paths.
     """
     if len(entries) == 3 and all(isinstance(part, str) for part in entries):
         entries = [entries]
@@ -94,7 +99,7 @@ def register_coco_format(entries) -> None:
         if not is_triple or not all(isinstance(part, str) and part for part in entry):
             raise InputError(
                 "DATASETS.COCO_FORMAT must be a list of [name, json file, image folder], "
-                f"each three texts, got {entry!r}."
+                f"each three strings, got {entry!r}."
             )
         name, json_file, image_root = entry
         json_file, image_root = os.path.expanduser(json_file), os.path.expanduser(image_root)
@@ -114,9 +119,9 @@ def register_coco_format(entries) -> None:
 
 
 def class_names(name: str) -> list[str]:
-    """The class names of a registered dataset, in the order of the model's classes.
+    """Return the class names of a registered dataset, in the order of the model's classes.
 
-    From its metadata; of a dataset in COCO format they are read from its json file where needed.
+    They come from the metadata of the dataset, or from its COCO json file.
     """
     if name not in DatasetCatalog:
         similar = difflib.get_close_matches(name, DatasetCatalog.keys(), n=1)
@@ -128,7 +133,7 @@ def class_names(name: str) -> list[str]:
             return list(
                 check_categories(metadata.json_file, read_json(metadata.json_file)).values()
             )
-        DatasetCatalog.get(name)  # datasets of the user's own may set their metadata on loading
+        DatasetCatalog.get(name)  # custom datasets may set their metadata while loading
     if metadata.get("thing_classes") is None:
         raise InputError(
             f"the dataset {name!r} has no class names: set thing_classes in its metadata."
@@ -137,9 +142,14 @@ def class_names(name: str) -> list[str]:
 
 
 def resolve_num_classes(configured: int, names: list[str]) -> int:
-    """The number of classes of a run: `configured`, or that of the datasets `names` where it is 0.
+    """Return the number of classes of a run.
 
-    InputError unless all datasets have the same classes, as many as configured.
+    Args:
+        configured: MODEL.DN_DETR.NUM_CLASSES; 0 takes the number from the datasets.
+        names: Registered datasets.
+
+    Raises:
+        InputError: If the datasets have different classes, or not `configured` many.
     """
     first = class_names(names[0])
     for name in names[1:]:
@@ -158,18 +168,23 @@ def resolve_num_classes(configured: int, names: list[str]) -> int:
 
 
 def with_num_classes(cfg: CfgNode) -> CfgNode:
-    """`cfg`, with MODEL.DN_DETR.NUM_CLASSES 0 replaced by the number of classes of the first training
-    dataset, which is registered as `prepare` does, so that Detectron2's `build_model` works on any
+    """Replace a MODEL.DN_DETR.NUM_CLASSES of 0 by the classes of the first training dataset.
+
+    The dataset is registered as `prepare` does, so that Detectron2's `build_model` works on any
     configuration.
 
-    InputError where no dataset says it.
+    Returns:
+        `cfg` itself, or a changed copy.
+
+    Raises:
+        InputError: If there is no training dataset.
     """
     if cfg.MODEL.DN_DETR.NUM_CLASSES != 0:
         return cfg
     if not cfg.DATASETS.TRAIN:
         raise InputError(
-            "MODEL.DN_DETR.NUM_CLASSES is 0 and DATASETS.TRAIN is empty: set the number of classes, "
-            "or name the dataset that has them."
+            "MODEL.DN_DETR.NUM_CLASSES is 0 and DATASETS.TRAIN is empty: set the number of "
+            "classes, or name a training dataset."
         )
     cfg = cfg.clone()
     cfg.defrost()
@@ -180,8 +195,8 @@ def with_num_classes(cfg: CfgNode) -> CfgNode:
 
 
 def _difference(first: list[str], second: list[str]) -> str:
-    """The first difference of two unequal lists of class names, in words."""
+    """Describe the first difference between two unequal lists of class names."""
     for i, (ours, theirs) in enumerate(zip(first, second)):
         if ours != theirs:
-            return f"class {i} is {ours!r} in the one and {theirs!r} in the other"
-    return f"the one has {len(first)} and the other {len(second)}"
+            return f"class {i} is {ours!r} in the first and {theirs!r} in the second"
+    return f"the first has {len(first)} and the second {len(second)}"

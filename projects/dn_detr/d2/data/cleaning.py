@@ -1,4 +1,4 @@
-"""An annotation file without boxes that cannot be trained on."""
+"""Removal of unusable boxes from a COCO annotation file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from dn_detr.d2.data.dataset_dicts import fit_box
 
 @dataclass(frozen=True)
 class Cleaning:
-    """A cleaned COCO file, and how many boxes were dropped (no size, or outside of their image) and
-    clipped at the border of their image."""
+    """Content of a cleaned COCO file.
+
+    Args:
+        content: Parsed json.
+        num_dropped: Boxes without size or outside their image.
+        num_clipped: Boxes clipped at the border of their image.
+    """
 
     content: dict
     num_dropped: int
@@ -19,11 +24,16 @@ class Cleaning:
 
 
 def clean_content(json_file: str, content: dict) -> Cleaning:
-    """The content of a COCO json file with the boxes that training would see; all else stays.
+    """Drop and clip the boxes of a COCO json file as training does; keep everything else.
 
-    Crowd regions are left as they are, images that lose all their boxes stay as empty ones. The
-    area of a box that is clipped follows it where no outline gives it. InputError, which names
-    `json_file`, for what is not in COCO format.
+    Crowd regions and images without boxes stay. A clipped box without segmentation gets a new area.
+
+    Args:
+        json_file: Name for error messages.
+        content: Parsed json.
+
+    Raises:
+        InputError: If the content is not in COCO format.
     """
     check_annotations(json_file, content)
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}

@@ -1,7 +1,7 @@
-"""Is this COCO format? Checks of a json file and its images before Detectron2 reads them.
+"""Checks of a COCO json file and its images before Detectron2 reads them.
 
-Detectron2 and pycocotools answer a broken file with a traceback, an assertion, or not at all. Every
-function here raises InputError with one sentence that names the file and what is wrong in it.
+Detectron2 and pycocotools fail on a broken file with a bare traceback or an assertion, or do not
+notice. Every function here raises an InputError with one sentence: the file and its fault.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from PIL import Image, UnidentifiedImageError
 
 from dn_detr.errors import InputError
 
-MAX_OPENED_IMAGES = 20_000  # in larger datasets image files are only looked for, not opened
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's, on images
+MAX_OPENED_IMAGES = 20_000  # larger datasets: check only that the image files exist
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # raised by Pillow
 _EXIF_ORIENTATION = 274
-_EXIF_TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
+_EXIF_TURNED = (5, 6, 7, 8)  # orientations that swap width and height
 
 
 def read_json(json_file: str) -> dict:
-    """The parsed content of an annotation file."""
+    """Parse an annotation file."""
     try:
         with PathManager.open(json_file, "r", encoding="utf-8") as file:
             content = json.load(file)
     except FileNotFoundError:
         raise InputError(
-            f"the annotation file {json_file} does not exist, seen from {os.getcwd()}: for COCO "
-            "(https://cocodataset.org/#download) `export DETECTRON2_DATASETS=FOLDER`, where FOLDER "
-            "holds coco/; for data of your own check the path; to try without any data use "
+            f"the annotation file {json_file} does not exist (working directory {os.getcwd()}): "
+            "for COCO (https://cocodataset.org/#download) `export DETECTRON2_DATASETS=FOLDER`, "
+            "where FOLDER holds coco/; for custom data check the path; to try without any data use "
             "`--config-file configs/quick/dn_deformable.yaml`, which draws its own."
         ) from None
     except OSError as error:
@@ -46,14 +46,14 @@ def read_json(json_file: str) -> dict:
 
 
 def reason(error: Exception) -> str:
-    """Why an image cannot be read, for the middle of a sentence."""
-    if isinstance(error, UnidentifiedImageError):  # says which Python object it was
-        return "no known image format"
+    """Return why an image cannot be read, as part of a sentence."""
+    if isinstance(error, UnidentifiedImageError):  # its text names only a Python object
+        return "unknown image format"
     return str(error).rstrip(".")
 
 
 def _list_of(content: dict, key: str, json_file: str, needs: dict[str, type | tuple]) -> list[dict]:
-    """content[key], a list of objects each of which has the keys `needs` with values of a type."""
+    """Return the list content[key] after checking the keys and value types of its entries."""
     entries = content.get(key)
     if not isinstance(entries, list):
         raise InputError(f"{json_file} is not in COCO format: it has no list {key!r}.")
@@ -64,13 +64,13 @@ def _list_of(content: dict, key: str, json_file: str, needs: dict[str, type | tu
             value = entry[needed]
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise InputError(
-                    f"{json_file}: entry {i} of {key!r} has an impossible {needed!r}: {value!r}."
+                    f"{json_file}: entry {i} of {key!r} has an invalid {needed!r}: {value!r}."
                 )
     return entries
 
 
 def _repeated(values: list):
-    """The first value that occurs twice; None if there is none."""
+    """Return the first value that occurs twice, or None."""
     seen = set()
     for value in values:
         if value in seen:
@@ -80,7 +80,7 @@ def _repeated(values: list):
 
 
 def check_categories(json_file: str, content: dict) -> dict[int, str]:
-    """Category id -> class name, in the order of the model's classes (by id)."""
+    """Return category id -> class name, sorted by id like the model's classes."""
     categories = _list_of(content, "categories", json_file, {"id": int, "name": str})
     if not categories:
         raise InputError(f"{json_file} has no 'categories'.")
@@ -91,9 +91,9 @@ def check_categories(json_file: str, content: dict) -> dict[int, str]:
 
 
 def check_annotations(json_file: str, content: dict) -> None:
-    """Everything that must be right for Detectron2 to load the file.
+    """Check everything that Detectron2 needs to load the file.
 
-    A file without the key 'annotations' is accepted, as hidden test sets have none.
+    A missing key 'annotations' is accepted: hidden test sets have none.
     """
     categories = check_categories(json_file, content)
     needs = {"id": (int, str), "file_name": str, "width": (int, float), "height": (int, float)}
@@ -108,7 +108,7 @@ def check_annotations(json_file: str, content: dict) -> None:
             )
     image_ids = [image["id"] for image in images]
     if len({type(image_id) for image_id in image_ids}) > 1:
-        raise InputError(f"{json_file}: image ids must be all numbers or all texts, got both.")
+        raise InputError(f"{json_file}: image ids must be all numbers or all strings, got both.")
     repeated = _repeated(image_ids)
     if repeated is not None:
         raise InputError(f"{json_file}: the image id {repeated} is used twice.")
@@ -138,7 +138,15 @@ def check_annotations(json_file: str, content: dict) -> None:
 
 
 def read_results(results_file: str, content: dict) -> list[dict]:
-    """Detections in COCO's format, which must fit the annotation file of this content."""
+    """Read detections in COCO's result format and check them against an annotation file.
+
+    Args:
+        results_file: Json file with a list of detections.
+        content: Parsed annotation file.
+
+    Raises:
+        InputError: If the file is broken, or has unknown images or categories.
+    """
     try:
         with PathManager.open(results_file, "r", encoding="utf-8") as file:
             results = json.load(file)
@@ -147,7 +155,7 @@ def read_results(results_file: str, content: dict) -> list[dict]:
     except (OSError, ValueError) as error:
         raise InputError(f"the results {results_file} cannot be read: {error}.") from error
     if not isinstance(results, list) or not results:
-        raise InputError(f"{results_file} must hold a list of results, at least one.")
+        raise InputError(f"{results_file} must hold a list of at least one result.")
     needs = {"image_id": (int, str), "category_id": int, "bbox": list, "score": (int, float)}
     _list_of({"results": results}, "results", results_file, needs)
     for key, entries in (("image_id", "images"), ("category_id", "categories")):
@@ -155,16 +163,16 @@ def read_results(results_file: str, content: dict) -> list[dict]:
         unknown = next((result[key] for result in results if result[key] not in known), None)
         if unknown is not None:
             raise InputError(
-                f"{results_file} has the {key} {unknown!r}, which the annotation file has not."
+                f"{results_file} has the {key} {unknown!r}, which is not in the annotation file."
             )
     return results
 
 
 def check_image_files(records: list[dict], dataset: str) -> None:
-    """All image files of the dataset exist and, up to MAX_OPENED_IMAGES, can be opened.
+    """Check that all image files exist and, in datasets up to MAX_OPENED_IMAGES, can be opened.
 
-    Opened files must have the width and height of their record. Only headers are read; a file that
-    is damaged further inside is found when it is loaded.
+    Opened files must have the width and height of their record. Only headers are read, so damaged
+    pixel data is found at loading time.
     """
     with ThreadPoolExecutor(max_workers=8) as pool:
         missing = [
@@ -192,7 +200,7 @@ def _exists(record: dict) -> bool:
 
 
 def _fault(record: dict) -> str | None:
-    """What is wrong with the header of a record's image; None if nothing is."""
+    """Return what is wrong with the header of a record's image, or None."""
     try:
         with PathManager.open(record["file_name"], "rb") as file, Image.open(file) as image:
             width, height = image.size
@@ -203,7 +211,7 @@ def _fault(record: dict) -> str | None:
     wanted = (record.get("width", width), record.get("height", height))
     if wanted != (width, height):
         return (
-            f"{record['file_name']}, which has {width}x{height} pixels where its annotations say "
+            f"{record['file_name']}, which has {width}x{height} pixels, but its annotations say "
             f"{wanted[0]}x{wanted[1]}"
         )
     return None

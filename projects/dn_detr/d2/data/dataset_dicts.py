@@ -1,4 +1,4 @@
-"""Loads a dataset once: checked, cleaned, counted, and kept in a form that workers share."""
+"""Loading of datasets: check, clean and count once, then share the records with all workers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from dn_detr.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-ROUNDING = 0.1  # pixels by which a box may leave its image without being mentioned
+ROUNDING = 0.1  # boxes that leave their image by up to this many pixels are not reported
 _NUM_EXAMPLES = 3
 
 
 @dataclass
 class Finding:
-    """Boxes with the same fault: how many, and the first few as text."""
+    """Boxes with the same fault: their number, and the first few as text."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
@@ -38,10 +38,16 @@ class Finding:
 class LoadedDataset:
     """A dataset ready for training or evaluation.
 
-    records: Detectron2's dataset dicts, with boxes as xyxy pixels inside their image; num_objects
-    [images]: boxes that are no crowd regions; class_counts [K]: the same by class. no_size (zero,
-    negative or not finite) and outside were dropped, clipped were cut at the border of their image
-    (boxes as in the source, before the cut).
+    Args:
+        name: Name in the catalog.
+        class_names: Names of the K classes.
+        records: Detectron2's dataset dicts, with boxes as xyxy pixels inside their image.
+        num_objects: [images] int64, boxes without crowd regions.
+        class_counts: [K] int64, boxes of each class without crowd regions.
+        num_crowd: Crowd regions of all images.
+        no_size: Dropped boxes: size zero, negative or not finite.
+        outside: Dropped boxes outside their image.
+        clipped: Boxes clipped at the border of their image, as in the source.
     """
 
     name: str
@@ -56,10 +62,10 @@ class LoadedDataset:
 
 
 def describe(no_size: Finding, outside: Finding, clipped: Finding) -> list[str]:
-    """One line for every kind of fault that boxes had; none if all were right."""
+    """Return one line for every kind of fault that occurred."""
     kinds = (
         ("dropped    boxes with zero, negative or not finite size", no_size),
-        ("dropped    boxes outside of their image", outside),
+        ("dropped    boxes outside their image", outside),
         ("clipped    boxes at the border of their image", clipped),
     )
     return [
@@ -71,11 +77,15 @@ def describe(no_size: Finding, outside: Finding, clipped: Finding) -> list[str]:
 
 
 def load(name: str, *, check: str = "full", with_masks: bool = False) -> LoadedDataset:
-    """Load a registered dataset; a second call gives the same object.
+    """Load a registered dataset and clean its boxes; a second call returns the same object.
 
-    check: "full" looks at the annotation file and at all image files first, "off" does not. Boxes
-    are cleaned either way. Segmentation is kept only `with_masks`. Raises InputError with one
-    sentence for everything that is wrong with the files.
+    Args:
+        name: Name in the catalog.
+        check: "full" checks the annotation file and all image files first, "off" does not.
+        with_masks: Whether to keep segmentations.
+
+    Raises:
+        InputError: If the files are broken or do not fit each other.
     """
     if check not in ("full", "off"):
         raise InputError(f"DATASETS.CHECK must be 'full' or 'off', got {check!r}.")
@@ -85,7 +95,7 @@ def load(name: str, *, check: str = "full", with_masks: bool = False) -> LoadedD
 
 @cache
 def _load(name, load_records, names, is_checked, with_masks) -> LoadedDataset:
-    """`load_records` is the catalog's function, so that a name given anew is loaded anew."""
+    """Load with `load_records`, a key of the cache: a re-registered name is loaded again."""
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("json_file")
     if is_checked and json_file is not None and not metadata.get("is_drawn_on_first_use", False):
@@ -99,19 +109,26 @@ def _load(name, load_records, names, is_checked, with_masks) -> LoadedDataset:
     if is_checked:
         check_image_files(records, name)
     loaded = clean(records, name=name, class_names=list(names), with_masks=with_masks)
-    if not is_checked:  # otherwise the report says it
+    if not is_checked:  # otherwise the report lists them
         for line in describe(loaded.no_size, loaded.outside, loaded.clipped):
             logger.warning(f"dataset {name}: {line}")
     return loaded
 
 
 def clean(records, *, name: str, class_names: list[str], with_masks: bool = False) -> LoadedDataset:
-    """Drop boxes without size, cut the others at the border of their image, count everything.
+    """Drop boxes without size, clip the others at the border of their image, and count them.
 
-    Makes new records; their number is the image id of those without. Raises InputError where a
-    class is not in [0, K), or where a segmentation is missing `with_masks`.
+    Args:
+        records: Detectron2's dataset dicts, which stay unchanged. A missing image id becomes the
+            index of the record.
+        name: Name in the catalog.
+        class_names: Names of the K classes.
+        with_masks: Whether to keep segmentations.
+
+    Raises:
+        InputError: If a class is not in [0, K), or a segmentation is missing `with_masks`.
     """
-    unused = {"keypoints", "score"}  # a score would make a teacher's box of an object
+    unused = {"keypoints", "score"}  # a score would mark an object as a teacher's box
     if not with_masks:
         unused.add("segmentation")
     no_size, outside, clipped = Finding(), Finding(), Finding()
@@ -162,16 +179,26 @@ def clean(records, *, name: str, class_names: list[str], with_masks: bool = Fals
 
 
 def _corners(annotation: dict) -> list[float]:
-    """x0, y0, x1, y1 of an annotation's box."""
+    """Return x0, y0, x1, y1 of an annotation's box."""
     box, mode = annotation["bbox"], annotation["bbox_mode"]
-    if mode == BoxMode.XYWH_ABS:  # the usual one, without a tensor for every box
+    if mode == BoxMode.XYWH_ABS:  # the usual mode; faster than a tensor for every box
         x, y, width, height = (float(value) for value in box)
         return [x, y, x + width, y + height]
     return [float(value) for value in BoxMode.convert(list(box), mode, BoxMode.XYXY_ABS)]
 
 
 def fit_box(corners, width, height) -> tuple[list[float] | None, str | None]:
-    """The box inside its image (None if nothing is left), and what had to be done to it."""
+    """Clip a box to its image.
+
+    Args:
+        corners: x0, y0, x1, y1 in pixels.
+        width: Width of the image, or None if unknown.
+        height: Height of the image, or None if unknown.
+
+    Returns:
+        The clipped box, None if nothing is left; and its fault "no size", "outside", "clipped" or
+        None.
+    """
     x0, y0, x1, y1 = corners
     if not all(map(math.isfinite, corners)) or x1 <= x0 or y1 <= y0:
         return None, "no size"

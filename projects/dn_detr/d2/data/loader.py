@@ -1,10 +1,10 @@
-"""Data loaders. After a resume, that of training goes on with exactly the samples that were next.
+"""Data loaders. A resumed training continues with exactly the next samples.
 
-The sample at position p of the training stream depends on (seed, p) alone: which image follows from
-a permutation of each epoch, drawn from (seed, epoch), and every random number of its augmentation
-from (seed, p), the other images of a mosaic too. Whether and how the images of a process are mixed
-follows from (seed, position of the first). Iteration i of rank r takes positions
-i * batch + r * per_rank and following, however many workers there are.
+The sample at position p of the training stream depends only on (seed, p): the image comes from a
+permutation per epoch, drawn from (seed, epoch), and all random numbers of its augmentation, mosaic
+included, from (seed, p). The mixing of a process's images depends on (seed, position of the first).
+Iteration i of rank r reads per_rank positions from i * batch + r * per_rank, with any number of
+workers.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from dn_detr.errors import InputError
 logger = logging.getLogger(__name__)
 
 _ORDER, _AUGMENTATION = 0, 1
-"""First words of seeds, beside those of `dense_o2o`: no two kinds share random numbers."""
+"""First words of seeds; `augmentation_schedule` uses 2 and 3, so no two share random numbers."""
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order of all images in one epoch: a permutation of range(size)."""
+    """Return the order of the images in one epoch, a permutation [size] int64 of range(size)."""
     return np.random.default_rng([_ORDER, seed, epoch]).permutation(size)
 
 
 @contextlib.contextmanager
 def random_numbers_from(seed: int, position: int):
-    """Inside, the global generators of Python, numpy and torch (CPU) follow from the arguments.
+    """Seed the global generators of Python, numpy and torch (CPU) inside the context.
 
-    Outside they go on as if nothing had happened, so that loading in the main process leaves the
-    model's random numbers alone.
+    Their states are restored at the end, so that loading in the main process does not change the
+    model's random numbers.
     """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence([_AUGMENTATION, seed, position]).generate_state(3)
@@ -58,7 +58,7 @@ def random_numbers_from(seed: int, position: int):
 
 
 class _Samples(Dataset):
-    """The (position, image index) of a process's batch -> its samples."""
+    """Maps the (position, image index) pairs of a process's batch to its samples."""
 
     def __init__(self, dataset, *, mapper, dense: DenseO2O | None, batch_size: int, seed: int):
         self.dataset = dataset
@@ -84,7 +84,7 @@ class _Samples(Dataset):
 
 
 class _Places:
-    """Endless batches of (position, image index) for one rank, from an iteration on."""
+    """Endless batches of (position, image index) for one rank, from a first iteration on."""
 
     def __init__(self, *, size, batch_size, rank, world_size, seed, first_iteration):
         self.size = size
@@ -107,11 +107,18 @@ class _Places:
 
 
 class TrainLoader:
-    """Endless lists of samples for this rank, `batch_size` on all ranks together.
+    """Endless lists of samples for this rank.
 
-    dataset: records by index; mapper: record -> sample; dense: mosaics and mixed images. Every
-    iterator starts at the iteration last given to `set_start_iteration`, 0 at first; one that has
-    begun is not affected by it.
+    Args:
+        dataset: Records by index.
+        mapper: Maps a record to a sample.
+        batch_size: Samples of all ranks in an iteration.
+        seed: Seed of order and augmentation.
+        dense: Mosaics and mixed images, or None.
+        num_workers: Worker processes; 0 loads in the main process.
+        pin_memory: Whether to copy tensors to pinned memory.
+        rank: Rank of this process.
+        world_size: Number of processes.
     """
 
     def __init__(
@@ -146,7 +153,7 @@ class TrainLoader:
         self.start_iteration = 0
 
     def set_start_iteration(self, iteration: int) -> None:
-        """Let the next iterator begin with the batch of this iteration."""
+        """Start the next iterator at this iteration; running iterators are not affected."""
         if iteration < 0:
             raise ValueError(f"iteration must be >= 0, got {iteration}")
         self.start_iteration = iteration
@@ -172,33 +179,40 @@ class TrainLoader:
             num_workers=self.num_workers,
             collate_fn=list,
             pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # the default one belongs to the model
+            generator=torch.Generator(),  # leaves the default generator to the model
         )
         return _without_lingering_workers(iter(loader))
 
 
 def _without_lingering_workers(iterator):
-    """Yield from a DataLoader's iterator; after an InputError its workers end at once.
+    """Yield from a DataLoader's iterator and end its workers at once after an InputError.
 
-    As part of that error's traceback the iterator would live on, and leaving the program would
-    take another five seconds for every worker.
+    The error's traceback would otherwise keep the iterator alive, and exiting would take another
+    five seconds for every worker.
     """
     try:
         yield from iterator
     except InputError as error:
-        sentence = str(error)
+        message = str(error)
         error.__traceback__ = None
     del iterator
-    raise InputError(sentence)
+    raise InputError(message)
 
 
 def training_set(
     names, *, check: str, filters_empty: bool, with_masks: bool, teachers: dict[str, str]
 ):
-    """The records of one or several datasets as one, without images without objects if so asked.
+    """Concatenate the records of training datasets.
 
-    teachers: dataset -> file of a teacher's boxes, which come among its annotations; empty: none.
-    InputError where none of them has an object.
+    Args:
+        names: Names of the datasets.
+        check: DATASETS.CHECK.
+        filters_empty: Whether to leave out images without objects.
+        with_masks: Whether to keep segmentations.
+        teachers: Dataset -> file of teacher boxes, which are added to its annotations.
+
+    Raises:
+        InputError: If a dataset has no objects.
     """
     parts = []
     for name in names:
@@ -217,16 +231,16 @@ def training_set(
 
 
 def build_train_loader(cfg, mapper=None) -> TrainLoader:
-    """The training loader of a configuration, for the process that calls it.
+    """Build the training loader of the calling process.
 
-    A mapper of one's own takes the place of `DetrMapper` in all iterations, but does not make mosaics.
-
-    A negative SEED takes a random one, the same in all processes: then a resumed training sees
-    other samples.
+    Args:
+        cfg: Configuration. A negative SEED draws a random one for all processes, and a resumed
+            training then sees other samples.
+        mapper: Custom mapper to use instead of `DetrMapper`, except in mosaics.
     """
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         raise InputError(
-            "DATALOADER.SAMPLER_TRAIN must be 'TrainingSampler', the only one that can continue "
+            "DATALOADER.SAMPLER_TRAIN must be 'TrainingSampler', the only one that continues "
             f"exactly after a resume, got {cfg.DATALOADER.SAMPLER_TRAIN!r}."
         )
     dataset = training_set(
@@ -248,8 +262,8 @@ def build_train_loader(cfg, mapper=None) -> TrainLoader:
         world_size=comm.get_world_size(),
     )
     logger.info(
-        f"training on {len(dataset)} images, {loader.batch_size} an iteration: "
-        f"{len(dataset) / loader.batch_size:.1f} iterations an epoch; seed {loader.seed}"
+        f"training on {len(dataset)} images, {loader.batch_size} per iteration: "
+        f"{len(dataset) / loader.batch_size:.1f} iterations per epoch; seed {loader.seed}"
     )
     if loader.dense is not None:
         logger.info(loader.dense.describe(cfg.SOLVER.MAX_ITER))
@@ -257,7 +271,7 @@ def build_train_loader(cfg, mapper=None) -> TrainLoader:
 
 
 def build_test_loader(cfg, dataset_name: str, mapper=None) -> DataLoader:
-    """Detectron2's test loader, one image at a time, over the checked dataset."""
+    """Build Detectron2's test loader over the checked dataset, with one image per batch."""
     loaded = dataset_dicts.load(
         dataset_name, check=cfg.DATASETS.CHECK, with_masks=cfg.MODEL.MASK_ON
     )

@@ -1,4 +1,4 @@
-"""From one dataset record to one model input: DETR's augmentation in Detectron2's form."""
+"""Dataset mapper with DETR's augmentation: one dataset record to one model input."""
 
 import numpy as np
 import torch
@@ -11,11 +11,11 @@ from pycocotools import mask as coco_mask
 from dn_detr.d2.data.coco_check import UNREADABLE, reason
 from dn_detr.errors import InputError
 
-ROUNDING = 0.1  # pixels by which a box may leave its image without counting as cut
+ROUNDING = 0.1  # boxes that leave the image by up to this many pixels do not count as cut
 
 
 class EitherOr(T.Augmentation):
-    """Apply one list of augmentations or the other, with equal probability."""
+    """Apply one of two lists of augmentations, with equal probability."""
 
     def __init__(self, either, other):
         self.either = T.AugmentationList(either)
@@ -30,12 +30,20 @@ class EitherOr(T.Augmentation):
 
 
 def train_augmentations(*, min_sizes, max_size, sample_style, flip, crop=None, jitter=None):
-    """Flip with probability 0.5 and resize; with `crop`, every second image is cropped in between.
+    """Build DETR's training augmentations: flip, crop and resize.
 
-    `jitter` = (smallest factor, largest factor, size), in place of resizing: large scale jitter
-    (2012.07177, sec. 3) without padding. `crop` = (short sides to resize to before the crop, crop type, crop size); the sizes of DETR
-    (2005.12872, appendix A.4) are (400, 500, 600), "absolute_range", (384, 600). `flip` is
-    "horizontal", "vertical" or "none".
+    Args:
+        min_sizes: Shorter sides to resize to, in pixels.
+        max_size: Limit of the longer side, in pixels.
+        sample_style: "choice" or "range" of min_sizes.
+        flip: "horizontal", "vertical" or "none"; applied with probability 0.5.
+        crop: (shorter sides before the crop, crop type, crop size), applied to every second image.
+            DETR uses (400, 500, 600), "absolute_range", (384, 600) (2005.12872, appendix A.4).
+        jitter: (smallest factor, largest factor, size) of large scale jitter (2012.07177, sec. 3),
+            which replaces resizing and does not pad.
+
+    Returns:
+        A list of Detectron2's augmentations.
     """
     augmentations = []
     if flip != "none":
@@ -59,10 +67,17 @@ def train_augmentations(*, min_sizes, max_size, sample_style, flip, crop=None, j
 
 
 def read_image(record, image_format):
-    """The image of a record as uint8 [height, width, 3], EXIF orientation applied.
+    """Read the image of a record, with EXIF orientation applied.
 
-    Fills in the record's width and height where absent. Raises InputError that names file and image
-    id where the file cannot be read or has another size than the annotations say.
+    Args:
+        record: Dataset dict; missing "width" and "height" are filled in.
+        image_format: "RGB" or "BGR".
+
+    Returns:
+        The image, uint8 [height, width, 3].
+
+    Raises:
+        InputError: If the file cannot be read, or its size differs from the annotations.
     """
     name = f"image {record['file_name']} (id {record.get('image_id')})"
     try:
@@ -70,8 +85,9 @@ def read_image(record, image_format):
     except FileNotFoundError:
         raise InputError(f"{name} does not exist: check the image folder of its dataset.") from None
     except UNREADABLE as error:
-        why = reason(error)
-        raise InputError(f"{name} cannot be read ({why}): replace or remove it.") from error
+        raise InputError(
+            f"{name} cannot be read ({reason(error)}): replace or remove it."
+        ) from error
     try:
         detection_utils.check_image_size(record, image)
     except detection_utils.SizeMismatchError:
@@ -83,7 +99,7 @@ def read_image(record, image_format):
 
 
 def _bitmask(segmentation, height, width):
-    """[height, width] bool from polygons or a run-length code."""
+    """Return a mask [height, width] bool from polygons or a run-length code."""
     if isinstance(segmentation, dict):
         return coco_mask.decode(segmentation).astype(bool)
     return polygons_to_bitmask(segmentation, height, width)
@@ -92,11 +108,21 @@ def _bitmask(segmentation, height, width):
 def make_instances(
     annotations, transforms, *, size_before, size, with_masks, with_teacher, min_visible=0.0
 ):
-    """What `transforms` make of the annotations of an image: the "instances" of a sample and, with
-    a teacher, its "teacher_instances".
+    """Transform the annotations of an image to the instances of a sample.
 
-    size_before, size: (height, width) of the image before and after. Crowd regions are left out, and
-    boxes of which less than the share min_visible is inside.
+    Crowd regions are left out.
+
+    Args:
+        annotations: Annotations of a dataset dict; those with a "score" are teacher boxes.
+        transforms: Detectron2's transforms of the image.
+        size_before: (height, width) of the image before the transforms.
+        size: (height, width) of the image after them.
+        with_masks: Whether to make gt_masks.
+        with_teacher: Whether to make "teacher_instances".
+        min_visible: Least fraction of a box's area inside the image; other boxes are dropped.
+
+    Returns:
+        "instances" and, with a teacher, "teacher_instances".
     """
     annotations = [a for a in annotations if not a.get("iscrowd", 0)]
     objects = [a for a in annotations if "score" not in a]
@@ -110,19 +136,18 @@ def make_instances(
         visible = instances.gt_masks[is_cut].get_bounding_boxes().tensor
         instances.gt_boxes.tensor[is_cut] = visible
         is_kept = is_kept & instances.gt_masks.nonempty()
-    made = {"instances": instances[is_kept & instances.gt_boxes.nonempty(threshold=1e-5)]}
+    result = {"instances": instances[is_kept & instances.gt_boxes.nonempty(threshold=1e-5)]}
     if with_teacher:
-        taught = [a for a in annotations if "score" in a]
-        instances, _, is_kept = _boxes(taught, transforms, size, min_visible)
-        instances.scores = torch.tensor([a["score"] for a in taught], dtype=torch.float32)
+        detections = [a for a in annotations if "score" in a]
+        instances, _, is_kept = _boxes(detections, transforms, size, min_visible)
+        instances.scores = torch.tensor([a["score"] for a in detections], dtype=torch.float32)
         is_kept &= instances.gt_boxes.nonempty(threshold=1e-5)
-        made["teacher_instances"] = instances[is_kept]
-    return made
+        result["teacher_instances"] = instances[is_kept]
+    return result
 
 
 def _boxes(annotations, transforms, size, min_visible):
-    """Instances with gt_boxes, inside the image of `size`, and gt_classes; which of them were cut;
-    and of which at least the share min_visible is left."""
+    """Return instances with clipped boxes and classes, and [N] bool: which were cut, which stay."""
     height, width = size
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     boxes = transforms.apply_box(np.array(boxes, np.float64).reshape(-1, 4))
@@ -139,22 +164,26 @@ def _area(boxes_xyxy):
 
 
 class DetrMapper:
-    """Reads the image, augments it, and makes `instances` of its annotations.
+    """Map a dataset record to a sample: read the image, augment it, and convert its annotations.
 
-    The result has "image" (uint8 [3, h, w]), "height", "width" (of the file), "file_name",
-    "image_id", and with `with_instances` also "instances": gt_boxes (xyxy pixels of "image"),
-    gt_classes and, if asked for, gt_masks. Crowd annotations are left out, and boxes and masks that
-    a crop leaves nothing of; an image without objects is a negative, not an error. With masks, the
-    box of an object that was cut is that of what is still visible. Annotations with a "score" are a
-    teacher's boxes: `with_teacher` they make "teacher_instances", with scores beside gt_boxes and
-    gt_classes. The record is not changed. Random numbers come from numpy's global generator.
+    A sample has "image" (uint8 [3, h, w]), "height" and "width" (of the file), "file_name" and
+    "image_id". "instances" have gt_boxes (xyxy pixels of "image"), gt_classes and gt_masks;
+    "teacher_instances" have scores instead of masks. Crowd annotations and objects that a crop
+    removed are left out, and an image may have none. With masks, the box of a cut object encloses
+    its visible mask. The record is not changed. Random numbers come from numpy's global generator.
+
+    Args:
+        augmentations: Detectron2's augmentations, in order.
+        image_format: "RGB" or "BGR".
+        with_instances: Whether samples have "instances".
+        with_masks: Whether instances have gt_masks.
+        with_teacher: Whether samples have "teacher_instances", from annotations with a "score".
     """
 
     @configurable
     def __init__(
         self, *, augmentations, image_format, with_instances, with_masks=False, with_teacher=False
     ):
-        """`augmentations`: Detectron2's, in order; `image_format`: "RGB" or "BGR"."""
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
         self.with_instances = with_instances
@@ -163,6 +192,7 @@ class DetrMapper:
 
     @classmethod
     def from_config(cls, cfg, is_train=True):
+        """Return the arguments of the constructor for a configuration."""
         if is_train:
             crop, jitter = cfg.INPUT.CROP, cfg.INPUT.SCALE_JITTER
             if crop.ENABLED and jitter.ENABLED:

@@ -1,4 +1,4 @@
-"""Mosaics: one training image of four, 2 x 2, then turned, moved and scaled (DEIM, 2412.04234)."""
+"""Mosaics: 2 x 2 images in one, then a random affine transform (DEIM, 2412.04234)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from dn_detr.d2.data.mapper import make_instances, read_image
 from dn_detr.errors import InputError
 
 SMALLEST_SIDE = 1.0
-"""Objects with a shorter side are dropped, in pixels of the result."""
+"""Shortest side of an object in the result, in pixels; smaller objects are dropped."""
 
 
 class AffineTransform(T.Transform):
-    """Takes a point p of an image to `matrix` [2, 3] times (p, 1), in an image of the same size.
+    """Map a point p of an image to matrix @ (p, 1), keeping the size of the image.
 
-    What lies outside of the old image is filled with the colour `fill`, and is in no mask.
+    Args:
+        matrix: [2, 3], in pixels.
+        fill: Colour of pixels from outside the old image, which are in no mask.
     """
 
     def __init__(self, matrix, fill):
@@ -38,7 +40,7 @@ class AffineTransform(T.Transform):
         return self._resample(segmentation, Image.Resampling.NEAREST, 0)
 
     def _resample(self, pixels, resample, fill):
-        inverse = np.linalg.inv(np.vstack((self.matrix, [0, 0, 1])))[:2]  # PIL asks where from
+        inverse = np.linalg.inv(np.vstack((self.matrix, [0, 0, 1])))[:2]  # new to old, as in PIL
         image = Image.fromarray(pixels)
         kind = Image.Transform.AFFINE
         return np.asarray(
@@ -47,8 +49,14 @@ class AffineTransform(T.Transform):
 
 
 class RandomAffine(T.Augmentation):
-    """Turns by up to `rotation` degrees and scales by a factor from `scale`, about the centre, and
-    moves by up to the share `translation` of the sides."""
+    """Rotate and scale about the centre, then translate.
+
+    Args:
+        rotation: Largest angle in degrees, in either direction.
+        translation: Largest shift as a fraction of each side.
+        scale: Smallest and largest factor.
+        fill: Colour of pixels from outside the image.
+    """
 
     def __init__(self, *, rotation, translation, scale, fill):
         super().__init__()
@@ -60,22 +68,30 @@ class RandomAffine(T.Augmentation):
     def get_transform(self, image):
         height, width = image.shape[:2]
         angle = math.radians(self._rand_range(-self.rotation, self.rotation))
-        moved_x, moved_y = (self._rand_range(-self.translation, self.translation) for _ in "xy")
+        shift_x, shift_y = (self._rand_range(-self.translation, self.translation) for _ in "xy")
         factor = self._rand_range(*self.scale)
         cos, sin = factor * math.cos(angle), factor * math.sin(angle)
-        turn = np.array([[cos, -sin], [sin, cos]])
+        rotation = np.array([[cos, -sin], [sin, cos]])
         centre = np.array([width / 2, height / 2])
-        shift = centre + [moved_x * width, moved_y * height] - turn @ centre
-        return AffineTransform(np.column_stack((turn, shift)), self.fill)
+        shift = centre + [shift_x * width, shift_y * height] - rotation @ centre
+        return AffineTransform(np.column_stack((rotation, shift)), self.fill)
 
 
 class Mosaic:
-    """Four dataset records -> one sample, as `DetrMapper` makes it of one.
+    """Map four dataset records to one sample of the form that `DetrMapper` returns.
 
-    Each image is resized to `size` at its shorter side (at most twice that at the longer one) and
-    stands in the upper left corner of its quarter; then come `augmentations`. "image_id" names all
-    four. With masks, boxes are those of what is visible of the masks; without, those around the
-    turned boxes. Random numbers come from numpy's global generator.
+    Each image is placed in the upper left corner of its quarter. "image_id" names all four. With
+    masks, boxes enclose the visible masks; without, the rotated boxes. Random numbers come from
+    numpy's global generator.
+
+    Args:
+        size: Shorter side of each image in pixels; the longer side is at most twice that.
+        min_visible: Least fraction of a box's area inside the result; other objects are dropped.
+        fill: Colour of empty pixels.
+        augmentations: Detectron2's augmentations of the mosaic.
+        image_format: "RGB" or "BGR".
+        with_masks: Whether instances have gt_masks.
+        with_teacher: Whether samples have "teacher_instances".
     """
 
     def __init__(
@@ -112,12 +128,12 @@ class Mosaic:
             placed.append(T.TransformList([resize, place]))
 
         aug_input = T.AugInput(canvas)
-        behind = self.augmentations(aug_input)
+        augmented = self.augmentations(aug_input)
         pixels = np.ascontiguousarray(aug_input.image.transpose(2, 0, 1))
         parts = [
             make_instances(
                 record["annotations"],
-                transforms + behind,
+                transforms + augmented,
                 size_before=image.shape[:2],
                 size=pixels.shape[1:],
                 with_masks=self.with_masks,
@@ -126,13 +142,13 @@ class Mosaic:
             )
             for record, image, transforms in zip(records, images, placed, strict=True)
         ]
-        together = {key: Instances.cat([part[key] for part in parts]) for key in parts[0]}
+        merged = {key: Instances.cat([part[key] for part in parts]) for key in parts[0]}
         if self.with_masks:
-            instances = together["instances"]
+            instances = merged["instances"]
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
         large = {
             key: instances[instances.gt_boxes.nonempty(threshold=SMALLEST_SIDE)]
-            for key, instances in together.items()
+            for key, instances in merged.items()
         }
         return {
             "file_name": records[0]["file_name"],
@@ -145,13 +161,13 @@ class Mosaic:
 
 
 def check_mosaic(node) -> None:
-    """InputError where the numbers of INPUT.MOSAIC mean nothing."""
+    """Raise an InputError if a value of INPUT.MOSAIC is invalid."""
     low, high = node.SCALE
     if not 0 < low <= high:
-        raise InputError(f"INPUT.MOSAIC.SCALE must be two rising factors, got {node.SCALE}.")
+        raise InputError(f"INPUT.MOSAIC.SCALE must be two increasing factors, got {node.SCALE}.")
     if node.SIZE < 1 or node.ROTATION < 0 or node.TRANSLATION < 0:
         raise InputError(
-            "INPUT.MOSAIC needs SIZE above 0, and no negative ROTATION or TRANSLATION, got "
+            "INPUT.MOSAIC needs a positive SIZE and no negative ROTATION or TRANSLATION, got "
             f"{node.SIZE}, {node.ROTATION:g} and {node.TRANSLATION:g}."
         )
     if not 0 <= node.MIN_VISIBLE < 1:

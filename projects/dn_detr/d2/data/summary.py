@@ -1,4 +1,4 @@
-"""What is in the datasets of a run, in a few lines before its first iteration."""
+"""Report on the datasets of a run, logged before its first iteration."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from dn_detr.d2.data.augmentation_schedule import build_dense_o2o
 from dn_detr.d2.data.catalog import dataset_names
 from dn_detr.d2.data.dataset_dicts import Finding, LoadedDataset, describe
 from dn_detr.d2.data.teacher_boxes import load_teacher_boxes, teacher_files
-from dn_detr.d2.engine.collective import on_main
+from dn_detr.d2.engine.collective import run_on_main_rank
 
 logger = logging.getLogger(__name__)
 
-_NUM_NAMES = 10  # as many ids or classes are listed, of more only some
+_NUM_NAMES = 10  # most ids or classes that are listed
 
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """Counts of one dataset, and what they mean for the model that reads it.
+    """Counts of one dataset, and what they mean for the model.
 
-    num_queries 0: no model is known, and only the data are spoken of; None: it has no queries.
-    num_groups and max_noised are those of denoising (num_groups 0: as many as fit; max_noised 0: no
-    denoising). Boxes are counted as they are trained on: without crowd regions and dropped ones.
+    Boxes are counted without crowd regions and dropped boxes.
+
+    Args:
+        num_queries: Queries of the model; None if it has none, 0 to report on the data only.
+        num_groups: Denoising groups; 0 means as many as fit.
+        max_noised: Most noised objects in all denoising groups; 0 means no denoising.
     """
 
     name: str
@@ -55,28 +58,26 @@ class DatasetReport:
         lines = [
             f"dataset {self.name}{f' ({purpose})' if self.num_queries != 0 else ''}",
             f"  images     {self.num_images}, {self.num_empty} without objects"
-            f"{self._fate_of_empty()}",
-            f"  boxes      {self.num_boxes}, beside {self.num_crowd} crowd regions",
+            f"{self._use_of_empty()}",
+            f"  boxes      {self.num_boxes}, plus {self.num_crowd} crowd regions",
             f"  per image  median {self.median_boxes:g}, most {self.most_boxes} "
-            f"({self.fullest_image}){self._room_for_boxes()}",
+            f"({self.fullest_image}){self._capacity()}",
             f"  classes    {self.num_classes}{self._ids()}; {self._unused()}",
             *(f"  {line}" for line in describe(self.no_size, self.outside, self.clipped)),
         ]
         if not self.is_for_training and (self.no_size.count or self.outside.count):
-            lines.append(
-                "  note       COCO evaluation reads the file itself and counts all its boxes"
-            )
+            lines.append("  note       COCO evaluation reads the original file with all its boxes")
         return "\n".join(lines)
 
-    def _fate_of_empty(self) -> str:
+    def _use_of_empty(self) -> str:
         if not self.is_for_training or self.num_queries == 0 or not self.num_empty:
             return ""
         if self.filters_empty:
             return " (left out; DATALOADER.FILTER_EMPTY_ANNOTATIONS False trains on them)"
         return " (trained on as negatives)"
 
-    def _room_for_boxes(self) -> str:
-        """What the fullest image means for queries and, in training, for denoising."""
+    def _capacity(self) -> str:
+        """Compare the fullest image with the queries and, in training, with denoising."""
         if self.num_queries == 0:
             return ""
         queries = "" if self.num_queries is None else f"; {self.num_queries} queries"
@@ -85,10 +86,10 @@ class DatasetReport:
         if not self.is_for_training or not self.max_noised or not self.most_boxes:
             return queries
         groups = self.num_groups or max(1, self.max_noised // self.most_boxes)
-        room = self.max_noised // groups
-        if self.most_boxes <= room:
+        capacity = self.max_noised // groups
+        if self.most_boxes <= capacity:
             return f"{queries}; {groups} denoising groups hold all"
-        return f"{queries}; {groups} denoising groups hold {room} at random"
+        return f"{queries}; {groups} denoising groups hold {capacity} at random"
 
     def _ids(self) -> str:
         if not self.category_ids:
@@ -113,7 +114,7 @@ def report_on(
     num_groups: int,
     max_noised: int,
 ) -> DatasetReport:
-    """The report on a loaded dataset."""
+    """Report on a loaded dataset; the other arguments are those of `DatasetReport`."""
     fullest = int(loaded.num_objects.argmax())
     ids = MetadataCatalog.get(loaded.name).get("thing_dataset_id_to_contiguous_id") or {}
     unused = np.flatnonzero(loaded.class_counts == 0)
@@ -141,21 +142,24 @@ def report_on(
 
 
 def num_queries_of(cfg) -> int | None:
-    """Number of queries of the model; None where it has none."""
+    """Return the number of queries of the model, None if it has none."""
     has_none = cfg.MODEL.META_ARCHITECTURE == "DenoisingRCNN"
     return None if has_none else cfg.MODEL.DN_DETR.NUM_QUERIES
 
 
 def check_datasets(cfg, eval_only: bool = False) -> list[DatasetReport]:
-    """Load, check and log a report on every dataset of this run; loaders reuse what was loaded.
+    """Load and check every dataset of this run, and log a report on it.
 
-    Raises InputError at the first fault in the files. With DATASETS.CHECK "off" nothing is done
-    here: datasets are loaded, and their boxes cleaned, when a loader is built.
+    Loaders reuse the loaded datasets. With DATASETS.CHECK "off" this returns an empty list, and
+    datasets are loaded and cleaned when a loader is built.
+
+    Raises:
+        InputError: At the first fault in the files.
     """
     if cfg.DATASETS.CHECK == "off":
         return []
     if not eval_only:
-        build_dense_o2o(cfg)  # refuses a schedule that cannot be followed, before images are read
+        build_dense_o2o(cfg)  # finds an invalid schedule before images are read
     node = cfg.MODEL.DN_DETR
     teachers = {} if eval_only else teacher_files(cfg)
     reports = []
@@ -177,11 +181,12 @@ def check_datasets(cfg, eval_only: bool = False) -> list[DatasetReport]:
 
 
 def check_once(cfg, eval_only: bool = False):
-    """`check_datasets` in the first process alone; an InputError reaches all. Every process calls it.
+    """Call `check_datasets` on the main rank; an InputError reaches all. Every rank must call this.
 
-    Returns the configuration that this process shall go on with: in the others it checks no more.
+    Returns:
+        The configuration to continue with; on other ranks DATASETS.CHECK is "off".
     """
-    on_main(lambda: bool(check_datasets(cfg, eval_only)))
+    run_on_main_rank(lambda: bool(check_datasets(cfg, eval_only)))
     if comm.is_main_process():
         return cfg
     cfg = cfg.clone()

@@ -1,4 +1,4 @@
-"""Boxes of teachers for the images of a dataset, from result files in COCO's format."""
+"""Teacher boxes for the images of a dataset, from result files in COCO's format."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ _NUM_EXAMPLES = 3
 
 @dataclass(frozen=True, eq=False)
 class TeacherBoxes:
-    """Boxes with scores for the images of a dataset, in its order: four arrays, which the workers of
-    a loader share.
+    """Boxes with scores for the images of a dataset, as arrays that the loader's workers share.
 
-    starts [images + 1] int64: image i has the boxes starts[i]:starts[i + 1]; boxes [T, 4] float32,
-    xyxy pixels inside of their image; labels [T] int32, of the model; scores [T] float32 in (0, 1].
+    Args:
+        starts: [images + 1] int64; image i has the boxes starts[i]:starts[i + 1].
+        boxes: [N, 4] float32, xyxy pixels inside their image.
+        labels: [N] int32, classes of the model.
+        scores: [N] float32 in (0, 1].
     """
 
     starts: np.ndarray
@@ -36,26 +38,33 @@ class TeacherBoxes:
 
     @classmethod
     def sort(cls, images, boxes, labels, scores, *, num_images: int) -> TeacherBoxes:
-        """From boxes in any order; images [T]: the number of each one's image. Within an image they
-        keep their order."""
+        """Sort boxes by their image, keeping their order within an image.
+
+        Args:
+            images: [N] int64, index of each box's image.
+            boxes: [N, 4] float32.
+            labels: [N] int32.
+            scores: [N] float32.
+            num_images: Images of the dataset.
+        """
         order = np.argsort(images, kind="stable")
         starts = np.searchsorted(images[order], np.arange(num_images + 1))
         return cls(starts, boxes[order], labels[order], scores[order])
 
     @property
     def counts(self) -> np.ndarray:
-        """[images]: boxes of each."""
+        """Boxes of each image, [images] int64."""
         return np.diff(self.starts)
 
     def summary(self) -> str:
         counts = self.counts
         return (
             f"{counts.sum()} boxes in {np.count_nonzero(counts)} of {len(counts)} images; "
-            f"in an image: median {np.median(counts):g}, most {counts.max()}"
+            f"per image: median {np.median(counts):g}, most {counts.max()}"
         )
 
     def of(self, image: int) -> list[dict]:
-        """As annotations of the image's record, with a score."""
+        """Return the boxes of an image as annotations with a score."""
         here = slice(self.starts[image], self.starts[image + 1])
         return [
             {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label, "score": score}
@@ -70,11 +79,16 @@ class TeacherBoxes:
 
 @dataclass(frozen=True, eq=False)
 class LoadedTeacher:
-    """The boxes of a file for a dataset, and what was left out.
+    """The boxes of a file for a dataset, and counts of those left out.
 
-    num_read: boxes in the file; num_unknown: for images that the dataset has not, of which
-    unknown_ids are some; num_unscored: with the score 0, which would teach nothing; the others as in
-    `LoadedDataset`.
+    Args:
+        file: Name of the file.
+        boxes: Boxes to train with.
+        num_read: Boxes in the file.
+        num_unknown: Boxes of images that are not in the dataset.
+        unknown_ids: Some of the ids of these images.
+        num_unscored: Boxes with the score 0, which have no weight in the loss.
+        no_size: As in `LoadedDataset`, like outside and clipped.
     """
 
     file: str
@@ -88,7 +102,7 @@ class LoadedTeacher:
     clipped: Finding
 
     def report(self) -> str:
-        """A few lines for the log."""
+        """Return a few lines for the log."""
         lines = [
             f"teacher {self.file}",
             f"  read       {self.num_read} boxes",
@@ -106,7 +120,7 @@ class LoadedTeacher:
 
 
 class WithTeacher(Dataset):
-    """The records of a dataset, each with the teacher's boxes among its annotations."""
+    """Records of a dataset with the teacher's boxes added to their annotations."""
 
     def __init__(self, records, boxes: TeacherBoxes):
         self.records = records
@@ -124,10 +138,10 @@ class WithTeacher(Dataset):
 
 
 class _Entries:
-    """Takes the entries of a result file while it is parsed, so that they never exist together.
+    """Collects the entries of a result file in arrays while it is parsed, to save memory.
 
-    `json.load` calls `take` with every object that it has read, and keeps its answer: None for a
-    detection in order, whose numbers then stand in the arrays; else the object itself.
+    `json.load` calls `take` with every parsed object and keeps the result: None for a valid
+    detection, the object itself otherwise.
     """
 
     def __init__(self, image_of: dict, label_of: dict):
@@ -152,7 +166,7 @@ class _Entries:
         return None
 
     def fault(self, entry) -> str:
-        """What is wrong with an entry, as the end of a sentence; "" if nothing is."""
+        """Return what is wrong with an entry, as the end of a sentence, or ""."""
         if not isinstance(entry, dict):
             return f"must have image_id, category_id, bbox and score, got {entry!r}"
         for key in ("image_id", "category_id", "bbox", "score"):
@@ -160,11 +174,11 @@ class _Entries:
                 return f"has no {key!r}"
         image_id, category, box = entry["image_id"], entry["category_id"], entry["bbox"]
         if type(image_id) not in (int, str):
-            return f"has the image_id {image_id!r}, which is neither a number nor a text"
+            return f"has the image_id {image_id!r}, which is neither a number nor a string"
         if type(category) is not int or category not in self.label_of:
-            return f"has the category_id {category!r}, which the dataset has not"
-        numbers = isinstance(box, list) and all(type(value) in (int, float) for value in box)
-        if not numbers or len(box) != 4:
+            return f"has the category_id {category!r}, which is not in the dataset"
+        is_numeric = isinstance(box, list) and all(type(value) in (int, float) for value in box)
+        if not is_numeric or len(box) != 4:
             return f"must have a bbox [x, y, width, height], got {box!r}"
         score = entry["score"]
         if type(score) not in (int, float) or not 0 <= score <= 1:
@@ -173,31 +187,33 @@ class _Entries:
 
 
 def _parse(file_name: str, entries: _Entries) -> int:
-    """Fill `entries` from a file; returns how many it has. InputError where one is out of order."""
+    """Fill `entries` from a file and return their number; InputError if one is invalid."""
     try:
         with PathManager.open(file_name, "r", encoding="utf-8") as file:
             content = json.load(file, object_hook=entries.take)
     except FileNotFoundError:
         raise InputError(
-            f"the teacher boxes {file_name} do not exist: tools/make_teacher_boxes.py makes them, "
-            "and DATASETS.TEACHER_BOXES names them."
+            f"the teacher boxes {file_name} do not exist: make them by "
+            "tools/make_teacher_boxes.py, or correct DATASETS.TEACHER_BOXES."
         ) from None
     except (OSError, ValueError) as error:  # ValueError: not json, cut off, or not UTF-8
         raise InputError(f"the teacher boxes {file_name} cannot be read: {error}.") from None
     if not isinstance(content, list) or not content:
-        raise InputError(f"{file_name} must hold a list of results, at least one.")
-    wrong = next((i for i, entry in enumerate(content) if entry is not None), None)
-    if wrong is not None:
-        raise InputError(f"{file_name}: result {wrong} {entries.fault(content[wrong])}.")
+        raise InputError(f"{file_name} must hold a list of at least one result.")
+    invalid = next((i for i, entry in enumerate(content) if entry is not None), None)
+    if invalid is not None:
+        raise InputError(f"{file_name}: result {invalid} {entries.fault(content[invalid])}.")
     return len(content)
 
 
 @cache
 def load_teacher_boxes(loaded: LoadedDataset, file_name: str) -> LoadedTeacher:
-    """The boxes of a result file (a list of image_id, category_id, bbox, score) for a dataset.
+    """Load the boxes of a result file (a list of image_id, category_id, bbox, score) for a dataset.
 
-    Boxes are cleaned as those of the dataset are; a second call gives the same object. Raises
-    InputError with one sentence where the file is not of this form or does not fit the dataset.
+    Boxes are cleaned like those of the dataset. A second call returns the same object.
+
+    Raises:
+        InputError: If the file is not of this form or does not fit the dataset.
     """
     image_of, sizes = {}, np.full((len(loaded.records), 2), np.inf)
     for i, record in enumerate(loaded.records):
@@ -217,15 +233,15 @@ def load_teacher_boxes(loaded: LoadedDataset, file_name: str) -> LoadedTeacher:
     given = np.frombuffer(entries.boxes, np.float64).reshape(-1, 4)
     boxes, faults = fit_boxes(given, sizes[images])
     findings = {
-        name: _finding(loaded, images, given, np.flatnonzero(is_so))
-        for name, is_so in faults.items()
+        name: _finding(loaded, images, given, np.flatnonzero(is_faulty))
+        for name, is_faulty in faults.items()
     }
     is_kept = ~(faults["no_size"] | faults["outside"])
     if 2 * is_kept.sum() < len(given):
         examples = (findings["no_size"].examples + findings["outside"].examples)[:_NUM_EXAMPLES]
         raise InputError(
-            f"{len(given) - is_kept.sum()} of the {len(given)} boxes in {file_name} have no size or "
-            f"are outside of their image, e.g. {', '.join(examples)}: a bbox must be [x, y, width, "
+            f"{len(given) - is_kept.sum()} of the {len(given)} boxes in {file_name} have no size "
+            f"or are outside their image, e.g. {', '.join(examples)}: a bbox must be [x, y, width, "
             f"height] in pixels of the images of the dataset {loaded.name!r}."
         )
     is_used = is_kept & (scores > 0)
@@ -247,9 +263,14 @@ def load_teacher_boxes(loaded: LoadedDataset, file_name: str) -> LoadedTeacher:
 
 
 def fit_boxes(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """`records.fit_box` for many: boxes [T, 4] xywh in images of sizes [T, 2] (width, height).
+    """Clip many boxes to their images, like `dataset_dicts.fit_box`.
 
-    Returns them as xyxy inside their image, and [T] bool: "no_size", "outside" and "clipped".
+    Args:
+        boxes: [N, 4] float64, xywh pixels.
+        sizes: [N, 2] float64, (width, height) of each box's image; inf if unknown.
+
+    Returns:
+        The clipped boxes [N, 4], xyxy pixels, and masks [N] bool "no_size", "outside", "clipped".
     """
     has_size = np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1)
     boxes = np.where(has_size[:, None], boxes, 0)
@@ -273,7 +294,7 @@ def _finding(loaded: LoadedDataset, images, boxes, which) -> Finding:
 
 
 def teacher_files(cfg: CfgNode) -> dict[str, str]:
-    """Training dataset -> its file of teacher boxes; empty where nothing is to be taught."""
+    """Return training dataset -> file of teacher boxes; empty without MODEL.DN_DETR.TEACH."""
     if not cfg.MODEL.DN_DETR.TEACH.ENABLED:
         return {}
     entries = cfg.DATASETS.TEACHER_BOXES
@@ -284,14 +305,14 @@ def teacher_files(cfg: CfgNode) -> dict[str, str]:
         is_pair = isinstance(entry, (list, tuple)) and len(entry) == 2
         if not is_pair or not all(isinstance(part, str) and part for part in entry):
             raise InputError(
-                "DATASETS.TEACHER_BOXES must be a list of [dataset, json file], each two texts, got "
-                f"{entry!r}."
+                "DATASETS.TEACHER_BOXES must be a list of [dataset, json file], each two strings, "
+                f"got {entry!r}."
             )
         name, file_name = entry
         if files.setdefault(name, file_name) != file_name:
             raise InputError(
-                f"DATASETS.TEACHER_BOXES names two files for {name!r}, {files[name]} and {file_name}: "
-                "merge them by tools/make_teacher_boxes.py."
+                f"DATASETS.TEACHER_BOXES names two files for {name!r}, {files[name]} and "
+                f"{file_name}: merge them by tools/make_teacher_boxes.py."
             )
     for name in cfg.DATASETS.TRAIN:
         if name not in files:

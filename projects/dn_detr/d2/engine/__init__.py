@@ -1,1 +1,1 @@
-"""Training: trainer, step, hooks, checkpoints."""
+"""Training: trainer, training step, hooks and checkpoints."""

@@ -1,10 +1,10 @@
-"""Activation checkpointing: layers whose activations are computed again in the backward pass."""
+"""Activation checkpointing: recompute the activations of layers in the backward pass."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from functools import cache
+from types import MethodType
 
 import torch
 from torch import nn
@@ -19,10 +19,16 @@ CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 def recompute(model: nn.Module, parts: list[str]) -> None:
-    """Let the layers of these parts keep only their inputs for the backward pass, in place.
+    """Checkpoint the activations of these parts, in place: layers keep only their inputs.
 
-    model: has a `backbone`, and for the other parts a core. Losses, gradients, random numbers,
-    parameters and their names stay what they are.
+    Losses, gradients, random numbers, and parameters with their names do not change.
+
+    Args:
+        model: Model with a `backbone` and, for the other parts, a core.
+        parts: Names from PARTS.
+
+    Raises:
+        InputError: If a part is unknown or has no blocks.
     """
     unknown = set(parts) - set(PARTS)
     if unknown:
@@ -36,14 +42,15 @@ def recompute(model: nn.Module, parts: list[str]) -> None:
             layers = list(getattr(core_of(model, f"MODEL.DN_DETR.RECOMPUTE {name!r}"), name).layers)
         if not layers:
             raise InputError(
-                f"MODEL.DN_DETR.RECOMPUTE: this {name} has no blocks that could be computed again."
+                f"MODEL.DN_DETR.RECOMPUTE: this {name} has no blocks that can be recomputed."
             )
         for layer in layers:
-            layer.__class__ = _recomputed(type(layer))
+            # A bound method, so that a deep copy of the layer uses the weights of the copy.
+            layer.forward = MethodType(_checkpointed_forward, layer)
 
 
 def blocks(module: nn.Module, is_inside: bool = False) -> Iterator[nn.Module]:
-    """The blocks of a backbone: what stands in its outermost sequences and consists of modules."""
+    """Yield the blocks of a backbone: members of its outermost containers that have submodules."""
     for child in module.children():
         is_container = isinstance(child, CONTAINERS)
         if is_inside and not is_container:
@@ -53,32 +60,25 @@ def blocks(module: nn.Module, is_inside: bool = False) -> Iterator[nn.Module]:
             yield from blocks(child, is_container)
 
 
-@cache
-def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
-    """`kind` with a forward that keeps its inputs alone. A class, so that copies of a layer have it
-    too, with their own weights."""
-
-    def forward(self, *inputs):
-        plain = super(recomputed, self).forward
-        if not (self.training and torch.is_grad_enabled()):
-            return plain(*inputs)
-        norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
-        if not norms:
-            return checkpoint(plain, *inputs, use_reentrant=False)
-        return checkpoint(
-            plain,
-            *inputs,
-            use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), _without_statistics(norms)),
-        )
-
-    recomputed = type(kind.__name__, (kind,), {"forward": forward})
-    return recomputed
+def _checkpointed_forward(layer: nn.Module, *inputs):
+    """Run the forward of the layer's class, and in training keep only its inputs."""
+    forward = MethodType(type(layer).forward, layer)
+    if not (layer.training and torch.is_grad_enabled()):
+        return forward(*inputs)
+    norms = [module for module in layer.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return checkpoint(forward, *inputs, use_reentrant=False)
+    return checkpoint(
+        forward,
+        *inputs,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _frozen_statistics(norms)),
+    )
 
 
 @contextlib.contextmanager
-def _without_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Inside, batch norms do not count the batch once more in their running statistics."""
+def _frozen_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Keep the running statistics of batch norms, which have already seen this batch."""
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None

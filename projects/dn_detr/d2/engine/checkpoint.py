@@ -1,4 +1,4 @@
-"""Checkpoints: Detectron2's, with a refusal to train or evaluate on weights that do not fit."""
+"""Detectron2's checkpointer that rejects weights which do not fit the model."""
 
 from __future__ import annotations
 
@@ -33,48 +33,59 @@ from dn_detr.d2.modeling.timm_torchvision import NamedBackbone
 from dn_detr.errors import InputError
 
 CLASS_DEPENDENT = ("class_head", "class_heads", "label_embedding", "cls_score", "bbox_pred")
-"""Parameters whose size is the number of classes: start anew together when it changes."""
+"""Parameters with one entry per class; all are reinitialized when the classes change."""
 
 TRAINING_ONLY = ("auxiliary", "label_embedding")
-"""Parameters that only an auxiliary query module uses: a checkpoint may have them or not."""
+"""Parameters that only auxiliary queries use: optional in a checkpoint."""
 
 UNFINISHED = ".unfinished"
-"""Part of the name of a file that is being written."""
+"""Suffix in the name of a file while it is written."""
 
 BEST = "model_best.pth"
-"""The best one by a metric: no training is resumed from it."""
+"""File of the best checkpoint by a metric; `--resume` does not use it."""
 
 AVERAGED = f"@{EMA}"
-"""At the end of a path: the moving average that the checkpoint holds."""
+"""Suffix of a path that selects the moving average of the weights in a checkpoint."""
 
 DETECTOR = "detector"
-"""Under this key a checkpoint describes the detector it holds."""
+"""Key of the detector's description in a checkpoint, see `describe`."""
 
 FORMAT = 2
-"""Of the names of parameters, in the description: raised whenever one changes (tests/d2/parameters.txt)."""
+"""Version of the parameter names; increase it when one changes (tests/d2/parameters.txt)."""
 
 FOREIGN = ("transformer", "class_embed", "sem_seg_head", "input_proj", "query_embed", "bbox_embed")
-"""Parts of names in detectors of the authors, of detrex and of Hugging Face."""
+"""Parts of parameter names in original implementations, detrex and Hugging Face."""
 
 
 def check_hash(address: str, filename: str) -> None:
-    """InputError where an address names the beginning of its file's sha256, as torchvision's do, and
-    the file has another. Digits alone are a date, but for PyTorch's own addresses."""
-    named = re.search(r"-([0-9a-f]{8,64})\.\w+$", address.removesuffix(AVERAGED))
-    if named is None or (named[1].isdigit() and "://download.pytorch.org/" not in address):
+    """Check a file against the sha256 prefix in its address, as in torchvision's file names.
+
+    A number without letters counts as a date, except in PyTorch's own addresses.
+
+    Raises:
+        InputError: If the hash differs.
+    """
+    match = re.search(r"-([0-9a-f]{8,64})\.\w+$", address.removesuffix(AVERAGED))
+    if match is None or (match[1].isdigit() and "://download.pytorch.org/" not in address):
         return
     with open(filename, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if not found.startswith(named[1]):
+    if not found.startswith(match[1]):
         raise InputError(
-            f"{filename}, fetched from {address}, is damaged: its sha256 begins with {found[:8]} and "
-            f"should begin with {named[1]}. Remove the file and try again."
+            f"{filename}, fetched from {address}, is damaged: its sha256 begins with {found[:8]} "
+            f"and should begin with {match[1]}. Remove the file and try again."
         )
 
 
 def read_checkpoint(filename: str) -> dict:
-    """{"model": name -> tensor, ...}, whatever the file is. Nothing in it is run; InputError if it is
-    damaged, or no checkpoint."""
+    """Read a checkpoint of any supported format without running code from it.
+
+    Returns:
+        {"model": name -> array or tensor, ...}.
+
+    Raises:
+        InputError: If the file is damaged or not a checkpoint.
+    """
     readers = {".safetensors": read_safetensors, ".pkl": read_arrays}
     try:
         content = readers.get(os.path.splitext(filename)[1], read_pickle)(filename)
@@ -93,39 +104,51 @@ def read_checkpoint(filename: str) -> dict:
 
 
 def describe(cfg: CfgNode) -> dict:
-    """What checkpoints of this training say of their model, in plain types, which
-    `torch.load(weights_only=True)` reads."""
+    """Describe the model for its checkpoints, in types that `torch.load(weights_only=True)` reads.
+
+    Returns:
+        "format", "config" as YAML and "class_names".
+    """
     names = [str(name) for name in class_names(cfg.DATASETS.TRAIN[0])]
     return {"format": FORMAT, "config": cfg.dump(), "class_names": names}
 
 
 def check_format(filename: str, checkpoint: dict) -> None:
-    """InputError where a training of this project saved other parameter names than this version's."""
+    """Raise an InputError if the checkpoint has the parameter names of another version."""
     about = checkpoint.get(DETECTOR) or {}
     found = about.get("format", 1 if "config" in about else FORMAT)
     if found != FORMAT:
         raise InputError(
-            f"{filename!r} was saved with the parameter names of format {found}, and this version of "
-            f"dn_detr reads format {FORMAT}: use the version that saved it."
+            f"{filename!r} was saved with the parameter names of format {found}, and this version "
+            f"of dn_detr reads format {FORMAT}: use the version that saved it."
         )
 
 
 def has_part(key: str, parts: tuple[str, ...]) -> bool:
+    """Return whether a component of the dotted name is in `parts`."""
     return any(part in key.split(".") for part in parts)
 
 
 def is_counter(key: str) -> bool:
-    """Whether it is a counter of batch norm: no weight, and filled in by PyTorch where missing."""
+    """Return whether the name is a counter of batch norm, which PyTorch fills in if missing."""
     return key.endswith("num_batches_tracked")
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Loads a detector of the same architecture; to begin a training, also a detector with other
-    classes, or a backbone alone, by the names of any library (`conversion.backbone`).
+    """Load a detector of the same architecture, or initialize a training from other weights.
 
-    A checkpoint that lacks parameters of this model, or has others, is an InputError: filling the
-    gaps with random numbers would only show as a low AP. With other classes (another number, or
-    other names) the class heads and the label table start anew, both. Parameters that only training needs may come or be missing.
+    A training can start from a detector with other classes (another number or other names), whose
+    class heads and label embedding are reinitialized, or from a backbone of any library
+    (`conversion.backbone_weights`). Other missing or unexpected parameters are an InputError, as
+    they would only show as a low AP. TRAINING_ONLY parameters are optional.
+
+    Args:
+        model: Model to save and load.
+        save_dir: Folder of the checkpoints.
+        is_for_training: Whether weights may initialize a training.
+        detector: Description in saved checkpoints, see `describe`.
+        may_be_new: MODEL.DN_DETR.NEW_PARAMETERS.
+        **checkpointables: Other objects to save and load.
     """
 
     def __init__(
@@ -138,19 +161,18 @@ class Checkpointer(DetectionCheckpointer):
         may_be_new: Sequence[str] = (),
         **checkpointables,
     ):
-        """`detector` is what files of this checkpointer say of their model: see `describe`.
-        may_be_new: MODEL.DN_DETR.NEW_PARAMETERS."""
         super().__init__(model, save_dir, **checkpointables)
         self.is_for_training = is_for_training
         self.detector = detector
         self.may_be_new = tuple(may_be_new)
 
     def save(self, name: str, **kwargs) -> None:
-        """Save under a name; a crash while writing leaves an older file of that name as it was."""
+        """Save under a name; a crash while writing does not damage an older file of that name."""
         about = {} if self.detector is None else {DETECTOR: self.detector}
         super().save(name + UNFINISHED, **about, **kwargs)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Rename the finished file and, unless it is the best one, mark it as the last."""
         unfinished = os.path.join(self.save_dir, last_filename_basename)
         finished = unfinished.replace(UNFINISHED, "")
         os.replace(unfinished, finished)
@@ -159,25 +181,27 @@ class Checkpointer(DetectionCheckpointer):
         super().tag_last_checkpoint(os.path.basename(finished))
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
-        """checkpointables: what else than the model is restored, None = all: that is a resume.
+        """Load a checkpoint.
 
-        path: with "@ema" at its end, the moving average of the weights is loaded instead of them.
+        Args:
+            path: File or address; the suffix "@ema" selects the moving average of the weights.
+            checkpointables: What to restore besides the model; None restores all (a resume).
         """
         self.path = path
         path = path.removesuffix(AVERAGED)
-        self.may_start_anew = self.is_for_training and checkpointables is not None
+        self.may_initialize = self.is_for_training and checkpointables is not None
         if path and "://" not in path and not os.path.isfile(path):
             raise InputError(f"there is no checkpoint {path!r}: correct MODEL.WEIGHTS.")
         try:
             return super().load(path, checkpointables)
         except OSError as error:
             raise InputError(
-                f"the checkpoint {path!r} cannot be fetched ({error}): bring the file to this machine "
-                "and set MODEL.WEIGHTS to its path, or to '' to start from random weights."
+                f"the checkpoint {path!r} cannot be fetched ({error}): copy the file to this "
+                "machine and set MODEL.WEIGHTS to its path, or to '' to start from random weights."
             ) from error
 
     def _load_file(self, filename: str) -> dict:
-        """{"model": name -> array, ...}, whatever the file is. Nothing in it is run."""
+        """Read {"model": name -> array, ...} without running code from the file."""
         if "://" in self.path:
             check_hash(self.path, filename)
         checkpoint = read_checkpoint(filename)
@@ -203,41 +227,41 @@ class Checkpointer(DetectionCheckpointer):
         state, known = checkpoint["model"], self.model.state_dict()
         if not any(has_part(key, ("core", "roi_heads")) for key in state):
             converted = self._converted(state)
-            if converted is None and self.may_start_anew:
+            if converted is None and self.may_initialize:
                 return self._load_backbone(checkpoint)
             state = checkpoint["model"] = state if converted is None else converted
-        has_other_classes = self.may_start_anew and self._has_other_classes(checkpoint)
-        start_anew = CLASS_DEPENDENT if has_other_classes else ()
-        for key in [key for key in state if has_part(key, start_anew)]:
+        has_other_classes = self.may_initialize and self._has_other_classes(checkpoint)
+        reinitialized = CLASS_DEPENDENT if has_other_classes else ()
+        for key in [key for key in state if has_part(key, reinitialized)]:
             del state[key]
         self._check_floats(state, known)
-        # Seen before loading, since frozen batch norms then make up the statistics that they lack.
+        # Before loading: frozen batch norms then fill in missing statistics.
         missing = [key for key in known if key not in state and not is_counter(key)]
         incompatible = super()._load_model(checkpoint)
         shapes = [f"{k} {old} instead of {new}" for k, old, new in incompatible.incorrect_shapes]
         total = sum(not is_counter(key) for key in known)
         summary = f"Loaded {total - len(missing) - len(shapes)} of {total} parameters"
-        lacking = [k for k in missing if not has_part(k, (*start_anew, *TRAINING_ONLY))]
+        lacking = [k for k in missing if not has_part(k, (*reinitialized, *TRAINING_ONLY))]
         surplus = [k for k in incompatible.unexpected_keys if not has_part(k, TRAINING_ONLY)]
         for kind, keys in (("differs in", shapes), ("lacks", lacking), ("has also", surplus)):
             if keys:
                 raise InputError(
                     f"{self.path!r} is a checkpoint of another model: it {kind} {len(keys)} of "
-                    f"{total} parameters, the first being {keys[0]}."
+                    f"{total} parameters, e.g. {keys[0]}."
                 )
         if missing:
-            because = "other classes" if start_anew else "not in the checkpoint"
-            summary += f"; {because}, so these start anew: {', '.join(missing)}"
+            cause = "other classes" if reinitialized else "not in the checkpoint"
+            summary += f"; newly initialized ({cause}): {', '.join(missing)}"
         self.logger.info(summary)
         return incompatible
 
     def _load_backbone(self, checkpoint: dict):
-        """A backbone alone, by whatever names: all of it, or an InputError."""
+        """Load all parameters of the backbone, under the names of any library."""
         backbone = self.model.backbone
         prefix = "backbone.bottom_up." if hasattr(backbone, "bottom_up") else "backbone."
         body = getattr(backbone, "bottom_up", backbone)
         known = body.state_dict()
-        wanted = {name: value.shape for name, value in known.items()}
+        expected = {name: value.shape for name, value in known.items()}
         library = {}
         if isinstance(body, NamedBackbone):
             names, normalisation = body.library_names(), body.normalisation
@@ -246,12 +270,12 @@ class Checkpointer(DetectionCheckpointer):
                 "library_names": names,
                 "library_normalisation": normalisation,
             }
-        match = match_backbone(checkpoint["model"], wanted, **library)
+        match = match_backbone(checkpoint["model"], expected, **library)
         if not match.found and not match.wrong:
             raise InputError(
-                f"{self.path!r} holds none of the parameters of this model's backbone, whose first is "
-                f"{next(iter(wanted))}, under any known name; the file's first is "
-                f"{next(iter(checkpoint['model']), 'none')}.{self._hint(match, body)}"
+                f"{self.path!r} holds none of the parameters of this model's backbone under any "
+                f"known name: the backbone has e.g. {next(iter(expected))}, the file "
+                f"{next(iter(checkpoint['model']), 'nothing')}.{self._hint(match, body)}"
             )
         missing = [name for name in match.missing if not name.startswith(self.may_be_new or "\0")]
         for fault, names in (
@@ -265,8 +289,8 @@ class Checkpointer(DetectionCheckpointer):
                     hint = hint or " (MODEL.DN_DETR.NEW_PARAMETERS names what the file may lack.)"
                 raise InputError(
                     f"{self.path!r}, read as {match.source}, does not fit the backbone of "
-                    f"{len(wanted)} parameters and statistics: {fault}, {len(names)} in all, the first "
-                    f"{names[0]}.{hint}"
+                    f"{len(expected)} parameters and statistics: {fault}, {len(names)} in all, "
+                    f"e.g. {names[0]}.{hint}"
                 )
         self._check_floats(match.found, known)
         broken = [name for name, v in match.found.items() if not v.float().isfinite().all()]
@@ -281,10 +305,10 @@ class Checkpointer(DetectionCheckpointer):
         )
         state = {f"{prefix}{name}": tensor for name, tensor in match.found.items()}
         incompatible = super()._load_model({"model": state})
-        new = f"; these start anew: {', '.join(match.missing)}" if match.missing else ""
+        new = f"; newly initialized: {', '.join(match.missing)}" if match.missing else ""
         self.logger.info(
-            f"Loaded {len(match.found)} of {len(wanted)} parameters and statistics of the backbone from "
-            f"{self.path}, read as {match.source}{new}"
+            f"Loaded {len(match.found)} of {len(expected)} parameters and statistics of the "
+            f"backbone from {self.path}, read as {match.source}{new}"
         )
         return incompatible
 
@@ -339,8 +363,7 @@ class Checkpointer(DetectionCheckpointer):
             )
 
     def _converted(self, state: dict) -> dict | None:
-        """A detector of the authors, of detrex or of Hugging Face under our names; None where it is
-        none. InputError where it is one of another method."""
+        """Rename the parameters of an original, detrex or Hugging Face detector; None if not one."""
         method = getattr(self.model, "method", None)
         try:
             ours, table = convert(state, method)
@@ -373,7 +396,7 @@ class Checkpointer(DetectionCheckpointer):
             yield str(error)
 
     def _has_other_classes(self, checkpoint: dict) -> bool:
-        """By their names where both sides know them, and by the sizes of what depends on them."""
+        """Compare class names if both sides have them, else the sizes of CLASS_DEPENDENT."""
         saved, ours = (
             (about or {}).get("class_names") for about in (checkpoint.get(DETECTOR), self.detector)
         )

@@ -1,4 +1,4 @@
-"""What one process does for all, and how an error of one becomes an error of all."""
+"""Work of the main rank for all ranks, and errors of one rank raised on all."""
 
 from __future__ import annotations
 
@@ -15,38 +15,44 @@ from dn_detr.errors import InputError, RemoteInputError
 T = TypeVar("T")
 
 
-def together(function: Callable[[], T]) -> T:
-    """The result of `function`, which every process calls; every process must come here.
+def raise_on_all_ranks(function: Callable[[], T]) -> T:
+    """Call `function` on every rank, and raise on all ranks if one of them gets an InputError.
 
-    If it raises an InputError in one of them, every process raises one, so that none waits for
-    another that has ended: the first that has one its own, all others RemoteInputError. While one
-    process may have raised, `function` must not wait for others.
+    No rank then waits for one that has ended. Every rank must call this, and `function` itself must
+    not wait for other ranks.
+
+    Returns:
+        The result of `function` on this rank.
+
+    Raises:
+        InputError: On the lowest rank whose call raised it.
+        RemoteInputError: On all other ranks, with the same text.
     """
     result, error = None, None
     try:
         result = function()
     except InputError as caught:
         error = caught
-    if not _anywhere(error is not None):
+    if not _any_rank(error is not None):
         return result
-    sentences = comm.all_gather(None if error is None else str(error))
-    failed = [rank for rank, sentence in enumerate(sentences) if sentence is not None]
+    messages = comm.all_gather(None if error is None else str(error))
+    failed = [rank for rank, message in enumerate(messages) if message is not None]
     if failed[0] == comm.get_rank():
         raise error
-    raise RemoteInputError(sentences[failed[0]])
+    raise RemoteInputError(messages[failed[0]])
 
 
-def on_main(function: Callable[[], T]) -> T:
-    """The result of `function`, which the first process alone calls; every process must come here.
+def run_on_main_rank(function: Callable[[], T]) -> T:
+    """Call `function` on the main rank and return its result on every rank.
 
-    If it raises an InputError, every process does, as in `together`.
+    Every rank must call this. An InputError is raised on all, as by `raise_on_all_ranks`.
     """
-    result = together(lambda: function() if comm.is_main_process() else None)
+    result = raise_on_all_ranks(lambda: function() if comm.is_main_process() else None)
     return comm.all_gather(result)[0]
 
 
-def _anywhere(flag: bool) -> bool:
-    """Whether `flag` is set in any process. Waits for the others, but not for the device."""
+def _any_rank(flag: bool) -> bool:
+    """Return whether `flag` is set on any rank; waits for other ranks, but not for the device."""
     if comm.get_world_size() == 1:
         return flag
     flags = torch.tensor([flag], dtype=torch.int32)
@@ -56,5 +62,5 @@ def _anywhere(flag: bool) -> bool:
 
 @cache
 def _host_group() -> distributed.ProcessGroup | None:
-    """All processes, for what lies in host memory; None: the default group can do that."""
+    """Return a group of all ranks for tensors in host memory; None is the default group."""
     return distributed.new_group(backend="gloo") if distributed.get_backend() == "nccl" else None

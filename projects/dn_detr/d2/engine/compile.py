@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import torch
 from torch import nn
 
@@ -9,22 +11,28 @@ from dn_detr.errors import InputError
 
 
 def compile_core(core: nn.Module, backend: str) -> None:
-    """Let the training calls of `core` run compiled by this backend of torch.compile, in place.
+    """Compile the training calls of `core`, in place.
 
-    Evaluation, whose images have every size, stays as it is. Shapes that change become dynamic at the
-    second of them, so that few graphs serve all; MODEL.DN_DETR.PAD_OBJECTS_TO keeps the numbers of
-    objects few as well.
+    Evaluation, with images of many sizes, runs uncompiled. A shape becomes dynamic when it first
+    changes, so few graphs are needed; MODEL.DN_DETR.PAD_OBJECTS_TO limits the numbers of objects.
+
+    Args:
+        core: Model that is called with (features, padding, targets, prompt).
+        backend: Backend of torch.compile.
+
+    Raises:
+        InputError: If the backend is unknown.
     """
     if backend not in torch._dynamo.list_backends(exclude_tags=()):
         raise InputError(
             "MODEL.DN_DETR.COMPILE must be '' or a backend of torch.compile, one of "
             f"{', '.join(torch._dynamo.list_backends())}, got {backend!r}."
         )
-    plain = type(core).forward
+    eager = type(core).forward
+    compiled = torch.compile(eager, backend=backend)
 
     def forward(self, features, padding, targets=None, prompt=None):
-        function = plain if targets is None else compiled
+        function = eager if targets is None else compiled
         return function(self, features, padding, targets, prompt)
 
-    compiled = torch.compile(plain, backend=backend)
-    core.__class__ = type(type(core).__name__, (type(core),), {"forward": forward})
+    core.forward = MethodType(forward, core)

@@ -1,4 +1,4 @@
-"""The best checkpoint by a metric of the evaluation, and a training that ends when it stops rising."""
+"""Hooks that save the best checkpoint by an evaluation metric and stop a training early."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from dn_detr.d2.engine.collective import on_main
+from dn_detr.d2.engine.collective import run_on_main_rank
 from dn_detr.d2.engine.evaluation_hooks import AfterEvaluation
 from dn_detr.errors import InputError
 
@@ -20,15 +20,17 @@ MODES = ("max", "min")
 
 
 class StopEarly(Exception):
-    """Ends a training before its last iteration, in good order."""
+    """Raised to end a training regularly before its last iteration."""
 
 
 class SaveBest(hooks.BestCheckpointer):
-    """Detectron2's BestCheckpointer, which refuses a metric that does not exist and goes on after a
-    resume with the best so far. It writes model_best.pth, from which no training is resumed."""
+    """Detectron2's BestCheckpointer that checks the metric's name and keeps the best on resume.
+
+    It writes model_best.pth, which `--resume` does not use.
+    """
 
     def _best_checking(self):
-        on_main(lambda: metric(self.trainer.storage, self._val_metric, "TEST.BEST.METRIC"))
+        run_on_main_rank(lambda: metric(self.trainer.storage, self._val_metric, "TEST.BEST.METRIC"))
         if comm.is_main_process():
             super()._best_checking()
 
@@ -40,9 +42,16 @@ class SaveBest(hooks.BestCheckpointer):
 
 
 class EarlyStopping(AfterEvaluation):
-    """Ends the training when `name` has not got better in `patience` evaluations in a row.
+    """Stop the training when a metric has not improved for several evaluations in a row.
 
-    The last weights become model_final.pth. A training that was ended so ends at once when resumed.
+    The last weights become model_final.pth. A training that was stopped ends at once when resumed.
+
+    Args:
+        period: TEST.EVAL_PERIOD.
+        checkpointer: Writes model_final.pth.
+        name: Name of the metric.
+        patience: Evaluations in a row without improvement.
+        mode: "max" or "min".
     """
 
     def __init__(self, period: int, checkpointer, *, name: str, patience: int, mode: str):
@@ -59,8 +68,10 @@ class EarlyStopping(AfterEvaluation):
 
     def after_evaluation(self):
         storage = self.trainer.storage
-        value = self.sign * on_main(lambda: metric(storage, self.name, "TEST.EARLY_STOP.METRIC"))
-        if value > self.best:  # NaN is not
+        value = self.sign * run_on_main_rank(
+            lambda: metric(storage, self.name, "TEST.EARLY_STOP.METRIC")
+        )
+        if value > self.best:  # False for NaN
             self.best, self.num_worse = value, 0
         else:
             self.num_worse += 1
@@ -84,7 +95,16 @@ class EarlyStopping(AfterEvaluation):
 
 
 def metric(storage: EventStorage, name: str, key: str) -> float:
-    """Its value at the evaluation of the current iteration; InputError with all names otherwise."""
+    """Return a metric of the evaluation at the current iteration.
+
+    Args:
+        storage: Event storage of the training.
+        name: Name of the metric.
+        key: Configuration key for the error message.
+
+    Raises:
+        InputError: If there is no such metric; it lists all names.
+    """
     found = {
         metric: value
         for metric, (value, iteration) in storage.latest().items()
@@ -94,20 +114,20 @@ def metric(storage: EventStorage, name: str, key: str) -> float:
         close = difflib.get_close_matches(name, found, n=1)
         hint = f", perhaps {close[0]!r}" if close else ""
         raise InputError(
-            f"{key} must be a metric of this evaluation{hint}, got {name!r}; there are "
+            f"{key} must be a metric of this evaluation{hint}, got {name!r}; available: "
             f"{', '.join(sorted(found)) or 'none'}."
         )
     return found[name]
 
 
 def build_best(cfg, checkpointer) -> list[HookBase]:
-    """What TEST.BEST and TEST.EARLY_STOP ask for."""
+    """Build the hooks of TEST.BEST and TEST.EARLY_STOP."""
     best, early, period = cfg.TEST.BEST, cfg.TEST.EARLY_STOP, cfg.TEST.EVAL_PERIOD
     for key, node in (("TEST.BEST", best), ("TEST.EARLY_STOP", early)):
         if node.METRIC and (node.MODE not in MODES or period < 1):
             raise InputError(
-                f"{key}.METRIC needs {key}.MODE 'max' or 'min' and a TEST.EVAL_PERIOD of at least 1, "
-                f"got {node.MODE!r} and {period}."
+                f"{key}.METRIC needs {key}.MODE 'max' or 'min' and a TEST.EVAL_PERIOD of at least "
+                f"1, got {node.MODE!r} and {period}."
             )
     if early.METRIC and early.PATIENCE < 1:
         raise InputError(f"TEST.EARLY_STOP.PATIENCE must be at least 1, got {early.PATIENCE}.")

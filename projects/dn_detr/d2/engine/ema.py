@@ -1,4 +1,4 @@
-"""A moving average of the weights: it follows the training, and is saved and evaluated beside it."""
+"""Exponential moving average of the weights, saved and evaluated with the model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from torch import nn
 from dn_detr.errors import InputError
 
 KEY = "ema"
-"""Where it stands in a checkpoint, and the prefix of its metrics."""
+"""Its key in a checkpoint, and the prefix of its metrics."""
 
 
 class MovingAverage:
-    """A copy of `model` whose weights are an exponential moving average of the model's.
+    """A copy of a model whose weights are an exponential moving average of the model's.
 
-    At its update u it keeps the share decay * (1 - exp(-u / warmup)) of itself; warmup 0: decay
-    from the beginning. Running statistics of norms are averaged like weights, counters copied.
+    Update u has the decay decay * (1 - exp(-u / warmup)). Running statistics of norms are averaged
+    like weights; counters are copied.
+
+    Args:
+        model: Model to copy.
+        decay: Final decay, in [0, 1).
+        warmup: Warm-up in updates; 0 uses `decay` from the start.
     """
 
     def __init__(self, model: nn.Module, *, decay: float, warmup: float):
@@ -35,22 +40,22 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move towards the weights of `model`."""
+        """Update the average with the weights of `model`."""
         self.updates += 1
         warm = -math.expm1(-self.updates / self.warmup) if self.warmup else 1.0
-        self._move(model, 1 - self.decay * warm)
+        self._lerp(model, 1 - self.decay * warm)
 
     @torch.no_grad()
     def start_from(self, model: nn.Module) -> None:
-        """Take over the weights of `model`, exactly."""
-        self._move(model, 1.0)
+        """Copy the weights of `model`."""
+        self._lerp(model, 1.0)
 
-    def _move(self, model: nn.Module, share: float) -> None:
+    def _lerp(self, model: nn.Module, weight: float) -> None:
         own, others = _tensors(self.model), _tensors(model)
         torch._foreach_lerp_(
             [value for value in own if value.is_floating_point()],
             [value for value in others if value.is_floating_point()],
-            share,
+            weight,
         )
         for value, other in zip(own, others, strict=True):
             if not value.is_floating_point():
@@ -69,9 +74,11 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
 
 
 class FollowWeights(HookBase):
-    """Updates a moving average after every iteration; a new one starts from the loaded weights.
+    """Update a moving average after every iteration; a new one starts from the loaded weights.
 
-    model: the one that is trained, without DistributedDataParallel.
+    Args:
+        average: The moving average.
+        model: The trained model, without DistributedDataParallel.
     """
 
     def __init__(self, average: MovingAverage, model: nn.Module):

@@ -1,4 +1,4 @@
-"""Hooks that act on evaluations: right after each that Detectron2's EvalHook made."""
+"""Hooks that run right after each evaluation of Detectron2's EvalHook."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from fvcore.common.checkpoint import PeriodicCheckpointer
 
 
 class AfterEvaluation(HookBase):
-    """Calls `after_evaluation` when, and only when, `EvalHook` of this period has evaluated."""
+    """Call `after_evaluation` exactly when an `EvalHook` of this period has evaluated."""
 
     def __init__(self, period: int):
         self.period = period
 
     def after_evaluation(self) -> None:
+        """Process the results of an evaluation."""
         raise NotImplementedError
 
     def after_step(self):
@@ -26,9 +27,10 @@ class AfterEvaluation(HookBase):
 
 
 class SaveEvaluation(AfterEvaluation):
-    """Writes the periodic checkpoint of this iteration once more, with what hooks took from its
-    evaluation, so that a resumed training knows it. (It was written before the evaluation too, which
-    may fail.)"""
+    """Write the periodic checkpoint of this iteration again, with the hooks' evaluation results.
+
+    A resumed training then has them. The first write comes before the evaluation, which may fail.
+    """
 
     def __init__(self, period: int, checkpointer, checkpoint_period: int):
         super().__init__(period)

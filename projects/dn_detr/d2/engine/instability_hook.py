@@ -1,4 +1,4 @@
-"""The instruments of DN-DETR as a hook: instability of matching, distance of anchors to objects."""
+"""Hook with DN-DETR's training diagnostics: matching instability and anchor distance."""
 
 from __future__ import annotations
 
@@ -26,16 +26,20 @@ logger = logging.getLogger(__name__)
 
 
 class MatchingInstruments(AfterEvaluation):
-    """After every evaluation, matches the queries with the objects of some images, without loss.
+    """Match queries with the objects of some images after every evaluation.
 
-    It puts into the event storage "matching/instability": queries per image that have another object
-    than at the evaluation before, or now one or none (2203.01305, sec. 3.1); absent at the first
-    evaluation, and for queries that are proposals, which have no identity. "matching/anchor_distance"
-    and "matching/anchor_distance_100": mean and mean of the 100 largest L1 distances between the
-    initial reference of a query and its object (sec. 3.2; 2203.03605); absent for pages whose
-    queries start without one.
+    The event storage gets:
+      - "matching/instability": queries per image whose match changed since the last evaluation
+        (2203.01305, sec. 3.1). Absent at the first evaluation and for proposals, whose queries
+        differ between evaluations.
+      - "matching/anchor_distance" and "matching/anchor_distance_100": mean of all, and of the 100
+        largest, L1 distances between the initial reference of a query and its object (sec. 3.2;
+        2203.03605). Absent for methods whose queries have no initial reference.
 
-    loader: this process's images, one at a time, as (index, samples).
+    Args:
+        period: TEST.EVAL_PERIOD.
+        model: Model without DistributedDataParallel.
+        loader: Images of this process, one at a time, as (index, samples).
     """
 
     def __init__(self, period: int, model: nn.Module, loader: DataLoader):
@@ -51,7 +55,7 @@ class MatchingInstruments(AfterEvaluation):
             if self.matches.shape == matches.shape:
                 scalars["instability"] = matching_instability(self.matches, matches)
             else:
-                logger.warning("matches of other images or queries: no instability this time")
+                logger.warning("the images or queries changed: no matching instability this time")
         self.matches = matches
         if distances.numel():
             scalars["anchor_distance"] = distances.mean()
@@ -62,8 +66,12 @@ class MatchingInstruments(AfterEvaluation):
 
     @torch.no_grad()
     def measure(self) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Object of every query [images, Q] int64, -1 = none (None where queries are proposals), and
-        the distances of all matched queries [n]; of the images of all processes, on each."""
+        """Match the images of all processes.
+
+        Returns:
+            The object of every query [images, Q] int64, -1 for none (None if queries are
+            proposals); and the anchor distances [N] of all N matched queries. Equal on all ranks.
+        """
         found, distances = {}, []
         model = self.model
         with inference_context(model):
@@ -78,9 +86,9 @@ class MatchingInstruments(AfterEvaluation):
                     )
                 if predictions.proposals is None:
                     found[index] = last_matches(match)[0].cpu()
-        everywhere = comm.all_gather((found, distances))
-        found = {index: row for part, _ in everywhere for index, row in part.items()}
-        distances = [row for _, part in everywhere for row in part]
+        gathered = comm.all_gather((found, distances))
+        found = {index: row for part, _ in gathered for index, row in part.items()}
+        distances = [row for _, part in gathered for row in part]
         matches = torch.stack([found[index] for index in sorted(found)]) if found else None
         return matches, torch.cat(distances) if distances else torch.zeros(0)
 
@@ -91,34 +99,34 @@ class MatchingInstruments(AfterEvaluation):
         self.matches = state["matches"]
 
 
-class _Numbered(torch.utils.data.Dataset):
-    """Samples beside their numbers."""
+class _Indexed(torch.utils.data.Dataset):
+    """Samples with their indices in the dataset."""
 
-    def __init__(self, dataset, numbers, mapper):
-        self.dataset = Subset(dataset, numbers)
-        self.numbers = numbers
+    def __init__(self, dataset, indices, mapper):
+        self.dataset = Subset(dataset, indices)
+        self.indices = indices
         self.mapper = mapper
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.indices)
 
-    def __getitem__(self, place: int) -> tuple[int, list[dict]]:
-        return self.numbers[place], [self.mapper(self.dataset[place])]
+    def __getitem__(self, position: int) -> tuple[int, list[dict]]:
+        return self.indices[position], [self.mapper(self.dataset[position])]
 
 
 def build_instruments(cfg, model: nn.Module) -> MatchingInstruments | None:
-    """As TEST.INSTABILITY says, on the first dataset of DATASETS.TEST; None where switched off."""
+    """Build the hook of TEST.INSTABILITY for the first dataset of DATASETS.TEST; None if off."""
     node = cfg.TEST.INSTABILITY
     if not node.ENABLED or not cfg.DATASETS.TEST:
         return None
     dataset = dataset_dicts.load(
         cfg.DATASETS.TEST[0], check=cfg.DATASETS.CHECK, with_masks=cfg.MODEL.MASK_ON
     ).records
-    wanted = min(node.NUM_IMAGES or len(dataset), len(dataset))
-    numbers = np.linspace(0, len(dataset) - 1, wanted).round().astype(int).tolist()
+    num_images = min(node.NUM_IMAGES or len(dataset), len(dataset))
+    indices = np.linspace(0, len(dataset) - 1, num_images).round().astype(int).tolist()
     mapper = DetrMapper(**{**DetrMapper.from_config(cfg, False), "with_instances": True})
     loader = DataLoader(
-        _Numbered(dataset, numbers[comm.get_rank() :: comm.get_world_size()], mapper),
+        _Indexed(dataset, indices[comm.get_rank() :: comm.get_world_size()], mapper),
         batch_size=None,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )

@@ -1,4 +1,4 @@
-"""What is kept of an iteration whose loss was not finite, so that it can be computed again."""
+"""Dump of an iteration whose loss was not finite, to reproduce it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch import nn
 
 
 class NonFiniteDump:
-    """Writes files into `folder` that `tools/replay_not_finite.py` reads.
+    """Write files that `tools/replay_not_finite.py` reads.
 
-    config: of the run, as YAML.
+    Args:
+        folder: Folder of the files.
+        config: Configuration of the run as YAML.
     """
 
     def __init__(self, folder: str, config: str):
@@ -21,10 +23,17 @@ class NonFiniteDump:
         self.config = config
 
     def keep(self, model: nn.Module, samples: list[dict], **facts) -> Path:
-        """Save weights and training samples; facts: numbers and names (iteration, seed, ...).
+        """Save weights and training samples, before the optimizer step of the iteration.
 
-        The weights must be those that the iteration began with: the optimizer has not used its
-        gradients. Running statistics of batch norm have moved, but training does not read them.
+        Running statistics of batch norm are already updated, but training does not read them.
+
+        Args:
+            model: Model with the weights at the start of the iteration.
+            samples: Samples of this process.
+            **facts: Numbers and strings, including "iteration" and "rank".
+
+        Returns:
+            The path of the file.
         """
         path = Path(self.folder) / f"not_finite_{facts['iteration']:07d}_rank{facts['rank']}.pth"
         os.makedirs(self.folder, exist_ok=True)
@@ -41,11 +50,11 @@ class NonFiniteDump:
 
 
 FIELDS = {"gt_boxes": Boxes, "gt_classes": None, "gt_masks": BitMasks, "scores": None}
-"""What training samples have of their objects, and the class around its tensor."""
+"""Fields of the instances in training samples, and the class around each tensor."""
 
 
 def as_plain(sample: dict) -> dict:
-    """A training sample as tensors, numbers and names, which any torch.load reads."""
+    """Convert a training sample to tensors, numbers and strings, which any `torch.load` reads."""
     plain = {key: value for key, value in sample.items() if isinstance(value, int | str)}
     plain["image"] = sample["image"]
     for key, value in sample.items():
@@ -57,7 +66,7 @@ def as_plain(sample: dict) -> dict:
 
 
 def as_sample(plain: dict) -> dict:
-    """The inverse of `as_plain`."""
+    """Convert the result of `as_plain` back to a training sample."""
     sample = dict(plain)
     for key, tensors in plain.items():
         if isinstance(tensors, dict):

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch.nn.parallel import DistributedDataParallel
 
-from dn_detr.d2.engine.collective import together
+from dn_detr.d2.engine.collective import raise_on_all_ranks
 from dn_detr.d2.engine.nonfinite_dump import NonFiniteDump
 from dn_detr.d2.modeling.batch import BatchStats, batch_stats
 from dn_detr.d2.modeling.instances import with_image_ids
@@ -61,7 +61,7 @@ class TrainStep(SimpleTrainer):
 
     def run_step(self):
         start = time.perf_counter()
-        data = with_image_ids(together(lambda: next(self._data_loader_iter)))
+        data = with_image_ids(raise_on_all_ranks(lambda: next(self._data_loader_iter)))
         data_time = time.perf_counter() - start
 
         torch.manual_seed(self.device_seed())

@@ -1,4 +1,4 @@
-"""Detectron2's DefaultTrainer with this project's data, optimizer, checkpoints and printing."""
+"""Detectron2's DefaultTrainer with this project's data, optimizer, checkpoints and logging."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dn_detr.d2.data.loader import build_test_loader, build_train_loader
 from dn_detr.d2.engine.activation_checkpointing import recompute
 from dn_detr.d2.engine.checkpoint import Checkpointer, describe
-from dn_detr.d2.engine.collective import together
+from dn_detr.d2.engine.collective import raise_on_all_ranks
 from dn_detr.d2.engine.compile import compile_core
 from dn_detr.d2.engine.early_stopping import StopEarly, build_best
 from dn_detr.d2.engine.ema import KEY as EMA
@@ -42,11 +42,11 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """Trains any configuration of dn_detr; resuming continues exactly where the run stopped."""
+    """Train any configuration of dn_detr; a resumed run continues exactly where it stopped."""
 
     def __init__(self, cfg):
-        # Not DefaultTrainer's constructor: its steps need CUDA for mixed precision and wait for
-        # the device at every loss, and its several processes need a GPU each.
+        # DefaultTrainer's constructor is not called: its steps need CUDA for mixed precision and
+        # synchronise at every loss, and its processes need a GPU each.
         TrainerBase.__init__(self)
         self.draws_seed = cfg.SEED < 0
         cfg = with_drawn_seed(self.auto_scale_workers(cfg, comm.get_world_size()))
@@ -88,9 +88,9 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks in its order, so that evaluation sees what was saved."""
+        """Build Detectron2's hooks in its order: checkpoints are saved before the evaluation."""
         cfg, is_main = self.cfg, comm.is_main_process()
-        writers = together(lambda: self.build_writers() if is_main else [])
+        writers = raise_on_all_ranks(lambda: self.build_writers() if is_main else [])
         return [
             ProgressBar() if is_main and sys.stdout.isatty() else None,
             hooks.IterationTimer(),
@@ -106,21 +106,23 @@ class Trainer(DefaultTrainer):
         ]
 
     def build_evaluation_hooks(self) -> list[HookBase | None]:
-        """What acts on evaluations, and writes the checkpoint again with their outcome."""
+        """Build the hooks that process evaluations and save their results in the checkpoint."""
         cfg, period = self.cfg, self.cfg.TEST.EVAL_PERIOD
         instruments = build_instruments(cfg, without_wrapper(self.model))
         if instruments:
             core_of(without_wrapper(self.model), "TEST.INSTABILITY")
-        actors = [*([instruments] if instruments else []), *build_best(cfg, self.checkpointer)]
-        if not actors:
+        processing = [*([instruments] if instruments else []), *build_best(cfg, self.checkpointer)]
+        if not processing:
             return []
-        again = SaveEvaluation(period, self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
-        return [*actors, again if comm.is_main_process() else None]
+        save = SaveEvaluation(period, self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+        return [*processing, save if comm.is_main_process() else None]
 
     def evaluate(self) -> dict:
-        """Metrics of the weights, and under "ema" those of their moving average.
+        """Evaluate the weights and their moving average.
 
-        The latter's files stand in the folder "ema" of OUTPUT_DIR.
+        Returns:
+            The metrics, with those of the moving average under "ema", whose files are written to
+            the folder "ema" of OUTPUT_DIR.
         """
         results = self.test(self.cfg, self.model)
         if self.average:
@@ -134,7 +136,7 @@ class Trainer(DefaultTrainer):
         return results
 
     def build_precise_bn(self) -> HookBase | None:
-        """Detectron2's TEST.PRECISE_BN, where it is asked for and the model has what it needs."""
+        """Build Detectron2's hook of TEST.PRECISE_BN if it is enabled and the model has norms."""
         test = self.cfg.TEST
         if not test.PRECISE_BN.ENABLED or not get_bn_modules(self.model):
             return None
@@ -142,6 +144,7 @@ class Trainer(DefaultTrainer):
         return hooks.PreciseBN(test.EVAL_PERIOD, self.model, loader, test.PRECISE_BN.NUM_ITER)
 
     def build_writers(self) -> list[EventWriter]:
+        """Build the writers of the console, metrics.json, TensorBoard and Weights & Biases."""
         output, period = self.cfg.OUTPUT_DIR, self.cfg.LOG_PERIOD
         return [
             ProgressLines(self.max_iter, period),
@@ -158,11 +161,11 @@ class Trainer(DefaultTrainer):
             model = without_wrapper(self.model)
             step.seed = step.data_loader.seed = model.seed = step.saved_seed
             logger.info(
-                f"going on with the seed {step.seed} that was drawn when this training began"
+                f"continuing with the seed {step.seed} that was drawn when this training began"
             )
 
     def state_dict(self) -> dict:
-        # Saved behind the last iteration: it has been done, and a longer training goes on after it.
+        # After the last iteration, save that one, so that a longer training can resume after it.
         return {**super().state_dict(), "iteration": min(self.iter, self.max_iter - 1)}
 
     def train(self):
@@ -215,9 +218,9 @@ def reason_of(error: Exception) -> str:
 
 
 def across_processes(model: nn.Module) -> nn.Module:
-    """The model as DistributedDataParallel where there are several processes, else as it is.
+    """Wrap the model in DistributedDataParallel if there are several processes.
 
-    Every parameter gets a gradient from every batch, empty ones too, so none is looked for.
+    Every parameter gets a gradient from every batch, so find_unused_parameters is off.
     """
     device = next(model.parameters()).device
     device_ids = [device] if device.type == "cuda" else None
@@ -225,7 +228,7 @@ def across_processes(model: nn.Module) -> nn.Module:
 
 
 def with_drawn_seed(cfg):
-    """With a SEED that all processes share, drawn now if the configuration leaves it open."""
+    """Return the configuration with a SEED that all processes share; a negative one is drawn."""
     if cfg.SEED >= 0:
         return cfg
     cfg = cfg.clone()
@@ -236,17 +239,17 @@ def with_drawn_seed(cfg):
 
 
 def use_deterministic_algorithms() -> None:
-    """PyTorch's switch, and what its CUDA libraries need beside it."""
+    """Turn on PyTorch's deterministic algorithms, including cuBLAS and cuDNN."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, or as it is."""
+    """Return the model inside DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _is_no_input_error(record: logging.LogRecord) -> bool:
-    """Detectron2's loop logs every error with its traceback; train_net.py says these itself."""
+    """Drop user errors from the log of Detectron2's loop; train_net.py prints them."""
     return not (record.exc_info and isinstance(record.exc_info[1], InputError | StopEarly))

@@ -1,4 +1,4 @@
-"""Weights & Biases beside metrics.json and TensorBoard."""
+"""Event writer for Weights & Biases."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dn_detr.errors import InputError
 
 
 class WandbWriter(EventWriter):
-    """Sends what metrics.json gets, over an axis "iteration", and the configuration.
+    """Log the scalars of metrics.json over an axis "iteration", and the configuration.
 
-    The run's id stands in OUTPUT_DIR/wandb_run.txt: like metrics.json, the run is continued whenever a
-    training writes into that folder, also from an earlier iteration on.
+    OUTPUT_DIR/wandb_run.txt holds the run's id. Like metrics.json, the run continues whenever a
+    training writes to that folder, even from an earlier iteration.
     """
 
     def __init__(self, cfg):
@@ -41,13 +41,13 @@ class WandbWriter(EventWriter):
 
     def write(self):
         storage = get_event_storage()
-        news: dict[int, dict[str, float]] = {}
+        new: dict[int, dict[str, float]] = {}
         for name, (value, iteration) in storage.latest_with_smoothing_hint(self.window).items():
             if iteration > self.written:
-                news.setdefault(iteration, {})[name] = value
-        for iteration in sorted(news):
-            self.run.log({"iteration": iteration, **news[iteration]})
-        self.written = max([self.written, *news])
+                new.setdefault(iteration, {})[name] = value
+        for iteration in sorted(new):
+            self.run.log({"iteration": iteration, **new[iteration]})
+        self.written = max([self.written, *new])
 
     def close(self):
         self.run.finish()

@@ -1,4 +1,4 @@
-"""What a training prints: a progress bar on a terminal, plain lines in the log."""
+"""Console output of a training: a progress bar on a terminal, lines in the log."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SHOWN = (
     "loss_hybrid",
     "loss_enc",
 )
-"""Losses on the console; metrics.json and TensorBoard hold every one."""
+"""Losses on the console; metrics.json and TensorBoard have all."""
 
 LOGGERS = ("detectron2", "fvcore", "dn_detr")
-"""Those that Detectron2's set-up lets write to the terminal."""
+"""Loggers that Detectron2's setup connects to the terminal."""
 
 
 def summary(storage: EventStorage, window: int) -> list[str]:
-    """Median losses of the last `window` iterations, learning rate and GPU memory, as texts."""
+    """Format median losses of the last `window` iterations, learning rate and GPU memory."""
     histories = storage.histories()
     parts = [
         f"{name}: {histories[name].median(storage.count_samples(name, window)):.4g}"
@@ -44,7 +44,7 @@ def summary(storage: EventStorage, window: int) -> list[str]:
 
 
 class ProgressLines(EventWriter):
-    """One line every time it is asked to write; losses are medians over `window` iterations."""
+    """Log one line per write; losses are medians over `window` iterations."""
 
     def __init__(self, max_iter: int, window: int):
         self.max_iter = max_iter
@@ -52,7 +52,7 @@ class ProgressLines(EventWriter):
 
     def write(self):
         storage = get_event_storage()
-        if storage.iter >= self.max_iter:  # asked once more after the last iteration
+        if storage.iter >= self.max_iter:  # the extra call after the last iteration
             return
         parts, histories = summary(storage, self.window), storage.histories()
         if "time" in histories:
@@ -66,13 +66,13 @@ class ProgressLines(EventWriter):
 
 
 class ProgressBar(HookBase):
-    """A bar at the foot of the terminal; the log goes on above it, without its progress lines."""
+    """A bar at the bottom of the terminal; the log scrolls above it, without progress lines."""
 
     WINDOW = 20
 
     def before_train(self):
         self.stream = sys.stdout
-        columns, rows = shutil.get_terminal_size()  # some size also where the terminal says 0
+        columns, rows = shutil.get_terminal_size()  # never 0, unlike some terminals report
         self.bar = tqdm(
             total=self.trainer.max_iter,
             initial=self.trainer.start_iter,
