@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dn_detr.d2.inference.attention_recorder import LayerLook, record
+from dn_detr.d2.inference.attention_recorder import LayerAttention, record_attention
 from dn_detr.d2.inference.saved_detector import SavedDetector, load_detector, weights_named
 from dn_detr.d2.inference.visualization import class_color
 from dn_detr.d2.modeling.meta_arch import core_of
@@ -35,13 +35,13 @@ from dn_detr.structures import Predictions
 LEVEL_COLORS = ("#ff4b3e", "#ffb000", "#19c37d", "#2f8fff", "#c05cff")
 
 
-def look(saved: SavedDetector, image: np.ndarray) -> tuple[Predictions, list[LayerLook]]:
+def look(saved: SavedDetector, image: np.ndarray) -> tuple[Predictions, list[LayerAttention]]:
     """Predictions of the matched queries of an image in the model's channel order, and what every
     decoder layer looked at."""
     model, inputs = saved.model, saved.cfg.INPUT
     resize = T.ResizeShortestEdge(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST).get_transform(image)
     pixels = torch.from_numpy(np.ascontiguousarray(resize.apply_image(image).transpose(2, 0, 1)))
-    with torch.inference_mode(), record(core_of(model, "visualize.py")) as looks:
+    with torch.inference_mode(), record_attention(core_of(model, "visualize.py")) as looks:
         predictions = model.predict(model.make_batch([{"image": pixels}]))
     if not any(entry.samples or entry.maps for entry in looks):
         raise InputError("this page has no attention to the image that could be shown.")
@@ -64,7 +64,7 @@ def draw(
     saved: SavedDetector,
     image: np.ndarray,
     predictions: Predictions,
-    looks: list[LayerLook],
+    looks: list[LayerAttention],
     *,
     num_objects: int,
 ) -> Figure:
@@ -96,7 +96,7 @@ def draw(
     return figure
 
 
-def draw_look(axis: Axes, entry: LayerLook, query: int, width: int, height: int) -> None:
+def draw_look(axis: Axes, entry: LayerAttention, query: int, width: int, height: int) -> None:
     """Sampling points, or attention as a heat map."""
     for samples in entry.samples:
         points = samples.locations[0, query].float().cpu()  # [H, levels, P, 2]

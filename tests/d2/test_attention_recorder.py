@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_features, tiny_model, tiny_padding
 
-from dn_detr.d2.inference.attention_recorder import record
+from dn_detr.d2.inference.attention_recorder import record_attention
 from dn_detr.layers.attention_blocks import DeformableAttention
 from dn_detr.methods import METHODS
 from dn_detr.ops import ms_deform_attn_pytorch
@@ -14,9 +14,9 @@ DEFORMABLE = ("dab_deformable", "deformable_detr_refine", "dino", "deformable_de
 
 
 def recorded(model):
-    with torch.no_grad(), record(model) as looks:
+    with torch.no_grad(), record_attention(model) as layers:
         predictions = model(tiny_features(2), tiny_padding(SIZES))
-    return predictions, looks
+    return predictions, layers
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -24,19 +24,19 @@ def test_every_page_shows_where_each_of_its_layers_looks(method):
     model = tiny_model(method).eval()
     with torch.no_grad():
         expected = model(tiny_features(2), tiny_padding(SIZES))
-    predictions, looks = recorded(model)
+    predictions, layers = recorded(model)
     assert torch.equal(predictions.logits, expected.logits)  # looking changes nothing
-    assert len(looks) == len(model.decoder.layers)
-    for look in looks:
-        assert look.samples or look.maps
-        for samples in look.samples:
+    assert len(layers) == len(model.decoder.layers)
+    for layer in layers:
+        assert layer.samples or layer.maps
+        for samples in layer.samples:
             total = samples.weights.sum((-2, -1))
             torch.testing.assert_close(total, torch.ones_like(total))
             assert samples.locations.shape[:2] == (2, predictions.logits.shape[2])
-        levels = [attention.level for attention in look.maps]
+        levels = [attention.level for attention in layer.maps]
         assert len(set(levels)) == len(levels)
-        for attention in look.maps:
-            assert attention.weights.shape[-2:] == look.memory.shapes[attention.level]
+        for attention in layer.maps:
+            assert attention.weights.shape[-2:] == layer.memory.shapes[attention.level]
             total = attention.weights.sum((-2, -1))
             torch.testing.assert_close(total, torch.ones_like(total))
             width, height = attention.valid_sizes[1].long().tolist()
@@ -44,7 +44,7 @@ def test_every_page_shows_where_each_of_its_layers_looks(method):
             assert attention.weights[1, :, :, width:].sum() < 1e-9
     with torch.no_grad():
         model(tiny_features(2), tiny_padding(SIZES))
-    assert len(looks) == len(model.decoder.layers)  # nothing is recorded any more
+    assert len(layers) == len(model.decoder.layers)  # nothing is recorded any more
 
 
 @pytest.mark.parametrize("method", [m for m in DEFORMABLE if m in METHODS])
@@ -63,12 +63,12 @@ def test_sampling_the_recorded_points_gives_the_layers_output(method):
 
     for attention in attentions:
         attention.register_forward_hook(keep)
-    _, looks = recorded(model)
-    assert len(outputs) == len(looks)
-    for attention, (_, _, memory), output, look in zip(
-        attentions, inputs, outputs, looks, strict=True
+    _, layers = recorded(model)
+    assert len(outputs) == len(layers)
+    for attention, (_, _, memory), output, layer in zip(
+        attentions, inputs, outputs, layers, strict=True
     ):
-        (samples,) = look.samples
+        (samples,) = layer.samples
         value = attention.value_proj(memory.tokens).masked_fill(memory.padding[..., None], 0)
         value = value.unflatten(-1, (attention.num_heads, -1))
         canvas = torch.tensor([(w, h) for h, w in memory.shapes]).to(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from types import MethodType
 
 import torch
@@ -62,7 +63,7 @@ def blocks(module: nn.Module, is_inside: bool = False) -> Iterator[nn.Module]:
 
 def _checkpointed_forward(layer: nn.Module, *inputs):
     """Run the forward of the layer's class, and in training keep only its inputs."""
-    forward = MethodType(type(layer).forward, layer)
+    forward = partial(type(layer).forward, layer)  # torch.compile cannot trace a MethodType here
     if not (layer.training and torch.is_grad_enabled()):
         return forward(*inputs)
     norms = [module for module in layer.modules() if isinstance(module, _BatchNorm)]

@@ -363,7 +363,7 @@ class Checkpointer(DetectionCheckpointer):
             )
 
     def _converted(self, state: dict) -> dict | None:
-        """Rename the parameters of an original, detrex or Hugging Face detector; None if not one."""
+        """Rename parameters of an original, detrex or Hugging Face detector; None if not one."""
         method = getattr(self.model, "method", None)
         try:
             ours, table = convert(state, method)

@@ -1,4 +1,4 @@
-"""COCO evaluation: Detectron2's, with all detections of an image, and with a report on request."""
+"""Detectron2's COCO evaluation with all detections of an image and an optional report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import os
-from importlib import import_module
 
 import torch
 from detectron2.config import CfgNode
@@ -24,16 +23,22 @@ from dn_detr.errors import InputError
 logger = logging.getLogger(__name__)
 
 COCO_LIMIT = 100
-"""Detections of a class in an image that count in COCO's own AP."""
+"""Most detections per class and image in COCO's own AP."""
 
 
 class Evaluator(COCOEvaluator):
-    """AP of boxes (and masks) in COCO's way, for a dataset of Detectron2's catalog.
+    """Evaluate COCO's AP of boxes (and masks) on a dataset of Detectron2's catalog.
 
-    Differences to Detectron2's: up to `max_detections` of a class in an image count, with any
-    implementation; an annotation id of 0 is matched like any other; classes of the model are found
-    in the dataset by their names, and left out where it has them not; with `writes_report` a report
-    (`evaluation_report.py`) is written to output_dir/report_<dataset>.
+    Unlike in Detectron2, annotations with the id 0 can be matched, and classes of the model are
+    mapped to the dataset by name; detections of other classes are left out.
+
+    Args:
+        dataset_name: Name in the catalog.
+        output_dir: Folder of the results.
+        max_detections: Most detections per class and image.
+        implementation: One of IMPLEMENTATIONS, which agree up to rounding.
+        model_classes: Class names of the model; None or empty takes those of the dataset.
+        writes_report: Whether to write a report (`report.py`) to output_dir/report_<dataset>.
     """
 
     def __init__(
@@ -46,8 +51,6 @@ class Evaluator(COCOEvaluator):
         model_classes: list[str] | None = None,
         writes_report: bool = False,
     ):
-        """implementation: one of IMPLEMENTATIONS, which agree to rounding; model_classes: names of
-        the model's classes, None or empty: those of the dataset."""
         os.makedirs(output_dir, exist_ok=True)
         super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=False)
         number_from_one(self._coco_api)
@@ -58,27 +61,29 @@ class Evaluator(COCOEvaluator):
         ours, theirs = model_classes or [], class_names(dataset_name)
         self.to_dataset: Tensor | None = None
         if ours and ours != theirs:
-            number = {name: i for i, name in enumerate(theirs)}
-            self.to_dataset = torch.tensor([number.get(name, -1) for name in ours])
+            index = {name: i for i, name in enumerate(theirs)}
+            self.to_dataset = torch.tensor([index.get(name, -1) for name in ours])
             unknown = [name for name in theirs if name not in ours]
             self._logger.info(
-                f"{dataset_name} has {len(theirs) - len(unknown)} of the model's {len(ours)} classes, "
-                f"by their names{f'; the model does not know {unknown}' if unknown else ''}"
+                f"{dataset_name} has {len(theirs) - len(unknown)} of the model's {len(ours)} "
+                "classes, matched by name"
+                f"{f'; the model does not know {unknown}' if unknown else ''}"
             )
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Collect the detections of a batch; see `COCOEvaluator`."""
         if self.to_dataset is not None:
-            outputs = [{"instances": self._renamed(output["instances"])} for output in outputs]
+            outputs = [{"instances": self._relabel(output["instances"])} for output in outputs]
         super().process(inputs, outputs)
 
-    def _renamed(self, instances: Instances) -> Instances:
-        """Detections of classes that the dataset has, numbered as it does."""
+    def _relabel(self, instances: Instances) -> Instances:
+        """Map labels to the dataset's classes and drop detections of other classes."""
         instances = instances.to("cpu")
         instances.pred_classes = self.to_dataset[instances.pred_classes]
         return instances[instances.pred_classes >= 0]
 
     def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None) -> None:
-        """Fills self._results: task -> metrics. Called by `evaluate`, in the main process."""
+        """Fill self._results with task -> metrics; `evaluate` calls this on the main rank."""
         results = list(itertools.chain(*(prediction["instances"] for prediction in predictions)))
         to_ours = self._metadata.get("thing_dataset_id_to_contiguous_id") or {}
         to_theirs = {ours: theirs for theirs, ours in to_ours.items()}
@@ -103,7 +108,7 @@ class Evaluator(COCOEvaluator):
                 evaluated[task], task, class_names=self._metadata.get("thing_classes")
             )
         if self.writes_report and evaluated["bbox"] is not None:
-            page = write_report(
+            report = write_report(
                 os.path.join(self._output_dir, f"report_{self.dataset_name}"),
                 evaluated["bbox"],
                 results,
@@ -111,11 +116,11 @@ class Evaluator(COCOEvaluator):
                 image_root=self._metadata.get("image_root"),
                 masks=evaluated.get("segm"),
             )
-            self._logger.info(f"wrote the report {page}")
+            self._logger.info(f"wrote the report {report}")
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> Evaluator:
-    """The evaluator of a configuration for one of its datasets."""
+    """Build the evaluator of a configuration for one of its datasets."""
     test = cfg.TEST
     return Evaluator(
         dataset_name,
@@ -128,7 +133,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> Evaluator:
 
 
 def number_from_one(coco: COCO) -> None:
-    """Renumber annotations where one has the id 0: pycocotools takes a match with it for none."""
+    """Renumber annotations if one has the id 0, which pycocotools treats as unmatched."""
     if 0 in coco.anns:
         for number, annotation in enumerate(coco.dataset["annotations"], 1):
             annotation["id"] = number
@@ -144,11 +149,22 @@ def evaluate(
     coco_eval: type[COCOeval] | None = None,
     image_ids: list | None = None,
 ) -> COCOeval | None:
-    """Results in COCO's format against the ground truth: evaluated, accumulated, summarised; None
-    where there are no results. task: "bbox" or "segm"."""
+    """Evaluate, accumulate and summarize results against the ground truth.
+
+    Args:
+        coco: Ground truth.
+        results: Detections in COCO's result format.
+        task: "bbox" or "segm".
+        max_detections: Most detections per class and image.
+        coco_eval: Class that evaluates; None takes "detectron2" of IMPLEMENTATIONS.
+        image_ids: Images to evaluate; None takes all.
+
+    Returns:
+        The evaluation, or None if there are no results.
+    """
     if not results:
         return None
-    if task == "segm":  # with a box, pycocotools would take its area for that of the mask
+    if task == "segm":  # pycocotools would use the area of a box for its mask
         results = [{k: v for k, v in result.items() if k != "bbox"} for result in results]
     evaluated = (coco_eval or coco_eval_class("detectron2"))(coco, coco.loadRes(results), task)
     evaluated.params.maxDets = [1, 10, max_detections]
@@ -162,24 +178,32 @@ def evaluate(
 
 def _of_detectron2() -> type[COCOeval]:
     try:
-        fast = import_module("detectron2.evaluation.fast_eval_api").COCOeval_opt
+        from detectron2.evaluation.fast_eval_api import COCOeval_opt
     except ImportError:
         logger.warning(
-            "this Detectron2 has no compiled operators, so pycocotools computes AP: the same to "
+            "this Detectron2 has no compiled operators, so pycocotools computes AP: equal up to "
             "rounding, but slower. TEST.COCO_EVAL 'faster_coco_eval' is fast without them."
         )
         return COCOevalMaxDets
-    return type("FastCOCOeval", (COCOevalMaxDets, fast), {})  # summarize of the one, else the other
+
+    class FastCOCOeval(COCOevalMaxDets, COCOeval_opt):
+        """Detectron2's C++ evaluation with the `summarize` of COCOevalMaxDets."""
+
+    return FastCOCOeval
 
 
 def _of_faster_coco_eval() -> type[COCOeval]:
     try:
-        fast = import_module("faster_coco_eval.core").COCOeval_faster
+        from faster_coco_eval.core import COCOeval_faster
     except ImportError:
         raise InputError(
             "TEST.COCO_EVAL 'faster_coco_eval' needs that package: pip install faster-coco-eval."
         ) from None
-    return type("FasterCOCOeval", (COCOevalMaxDets, fast), {})
+
+    class FasterCOCOeval(COCOevalMaxDets, COCOeval_faster):
+        """faster-coco-eval with the `summarize` of COCOevalMaxDets."""
+
+    return FasterCOCOeval
 
 
 IMPLEMENTATIONS = {
@@ -187,10 +211,11 @@ IMPLEMENTATIONS = {
     "pycocotools": lambda: COCOevalMaxDets,
     "faster_coco_eval": _of_faster_coco_eval,
 }
-"""TEST.COCO_EVAL -> the class that evaluates."""
+"""TEST.COCO_EVAL -> function that returns the class that evaluates."""
 
 
 def coco_eval_class(implementation: str) -> type[COCOeval]:
+    """Return the class that evaluates for TEST.COCO_EVAL; InputError if it is unknown."""
     if implementation not in IMPLEMENTATIONS:
         raise InputError(
             f"TEST.COCO_EVAL must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}."

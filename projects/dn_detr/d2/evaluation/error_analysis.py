@@ -1,7 +1,7 @@
-"""What stands behind an AP: classes, thresholds, confusions, and the images that went worst.
+"""Analysis of an evaluation: classes, thresholds, confusions, and the images with most errors.
 
-Matching is pycocotools', at IoU 0.5 and over all sizes. A detection counts from a threshold on if
-its score is at least that.
+Boxes are matched by pycocotools at IoU 0.5 over all sizes. At a threshold, detections count whose
+score is at least that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ IOU = 0.5
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """Precision, recall and their harmonic mean of the detections scored at least `threshold`."""
+    """Precision, recall and F1 of the detections scored at least `threshold`."""
 
     threshold: float
     precision: float
@@ -29,8 +29,14 @@ class OperatingPoint:
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """Precision and recall at every score that occurs, from the highest down; num_objects: how many
-    there are to find."""
+    """Precision and recall at every distinct score.
+
+    Args:
+        thresholds: [N] scores, descending.
+        precision: [N].
+        recall: [N].
+        num_objects: Objects to find.
+    """
 
     thresholds: np.ndarray
     precision: np.ndarray
@@ -39,12 +45,12 @@ class Curve:
 
     @property
     def f1(self) -> np.ndarray:
+        """F1 at every threshold, [N]."""
         total = self.precision + self.recall
         return 2 * self.precision * self.recall / np.where(total > 0, total, 1)
 
     def best(self) -> OperatingPoint | None:
-        """The threshold with the best F1, the highest one of several; None where nothing was found
-        or there is nothing to find."""
+        """Return the (highest) threshold with the best F1; None without detections or objects."""
         if not self.num_objects or not len(self.thresholds):
             return None
         i = int(self.f1.argmax())
@@ -54,8 +60,16 @@ class Curve:
 
 @dataclass(frozen=True, eq=False)
 class ClassResult:
-    """ap: of IoU 0.5 to 0.95; NaN, like ap50 and ap75, for a class without objects. mask_ap: ap of
-    the masks, None where none were evaluated."""
+    """Results of a class, AP in percent.
+
+    Args:
+        name: Name of the class.
+        ap: AP at IoU 0.5 to 0.95; NaN, like ap50 and ap75, for a class without objects.
+        ap50: AP at IoU 0.5.
+        ap75: AP at IoU 0.75.
+        curve: Precision and recall.
+        mask_ap: AP of masks; None if masks were not evaluated.
+    """
 
     name: str
     ap: float
@@ -67,8 +81,15 @@ class ClassResult:
 
 @dataclass(frozen=True, eq=False)
 class ImageResult:
-    """Results (of COCO's format) and annotations of an image, at the threshold: `correct` and
-    `confused` (another class) results, `extra` ones that match nothing, and `missed` annotations."""
+    """Results and annotations of an image at a threshold, in COCO's format.
+
+    Args:
+        image: Entry of the annotation file.
+        correct: Results that match an object of their class.
+        confused: Results that match an object of another class.
+        extra: Results that match nothing.
+        missed: Annotations without a match.
+    """
 
     image: dict
     correct: list[dict]
@@ -78,17 +99,23 @@ class ImageResult:
 
     @property
     def num_errors(self) -> int:
+        """Number of confused and extra results and missed annotations."""
         return len(self.confused) + len(self.extra) + len(self.missed)
 
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """metrics: COCO's, in percent, of boxes; mask_metrics: of masks, None where none were evaluated.
-    All else is about boxes. overall: one curve over all classes, its best point gives the
-    threshold of the confusion matrix and of `images` (those with most errors first).
+    """Analysis of an evaluation. All but mask_metrics and mask AP is about boxes.
 
-    confusion [K + 1, K + 1]: rows are classes of the annotations, columns of the results; the last
-    row holds results that match nothing, the last column missed annotations.
+    Args:
+        metrics: COCO's metrics of boxes, in percent.
+        mask_metrics: COCO's metrics of masks; None if masks were not evaluated.
+        classes: Results of the K classes.
+        overall: Precision and recall over all classes.
+        threshold: Threshold of `confusion` and `images`, with the best F1 of `overall`.
+        confusion: [K + 1, K + 1] int64, rows by annotated and columns by detected class; the last
+            row counts results that match nothing, the last column missed annotations.
+        images: Results by image, most errors first.
     """
 
     metrics: dict[str, float]
@@ -101,8 +128,13 @@ class Analysis:
 
 
 def analyse(evaluated: COCOeval, results: list[dict], masks: COCOeval | None = None) -> Analysis:
-    """evaluated: by `evaluation.evaluate`, of boxes; results: those that it evaluated; masks: the
-    same of their masks, if they have some."""
+    """Analyse an evaluation.
+
+    Args:
+        evaluated: Evaluation of boxes by `coco_evaluator.evaluate`.
+        results: The evaluated results.
+        masks: Evaluation of their masks, if any.
+    """
     coco, params = evaluated.cocoGt, evaluated.params
     matched = match(coco, results, image_ids=params.imgIds, max_detections=params.maxDets[-1])
     by_class = [_curve([m for m in matched if m["category_id"] == c]) for c in params.catIds]
@@ -139,7 +171,18 @@ def match(
     max_detections: int,
     ignores_classes: bool = False,
 ) -> list[dict]:
-    """pycocotools' `evalImgs` of boxes: for every image (and class) which result matches what."""
+    """Match boxes with annotations by pycocotools at IoU 0.5.
+
+    Args:
+        coco: Ground truth.
+        results: Detections in COCO's result format.
+        image_ids: Images to match.
+        max_detections: Most detections per image (and class).
+        ignores_classes: Whether results may match objects of other classes.
+
+    Returns:
+        Entries of pycocotools' `evalImgs`, one per image (and class).
+    """
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
         params = evaluation.params
@@ -151,7 +194,7 @@ def match(
 
 
 def _curve(matched: list[dict]) -> Curve:
-    """The curve of all results in some entries of `match` together."""
+    """Compute the curve of all results in these entries of `match`."""
     num_objects = int(sum((~np.asarray(m["gtIgnore"], bool)).sum() for m in matched))
     scores = np.concatenate([np.zeros(0), *(m["dtScores"] for m in matched)])
     counts = ~np.concatenate([np.zeros(0, bool), *(m["dtIgnore"][0].astype(bool) for m in matched)])
@@ -167,24 +210,24 @@ def _curve(matched: list[dict]) -> Curve:
 def images_at(
     coco: COCO, results: list[dict], *, threshold: float, image_ids: list
 ) -> list[ImageResult]:
-    """What is right and wrong in every image at a threshold.
+    """List correct and wrong results of every image at a threshold.
 
-    Classes are compared after matching: the best-scored result takes the object that it overlaps
-    most, whatever its class. Results on crowd regions are neither right nor wrong.
+    Classes are compared after matching: results match the object they overlap most, best scores
+    first, regardless of its class. Results on crowd regions are ignored.
     """
     kept = [result for result in results if result["score"] >= threshold]
-    number = {id_: number for number, id_ in enumerate(image_ids)}
+    index = {id_: i for i, id_ in enumerate(image_ids)}
     found = [ImageResult(coco.imgs[id_], [], [], [], []) for id_ in image_ids]
     if not kept:
         for id_ in image_ids:
             missed = [a for a in coco.imgToAnns[id_] if not a.get("iscrowd", 0)]
-            found[number[id_]].missed.extend(missed)
+            found[index[id_]].missed.extend(missed)
         return found
-    loaded = coco.loadRes(kept).anns  # result id -> result, as `match` numbers them
+    loaded = coco.loadRes(kept).anns  # result id -> result, with the ids of `match`
     for entry in match(
         coco, kept, image_ids=image_ids, max_detections=len(kept), ignores_classes=True
     ):
-        image = found[number[entry["image_id"]]]
+        image = found[index[entry["image_id"]]]
         for result_id, annotation_id, is_ignored in zip(
             entry["dtIds"], entry["dtMatches"][0], entry["dtIgnore"][0], strict=True
         ):
@@ -207,22 +250,22 @@ def images_at(
 
 
 def confusion_of(images: list[ImageResult], categories: list[int], coco: COCO) -> np.ndarray:
-    """The confusion matrix [K + 1, K + 1] of `Analysis`."""
+    """Compute the confusion matrix [K + 1, K + 1] int64 of `Analysis`."""
     row = {category: k for k, category in enumerate(categories)}
-    nothing = len(categories)
-    matrix = np.zeros((nothing + 1, nothing + 1), np.int64)
+    background = len(categories)
+    matrix = np.zeros((background + 1, background + 1), np.int64)
     for image in images:
         for result in (*image.correct, *image.confused):
             matrix[row[result["true_category_id"]], row[result["category_id"]]] += 1
         for result in image.extra:
-            matrix[nothing, row[result["category_id"]]] += 1
+            matrix[background, row[result["category_id"]]] += 1
         for annotation in image.missed:
-            matrix[row[annotation["category_id"]], nothing] += 1
+            matrix[row[annotation["category_id"]], background] += 1
     return matrix
 
 
 def _average_precisions(evaluated: COCOeval, k: int) -> tuple[float, float, float]:
-    """(AP, AP50, AP75) of the class number k, in percent; NaN where it has no objects."""
+    """Return (AP, AP50, AP75) of class k in percent; NaN if it has no objects."""
     precision = evaluated.eval["precision"][:, :, k, 0, -1]  # [thresholds, recalls]
     if (precision < 0).all():
         return (float("nan"),) * 3
@@ -233,7 +276,7 @@ def _average_precisions(evaluated: COCOeval, k: int) -> tuple[float, float, floa
 
 
 def _metrics(evaluated: COCOeval) -> dict[str, float]:
-    """COCO's summary in percent, by its names; NaN where there is nothing of that size."""
+    """Return COCO's summary by name in percent; NaN if there are no objects of that size."""
     limits = evaluated.params.maxDets
     names = ["AP", "AP50", "AP75", "APs", "APm", "APl", *(f"AR{limit}" for limit in limits)]
     values = [float(value) for value in evaluated.stats[: len(names)]]

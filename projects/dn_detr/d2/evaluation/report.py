@@ -1,4 +1,4 @@
-"""An evaluation as a page that holds everything, as json, and as pictures of its curves."""
+"""Report on an evaluation: a self-contained HTML page, json, and pictures of its curves."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from pycocotools.cocoeval import COCOeval
 from dn_detr.d2.evaluation.error_analysis import IOU, Analysis, ImageResult, analyse
 from dn_detr.d2.inference.visualization import draw_styled
 
-NUM_IMAGES = 12  # worst images on the page
-_MOST_CURVES = 12  # classes with a curve of their own
-_MOST_NUMBERS = 25  # classes up to which the confusion matrix is written out
+NUM_IMAGES = 12  # images with most errors in the report
+_MOST_CURVES = 12  # most classes with their own curve
+_MOST_NUMBERS = 25  # most classes for which the confusion matrix shows its counts
 
 RIGHT, WRONG_CLASS, EXTRA, MISSED = "#2a9d3a", "#d9a400", "#e03131", "#1c6fe0"
 
@@ -34,19 +34,21 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em aut
 table { border-collapse: collapse } td, th { padding: .2em .8em; text-align: right }
 th { border-bottom: 1px solid #888 } td:first-child, th:first-child { text-align: left }
 tr:nth-child(even) { background: #f4f4f4 } img { max-width: 100% } figure { margin: 1.5em 0 }
-figcaption { color: #444 } .images { columns: 2 } .images figure { break-inside: avoid; margin-top: 0 }
+figcaption { color: #444 } .images { columns: 2 }
+.images figure { break-inside: avoid; margin-top: 0 }
 </style></head><body>
 <h1>{{ name }}</h1>
 <p>{{ num_images }} images, {{ num_objects }} objects.</p>
 <h2>Average precision</h2>
 <table><tr><th></th>{% for key in metrics %}<th>{{ key }}</th>{% endfor %}</tr>
-{% for what, values in (("boxes", metrics), ("masks", mask_metrics)) if values %}<tr><td>{{ what }}</td>
+{% for what, values in (("boxes", metrics), ("masks", mask_metrics)) if values %}<tr>
+<td>{{ what }}</td>
 {% for value in values.values() %}<td>{{ value|number }}</td>{% endfor %}</tr>{% endfor %}</table>
-<p>COCO's, in percent, over all scores; up to {{ limit }} detections of a class in an image count.
-{% if mask_metrics %}All that follows is about boxes, but for the AP of masks.{% endif %}</p>
+<p>COCO metrics in percent, over all scores; up to {{ limit }} detections per class and image count.
+{% if mask_metrics %}Everything below is about boxes, except the AP of masks.{% endif %}</p>
 <h2>Classes</h2>
-<p>Threshold: the score with the best F1 at IoU {{ iou }}; precision, recall and F1 are those of the
-detections scored at least that.</p>
+<p>Threshold: the score with the best F1 at IoU {{ iou }}; precision, recall and F1 are those of
+detections with at least this score.</p>
 <table><tr><th>class</th><th>objects</th><th>AP</th><th>AP50</th><th>AP75</th>
 {% if mask_metrics %}<th>mask AP</th>{% endif %}<th>threshold</th>
 <th>precision</th><th>recall</th><th>F1</th></tr>
@@ -54,21 +56,24 @@ detections scored at least that.</p>
 <td>{{ row.AP|number }}</td><td>{{ row.AP50|number }}</td><td>{{ row.AP75|number }}</td>
 {% if mask_metrics %}<td>{{ row.mask_AP|number }}</td>{% endif %}
 {% if row.best %}<td>{{ "%.3f"|format(row.best.threshold) }}</td>
-<td>{{ "%.1f"|format(100 * row.best.precision) }}</td><td>{{ "%.1f"|format(100 * row.best.recall) }}</td>
-<td>{{ "%.1f"|format(100 * row.best.f1) }}</td>{% else %}<td></td><td></td><td></td><td></td>{% endif %}
+<td>{{ "%.1f"|format(100 * row.best.precision) }}</td>
+<td>{{ "%.1f"|format(100 * row.best.recall) }}</td>
+<td>{{ "%.1f"|format(100 * row.best.f1) }}</td>
+{% else %}<td></td><td></td><td></td><td></td>{% endif %}
 </tr>{% endfor %}</table>
-<figure><img src="{{ curves_picture }}" alt="precision and recall, and F1 over the threshold"></figure>
+<figure>
+<img src="{{ curves_picture }}" alt="precision and recall, and F1 over the threshold"></figure>
 <h2>Confusions</h2>
-<p>At the threshold {{ "%.3f"|format(threshold) }}, the best F1 over all classes together. Detections
+<p>At the threshold {{ "%.3f"|format(threshold) }} with the best F1 over all classes. Detections
 are matched with objects of any class at IoU {{ iou }}.</p>
 <figure><img src="{{ confusion_picture }}" alt="confusion matrix"></figure>
 {% if images %}<h2>Images with most errors</h2>
 <p>At the same threshold: <b style="color:{{ right }}">right</b>,
-<b style="color:{{ wrong }}">another class</b>, <b style="color:{{ extra }}">nothing there</b>,
+<b style="color:{{ wrong }}">wrong class</b>, <b style="color:{{ extra }}">no object</b>,
 <b style="color:{{ missed }}">missed</b> (dashed).</p>
 <div class="images">{% for image in images %}<figure><img src="{{ image.picture }}" alt="">
-<figcaption>{{ image.file_name }}: {{ image.text }}</figcaption></figure>{% endfor %}</div>{% endif %}
-</body></html>
+<figcaption>{{ image.file_name }}: {{ image.text }}</figcaption></figure>{% endfor %}</div>
+{% endif %}</body></html>
 """
 )
 
@@ -82,11 +87,18 @@ def write_report(
     image_root: str | None,
     masks: COCOeval | None = None,
 ) -> str:
-    """Writes report.html, report.json, curves.png and confusion.png to a folder; returns the path
-    of the page, which holds all pictures itself.
+    """Write report.html, report.json, curves.png and confusion.png.
 
-    evaluated: boxes, by `evaluation.evaluate`; results: those that it evaluated; image_root: the
-    folder of the images, without which the page shows none; masks: like evaluated, of masks.
+    Args:
+        folder: Folder to write to.
+        evaluated: Evaluation of boxes by `coco_evaluator.evaluate`.
+        results: The evaluated results.
+        name: Title of the report.
+        image_root: Folder of the images; None shows no images.
+        masks: Evaluation of masks, if any.
+
+    Returns:
+        The path of report.html, which embeds all pictures.
     """
     os.makedirs(folder, exist_ok=True)
     analysis = analyse(evaluated, results, masks)
@@ -98,7 +110,7 @@ def write_report(
         json.dump(_without_nan(content), file, indent=1)
     worst = [image for image in analysis.images[:NUM_IMAGES] if image.num_errors]
     classes = [{"name": key, **values} for key, values in content.pop("classes").items()]
-    page = _PAGE.render(
+    html = _PAGE.render(
         **content,
         classes=classes,
         iou=IOU,
@@ -114,12 +126,12 @@ def write_report(
     )
     path = os.path.join(folder, "report.html")
     with open(path, "w", encoding="utf-8") as file:
-        file.write(page)
+        file.write(html)
     return path
 
 
 def to_json(analysis: Analysis, name: str) -> dict:
-    """All numbers of the report; NaN where a class has no objects."""
+    """Return all numbers of the report; NaN for a class without objects."""
     classes = {}
     for result in analysis.classes:
         best = result.curve.best()
@@ -153,8 +165,10 @@ def to_json(analysis: Analysis, name: str) -> dict:
 
 
 def plot_curves(analysis: Analysis) -> Figure:
-    """Precision over recall and F1 over the threshold: of the classes with most objects, and of all
-    together."""
+    """Plot precision over recall and F1 over the threshold.
+
+    There is one curve per class, for the classes with most objects, and one for all classes.
+    """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     most = sorted(analysis.classes, key=lambda result: -result.curve.num_objects)[:_MOST_CURVES]
@@ -174,7 +188,7 @@ def plot_curves(analysis: Analysis) -> Figure:
 
 
 def plot_confusion(analysis: Analysis) -> Figure:
-    """The confusion matrix, coloured by the share of each row."""
+    """Plot the confusion matrix, coloured by the fraction of each row."""
     names = [*(result.name for result in analysis.classes), "nothing"]
     matrix = analysis.confusion
     side = 1.5 + 0.55 * min(len(names), _MOST_NUMBERS)
@@ -195,7 +209,7 @@ def plot_confusion(analysis: Analysis) -> Figure:
 
 
 def _pictures(images: list[ImageResult], image_root: str, categories: dict) -> list[dict]:
-    """Images with their errors, as the page shows them."""
+    """Draw the errors of images for the HTML page."""
     shown = []
     for image in images:
         path = os.path.join(image_root, image.image["file_name"])
@@ -219,8 +233,8 @@ def _pictures(images: list[ImageResult], image_root: str, categories: dict) -> l
         buffer = io.BytesIO()
         Image.fromarray(drawn).save(buffer, format="JPEG", quality=85)
         text = (
-            f"{len(image.correct)} right, {len(image.confused)} of another class, "
-            f"{len(image.extra)} where nothing is, {len(image.missed)} missed"
+            f"{len(image.correct)} right, {len(image.confused)} with the wrong class, "
+            f"{len(image.extra)} without an object, {len(image.missed)} missed"
         )
         picture = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
         shown.append({"file_name": image.image["file_name"], "text": text, "picture": picture})
@@ -242,7 +256,7 @@ def _embedded(path: str) -> str:
 
 
 def _without_nan(value):
-    """The same with None for NaN, which json does not know."""
+    """Replace NaN, which json does not have, by None."""
     if isinstance(value, dict):
         return {key: _without_nan(entry) for key, entry in value.items()}
     if isinstance(value, list):

@@ -1,1 +1,1 @@
-"""ONNX and torch.export."""
+"""Export to ONNX and torch.export."""

@@ -1,6 +1,7 @@
-"""A detector as one graph of standard operators, for any batch and image size: ONNX, torch.export.
+"""Export a detector to ONNX or torch.export as one graph of standard operators.
 
-What goes in and comes out says `graphs`. H and W are multiples of `graphs.side_step`.
+The graph runs any batch and image size, H and W being multiples of `graphs.side_step`. See `graphs`
+for its inputs and outputs.
 """
 
 from __future__ import annotations
@@ -22,33 +23,34 @@ from dn_detr.ops import pytorch_operators
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2"}
 
 SMALLEST_SIDE = 96
-"""Below this the coarsest level of a multi-scale model is one cell wide, which is another graph."""
+"""Smallest H and W; below, the coarsest level of a multi-scale model is one cell wide, which
+`torch.export` would trace differently."""
 
 OPSET = 18
-"""Of ONNX. TensorRT gives wrong results for GridSample of opset 20 (NVIDIA/TensorRT#4646)."""
+"""ONNX opset. TensorRT gives wrong results for GridSample of opset 20 (NVIDIA/TensorRT#4646)."""
 
 INPUTS = ("images", "sizes")
 OUTPUTS = ("boxes", "scores", "labels", "masks")
-"""The last one of detectors of masks alone."""
+"""Output names; "masks" only of detectors with masks."""
 
 TRACED = (2, 4, 5)
-"""Batch that a graph is traced with, and height and width as multiples of `side_step`."""
+"""Batch size, and height and width in multiples of `side_step`, for tracing."""
 
 CHECKED = ((1, 6, 3), (3, 5, 8))
-"""The same of what it is compared on. None was traced."""
+"""Sizes of the same form for the comparison with the model, all different from TRACED."""
 
 TOLERANCE = 1e-3
-"""Most by which a score, or a coordinate in [0, 1], may differ from that of the model."""
+"""Largest accepted difference of scores, coordinates in [0, 1] and mask probabilities."""
 
 MASKS = "logits over the canvas: enlarge bilinearly, cut to the image; above 0 is the object"
-"""What an output of masks holds, for metadata."""
+"""Description of the output of masks, for metadata."""
 
 METADATA = "dn_detr"
-"""Name under which a file holds its `metadata`, as JSON."""
+"""Key of the `metadata` in a file, as JSON."""
 
 
 def trace(model: nn.Module) -> ExportedProgram:
-    """The inference of `model` as a graph, for any batch and size."""
+    """Trace the inference of a detector for any batch and size."""
     batch, height, width = Dim("batch"), Dim("height"), Dim("width")
     step = side_step(model)
     images = {0: batch, 2: step * height, 3: step * width}
@@ -57,7 +59,7 @@ def trace(model: nn.Module) -> ExportedProgram:
 
 
 def in_pixels(size: tuple[int, int, int], step: int) -> tuple[int, int, int]:
-    """Batch, height and width of TRACED or CHECKED, in pixels."""
+    """Convert height and width in an entry of TRACED or CHECKED to pixels."""
     batch, height, width = size
     return batch, step * height, step * width
 
@@ -65,8 +67,11 @@ def in_pixels(size: tuple[int, int, int], step: int) -> tuple[int, int, int]:
 def example(
     batch: int, height: int, width: int, *, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Images and sizes on a canvas: blobs and noise that follow from the arguments, the first image
-    filling the canvas, each further one somewhat smaller."""
+    """Make a deterministic batch of blobs with noise, in which each image is smaller than the last.
+
+    Returns:
+        Images [B, 3, H, W] float32 in 0..255, and sizes [B, 2] int64 (height, width).
+    """
     generator = torch.Generator().manual_seed(height * width + batch)
     coarse = torch.rand(batch, 3, 6, 8, generator=generator)
     blobs = nn.functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)
@@ -80,8 +85,14 @@ def example(
 
 
 def metadata(cfg, class_names: list[str], model: nn.Module) -> dict:
-    """What a program needs to know to feed the graph and to name what it finds."""
-    is_page = cfg.MODEL.META_ARCHITECTURE == "DenoisingDETR"
+    """Return what a program needs to prepare inputs and interpret outputs of the graph.
+
+    Args:
+        cfg: Configuration of the model.
+        class_names: Names of the K classes.
+        model: Detector.
+    """
+    is_detr = cfg.MODEL.META_ARCHITECTURE == "DenoisingDETR"
     return {
         "class_names": list(class_names),
         "channel_order": cfg.INPUT.FORMAT,
@@ -95,13 +106,20 @@ def metadata(cfg, class_names: list[str], model: nn.Module) -> dict:
         "smallest_side": SMALLEST_SIDE,
         "boxes": "xyxy in [0, 1] of the image",
         "masks": MASKS if cfg.MODEL.MASK_ON else None,
-        "method": cfg.MODEL.DN_DETR.METHOD if is_page else "faster_rcnn",
+        "method": cfg.MODEL.DN_DETR.METHOD if is_detr else "faster_rcnn",
         "made_with": f"dn_detr {__version__}, torch {torch.__version__}",
     }
 
 
 def write(model: nn.Module, path: Path, kind: str, about: dict) -> None:
-    """Trace a model and write the graph and its metadata. kind: one of FORMATS."""
+    """Trace a model and write the graph and its metadata.
+
+    Args:
+        model: Detector.
+        path: File to write.
+        kind: One of FORMATS.
+        about: Metadata, see `metadata`.
+    """
     if kind == "torch-export":
         with pytorch_operators():
             program = trace(model)
@@ -126,7 +144,7 @@ def write(model: nn.Module, path: Path, kind: str, about: dict) -> None:
 
 
 def load(path: Path, kind: str):
-    """The function (images, sizes) -> (boxes, scores, labels[, masks]) in a file, on the CPU."""
+    """Load an exported graph on the CPU as a function with the inputs and outputs in `graphs`."""
     if kind == "torch-export":
         return torch.export.load(path).module()
     import onnxruntime
@@ -141,7 +159,7 @@ def load(path: Path, kind: str):
 
 
 def need_onnx() -> None:
-    """InputError unless the packages that write and run ONNX files are installed."""
+    """Raise an InputError unless the packages that write and run ONNX files are installed."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -157,10 +175,17 @@ def need_onnx() -> None:
 
 @dataclass(frozen=True)
 class Difference:
-    """On one batch: the largest difference of scores, of box coordinates in [0, 1] and of the
-    probabilities of masks (None: no masks), and the number of detections that were compared."""
+    """Largest differences between an exported graph and the model on one batch.
 
-    size: tuple[int, int, int]  # batch, height, width
+    Args:
+        size: (batch, height, width).
+        scores: Difference of scores.
+        boxes: Difference of coordinates in [0, 1].
+        masks: Difference of mask probabilities; None without masks.
+        num_compared: Number of compared detections.
+    """
+
+    size: tuple[int, int, int]
     scores: float
     boxes: float
     masks: float | None
@@ -168,7 +193,7 @@ class Difference:
 
     @property
     def worst(self) -> float:
-        """The largest of the three; nan if one is."""
+        """Largest of the three differences; NaN if one is."""
         values = (self.scores, self.boxes, 0.0 if self.masks is None else self.masks)
         return torch.tensor(values).max().item()
 
@@ -183,11 +208,19 @@ class Difference:
 
 @torch.no_grad()
 def compare(model: nn.Module, exported, inputs: tuple[Tensor, Tensor]) -> Difference:
-    """How far the detections of an exported graph are from those of the model on one batch.
+    """Compare the detections of an exported graph with those of the model on one batch.
 
-    Scores are compared rank by rank. Of detections whose scores are almost equal the order is
-    chance, so box and mask of a detection are compared with the nearest ones of the same label among
-    those; and those that almost equal the last may have found no place, so they are left out.
+    Scores are compared rank by rank. Detections with almost equal scores may change places, so the
+    box and mask of a detection are compared with the nearest of the same label and almost the same
+    score. Detections with almost the lowest score are skipped: the graph may lack them.
+
+    Args:
+        model: Detector.
+        exported: Function with the inputs and outputs in `graphs`.
+        inputs: Images [B, 3, H, W] and sizes [B, 2].
+
+    Raises:
+        InputError: If the shapes of outputs differ.
     """
     boxes, scores, labels, *masks = detections_of(model, *inputs)
     their_boxes, their_scores, their_labels, *their_masks = exported(*inputs)
@@ -223,7 +256,7 @@ def compare(model: nn.Module, exported, inputs: tuple[Tensor, Tensor]) -> Differ
 
 
 def check(model: nn.Module, exported) -> list[Difference]:
-    """The differences on CHECKED; InputError where one is larger than TOLERANCE."""
+    """Compare on the sizes of CHECKED; InputError if a difference exceeds TOLERANCE."""
     differences = []
     for size in CHECKED:
         inputs = example(*in_pixels(size, side_step(model)))
@@ -238,11 +271,24 @@ def check(model: nn.Module, exported) -> list[Difference]:
 
 
 def export(model: nn.Module, path: Path, kind: str, about: dict) -> list[Difference]:
-    """Write, read again and compare; the file is kept only where nothing differs."""
+    """Write a graph, load it and compare it with the model.
+
+    Args:
+        model: Detector.
+        path: File to write.
+        kind: One of FORMATS.
+        about: Metadata, see `metadata`.
+
+    Returns:
+        The differences on the sizes of CHECKED.
+
+    Raises:
+        InputError: If the model cannot be exported or the graph differs; no file is kept then.
+    """
     if kind == "torch-export" and isinstance(model, DenoisingRCNN):
         raise InputError(
-            "a Faster R-CNN cannot be exported to torch-export, whose graph would want two detections "
-            "at least: use --format onnx."
+            "a Faster R-CNN cannot be exported to torch-export, whose graph would require at least "
+            "two detections: use --format onnx."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     unchecked = path.with_suffix(f".unchecked{path.suffix}")

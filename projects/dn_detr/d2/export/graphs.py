@@ -1,12 +1,11 @@
-"""The inference of a detector as a function of tensors, which can be traced for any batch and size.
+"""Inference of a detector as a function of tensors, traceable for any batch and size.
 
-    images [B, 3, H, W] float32 in 0..255, each at the top left of its canvas;
+    images [B, 3, H, W] float32 in 0..255, each at the top left of its canvas
     sizes  [B, 2] int64: (height, width) of each image on its canvas
     -> boxes [B, k, 4] xyxy in [0, 1] of the image, scores [B, k], labels [B, k] int64, best first,
-       and of a detector of masks: masks [B, k, h, w], logits over the canvas
+       and of a detector with masks: masks [B, k, h, w], logits over the canvas
 
-Normalisation and the choice of the k best are part of it. What stands outside of the images does not
-matter.
+Normalisation and top-k selection are included. Pixels outside the images have no effect.
 """
 
 from __future__ import annotations
@@ -27,13 +26,18 @@ SIDE_STEP = 32
 
 
 class DETRGraph(nn.Module):
-    """Inference of `DenoisingDETR`, with masks or without."""
+    """Inference of `DenoisingDETR`, with or without masks.
+
+    Args:
+        model: Detector.
+    """
 
     def __init__(self, model: DenoisingDETR):
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        """Map images [B, 3, H, W] and sizes [B, 2] to detections; see the module's docstring."""
         model = self.model
         normalised, padding = prepare(model, images, sizes)
         features = model.backbone(normalised)
@@ -45,7 +49,7 @@ class DETRGraph(nn.Module):
 
 
 def graph_of(model: nn.Module) -> nn.Module:
-    """The inference of a detector as a function of tensors. InputError if this project has none."""
+    """Return the inference of a detector as a module; InputError for unknown models."""
     if isinstance(model, DenoisingRCNN):
         graph = RCNNGraph(model)
     else:
@@ -55,8 +59,10 @@ def graph_of(model: nn.Module) -> nn.Module:
 
 
 def side_step(model: nn.Module) -> int:
-    """What canvas sides are multiples of: the coarsest stride. With other sizes `torch.export` would
-    freeze whether a side is odd behind each strided layer."""
+    """Return the coarsest stride, which divides the sides of every canvas.
+
+    For other sizes `torch.export` would fix the parity of each side after each strided layer.
+    """
     if isinstance(model, DenoisingRCNN):
         shapes = model.backbone.output_shape()
         return max(shapes[name].stride for name in model.proposal_generator.in_features)
@@ -64,8 +70,15 @@ def side_step(model: nn.Module) -> int:
 
 
 def detections_of(model: nn.Module, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-    """What a detector itself finds, in the form of `graph_of`: of a Faster R-CNN, whose graph is not
-    its inference, the filled up lists of Detectron2."""
+    """Return the detections of a model with the inputs and outputs of its graph.
+
+    For a Faster R-CNN, whose graph reimplements its inference, these are Detectron2's, padded.
+
+    Args:
+        model: Detector.
+        images: [B, 3, H, W] float32 in 0..255.
+        sizes: [B, 2] int64, (height, width).
+    """
     if not isinstance(model, DenoisingRCNN):
         return graph_of(model)(images, sizes)
     samples = [
@@ -73,12 +86,12 @@ def detections_of(model: nn.Module, images: Tensor, sizes: Tensor) -> tuple[Tens
         for image, (height, width) in zip(images, sizes.tolist(), strict=True)
     ]
     count = model.roi_heads.box_predictor.test_topk_per_image
-    found = [filled(one, count) for one in model.inference(samples, do_postprocess=False)]
+    found = [padded(one, count) for one in model.inference(samples, do_postprocess=False)]
     return tuple(torch.stack(values) for values in zip(*found, strict=True))
 
 
-def filled(instances: Instances, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes [count, 4] in [0, 1] of the image, scores and labels [count], 0 behind the last."""
+def padded(instances: Instances, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad detections with 0: boxes [count, 4] in [0, 1], scores [count], labels [count]."""
     height, width = instances.image_size
     boxes = instances.pred_boxes.tensor
     values = (

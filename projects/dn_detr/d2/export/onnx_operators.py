@@ -1,7 +1,7 @@
-"""What the compiled operators of this project are in ONNX. Needs onnxscript.
+"""ONNX translations of this project's compiled operators. Needs onnxscript.
 
-A graph is traced with the operators in it and translated here, so that ten nodes stand for one
-level of one attention; traced through their plain PyTorch form it would be several times as large.
+A graph is traced with these operators and translated here to ten nodes per level of an attention.
+Traced through the PyTorch reference implementations it would be several times larger.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FLOAT32 = 1
 def ms_deform_attn(
     value: FLOAT, spatial_shapes: INT64, sampling_locations: FLOAT, attention_weights: FLOAT
 ) -> FLOAT:
-    """`ops.ms_deform_attn`; spatial_shapes [2 * levels]: h, w of each level."""
+    """Translate `ops.ms_deform_attn`; spatial_shapes [2 * levels]: (h, w) of each level."""
     levels, points = sampling_locations.shape[3:5]
     grids = [
         op.Sub(op.Mul(op.Gather(sampling_locations, level, axis=3), 2.0), 1.0)
@@ -37,18 +37,18 @@ def deformable_attention(
     logits: FLOAT,
     padding: BOOL,
 ) -> FLOAT:
-    """`ops.deformable_attention`; spatial_shapes [2 * levels]: h, w of each level."""
+    """Translate `ops.deformable_attention`; spatial_shapes [2 * levels]: (h, w) of each level."""
     levels, points = offsets.shape[3:5]
     grids = []
     for level in range(levels):
-        place = op.Gather(reference, level, axis=2) if len(reference.shape) == 4 else reference
-        place = op.Unsqueeze(place, [2, 3])  # [B, Q, 1, 1, 2 or 4]
+        box = op.Gather(reference, level, axis=2) if len(reference.shape) == 4 else reference
+        box = op.Unsqueeze(box, [2, 3])  # [B, Q, 1, 1, 2 or 4]
         valid = op.Unsqueeze(op.Gather(valid_sizes, level, axis=1), [1, 2, 3])
         offset = op.Gather(offsets, level, axis=3)  # [B, Q, H, P, 2]
         if reference.shape[-1] == 2:
-            cells = op.Add(op.Mul(place, valid), offset)
+            cells = op.Add(op.Mul(box, valid), offset)
         else:
-            centre, size = (op.Slice(place, [2 * i], [2 * i + 2], [4]) for i in (0, 1))
+            centre, size = (op.Slice(box, [2 * i], [2 * i + 2], [4]) for i in (0, 1))
             offset = op.Mul(offset, op.Mul(size, 0.5 / points))
             cells = op.Mul(op.Add(centre, offset), valid)
         width_height = op.Gather(spatial_shapes, [2 * level + 1, 2 * level])
@@ -60,10 +60,9 @@ def deformable_attention(
 
 
 def _sample(value, width, spatial_shapes, grids, points, weights):
-    """Weighted samples of all levels -> [B, Q, H * D].
+    """Sum weighted samples of value [B, S, H, D], width = (H, D), to [B, Q, H * D].
 
-    value [B, S, H, D], with width = (H, D); grids: for each level [B, Q, H, P, 2] in [-1, 1] from
-    border to border; weights [B, Q, H, levels * P].
+    grids has [B, Q, H, P, 2] in [-1, 1] for each level, weights are [B, Q, H, levels * P].
     """
     heads, channels = width
     tokens, queries = op.Shape(value, start=1, end=2), op.Shape(weights, start=1, end=2)
@@ -87,7 +86,7 @@ def _sample(value, width, spatial_shapes, grids, points, weights):
 
 
 def _shape(*sides):
-    """A shape of host integers and of sizes [1]."""
+    """Concatenate host integers and sizes [1] to a shape."""
     return op.Concat(
         *(op.Constant(value_ints=[side]) if isinstance(side, int) else side for side in sides),
         axis=0,
@@ -95,7 +94,7 @@ def _shape(*sides):
 
 
 def translations() -> dict:
-    """Operator -> its form in ONNX, for `torch.onnx.export`; empty where nothing is compiled."""
+    """Return compiled operator -> translation, for `torch.onnx.export`."""
     forms = {"ms_deform_attn": ms_deform_attn, "deformable_attention": deformable_attention}
     ours = torch.ops.dn_detr
     return {
@@ -104,11 +103,10 @@ def translations() -> dict:
 
 
 def simplify(model: onnx_ir.Model) -> None:
-    """Compute what is constant and drop what nobody uses, in place.
+    """Fold constants and remove unused nodes, in place.
 
-    Of the rest of the exporter's optimiser, which takes minutes, runtimes do the same on loading. A
-    CastLike of a float32 number changes nothing, as all numbers are float32; not every runtime has
-    it.
+    Runtimes do the remaining optimizations on loading, which take minutes in the exporter. CastLike
+    of float32 is removed: all values are float32, and some runtimes do not support it.
     """
     optimizer.fold_constants(model)
     for node in model.graph:

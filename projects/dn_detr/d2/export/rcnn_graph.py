@@ -1,8 +1,8 @@
-"""The inference of Faster R-CNN as a function of tensors; what goes in and comes out says `graphs`.
+"""Inference of Faster R-CNN as a function of tensors; see `graphs` for inputs and outputs.
 
-Detectron2's modules in Detectron2's order. Its lists of images, each with as many boxes as there are,
-become tensors with one number of boxes for all images, so that the batch need not be known; what is
-missing has score 0, label 0 and a box of zeros.
+It runs Detectron2's modules in Detectron2's order. Lists of images with different numbers of boxes
+become tensors with one number of boxes, so that the batch size can vary; missing detections have
+score 0, label 0 and a box of zeros.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from dn_detr.errors import InputError
 
 
 class RCNNGraph(nn.Module):
-    """A Faster R-CNN whose regions have boxes alone: InputError if it finds masks or keypoints."""
+    """Inference of a Faster R-CNN without masks and keypoints.
+
+    Args:
+        model: Detector.
+
+    Raises:
+        InputError: If the model has masks or keypoints.
+    """
 
     def __init__(self, model: DenoisingRCNN):
         super().__init__()
@@ -28,6 +35,7 @@ class RCNNGraph(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map images [B, 3, H, W] and sizes [B, 2] to boxes [B, k, 4], scores and labels [B, k]."""
         normalised, _ = prepare(self.model, images, sizes)
         features = self.model.backbone(normalised)
         corners = sizes.flip(1).repeat(1, 2).to(normalised.dtype)[:, None]  # [B, 1, 4]
@@ -43,9 +51,15 @@ class RCNNGraph(nn.Module):
     def propose(
         self, features: dict[str, Tensor], corners: Tensor, canvas: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Regions [B, R, 4] xyxy in pixels, and which of them there are [B, R] bool.
+        """Propose R regions per image.
 
-        corners [B, 1, 4]: the size of each image as (width, height, width, height).
+        Args:
+            features: Name -> [B, C, h, w].
+            corners: [B, 1, 4], (width, height, width, height) of each image in pixels.
+            canvas: (height, width) in pixels.
+
+        Returns:
+            Regions [B, R, 4] xyxy in pixels, and [B, R] bool, False for padding.
         """
         generator = self.model.proposal_generator
         before, after = generator.pre_nms_topk[False], generator.post_nms_topk[False]
@@ -56,18 +70,18 @@ class RCNNGraph(nn.Module):
         ):
             logits = logits.permute(0, 2, 3, 1).flatten(1)
             missing = logits.new_full((1, before), -torch.inf).expand(logits.shape[0], -1)
-            # a small canvas has fewer anchors than are asked for
+            # a small canvas has fewer anchors than `before`
             logits, index = torch.cat((logits, missing), dim=1).topk(before, dim=1)
             index = torch.where(logits.isfinite(), index, 0)[..., None].expand(-1, -1, 4)
             deltas = deltas.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)
             anchors = anchors.expand(logits.shape[0], -1, -1).gather(1, index)
-            boxes = moved(generator.box2box_transform, anchors, deltas.gather(1, index))
+            boxes = apply_deltas(generator.box2box_transform, anchors, deltas.gather(1, index))
             is_finite = logits.isfinite() & boxes.isfinite().all(-1)
             boxes = torch.minimum(boxes.clamp(min=0), corners)
             is_large = (boxes[..., 2:] - boxes[..., :2] > generator.min_box_size).all(-1)
             logits = torch.where(is_finite & is_large, logits, -torch.inf)
             image = torch.arange(logits.shape[0], device=logits.device)[:, None].expand_as(logits)
-            is_kept = keep(
+            is_kept = nms_mask(
                 boxes.flatten(0, 1),
                 logits.flatten(),
                 image.flatten(),
@@ -83,27 +97,36 @@ class RCNNGraph(nn.Module):
         return regions, logits.isfinite()
 
     def classify(self, features: dict[str, Tensor], regions: Tensor) -> tuple[Tensor, Tensor]:
-        """Regions [B, R, 4] -> boxes of them [B, R, K, 4] in pixels and scores [B, R, K]."""
+        """Predict boxes [B, R, K, 4] in pixels and scores [B, R, K] of regions [B, R, 4]."""
         heads, predictor = self.model.roi_heads, self.model.roi_heads.box_predictor
         batch, count = regions.shape[:2]
         pooled = pool(heads.box_pooler, [features[name] for name in heads.box_in_features], regions)
         logits, deltas = predictor(heads.box_head(pooled))
         scores = logits.sigmoid() if predictor.use_sigmoid_ce else logits.softmax(-1)
         scores = scores[:, :-1].unflatten(0, (batch, count))
-        boxes = moved(predictor.box2box_transform, regions, deltas.unflatten(0, (batch, count)))
+        deltas = deltas.unflatten(0, (batch, count))
+        boxes = apply_deltas(predictor.box2box_transform, regions, deltas)
         boxes = boxes.unflatten(2, (-1, 4))  # one for all classes, or one for each
         return boxes.expand(-1, -1, scores.shape[2], -1), scores
 
     def best(
         self, boxes: Tensor, scores: Tensor, canvas: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes [B, R, K, 4] and scores [B, R, K] -> the best without those that a better one of the
-        same class overlaps: boxes [B, k, 4], scores [B, k], labels [B, k]."""
+        """Select the best detections after non-maximum suppression by class.
+
+        Args:
+            boxes: [B, R, K, 4] xyxy in pixels.
+            scores: [B, R, K].
+            canvas: (height, width) in pixels.
+
+        Returns:
+            Boxes [B, k, 4], scores [B, k] and labels [B, k] int64, best first.
+        """
         predictor = self.model.roi_heads.box_predictor
         num_regions, num_classes = scores.shape[1:]
         flat = scores.flatten()
         index = (flat > predictor.test_score_thresh).nonzero()[:, 0]
-        is_kept = keep(
+        is_kept = nms_mask(
             boxes.flatten(0, 2)[index],
             flat[index],
             index // (num_regions * num_classes),
@@ -116,13 +139,13 @@ class RCNNGraph(nn.Module):
         top_k = min(predictor.test_topk_per_image, num_regions * num_classes)
         scores, order = scores.topk(top_k, dim=1)
         boxes = boxes.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, 4))
-        is_there = scores > 0
-        boxes = torch.where(is_there[..., None], boxes, 0)
-        return boxes, scores, torch.where(is_there, order % num_classes, 0)
+        is_valid = scores > 0
+        boxes = torch.where(is_valid[..., None], boxes, 0)
+        return boxes, scores, torch.where(is_valid, order % num_classes, 0)
 
 
 def anchors_of(generator: nn.Module, maps: list[Tensor]) -> list[Tensor]:
-    """Of each map [B, C, h, w] its anchors [h * w * A, 4] xyxy in pixels."""
+    """Return the anchors [h * w * A, 4] xyxy in pixels of each map [B, C, h, w]."""
     found = []
     for level, stride, cell in zip(maps, generator.strides, generator.cell_anchors, strict=True):
         y, x = (
@@ -135,13 +158,13 @@ def anchors_of(generator: nn.Module, maps: list[Tensor]) -> list[Tensor]:
     return found
 
 
-def moved(transform, boxes: Tensor, deltas: Tensor) -> Tensor:
-    """Boxes [B, N, 4] moved by deltas [B, N, 4 or 4 * K]."""
+def apply_deltas(transform, boxes: Tensor, deltas: Tensor) -> Tensor:
+    """Apply deltas [B, N, 4 or 4 * K] to boxes [B, N, 4] xyxy; the result is shaped like deltas."""
     return transform.apply_deltas(deltas.flatten(0, 1), boxes.flatten(0, 1)).view_as(deltas)
 
 
 def pool(pooler: nn.Module, maps: list[Tensor], regions: Tensor) -> Tensor:
-    """What Detectron2's pooler gives of regions [B, R, 4]: [B * R, C, height, width]."""
+    """Pool maps [B, C, h, w] in regions [B, R, 4] to [B * R, C, height, width]."""
     image = torch.arange(regions.shape[0], device=regions.device, dtype=regions.dtype)
     image = image[:, None, None].expand(-1, regions.shape[1], -1)
     regions = torch.cat((image, regions), dim=-1).flatten(0, 1)
@@ -161,7 +184,7 @@ def pool(pooler: nn.Module, maps: list[Tensor], regions: Tensor) -> Tensor:
     return pooled
 
 
-def keep(
+def nms_mask(
     boxes: Tensor,
     scores: Tensor,
     image: Tensor,
@@ -170,10 +193,21 @@ def keep(
     canvas: tuple[int, int],
     threshold: float,
 ) -> Tensor:
-    """Which boxes [N, 4] no better one of the same image [N] and label [N] overlaps by more than the
-    threshold: bool [N]. Boxes lie on the canvas, (height, width)."""
+    """Apply non-maximum suppression within each image and label.
+
+    Args:
+        boxes: [N, 4] xyxy on the canvas, in pixels.
+        scores: [N].
+        image: [N] int64, index of the image.
+        label: [N] int64.
+        canvas: (height, width) in pixels.
+        threshold: Largest IoU with a better box.
+
+    Returns:
+        [N] bool, True for boxes to keep.
+    """
     height, width = canvas
-    # labels beside each other and images below each other: boxes of different ones do not meet
+    # Shift labels to the right and images down, so that boxes of different ones do not overlap.
     shift = torch.stack((label * (width + 1), image * (height + 1)), dim=1).to(boxes.dtype)
     kept = nms(boxes + shift.repeat(1, 2), scores, threshold)
     return torch.zeros_like(scores, dtype=torch.bool).index_fill(0, kept, True)

@@ -1,4 +1,4 @@
-"""Where the decoder looks, layer by layer, recorded by hooks from outside of a model."""
+"""Recording of the decoder's cross-attention by hooks, layer by layer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ from dn_detr.structures import Memory
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Sampling points of deformable attention: locations [B, Q, H, levels, P, 2] in [0, 1] of the
-    unpadded image, weights [B, Q, H, levels, P] that add up to 1 over levels and points."""
+    """Sampling points of deformable attention with H heads and P points.
+
+    Args:
+        locations: [B, Q, H, levels, P, 2], (x, y) in [0, 1] of the unpadded image.
+        weights: [B, Q, H, levels, P], with the sum 1 over levels and points.
+    """
 
     locations: Tensor
     weights: Tensor
@@ -28,8 +32,13 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class AttentionMap:
-    """Weights [B, Q, h, w] of a level's cells, averaged over the heads. valid_sizes [B, 2]: (w, h)
-    of the unpadded part in cells."""
+    """Attention to the cells of a level, averaged over the heads.
+
+    Args:
+        level: Index of the level.
+        weights: [B, Q, h, w].
+        valid_sizes: [B, 2], (w, h) of the unpadded part in cells.
+    """
 
     level: int
     weights: Tensor
@@ -37,22 +46,28 @@ class AttentionMap:
 
 
 @dataclass(eq=False)
-class LayerLook:
-    """What cross-attention of a decoder layer looked at: samples, or maps of one or more levels."""
+class LayerAttention:
+    """Cross-attention of a decoder layer: sampling points, or maps of one or more levels.
+
+    Args:
+        memory: Memory of S tokens that the layer attends to.
+        samples: Sampling points of deformable attention.
+        maps: Maps of dense attention.
+    """
 
     memory: Memory
     samples: list[Samples] = field(default_factory=list)
     maps: list[AttentionMap] = field(default_factory=list)
 
     def add_dense(self, weights: Tensor) -> None:
-        """weights [B, H, Q, S] over all tokens, or over those of a level that has none yet."""
+        """Add weights [B, H, Q, S] over all tokens, or over those of a level without a map yet."""
         shapes = self.memory.shapes
         sizes = [height * width for height, width in shapes]
         if weights.shape[-1] == sum(sizes):
             parts = list(enumerate(weights.split(sizes, dim=-1)))
         else:
-            seen = [entry.level for entry in self.maps]
-            fitting = [i for i, s in enumerate(sizes) if s == weights.shape[-1] and i not in seen]
+            known = [entry.level for entry in self.maps]
+            fitting = [i for i, s in enumerate(sizes) if s == weights.shape[-1] and i not in known]
             parts = [(fitting[0], weights)]
         for level, part in parts:
             part = part.mean(1).unflatten(-1, shapes[level])
@@ -60,11 +75,15 @@ class LayerLook:
 
 
 @contextmanager
-def record(core: DETR) -> Iterator[list[LayerLook]]:
-    """While it is open, a forward pass of `core` fills the list, with an entry for each decoder
-    layer; empty looks where cross-attention is none that is known here."""
-    looks: list[LayerLook] = []
-    recorder = _Recorder(looks)
+def record_attention(core: DETR) -> Iterator[list[LayerAttention]]:
+    """Record the cross-attention of forward passes inside the context.
+
+    Yields:
+        A list that each forward pass extends by one entry per decoder layer. Entries stay empty
+        for unknown kinds of cross-attention.
+    """
+    layers: list[LayerAttention] = []
+    recorder = _Recorder(layers)
     with ExitStack() as stack:
 
         def hook(module: nn.Module, function, *, before: bool) -> None:
@@ -76,22 +95,22 @@ def record(core: DETR) -> Iterator[list[LayerLook]]:
             hook(layer, recorder.enter_layer, before=True)
             hook(layer, recorder.leave_layer, before=False)
             hook(layer.self_attention, recorder.pause, before=True)
-            hook(layer.self_attention, recorder.go_on, before=False)
+            hook(layer.self_attention, recorder.resume, before=False)
             for module in layer.modules():
                 if isinstance(module, DeformableAttention):
-                    hook(module, recorder.see_deformable, before=True)
+                    hook(module, recorder.record_deformable, before=True)
                 elif isinstance(module, RowColumnAttention):
-                    hook(module.dropout, recorder.see_row_or_column, before=False)
+                    hook(module.dropout, recorder.record_row_or_column, before=False)
         stack.enter_context(recorder)
-        yield looks
+        yield layers
 
 
 class _Recorder(TorchFunctionMode):
-    """Fills looks; as a mode it sees every scaled_dot_product_attention."""
+    """Fills a list of layers; as a mode it intercepts every scaled_dot_product_attention."""
 
-    def __init__(self, looks: list[LayerLook]):
+    def __init__(self, layers: list[LayerAttention]):
         super().__init__()
-        self.looks = looks
+        self.layers = layers
         self.is_recording = False
         self.memory: Memory | None = None
         self.columns: Tensor | None = None
@@ -100,7 +119,7 @@ class _Recorder(TorchFunctionMode):
         _, self.memory = arguments
 
     def enter_layer(self, layer, arguments) -> None:
-        self.looks.append(LayerLook(self.memory))
+        self.layers.append(LayerAttention(self.memory))
         self.is_recording = True
 
     def leave_layer(self, layer, arguments, output) -> None:
@@ -109,10 +128,11 @@ class _Recorder(TorchFunctionMode):
     def pause(self, module, arguments) -> None:
         self.is_recording = False
 
-    def go_on(self, module, arguments, output) -> None:
+    def resume(self, module, arguments, output) -> None:
         self.is_recording = True
 
-    def see_deformable(self, module: DeformableAttention, arguments) -> None:
+    def record_deformable(self, module: DeformableAttention, arguments) -> None:
+        """Compute the sampling points from the inputs of the module."""
         query, reference, memory = arguments
         shape = (module.num_heads, module.num_levels, module.num_points)
         offsets = module.sampling_offsets(query).unflatten(-1, (*shape, 2))
@@ -125,15 +145,15 @@ class _Recorder(TorchFunctionMode):
         else:
             offsets = offsets / memory.valid_sizes[:, None, None, :, None]
         weights = logits.softmax(-1).unflatten(-1, shape[1:])
-        self.looks[-1].samples.append(Samples(reference[..., :2] + offsets, weights))
+        self.layers[-1].samples.append(Samples(reference[..., :2] + offsets, weights))
 
-    def see_row_or_column(self, module, arguments, weights: Tensor) -> None:
-        """Of one map: first the columns [B, H, Q, w], then the rows [B, H, Q, h]."""
+    def record_row_or_column(self, module, arguments, weights: Tensor) -> None:
+        """Join weights of columns [B, H, Q, w] with those of rows [B, H, Q, h], which follow."""
         if self.columns is None:
             self.columns = weights
             return
         joint = weights[..., :, None] * self.columns[..., None, :]
-        self.looks[-1].add_dense(joint.flatten(-2))
+        self.layers[-1].add_dense(joint.flatten(-2))
         self.columns = None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -141,5 +161,5 @@ class _Recorder(TorchFunctionMode):
         if function is F.scaled_dot_product_attention and self.is_recording:
             query, key, mask = args[0], args[1], kwargs.get("attn_mask")
             scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-            self.looks[-1].add_dense(torch.softmax(scores if mask is None else scores + mask, -1))
+            self.layers[-1].add_dense(torch.softmax(scores if mask is None else scores + mask, -1))
         return function(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""A detector from its checkpoint, which says itself what it holds (`checkpoint.describe`)."""
+"""Loading of detectors from checkpoints that describe themselves (`checkpoint.describe`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ from dn_detr.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class SavedDetector:
-    """A detector as it was saved: ready for inference, with its configuration and class names."""
+    """A saved detector in evaluation mode.
+
+    Args:
+        model: Detector.
+        cfg: Its configuration.
+        class_names: Names of its K classes.
+    """
 
     model: nn.Module
     cfg: CfgNode
@@ -28,8 +34,15 @@ class SavedDetector:
 
 
 def description_in(path: str) -> dict | None:
-    """{"config": yaml, "class_names": list} of a checkpoint; None where it does not say: that of an
-    earlier version, of Detectron2's model zoo, or a converted one."""
+    """Read the description of a checkpoint.
+
+    Returns:
+        {"config": yaml, "class_names": list}, or None for checkpoints without it: those of earlier
+        versions and of Detectron2's model zoo, and converted ones.
+
+    Raises:
+        InputError: If the file does not exist or is no checkpoint.
+    """
     path = path.removesuffix(AVERAGED)
     if not os.path.isfile(path):
         raise InputError(f"there is no checkpoint {path!r}.")
@@ -46,7 +59,7 @@ def description_in(path: str) -> dict | None:
 
 
 def weights_named(config_file: str | None, opts: list[str]) -> str:
-    """MODEL.WEIGHTS of the command line of a tool: of the pairs `opts`, else of the file."""
+    """Return MODEL.WEIGHTS of the pairs `opts` of a command line, else of the config file."""
     pairs = dict(zip(opts[::2], opts[1::2], strict=False))
     path = pairs.get("MODEL.WEIGHTS", "")
     if not path and config_file is not None:
@@ -63,12 +76,17 @@ def read_saved_config(
     opts: list[str] = (),
     names: list[str] = (),
 ) -> tuple[CfgNode, list[str]]:
-    """Configuration and class names of a checkpoint.
+    """Read the configuration and class names of a checkpoint.
 
-    `config_file` replaces the configuration that the checkpoint holds, and is needed where it holds
-    none; `names` likewise, except that a checkpoint without names has those of the training dataset
-    of its configuration. `opts`: pairs of key and value on top. InputError where something is
-    missing, or where configuration and names do not agree.
+    Args:
+        path: Checkpoint.
+        config_file: Replaces the configuration in the checkpoint; required if it has none.
+        opts: Pairs of key and value that override the configuration.
+        names: Replaces the class names in the checkpoint. Without names in either place, those of
+            the training dataset in the configuration are used.
+
+    Raises:
+        InputError: If something is missing, or configuration and names do not fit.
     """
     about = description_in(path)
     if config_file is not None:
@@ -83,7 +101,7 @@ def read_saved_config(
         )
         merge("the KEY VALUE pairs of the command line", cfg.merge_from_list, list(opts))
     else:
-        raise InputError(f"{path!r} holds no configuration: give the one that it was made with.")
+        raise InputError(f"{path!r} holds no configuration: pass the config file of its training.")
     names = list(names) or (list(about["class_names"]) if about is not None else [])
     if not names:
         register_coco_format(cfg.DATASETS.COCO_FORMAT)
@@ -91,17 +109,22 @@ def read_saved_config(
     node = cfg.MODEL.DN_DETR
     if node.NUM_CLASSES not in (0, len(names)):
         raise InputError(
-            f"{path!r} has {node.NUM_CLASSES} classes by its configuration, but {len(names)} names "
-            "of classes: they must be as many."
+            f"{path!r} has {node.NUM_CLASSES} classes in its configuration, but {len(names)} class "
+            "names: the numbers must be equal."
         )
     node.NUM_CLASSES = len(names)
     return cfg, names
 
 
 def read_evaluation_config(config_file: str, opts: list[str]) -> CfgNode:
-    """The configuration of an evaluation of MODEL.WEIGHTS: that of a file, or where none is named
-    that of the checkpoint, with `opts` on top. The model's classes are the checkpoint's if it names
-    them and the configuration does not."""
+    """Read the configuration for an evaluation of MODEL.WEIGHTS.
+
+    MODEL.DN_DETR.CLASS_NAMES defaults to the class names in the checkpoint.
+
+    Args:
+        config_file: Config file; "" takes the configuration in the checkpoint.
+        opts: Pairs of key and value that override it.
+    """
     if config_file:
         cfg = read_config(config_file, opts)
     else:
@@ -123,8 +146,12 @@ def load_detector(
     names: list[str] = (),
     device: str | None = None,
 ) -> SavedDetector:
-    """The detector of a checkpoint, in evaluation mode on `device`: None is the MODEL.DEVICE of
-    `opts`, or else a GPU if there is one. The other arguments are those of `read_saved_config`.
+    """Load the detector of a checkpoint in evaluation mode.
+
+    Args:
+        path: Checkpoint.
+        config_file: See `read_saved_config`, like opts and names.
+        device: Device of the model; None takes MODEL.DEVICE of `opts`, else a GPU if available.
     """
     cfg, names = read_saved_config(path, config_file=config_file, opts=opts, names=names)
     if device is not None:
@@ -147,11 +174,11 @@ def _parsed(about: dict, path: str) -> CfgNode:
 
 def _names_of_dataset(cfg: CfgNode, path: str) -> list[str]:
     if not cfg.DATASETS.TRAIN:
-        raise InputError(f"{path!r} holds no names of its classes: give them.")
+        raise InputError(f"{path!r} holds no class names: pass them.")
     try:
         return class_names(cfg.DATASETS.TRAIN[0])
     except InputError as error:
         raise InputError(
-            f"{path!r} holds no names of its classes: give them, or the dataset that it was "
-            f"trained on ({error})"
+            f"{path!r} holds no class names: pass them, or register the dataset of its training "
+            f"({error})"
         ) from error

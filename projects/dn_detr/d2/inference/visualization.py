@@ -1,4 +1,4 @@
-"""Boxes and masks with names over images, by Detectron2's visualizer, in colours that follow the class."""
+"""Drawing of boxes and masks by Detectron2's visualizer, with one colour per class."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from detectron2.structures import BoxMode
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 
-_SHORTEST_SIDE = 480  # pixels; smaller images are drawn enlarged, or names would hide them
+_SHORTEST_SIDE = 480  # pixels; smaller images are enlarged, so that captions do not cover them
 
 
 def class_color(label: int) -> tuple[float, float, float]:
-    """The colour of a class, RGB in [0, 1]: always the same, and different among the first 74."""
+    """Return the colour of a class, RGB in [0, 1]; the first 74 classes have different colours."""
     colors = colormap(rgb=True, maximum=1)
     red, green, blue = colors[label % len(colors)]
     return float(red), float(green), float(blue)
@@ -30,10 +30,18 @@ def draw_boxes(
     masks: list | np.ndarray | None = None,
     enlarges: bool = True,
 ) -> np.ndarray:
-    """Boxes [N, 4] with N captions and N colours over an image, both uint8 RGB [height, width, 3].
+    """Draw boxes and masks over an image.
 
-    masks: N masks [height, width] or lists of polygons, as Detectron2's visualizer takes them.
-    Captions None: no text. Small images come back enlarged if `enlarges`, others in their own size.
+    Args:
+        image: uint8 RGB [height, width, 3].
+        boxes_xyxy_px: [N, 4].
+        captions: N texts; None draws none.
+        colors: N colours of matplotlib.
+        masks: N masks [height, width] or lists of polygons, as in Detectron2's visualizer.
+        enlarges: Whether to enlarge small images.
+
+    Returns:
+        The picture, uint8 RGB [height, width, 3].
     """
     canvas = Visualizer(image, scale=_scale(image) if enlarges else 1.0)
     canvas.overlay_instances(
@@ -46,7 +54,7 @@ def draw_boxes(
 
 
 def draw_found(image: np.ndarray, found, *, enlarges: bool = True) -> np.ndarray:
-    """What a `Detector` has found in an image: boxes, and masks if any, with class and score."""
+    """Draw the detections of a `Detector` with class and score; see `draw_boxes`."""
     captions = [
         f"{name} {score:.0%}" for name, score in zip(found.class_names, found.scores, strict=True)
     ]
@@ -57,8 +65,10 @@ def draw_found(image: np.ndarray, found, *, enlarges: bool = True) -> np.ndarray
 
 
 def draw_record(image: np.ndarray, record: dict, class_names: list[str]) -> np.ndarray:
-    """The ground truth of a record of `records.load`: boxes with class names, crowd regions named
-    as such, and masks where every box has one."""
+    """Draw the ground truth of a record of `dataset_dicts.load`; see `draw_boxes`.
+
+    Captions mark crowd regions. Masks are drawn if every box has one.
+    """
     annotations = record["annotations"]
     boxes = [
         BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations
@@ -81,9 +91,9 @@ def draw_styled(
     colors: list,
     line_styles: list[str],
 ) -> np.ndarray:
-    """Boxes over an image, each in its own colour and line style ("-", "--")."""
+    """Draw boxes [N, 4], each with its own colour and line style ("-", "--"); see `draw_boxes`."""
     scale = _scale(image)
-    canvas, size = Visualizer(image, scale=scale), 8 / scale  # points, whatever the image
+    canvas, size = Visualizer(image, scale=scale), 8 / scale  # in points of the picture
     for box, caption, color, style in zip(
         boxes_xyxy_px, captions, colors, line_styles, strict=True
     ):

@@ -1,4 +1,4 @@
-"""What a Detectron2 without its compiled operators cannot do (see `install_detectron2`), as a sentence."""
+"""Checks for a Detectron2 without its compiled operators (see `install_detectron2`)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from dn_detr.errors import InputError
 
 
 def refuse(what: str) -> InputError:
+    """Return the error for a feature that needs the compiled operators."""
     return InputError(
-        f"{what} needs the Detectron2 of GitHub with its compiled operators, which is not installed "
-        "here: run `DETECTRON2=github python -m dn_detr.install_detectron2`, or do without."
+        f"{what} needs the Detectron2 of GitHub with its compiled operators, which is not "
+        "installed here: run `DETECTRON2=github python -m dn_detr.install_detectron2`, or do without."
     )
 
 
 @contextmanager
 def checked_operators(cfg: CfgNode) -> Iterator[None]:
-    """Around the building of a model: InputError where it needs what this Detectron2 has not."""
+    """Raise an InputError if a model built inside the context needs missing operators."""
     if cfg.FLOAT32_PRECISION and not hasattr(defaults, "_set_float32_precision"):
         raise refuse("FLOAT32_PRECISION")
     model = cfg.MODEL
@@ -34,7 +35,7 @@ def checked_operators(cfg: CfgNode) -> Iterator[None]:
         raise refuse("a model of rotated boxes")
     try:
         yield
-    except ImportError as error:  # of the classes that stand in for deformable convolutions
+    except ImportError as error:  # raised by Detectron2's dummies of deformable convolutions
         if "detectron2._C" not in str(error):
             raise
         raise refuse("MODEL.RESNETS.DEFORM_ON_PER_STAGE (deformable convolutions)") from error

@@ -1,4 +1,4 @@
-"""Any backbone of torchvision or timm, by its name there."""
+"""Backbones of torchvision and timm by name."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from dn_detr.conversion.backbone_weights import Normalisation, check_normalisati
 from dn_detr.errors import InputError
 
 STAGES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
-"""Names of the features by their stride, those of Detectron2's ResNet."""
+"""Stride -> name of the feature in Detectron2's ResNet."""
 
 PROBE = (128, 192)
-"""Height and width of the image that tells the strides of features: unequal numbers of cells."""
+"""Height and width of the image that reveals the strides of features; no two sides are equal."""
 
 
 class NamedBackbone(Backbone):
-    """Images [B, 3, H, W] -> {"res2": [B, C, H / 4, W / 4], ..., "res5": ...}, those there are.
+    """Backbone of a library with the feature names of Detectron2's ResNet.
 
-    stages: images -> list of maps, channels first or last, one for each of its `parts`. Parameters
-    of the parts up to the feature "res<freeze_at>" learn nothing; 0 freezes none.
+    Args:
+        stages: Maps images [B, 3, H, W] to a list of feature maps, channels first or last, one for
+            each of its `parts`.
+        freeze_at: Parts up to the feature "res<freeze_at>" are frozen; 0 freezes none.
+        name: "<library>/<name>".
     """
 
     def __init__(self, stages: nn.Module, freeze_at: int, name: str = ""):
         super().__init__()
         self.stages = stages
-        self.name = name  # "<library>/<name>"
-        self.place: dict[str, int] = {}
+        self.name = name
+        self.index: dict[str, int] = {}
         self.is_channels_last: dict[str, bool] = {}
         self._out_feature_channels, self._out_feature_strides = {}, {}
         try:
@@ -47,19 +50,19 @@ class NamedBackbone(Backbone):
                 cells = tuple(size // stride for size in PROBE)
                 is_last = tuple(output.shape[1:3]) == cells
                 if is_last or tuple(output.shape[2:]) == cells:
-                    self.place[name] = index
+                    self.index[name] = index
                     self.is_channels_last[name] = is_last
                     self._out_feature_channels[name] = output.shape[-1 if is_last else 1]
                     self._out_feature_strides[name] = stride
-        self._out_features = list(self.place)
-        if not self.place:
+        self._out_features = list(self.index)
+        if not self.index:
             raise ValueError("the backbone has no features of stride 4, 8, 16 or 32")
         if freeze_at:
             if not stages.parts:
                 raise ValueError(
                     f"MODEL.BACKBONE.FREEZE_AT must be 0 for backbones of timm, got {freeze_at}"
                 )
-            last = self.place.get(f"res{freeze_at}")
+            last = self.index.get(f"res{freeze_at}")
             if last is None:
                 raise ValueError(
                     f"MODEL.BACKBONE.FREEZE_AT must be 0 or the number of a feature of the "
@@ -68,8 +71,7 @@ class NamedBackbone(Backbone):
             stages.parts[: last + 1].requires_grad_(False)
 
     def library_names(self) -> dict[str, str]:
-        """Names of parameters in the library's own files -> names here; "" where only the classifier
-        has them."""
+        """Return parameter name in the library's files -> name here, "" for the classifier's."""
         return {
             theirs: ours and f"stages.{ours}"
             for theirs, ours in self.stages.library_names().items()
@@ -77,7 +79,7 @@ class NamedBackbone(Backbone):
 
     @property
     def normalisation(self) -> Normalisation:
-        """What the library's weights were trained with."""
+        """Pixel normalisation that the library's weights were trained with."""
         return self.stages.normalisation
 
     @property
@@ -86,9 +88,10 @@ class NamedBackbone(Backbone):
         return 32
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Map images [B, 3, H, W] to features {"res2": [B, C, H / 4, W / 4], ..., "res5": ...}."""
         outputs = self.stages(images)
         features = {}
-        for name, index in self.place.items():
+        for name, index in self.index.items():
             feature = outputs[index]
             if self.is_channels_last[name]:
                 feature = feature.permute(0, 3, 1, 2).contiguous()
@@ -97,7 +100,12 @@ class NamedBackbone(Backbone):
 
 
 class TorchvisionStages(nn.Module):
-    """The trunk of a torchvision classifier: what stands before its pooling."""
+    """The layers of a torchvision classifier before its pooling.
+
+    Args:
+        name: Name of the model in torchvision.
+        is_pretrained: Whether to load torchvision's weights.
+    """
 
     def __init__(self, name: str, is_pretrained: bool):
         super().__init__()
@@ -110,22 +118,24 @@ class TorchvisionStages(nn.Module):
             children = list(classifier.named_children())
             names = [child for child, _ in children]
             if "avgpool" not in names:
-                raise ValueError(f"torchvision's {name} is no backbone of stages before a pooling")
+                raise ValueError(f"torchvision's {name} has no pooling after a sequence of stages")
             names = names[: names.index("avgpool")]
             trunk = {child: getattr(classifier, child) for child in names}
-            place = {child: f"parts.{index}" for index, child in enumerate(trunk)}
+            prefixes = {child: f"parts.{index}" for index, child in enumerate(trunk)}
         else:
             trunk = dict(trunk.named_children())
-            place = {f"features.{child}": f"parts.{index}" for index, child in enumerate(trunk)}
+            prefixes = {f"features.{child}": f"parts.{index}" for index, child in enumerate(trunk)}
         self.parts = nn.ModuleList(trunk.values())
-        self.names = {key: _renamed(key, place) for key in classifier.state_dict()}
+        self.names = {key: _rename(key, prefixes) for key in classifier.state_dict()}
         transforms = models.get_model_weights(name).DEFAULT.transforms()
         self.normalisation = _normalisation(transforms.mean, transforms.std)
 
     def library_names(self) -> dict[str, str]:
+        """Return name in the classifier -> name here, "" for parameters after the pooling."""
         return self.names
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        """Map images [B, 3, H, W] to the output of each part, [B, C, h, w] or [B, h, w, C]."""
         outputs = []
         for part in self.parts:
             images = part(images)
@@ -134,7 +144,12 @@ class TorchvisionStages(nn.Module):
 
 
 class TimmStages(nn.Module):
-    """timm's own feature extractor of a model."""
+    """timm's feature extractor of a model.
+
+    Args:
+        name: Name of the model in timm.
+        is_pretrained: Whether to load timm's weights.
+    """
 
     def __init__(self, name: str, is_pretrained: bool):
         super().__init__()
@@ -145,7 +160,7 @@ class TimmStages(nn.Module):
         self.parts = nn.ModuleList()
         options = {"pretrained": is_pretrained, "features_only": True}
         try:
-            try:  # transformers with windows are made for images of one size, unless told otherwise
+            try:  # windowed transformers accept only one image size by default
                 self.model = timm.create_model(name, strict_img_size=False, **options)
             except TypeError as error:
                 if "strict_img_size" not in str(error):
@@ -159,7 +174,10 @@ class TimmStages(nn.Module):
         )
 
     def library_names(self) -> dict[str, str]:
-        """A feature extractor joins the names of nested modules by "_", and lacks the classifier."""
+        """Return name in timm's model -> name here, "" for the classifier's.
+
+        Feature extractors join the names of nested modules by "_".
+        """
         with torch.device("meta"):
             whole = importlib.import_module("timm").create_model(self.name)
         own = {key.removeprefix("model.").replace(".", "_"): key for key in self.model.state_dict()}
@@ -169,6 +187,7 @@ class TimmStages(nn.Module):
         }
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        """Map images [B, 3, H, W] to feature maps [B, C, h, w] or [B, h, w, C]."""
         return self.model(images)
 
 
@@ -176,9 +195,9 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")
 
 
-def _renamed(key: str, place: dict[str, str]) -> str:
-    """A name of the classifier below the part that holds it; "" where none does."""
-    for child, part in place.items():
+def _rename(key: str, prefixes: dict[str, str]) -> str:
+    """Replace the prefix of a name by that of its part; "" if no part has it."""
+    for child, part in prefixes.items():
         if key.startswith(f"{child}."):
             return part + key.removeprefix(child)
     return ""
@@ -189,7 +208,11 @@ def _normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> Normalisa
 
 
 class FrozenNormAct(FrozenBatchNorm2d):
-    """A frozen batch norm that goes on with the dropout and the activation of timm's."""
+    """Frozen batch norm with the dropout and activation of timm's BatchNormAct2d.
+
+    Args:
+        norm: timm's norm to convert.
+    """
 
     def __init__(self, norm: nn.BatchNorm2d):
         super().__init__(norm.num_features, norm.eps)
@@ -199,12 +222,12 @@ class FrozenNormAct(FrozenBatchNorm2d):
         self.drop, self.act = norm.drop, norm.act
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x [B, C, H, W] to the same shape."""
         return self.act(self.drop(super().forward(x)))
 
 
 def freeze_norms(module: nn.Module) -> None:
-    """Freeze all batch norms below `module`. Detectron2 alone would drop timm's activations, which
-    are a part of them."""
+    """Freeze all batch norms inside `module`, and keep the activations in those of timm."""
     for name, child in module.named_children():
         if isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm)) and hasattr(child, "act"):
             setattr(module, name, FrozenNormAct(child))
@@ -219,9 +242,10 @@ LIBRARIES = {"torchvision": TorchvisionStages, "timm": TimmStages}
 
 @BACKBONE_REGISTRY.register()
 def build_named_backbone(cfg, input_shape: ShapeSpec) -> NamedBackbone:
-    """The backbone MODEL.DN_DETR.BACKBONE, "<library>/<name>". Reads also MODEL.BACKBONE.FREEZE_AT,
-    and MODEL.RESNETS.NORM: with "FrozenBN" its batch norms are frozen, as for Detectron2's ResNet.
-    With MODEL.DN_DETR.BACKBONE_PRETRAINED and no MODEL.WEIGHTS it has the library's own weights.
+    """Build MODEL.DN_DETR.BACKBONE, "<library>/<name>".
+
+    MODEL.RESNETS.NORM "FrozenBN" freezes its batch norms. MODEL.DN_DETR.BACKBONE_PRETRAINED loads
+    the library's weights if MODEL.WEIGHTS is empty. MODEL.BACKBONE.FREEZE_AT is read as well.
     """
     node = cfg.MODEL.DN_DETR
     library, _, name = node.BACKBONE.partition("/")
@@ -233,10 +257,10 @@ def build_named_backbone(cfg, input_shape: ShapeSpec) -> NamedBackbone:
     is_pretrained = node.BACKBONE_PRETRAINED and not cfg.MODEL.WEIGHTS
     try:
         stages = LIBRARIES[library](name, is_pretrained)
-    except OSError as error:  # of urllib, and of timm's hub
+    except OSError as error:  # raised by urllib and timm's hub
         raise InputError(
-            f"{library} cannot fetch its weights of {name} ({_one_line(error)}): bring the "
-            "file to this machine and set MODEL.WEIGHTS to its path, or "
+            f"{library} cannot fetch its weights of {name} ({_one_line(error)}): copy the file to "
+            "this machine and set MODEL.WEIGHTS to its path, or "
             "MODEL.DN_DETR.BACKBONE_PRETRAINED False to start from random weights."
         ) from error
     if cfg.MODEL.RESNETS.NORM == "FrozenBN":

@@ -1,9 +1,9 @@
-"""Learning-rate schedules: Detectron2's, and flat-cosine, of fvcore's parts."""
+"""Learning-rate schedules of Detectron2, and flat-cosine."""
 
 from __future__ import annotations
 
 import torch
-from detectron2.solver.build import build_lr_scheduler as detectron2s
+from detectron2.solver.build import build_lr_scheduler as build_detectron2_scheduler
 from detectron2.solver.lr_scheduler import LRMultiplier, WarmupParamScheduler
 from fvcore.common.param_scheduler import (
     CompositeParamScheduler,
@@ -20,7 +20,11 @@ WARMUPS = ("linear", "constant", "quadratic")
 
 
 def build_lr_scheduler(cfg, optimizer: torch.optim.Optimizer) -> LRMultiplier:
-    """SOLVER.LR_SCHEDULER_NAME for MAX_ITER iterations, after its warm-up."""
+    """Build SOLVER.LR_SCHEDULER_NAME with its warm-up for MAX_ITER iterations.
+
+    Raises:
+        InputError: If a value of SOLVER is invalid.
+    """
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME not in NAMES:
         raise InputError(
@@ -29,7 +33,8 @@ def build_lr_scheduler(cfg, optimizer: torch.optim.Optimizer) -> LRMultiplier:
         )
     if solver.WARMUP_METHOD not in WARMUPS:
         raise InputError(
-            f"SOLVER.WARMUP_METHOD must be one of {', '.join(WARMUPS)}, got {solver.WARMUP_METHOD!r}."
+            f"SOLVER.WARMUP_METHOD must be one of {', '.join(WARMUPS)}, "
+            f"got {solver.WARMUP_METHOD!r}."
         )
     if not 0 <= solver.BASE_LR_END <= solver.BASE_LR:
         raise InputError(
@@ -48,39 +53,42 @@ def build_lr_scheduler(cfg, optimizer: torch.optim.Optimizer) -> LRMultiplier:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SOLVER.STEPS = tuple(step for step in solver.STEPS if step != solver.MAX_ITER)
-    return detectron2s(cfg, optimizer)
+    return build_detectron2_scheduler(cfg, optimizer)
 
 
 def flat_cosine(solver) -> ParamScheduler:
-    """1 for FLAT_ITERS iterations, half a cosine down to BASE_LR_END / BASE_LR, and that for the last
-    FINAL_ITERS (2412.04234, sec. 4)."""
+    """Build a flat-cosine schedule (DEIM, 2412.04234, sec. 4).
+
+    The multiplier is 1 for FLAT_ITERS iterations, then falls along half a cosine to
+    BASE_LR_END / BASE_LR, and stays there for the last FINAL_ITERS.
+    """
     total, flat, final = solver.MAX_ITER, solver.FLAT_ITERS, solver.FINAL_ITERS
     if flat < 0 or final < 0 or flat + final >= total:
         raise InputError(
-            f"SOLVER.FLAT_ITERS and SOLVER.FINAL_ITERS must leave iterations for the cosine among the "
-            f"{total} of SOLVER.MAX_ITER, got {flat} and {final}."
+            "SOLVER.FLAT_ITERS and SOLVER.FINAL_ITERS must leave iterations for the cosine among "
+            f"the {total} of SOLVER.MAX_ITER, got {flat} and {final}."
         )
     end = solver.BASE_LR_END / solver.BASE_LR
     parts = [
         (ConstantParamScheduler(1.0), flat),
         (CosineParamScheduler(1.0, end), total - flat - final),
-        (CosineParamScheduler(end, end), final),  # a constant one fails behind the last iteration
+        (CosineParamScheduler(end, end), final),  # ConstantParamScheduler fails at 1.0
     ]
-    return _in_turn([(part, iterations / total) for part, iterations in parts if iterations])
+    return _sequence([(part, iterations / total) for part, iterations in parts if iterations])
 
 
 def warmed_up(schedule: ParamScheduler, solver) -> ParamScheduler:
-    """`schedule` behind a warm-up from WARMUP_FACTOR, in the first WARMUP_ITERS iterations."""
+    """Prepend a warm-up from WARMUP_FACTOR in the first WARMUP_ITERS iterations to a schedule."""
     share = min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0)
     if solver.WARMUP_METHOD != "quadratic":
         return WarmupParamScheduler(
             schedule, solver.WARMUP_FACTOR, share, solver.WARMUP_METHOD, solver.RESCALE_INTERVAL
         )
-    return _Quadratic(schedule, solver.WARMUP_FACTOR, share)
+    return _QuadraticWarmup(schedule, solver.WARMUP_FACTOR, share)
 
 
-class _Quadratic(ParamScheduler):
-    """Rises with the square of the iterations to where `schedule` is after the share `share`."""
+class _QuadraticWarmup(ParamScheduler):
+    """Quadratic increase to the value of `schedule` at the fraction `share` of the training."""
 
     def __init__(self, schedule: ParamScheduler, factor: float, share: float):
         self.schedule = schedule
@@ -94,8 +102,8 @@ class _Quadratic(ParamScheduler):
         return start + (end - start) * (where / self.share) ** 2
 
 
-def _in_turn(parts: list[tuple[ParamScheduler, float]]) -> ParamScheduler:
-    """Schedules one after the other, each for its share; each runs from its own beginning to end."""
+def _sequence(parts: list[tuple[ParamScheduler, float]]) -> ParamScheduler:
+    """Chain schedules, each running from its start to its end in its fraction of the training."""
     return CompositeParamScheduler(
         [part for part, _ in parts],
         lengths=[share for _, share in parts],

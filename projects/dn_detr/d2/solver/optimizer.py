@@ -1,4 +1,4 @@
-"""AdamW, or SGD, with the learning-rate groups of the DETR family."""
+"""AdamW or SGD with the learning-rate groups of DETR-like detectors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from dn_detr.errors import InputError
 
 SAMPLING_LAYERS = ("sampling_offsets", "reference_points")
-"""Linear layers that place points; they learn slower (2010.04159, appendix A.4)."""
+"""Linear layers that predict points; they have a lower rate (2010.04159, appendix A.4)."""
 
 
 def parameter_groups(
@@ -22,7 +22,17 @@ def parameter_groups(
     weight_decay_norm: float | None,
     backbone_layer_decay: float = 1.0,
 ) -> list[dict]:
-    """One group for each (learning rate, weight decay) in use; every trainable parameter once."""
+    """Group the trainable parameters of a model by learning rate and weight decay.
+
+    Args:
+        model: Model to train.
+        base_lr: Learning rate.
+        backbone_multiplier: Factor of the rate in the backbone.
+        sampling_multiplier: Factor of the rate in SAMPLING_LAYERS.
+        weight_decay: Weight decay.
+        weight_decay_norm: Weight decay of norms; None uses `weight_decay`.
+        backbone_layer_decay: Factor of the rate per layer of the backbone, from the last one.
+    """
     depth = backbone_depths(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen = set()
@@ -49,11 +59,11 @@ def parameter_groups(
 
 
 def backbone_depths(model: nn.Module) -> dict[str, int]:
-    """How many layers of the backbone stand behind each of its parameters: 0 in the last.
+    """Count the layers of the backbone after each of its parameters: 0 in the last layer.
 
-    A layer is what its name has up to the first part that ends with a digit (a stage "res3", a block
-    "blocks.7"), else the module that holds the parameter; layers are counted in the order in which
-    they are registered, that of the forward pass in the backbones of Detectron2, torchvision, timm.
+    A layer is a module whose name ends at the first part with a final digit (a stage "res3", a
+    block "blocks.7"), else the module of the parameter. Layers count in the order of registration,
+    which is that of the forward pass in Detectron2, torchvision and timm.
     """
     layers: dict[str, list[str]] = {}
     for name, _ in model.named_parameters():
@@ -61,18 +71,18 @@ def backbone_depths(model: nn.Module) -> dict[str, int]:
         if "backbone" not in parts:
             continue
         inside = parts[parts.index("backbone") + 1 : -1]
-        numbered = [place for place, part in enumerate(inside) if part[-1:].isdigit()]
+        numbered = [i for i, part in enumerate(inside) if part[-1:].isdigit()]
         layer = inside[: numbered[0] + 1] if numbered else inside
         layers.setdefault(".".join(layer), []).append(name)
     last = len(layers) - 1
-    return {name: last - place for place, names in enumerate(layers.values()) for name in names}
+    return {name: last - i for i, names in enumerate(layers.values()) for name in names}
 
 
 def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
-    """SOLVER.OPTIMIZER, "ADAMW" or "SGD", with Detectron2's gradient clipping.
+    """Build SOLVER.OPTIMIZER, "ADAMW" or "SGD", with gradient clipping.
 
-    CLIP_TYPE "full_model" clips the norm of all gradients together, as the DETR family does;
-    Detectron2's own types clip each parameter alone.
+    CLIP_TYPE "full_model" clips the total norm of all gradients, as in DETR; Detectron2's own types
+    clip each parameter separately.
     """
     solver = cfg.SOLVER
     if solver.OPTIMIZER not in ("ADAMW", "SGD"):
@@ -96,19 +106,18 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
         options = {"fused": True, "momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
     clip = solver.CLIP_GRADIENTS
     if clip.ENABLED and clip.CLIP_TYPE == "full_model":
-        kind = clipping_full_model(kind, clip.CLIP_VALUE)
-    else:
-        kind = maybe_add_gradient_clipping(cfg, kind)
+        optimizer = kind(groups, lr=solver.BASE_LR, **options)
+        clip_full_model(optimizer, clip.CLIP_VALUE)
+        return optimizer
+    kind = maybe_add_gradient_clipping(cfg, kind)
     return kind(groups, lr=solver.BASE_LR, **options)
 
 
-def clipping_full_model(kind: type, max_norm: float) -> type:
-    """The optimizer `kind`, after clipping the norm of all gradients together to `max_norm`."""
+def clip_full_model(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """Clip the total norm of all gradients to `max_norm` before each step of an optimizer."""
 
-    def step(self, closure=None):
-        parameters = [p for group in self.param_groups for p in group["params"]]
+    def clip(optimizer, args, kwargs) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        return super(clipped, self).step(closure)
 
-    clipped = type(f"FullModelClipped{kind.__name__}", (kind,), {"step": step})
-    return clipped
+    optimizer.register_step_pre_hook(clip)
