@@ -86,11 +86,11 @@ def detections_of(model: nn.Module, images: Tensor, sizes: Tensor) -> tuple[Tens
         for image, (height, width) in zip(images, sizes.tolist(), strict=True)
     ]
     count = model.roi_heads.box_predictor.test_topk_per_image
-    found = [padded(one, count) for one in model.inference(samples, do_postprocess=False)]
+    found = [filled(one, count) for one in model.inference(samples, do_postprocess=False)]
     return tuple(torch.stack(values) for values in zip(*found, strict=True))
 
 
-def padded(instances: Instances, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def filled(instances: Instances, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pad detections with 0: boxes [count, 4] in [0, 1], scores [count], labels [count]."""
     height, width = instances.image_size
     boxes = instances.pred_boxes.tensor

@@ -75,13 +75,13 @@ class RCNNGraph(nn.Module):
             index = torch.where(logits.isfinite(), index, 0)[..., None].expand(-1, -1, 4)
             deltas = deltas.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)
             anchors = anchors.expand(logits.shape[0], -1, -1).gather(1, index)
-            boxes = apply_deltas(generator.box2box_transform, anchors, deltas.gather(1, index))
+            boxes = moved(generator.box2box_transform, anchors, deltas.gather(1, index))
             is_finite = logits.isfinite() & boxes.isfinite().all(-1)
             boxes = torch.minimum(boxes.clamp(min=0), corners)
             is_large = (boxes[..., 2:] - boxes[..., :2] > generator.min_box_size).all(-1)
             logits = torch.where(is_finite & is_large, logits, -torch.inf)
             image = torch.arange(logits.shape[0], device=logits.device)[:, None].expand_as(logits)
-            is_kept = nms_mask(
+            is_kept = keep(
                 boxes.flatten(0, 1),
                 logits.flatten(),
                 image.flatten(),
@@ -105,7 +105,7 @@ class RCNNGraph(nn.Module):
         scores = logits.sigmoid() if predictor.use_sigmoid_ce else logits.softmax(-1)
         scores = scores[:, :-1].unflatten(0, (batch, count))
         deltas = deltas.unflatten(0, (batch, count))
-        boxes = apply_deltas(predictor.box2box_transform, regions, deltas)
+        boxes = moved(predictor.box2box_transform, regions, deltas)
         boxes = boxes.unflatten(2, (-1, 4))  # one for all classes, or one for each
         return boxes.expand(-1, -1, scores.shape[2], -1), scores
 
@@ -126,7 +126,7 @@ class RCNNGraph(nn.Module):
         num_regions, num_classes = scores.shape[1:]
         flat = scores.flatten()
         index = (flat > predictor.test_score_thresh).nonzero()[:, 0]
-        is_kept = nms_mask(
+        is_kept = keep(
             boxes.flatten(0, 2)[index],
             flat[index],
             index // (num_regions * num_classes),
@@ -158,7 +158,7 @@ def anchors_of(generator: nn.Module, maps: list[Tensor]) -> list[Tensor]:
     return found
 
 
-def apply_deltas(transform, boxes: Tensor, deltas: Tensor) -> Tensor:
+def moved(transform, boxes: Tensor, deltas: Tensor) -> Tensor:
     """Apply deltas [B, N, 4 or 4 * K] to boxes [B, N, 4] xyxy; the result is shaped like deltas."""
     return transform.apply_deltas(deltas.flatten(0, 1), boxes.flatten(0, 1)).view_as(deltas)
 
@@ -184,7 +184,7 @@ def pool(pooler: nn.Module, maps: list[Tensor], regions: Tensor) -> Tensor:
     return pooled
 
 
-def nms_mask(
+def keep(
     boxes: Tensor,
     scores: Tensor,
     image: Tensor,

@@ -33,7 +33,7 @@ class NamedBackbone(Backbone):
         super().__init__()
         self.stages = stages
         self.name = name
-        self.index: dict[str, int] = {}
+        self.place: dict[str, int] = {}
         self.is_channels_last: dict[str, bool] = {}
         self._out_feature_channels, self._out_feature_strides = {}, {}
         try:
@@ -50,12 +50,12 @@ class NamedBackbone(Backbone):
                 cells = tuple(size // stride for size in PROBE)
                 is_last = tuple(output.shape[1:3]) == cells
                 if is_last or tuple(output.shape[2:]) == cells:
-                    self.index[name] = index
+                    self.place[name] = index
                     self.is_channels_last[name] = is_last
                     self._out_feature_channels[name] = output.shape[-1 if is_last else 1]
                     self._out_feature_strides[name] = stride
-        self._out_features = list(self.index)
-        if not self.index:
+        self._out_features = list(self.place)
+        if not self.place:
             raise ValueError("the backbone has no features of stride 4, 8, 16 or 32")
         if freeze_at:
             if not stages.parts:
@@ -91,7 +91,7 @@ class NamedBackbone(Backbone):
         """Map images [B, 3, H, W] to features {"res2": [B, C, H / 4, W / 4], ..., "res5": ...}."""
         outputs = self.stages(images)
         features = {}
-        for name, index in self.index.items():
+        for name, index in self.place.items():
             feature = outputs[index]
             if self.is_channels_last[name]:
                 feature = feature.permute(0, 3, 1, 2).contiguous()
