@@ -89,7 +89,7 @@ class DenseO2O:
     def batch(
         self, samples: list[dict], iteration: int, *, seed: int, first_position: int
     ) -> list[dict]:
-        """Return the samples of one process, mixed if the draw for this batch says so."""
+        """Return the samples of one process, mixed with `mixup_probability` in dense iterations."""
         share = self.share(iteration, seed=seed, first_position=first_position)
         return samples if share is None else mix_batch(samples, share, self.fill)
 
@@ -135,14 +135,11 @@ class DenseO2O:
 
 
 def build_dense_o2o(cfg, mapper: Callable[[dict], dict] | None = None) -> DenseO2O | None:
-    """Build Dense O2O from INPUT.SCHEDULE, MOSAIC and MIXUP for the calling process.
+    """Build Dense O2O from INPUT.SCHEDULE, MOSAIC and MIXUP; None if all are off.
 
     Args:
         cfg: Configuration of the training.
         mapper: Custom mapper to use instead of `DetrMapper`.
-
-    Returns:
-        The augmentation, or None if all three keys are off.
 
     Raises:
         InputError: If a value is invalid.

@@ -28,12 +28,8 @@ def clean_content(json_file: str, content: dict) -> Cleaning:
 
     Crowd regions and images without boxes stay. A clipped box without segmentation gets a new area.
 
-    Args:
-        json_file: Name for error messages.
-        content: Parsed json.
-
     Raises:
-        InputError: If the content is not in COCO format.
+        InputError: If the content is not in COCO format; it names `json_file`.
     """
     check_annotations(json_file, content)
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}

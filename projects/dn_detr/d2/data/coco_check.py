@@ -138,15 +138,7 @@ def check_annotations(json_file: str, content: dict) -> None:
 
 
 def read_results(results_file: str, content: dict) -> list[dict]:
-    """Read detections in COCO's result format and check them against an annotation file.
-
-    Args:
-        results_file: Json file with a list of detections.
-        content: Parsed annotation file.
-
-    Raises:
-        InputError: If the file is broken, or has unknown images or categories.
-    """
+    """Read detections in COCO's result format and check them against a parsed annotation file."""
     try:
         with PathManager.open(results_file, "r", encoding="utf-8") as file:
             results = json.load(file)

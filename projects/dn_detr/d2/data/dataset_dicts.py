@@ -29,6 +29,7 @@ class Finding:
     examples: list[str] = field(default_factory=list)
 
     def add(self, record: dict, box) -> None:
+        """Count a box of a record."""
         self.count += 1
         if len(self.examples) < _NUM_EXAMPLES:
             self.examples.append(f"{record['file_name']} [{', '.join(f'{v:g}' for v in box)}]")

@@ -57,6 +57,7 @@ class TeacherBoxes:
         return np.diff(self.starts)
 
     def summary(self) -> str:
+        """Describe the numbers of boxes for the log."""
         counts = self.counts
         return (
             f"{counts.sum()} boxes in {np.count_nonzero(counts)} of {len(counts)} images; "

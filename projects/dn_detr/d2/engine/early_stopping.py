@@ -81,6 +81,7 @@ class EarlyStopping(AfterEvaluation):
             self.stop_if_out_of_patience()
 
     def stop_if_out_of_patience(self) -> None:
+        """Raise StopEarly after `patience` evaluations without improvement."""
         if self.num_worse >= self.patience:
             raise StopEarly(
                 f"stopped early: {self.name} has not been better than {self.sign * self.best:g} in "
@@ -95,15 +96,9 @@ class EarlyStopping(AfterEvaluation):
 
 
 def metric(storage: EventStorage, name: str, key: str) -> float:
-    """Return a metric of the evaluation at the current iteration.
+    """Return a metric of the evaluation at the current iteration; InputError if there is none.
 
-    Args:
-        storage: Event storage of the training.
-        name: Name of the metric.
-        key: Configuration key for the error message.
-
-    Raises:
-        InputError: If there is no such metric; it lists all names.
+    key is the configuration key for the message, which lists all metrics.
     """
     found = {
         metric: value

@@ -77,8 +77,8 @@ class FollowWeights(HookBase):
     """Update a moving average after every iteration; a new one starts from the loaded weights.
 
     Args:
-        average: The moving average.
-        model: The trained model, without DistributedDataParallel.
+        average: Average to update.
+        model: Trained model, without DistributedDataParallel.
     """
 
     def __init__(self, average: MovingAverage, model: nn.Module):

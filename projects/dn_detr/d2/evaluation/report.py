@@ -189,7 +189,7 @@ def plot_curves(analysis: Analysis) -> Figure:
 
 def plot_confusion(analysis: Analysis) -> Figure:
     """Plot the confusion matrix, coloured by the fraction of each row."""
-    names = [*(result.name for result in analysis.classes), "nothing"]
+    names = [*(result.name for result in analysis.classes), "background"]
     matrix = analysis.confusion
     side = 1.5 + 0.55 * min(len(names), _MOST_NUMBERS)
     figure = Figure(figsize=(side + 1, side), layout="constrained")

@@ -85,13 +85,7 @@ def example(
 
 
 def metadata(cfg, class_names: list[str], model: nn.Module) -> dict:
-    """Return what a program needs to prepare inputs and interpret outputs of the graph.
-
-    Args:
-        cfg: Configuration of the model.
-        class_names: Names of the K classes.
-        model: Detector.
-    """
+    """Return what a program needs to prepare inputs and interpret outputs of the graph."""
     is_detr = cfg.MODEL.META_ARCHITECTURE == "DenoisingDETR"
     return {
         "class_names": list(class_names),
@@ -112,14 +106,7 @@ def metadata(cfg, class_names: list[str], model: nn.Module) -> dict:
 
 
 def write(model: nn.Module, path: Path, kind: str, about: dict) -> None:
-    """Trace a model and write the graph and its metadata.
-
-    Args:
-        model: Detector.
-        path: File to write.
-        kind: One of FORMATS.
-        about: Metadata, see `metadata`.
-    """
+    """Trace a model and write the graph and its metadata; see `export`."""
     if kind == "torch-export":
         with pytorch_operators():
             program = trace(model)
@@ -215,7 +202,7 @@ def compare(model: nn.Module, exported, inputs: tuple[Tensor, Tensor]) -> Differ
     score. Detections with almost the lowest score are skipped: the graph may lack them.
 
     Args:
-        model: Detector.
+        model: The detector.
         exported: Function with the inputs and outputs in `graphs`.
         inputs: Images [B, 3, H, W] and sizes [B, 2].
 
@@ -274,10 +261,10 @@ def export(model: nn.Module, path: Path, kind: str, about: dict) -> list[Differe
     """Write a graph, load it and compare it with the model.
 
     Args:
-        model: Detector.
+        model: The detector.
         path: File to write.
         kind: One of FORMATS.
-        about: Metadata, see `metadata`.
+        about: See `metadata`.
 
     Returns:
         The differences on the sizes of CHECKED.

@@ -26,11 +26,7 @@ SIDE_STEP = 32
 
 
 class DETRGraph(nn.Module):
-    """Inference of `DenoisingDETR`, with or without masks.
-
-    Args:
-        model: Detector.
-    """
+    """Inference of `DenoisingDETR`, with or without masks."""
 
     def __init__(self, model: DenoisingDETR):
         super().__init__()
@@ -75,7 +71,7 @@ def detections_of(model: nn.Module, images: Tensor, sizes: Tensor) -> tuple[Tens
     For a Faster R-CNN, whose graph reimplements its inference, these are Detectron2's, padded.
 
     Args:
-        model: Detector.
+        model: The detector.
         images: [B, 3, H, W] float32 in 0..255.
         sizes: [B, 2] int64, (height, width).
     """

@@ -19,14 +19,7 @@ from dn_detr.errors import InputError
 
 
 class RCNNGraph(nn.Module):
-    """Inference of a Faster R-CNN without masks and keypoints.
-
-    Args:
-        model: Detector.
-
-    Raises:
-        InputError: If the model has masks or keypoints.
-    """
+    """Inference of a Faster R-CNN; InputError if it has masks or keypoints."""
 
     def __init__(self, model: DenoisingRCNN):
         super().__init__()

@@ -20,13 +20,7 @@ from dn_detr.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class SavedDetector:
-    """A saved detector in evaluation mode.
-
-    Args:
-        model: Detector.
-        cfg: Its configuration.
-        class_names: Names of its K classes.
-    """
+    """A saved detector in evaluation mode, with its configuration and class names."""
 
     model: nn.Module
     cfg: CfgNode

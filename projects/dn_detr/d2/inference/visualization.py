@@ -54,7 +54,7 @@ def draw_boxes(
 
 
 def draw_found(image: np.ndarray, found, *, enlarges: bool = True) -> np.ndarray:
-    """Draw the detections of a `Detector` with class and score; see `draw_boxes`."""
+    """Draw detections of a `Detector` over an image, uint8 RGB [height, width, 3]."""
     captions = [
         f"{name} {score:.0%}" for name, score in zip(found.class_names, found.scores, strict=True)
     ]
@@ -65,7 +65,7 @@ def draw_found(image: np.ndarray, found, *, enlarges: bool = True) -> np.ndarray
 
 
 def draw_record(image: np.ndarray, record: dict, class_names: list[str]) -> np.ndarray:
-    """Draw the ground truth of a record of `dataset_dicts.load`; see `draw_boxes`.
+    """Draw the ground truth of a record over its image, uint8 RGB [height, width, 3].
 
     Captions mark crowd regions. Masks are drawn if every box has one.
     """

@@ -16,7 +16,8 @@ def refuse(what: str) -> InputError:
     """Return the error for a feature that needs the compiled operators."""
     return InputError(
         f"{what} needs the Detectron2 of GitHub with its compiled operators, which is not "
-        "installed here: run `DETECTRON2=github python -m dn_detr.install_detectron2`, or do without."
+        "installed here: run `DETECTRON2=github python -m dn_detr.install_detectron2`, or do "
+        "without."
     )
 
 

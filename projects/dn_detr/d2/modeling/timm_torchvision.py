@@ -208,11 +208,7 @@ def _normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> Normalisa
 
 
 class FrozenNormAct(FrozenBatchNorm2d):
-    """Frozen batch norm with the dropout and activation of timm's BatchNormAct2d.
-
-    Args:
-        norm: timm's norm to convert.
-    """
+    """Frozen batch norm with the dropout and activation of timm's BatchNormAct2d."""
 
     def __init__(self, norm: nn.BatchNorm2d):
         super().__init__(norm.num_features, norm.eps)
