@@ -155,7 +155,7 @@ def test_mistakes_are_said_in_one_sentence(trained, old, tmp_path):
     for arguments, words in [
         ({"path": tmp_path / "none.pth"}, "there is no checkpoint"),
         ({"path": tmp_path / "text.pth"}, "cannot be loaded as a checkpoint"),
-        ({"path": old}, "holds no configuration: give the one"),
+        ({"path": old}, "holds no configuration: pass the config file"),
         ({"path": old, "config_file": tmp_path / "none.yaml"}, "none.yaml cannot be used"),
         ({"path": old, "config_file": config, "class_names": ["a"]}, "has 6 classes .* but 1 "),
         ({"path": final, "opts": ["MODEL.NONE", 1]}, "Non-existent"),

@@ -367,7 +367,7 @@ def test_the_report_holds_everything_itself(dataset, tmp_path):
     page = (folder / "report.html").read_text()
     sources = [part.split('"')[0] for part in page.split('src="')[1:]]
     assert len(sources) == 4 and all(source.startswith("data:image/") for source in sources)
-    assert "1 missed" in page and "1 where nothing is" in page and "http" not in page
+    assert "1 missed" in page and "1 without an object" in page and "http" not in page
     for picture in ("curves.png", "confusion.png"):
         assert Image.open(folder / picture).width > 200
 
