@@ -62,7 +62,7 @@ class NamedBackbone(Backbone):
                 raise ValueError(
                     f"MODEL.BACKBONE.FREEZE_AT must be 0 for backbones of timm, got {freeze_at}"
                 )
-            last = self.index.get(f"res{freeze_at}")
+            last = self.place.get(f"res{freeze_at}")
             if last is None:
                 raise ValueError(
                     f"MODEL.BACKBONE.FREEZE_AT must be 0 or the number of a feature of the "
