@@ -1,4 +1,4 @@
-"""The fenced blocks of the documents, and what becomes of each command in a test."""
+"""The fenced blocks and commands of the documents, and how a test tries each command."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+CELL = re.compile(r"\| `((?:python|torchrun|make) [^`|]+)` \|")
+"""A cell of a table that holds a command and nothing else."""
 
 RUN = (
     "python train_net.py",
@@ -28,6 +30,10 @@ RUN = (
 
 PARSED = {
     "python benchmarks/auxiliary_queries.py": "tests/benchmarks run it",
+    "python benchmarks/denoising_queries.py": "tests/benchmarks run it",
+    "python benchmarks/ms_deform_attn.py": "tests/benchmarks run it",
+    "python benchmarks/train_step.py": "tests/benchmarks run it",
+    "python examples/plain_pytorch.py": "trains for minutes",
     "python tools/analyze_model.py": "tests/tools run it",
     "python tools/benchmark.py": "tests/tools run it",
     "python tools/convert_checkpoint.py": "needs weights of others; tests/conversion run it",
@@ -43,14 +49,14 @@ PARSED = {
     "python -m pytest": "tests within a test",
     "torchrun": "starts processes; tests/d2/test_distributed.py does",
 }
-"""Programs whose command lines are only parsed, and why. Configurations must exist, and their keys."""
+"""Programs whose command lines are only parsed, and why. Configurations and keys must exist."""
 
 NOT_TRIED = {
     "make": "make demo and make test are the commands of this repository's own checks",
     "pip": "installs",
     "export": "sets a variable of the shell",
 }
-"""Commands that are not tried at all, and why."""
+"""Commands that are not tried, and why."""
 
 NOT_RUN = (
     "webcam",
@@ -90,15 +96,15 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 def commands() -> list[Command]:
-    """Every command in a bash block of a document."""
+    """Every command in a bash block or in a cell of a table of a document."""
     found = []
     for document in DOCUMENTS:
-        for block in blocks(document, "bash"):
+        for block in (*blocks(document, "bash"), *CELL.findall(document.read_text())):
             for line in block.replace("\\\n", " ").splitlines():
                 text = " ".join(line.split())
                 if text and not text.startswith("#"):
                     found.append(Command(str(document.relative_to(ROOT)), text))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def reduced(words: list[str], tiny: list[str]) -> list[str]:

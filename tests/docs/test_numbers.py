@@ -1,5 +1,5 @@
-"""ModelConfig in the documents are those that were measured or, in the configurations, said to be
-published; and the tables leave out no configuration."""
+"""Numbers in the documents are those that were measured or that the configurations quote from papers;
+tables list every configuration."""
 
 import json
 import re
@@ -44,7 +44,7 @@ SPEED = {
 
 
 def test_the_speed_of_attention_is_what_was_measured():
-    table = rows("README.md", "Speed")
+    table = rows("docs/speed.md", "Deformable attention")
     assert [name for name, _, _ in table] == list(SPEED)
     for name, ours, theirs in table:
         case, measure = SPEED[name]
@@ -57,10 +57,42 @@ def test_the_speed_of_attention_is_what_was_measured():
         assert theirs == f"{min(b, c):.0f} {unit} ({min(b, c) / a:.0f}x)", name
 
 
+def first_screen() -> dict[str, list[str]]:
+    """The table of measured numbers in the README: what -> cells."""
+    text = (ROOT / "README.md").read_text().split("**Install**")[0]
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    return {line[0].strip(): [cell.strip(" *`") for cell in line[1:]] for line in lines[1:]}
+
+
+def test_the_numbers_of_the_first_screen_are_those_of_the_documents():
+    gain, speed = first_screen().values()
+    iterations, denoised, without = (
+        table.split("|")[1:6]
+        for table in (ROOT / "docs" / "comparisons.md").read_text().splitlines()
+        if re.match(r"\| (iterations|denoised|without denoising) \|", table)
+    )
+    assert iterations[-1].strip() == "2000"
+    assert gain[:2] == [denoised[-1].strip(" *"), without[-1].strip()]
+    (row,) = [row for row in rows("docs/speed.md", "Deformable attention") if "module" in row[0]][
+        :1
+    ]
+    assert speed[:2] == [row[1], row[2].split(" (")[0]]
+    section = SECTIONS["ms_deform_attn"]
+    assert speed[2] in section["commands"]
+
+
+def test_the_picture_of_the_first_screen_is_drawn_from_the_table(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "dev"))
+    import draw_denoising_gain as drawing
+
+    text = (ROOT / "docs" / "comparisons.md").read_text()
+    assert drawing.draw(text) == drawing.PICTURE.read_text()
+
+
 def test_a_training_step_and_denoising_queries_take_what_was_measured():
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = " ".join((ROOT / "docs" / "speed.md").read_text().split())
     ours, plain = (value("train_step", who) / 1000 for who in ("denoised", "plain operators"))
-    assert f"takes {ours:.1f} s there, and {plain:.1f} s with all operators in plain" in text
+    assert f"takes {ours:.1f} s, and {plain:.1f} s with all operators in PyTorch" in text
     cases = SECTIONS["denoising_queries"]["rows"]
     keys = SECTIONS["denoising_queries"]["keys"]
     published = "published style, mask as numbers"
@@ -70,10 +102,10 @@ def test_a_training_step_and_denoising_queries_take_what_was_measured():
     ]
     ratios = [b / a for a, b in zip(*times, strict=True)]
     assert f"take {min(times[0]):.2f} to {max(times[0]):.2f} ms" in text
-    assert f"{min(ratios):.0f} to {max(ratios):.0f} times less" in text
+    assert f"takes {min(ratios):.0f} to {max(ratios):.0f} times as long" in text
 
 
-ASSISTS = {
+AUXILIARY = {
     "": "plain",
     "a teacher": "teacher",
     "denoising": "denoised",
@@ -86,13 +118,13 @@ ASSISTS = {
 }
 
 
-def test_assists_cost_what_was_measured():
+def test_auxiliary_queries_cost_what_was_measured():
     host, plain = "", []
     table = rows("docs/comparisons.md", "What it costs")
     for name, what, *costs in table:
         host = name or host
         found = [
-            value("auxiliary_queries", ASSISTS[what], host=host, measure=measure)
+            value("auxiliary_queries", AUXILIARY[what], host=host, measure=measure)
             for measure in ("ms", "peak MiB")
         ]
         if what:
@@ -122,7 +154,7 @@ def named(cell: str) -> list[str]:
     return names
 
 
-METHODS = rows("README.md", "Methods")
+METHODS = rows("docs/methods.md", "Methods")
 
 
 def test_every_configuration_is_in_the_table_of_methods_and_in_that_of_sizes():
@@ -132,7 +164,7 @@ def test_every_configuration_is_in_the_table_of_methods_and_in_that_of_sizes():
 
 
 def test_published_numbers_are_those_that_the_configurations_state():
-    for page, _, configurations, published in METHODS:
+    for method, _, configurations, published in METHODS:
         heads = [CONFIGS[name].split("_BASE_")[0] for name in named(configurations)]
         for number in re.findall(r"\d\d\.\d", published):
-            assert any(number in head for head in heads), (page, number)
+            assert any(number in head for head in heads), (method, number)
