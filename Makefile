@@ -1,8 +1,8 @@
-# make demo: trains a small detector on synthetic images and draws what it finds.
+# make demo: trains a small detector on synthetic images and draws its detections.
 # make test: runs the whole test suite.
-# make test-pypi-detectron2: the Detectron2 part of it with the Python files of Detectron2 that PyPI
-# has, as on a machine that does not reach GitHub (see projects/dn_detr/install_detectron2.py).
-# All set up .venv in a fresh clone and reuse it later. PYTHON=... uses that interpreter as it is.
+# make test-pypi-detectron2: runs the tests that need Detectron2 with its Python files from PyPI, as
+# on a machine that cannot reach GitHub (see projects/dn_detr/install_detectron2.py).
+# All set up .venv in a fresh clone and reuse it later. PYTHON=... uses an existing interpreter.
 
 VENV := .venv
 ifdef PYTHON

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train and evaluate the detectors of dn_detr.
+"""Train and evaluate detectors.
 
     python train_net.py --config-file configs/dn_deformable.yaml --num-gpus 8
     python train_net.py --eval-only MODEL.WEIGHTS output/dn_deformable/model_final.pth
@@ -46,7 +46,7 @@ INTERRUPTED = 130
 
 
 def setup(args) -> CfgNode:
-    """The frozen configuration of this run; datasets are registered, logging is set up."""
+    """Return the frozen configuration of this run; register datasets and set up logging."""
     read = read_evaluation_config if args.eval_only else read_config
     cfg = read(args.config_file, args.opts)
     if args.num_gpus == 0 or not torch.cuda.is_available():
@@ -65,7 +65,7 @@ def setup(args) -> CfgNode:
 
 
 def main(args) -> dict | None:
-    """Train, or only evaluate; returns the metrics where there are any."""
+    """Train, or only evaluate; return metrics if there are any."""
     cfg = check_once(raise_on_all_ranks(lambda: setup(args)), eval_only=args.eval_only)
     if args.eval_only:
         if cfg.DETERMINISTIC:
@@ -82,7 +82,7 @@ def main(args) -> dict | None:
 
 
 def main_under_torchrun(args) -> dict | None:
-    """`main` in one of the processes that torchrun has started."""
+    """Run `main` in a process of torchrun."""
     use_gpu = args.num_gpus > 0 and torch.cuda.is_available()
     num_processes = int(os.environ["LOCAL_WORLD_SIZE"])
     if use_gpu:
@@ -101,12 +101,12 @@ def check_num_gpus(wanted: int) -> None:
     if wanted > available:
         instead = f"--num-gpus {available}" + (", the CPU" if available == 0 else "")
         raise InputError(
-            f"{wanted} GPUs were asked for, but this machine has {available}: use {instead}."
+            f"--num-gpus is {wanted}, but this machine has {available} GPUs: use {instead}."
         )
 
 
 def check_machines(args) -> None:
-    """Refuse what `launch` cannot do on several machines, or would do on each of them alone."""
+    """Reject arguments that `launch` does not support on several machines."""
     if not 0 <= args.machine_rank < args.num_machines:
         raise InputError(
             f"--machine-rank must be in [0, {args.num_machines}), one for each of --num-machines, "
@@ -116,17 +116,17 @@ def check_machines(args) -> None:
         raise InputError("several machines without GPUs need torchrun, see docs/training.md.")
     if args.dist_url == "auto" or "127.0.0.1" in args.dist_url:
         raise InputError(
-            "--dist-url must name the first machine as all others reach it, e.g. "
+            "--dist-url must be the address of the first machine for all others, e.g. "
             f"tcp://10.0.0.1:29500, got {args.dist_url!r}."
         )
 
 
 def run(args) -> dict | None:
-    """Start the processes that the arguments ask for."""
+    """Start the processes given by the arguments."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return main_under_torchrun(args)
     if args.num_gpus == 1 and not torch.cuda.is_available():
-        print("train_net.py: no GPU was found, so this runs on the CPU", file=sys.stderr)
+        print("train_net.py: no GPU found, running on the CPU", file=sys.stderr)
         args.num_gpus = 0
     check_num_gpus(args.num_gpus)
     if args.num_machines > 1:
@@ -142,7 +142,7 @@ def run(args) -> dict | None:
 
 
 def invoke_main(arguments: list[str] | None = None) -> None:
-    """Run with these arguments of the command line; the user's mistakes end it in one sentence."""
+    """Run with these command-line arguments; input errors end it with a one-sentence message."""
     try:
         run(default_argument_parser().parse_args(arguments))
     except RemoteInputError:
@@ -151,11 +151,11 @@ def invoke_main(arguments: list[str] | None = None) -> None:
         sys.exit(f"train_net.py: {error}")
     except KeyboardInterrupt:
         print(
-            "train_net.py: stopped; --resume goes on from the newest checkpoint.", file=sys.stderr
+            "train_net.py: stopped; --resume continues from the newest checkpoint.", file=sys.stderr
         )
         sys.exit(INTERRUPTED)
     except torch.multiprocessing.ProcessRaisedException as error:
-        # A process started by `launch` failed; its exception arrives as text.
+        # A process started by `launch` failed; its exception is passed on as text.
         sentence = sentence_in(str(error))
         if sentence is None:
             raise
@@ -163,9 +163,9 @@ def invoke_main(arguments: list[str] | None = None) -> None:
 
 
 def invoke_main_and_leave() -> None:
-    """`invoke_main` as one of torchrun's processes, ended at once with its exit status.
+    """Run `invoke_main` as a process of torchrun, and exit with its status.
 
-    Without Python's finalisation: there, a thread of gloo that lets go of a Python object aborts the
+    Skips Python's finalization, in which a thread of gloo that releases a Python object aborts the
     process ("terminate called without an active exception").
     """
     status = 0

@@ -1,4 +1,4 @@
-"""The sizes and inputs on which deformable attention is measured, and what they cost at least."""
+"""Sizes and inputs for benchmarks of deformable attention, and lower bounds of their cost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of the whole module, and (locations, weights) of the sampling alone; all need gradients."""
+    """Inputs of the whole module, and (locations, weights) of the sampling; all need gradients."""
 
     value: Tensor
     shapes: tuple[tuple[int, int], ...]
@@ -115,7 +115,7 @@ def sides_of(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tenso
 
 
 def locate(shapes, valid_sizes, reference, offsets) -> Tensor:
-    """Locations by the arithmetic of 2010.04159, as libraries write it."""
+    """Locations by the arithmetic of 2010.04159, as in common libraries."""
     points = offsets.shape[4]
     sides = sides_of(shapes, offsets.device)
     ratios = (valid_sizes / sides)[:, None, None, :, None]  # [B, 1, 1, levels, 1, 2]
@@ -131,16 +131,16 @@ def normalize(logits: Tensor, levels: int) -> Tensor:
 
 
 def in_float32(x: Inputs) -> Inputs:
-    """The same config, so that an error in bfloat16 is seen as one."""
+    """The same values in float32, to detect errors of bfloat16."""
     names = ("value", "offsets", "logits", "grad")
     floats = {name: getattr(x, name).detach().float().requires_grad_() for name in names}
     return replace(x, **floats | {"grad": floats["grad"].detach()})
 
 
 def bytes_and_operations(case: Case, measure: str) -> tuple[int, int]:
-    """What must be read and written at least once, and multiplications and additions.
+    """Return the minimum bytes to read and write, and the number of operations.
 
-    Of the whole module ("module": both directions) for one that keeps nothing but its inputs. The
+    For the whole module ("module": both directions), if only its inputs are kept. The
     gradient of the value is summed in float32 whatever its type: zeros written, sums read and
     written.
     """

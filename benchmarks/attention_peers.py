@@ -1,10 +1,10 @@
-"""Other implementations of multi-scale deformable attention, behind one signature.
+"""Other implementations of multi-scale deformable attention, with one signature.
 
-`find_peers` gives those that are installed or whose path is given. Each is a function
+`find_peers` returns those that are installed or whose path is given. Each is a function
 (value [B, S, H, D], shapes, locations [B, Q, H, levels, P, 2], weights [B, Q, H, levels, P])
--> [B, Q, H * D], as `dn_detr.ops.ms_deform_attn`. What an implementation needs besides, such as
-sizes on the device, is made once. Those that cannot do bfloat16, or would round the locations with it,
-get the value in float32, and the casts are part of their time.
+-> [B, Q, H * D], as `dn_detr.ops.ms_deform_attn`. Additional inputs, such as sizes on the
+device, are made once. Implementations without bfloat16, or that would round locations to it, get
+the value in float32; the casts are part of their time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def sizes(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Te
 
 
 def stacked_grid_sample(value: Tensor, shapes: tuple, locations: Tensor, weights: Tensor) -> Tensor:
-    """All samples of all levels, then their weighted sum: what libraries do without a kernel."""
+    """Stack the samples of all levels, then sum: the usual implementation without a kernel."""
     batch, _, heads, channels = value.shape
     result_type, value = value.dtype, value.float()
     samples, first = [], 0
@@ -50,8 +50,11 @@ def stacked_grid_sample(value: Tensor, shapes: tuple, locations: Tensor, weights
 
 
 def find_peers(device: str, paths: dict[str, Path | None]) -> tuple[dict[str, Attend], list[str]]:
-    """(name -> function, a sentence for each one that is missing). paths: "original", the folder of
-    Deformable-DETR; "msda_triton", that of msda-triton."""
+    """Return functions by name, and the reasons why others are missing.
+
+    Args:
+        paths: checkouts, "original" of Deformable-DETR and "msda_triton" of msda-triton.
+    """
     found: dict[str, Attend] = {"grid_sample": stacked_grid_sample}
     missing = []
     finders = {
@@ -71,7 +74,7 @@ def find_peers(device: str, paths: dict[str, Path | None]) -> tuple[dict[str, At
 
 
 def _original(device: str, folder: Path | None) -> Attend:
-    """fundamentalvision/Deformable-DETR, built from its sources with today's names of torch."""
+    """fundamentalvision/Deformable-DETR, built from its sources, adapted to current torch."""
     if device != "cuda":
         raise ImportError("has no CPU kernel")
     if folder is None:
@@ -143,7 +146,7 @@ def _msda_triton(device: str, folder: Path | None) -> Attend:
         raise ImportError("has no CPU kernel")
     if folder is not None:
         sys.path.insert(0, str(Path(folder) / "src" / "msda_triton"))
-        # Its package asks for an installed version; its kernels need no package.
+        # The package requires an installed version; its kernels do not.
         package = type(sys)("msda_triton")
         package.__path__ = [str(Path(folder) / "src" / "msda_triton")]
         sys.modules.setdefault("msda_triton", package)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""What does each training assist cost, in time and in memory?
+"""Measure time and memory of auxiliary queries and losses in training.
 
-    python benchmarks/auxiliary.py --configs configs/quick --batch 4 --size 160 213 --save
-    python benchmarks/auxiliary.py --device cuda --host DAB-Deformable --batch 8
+    python benchmarks/auxiliary_queries.py --configs configs/quick --batch 4 --size 160 213 --save
+    python benchmarks/auxiliary_queries.py --device cuda --host DAB-Deformable --batch 8
 
-Steps and memory as in train_step.py, a detector beside what trains with it. Mosaics and mixed images
-(dense O2O) cost the detector nothing but objects: four times as many, here. Needs Detectron2.
+Steps and memory as in train_step.py, with and without auxiliary queries. Mosaic and mixup (dense
+O2O) cost the detector only through more objects, here four times as many. Needs Detectron2.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def main():
     parser.add_argument("--host", nargs="+", choices=HOSTS, default=list(HOSTS))
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1066), help="height and width")
-    parser.add_argument("--configs", type=Path, default=Path("configs"), help="their folder")
+    parser.add_argument(
+        "--configs", type=Path, default=Path("configs"), help="folder of the configurations"
+    )
     args = parser.parse_args()
     seconds = args.seconds if args.seconds is not None else (0.0 if args.quick else 5.0)
     size = (64, 96) if args.quick else tuple(args.size)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing side by side, where it ran, tables, results as JSON."""
+"""Shared by the benchmarks: interleaved timing, machine description, tables, JSON results."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ SLOW_MS = 1000.0
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+    """Make a parser with the options of all benchmarks."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to test that it runs")
     parser.add_argument(
-        "--seconds", type=float, help="time for each comparison (at least 3 rounds are run)"
+        "--seconds", type=float, help="time for each comparison (at least 3 rounds)"
     )
     parser.add_argument(
         "--save", nargs="?", const="", metavar="FILE",
-        help="write into FILE, by default benchmarks/results/<device>.json",
+        help="write to FILE, by default benchmarks/results/<device>.json",
     )  # fmt: skip
     return parser
 
@@ -64,12 +64,11 @@ Prepare = Callable[[], Callable[[], object]]
 def time_side_by_side(
     candidates: Mapping[str, Prepare], device: str, seconds: float, *, busy_only: bool = False
 ) -> dict[str, Timing]:
-    """Run the candidates in turn, round after round, so that each ratio comes from one run.
+    """Time the candidates alternately, so that ratios come from the same run.
 
-    Before the first round each has a warm-up, which counts where it takes long. A fast candidate runs
-    several times a round. On CUDA
-    the time on the clock from launch to end; busy_only: only the device's own, with all launches
-    queued before it starts (which needs candidates that do not wait for the device).
+    Each candidate has a warm-up, which is counted if it takes long. Fast candidates run several
+    times per round. On CUDA the wall time from launch to end; busy_only: device time only, with all
+    launches queued in advance (for candidates that do not synchronize).
     """
     clock = _device_ms if device == "cuda" and busy_only else _wall_ms
     if device == "cuda":
@@ -119,7 +118,7 @@ def _device_ms(prepare: Prepare, device: str) -> float:
 
 
 def count_launches(run: Callable[[], object]) -> dict[str, int]:
-    """Kernels and copies that `run` puts on the CUDA device, and how often the host waits for it."""
+    """Count kernels and copies that `run` launches on the CUDA device, and synchronizations."""
     from torch.profiler import ProfilerActivity, profile
 
     run()
@@ -137,7 +136,7 @@ def count_launches(run: Callable[[], object]) -> dict[str, int]:
 
 
 def copy_bandwidth(device: str, megabytes: int = 256) -> float:
-    """GB/s, read and written, of copying a tensor: the practical peak of the memory."""
+    """Measure GB/s (read and written) of copying a tensor: the practical memory bandwidth."""
     source = torch.ones(megabytes * 2**18, device=device)
     target = torch.empty_like(source)
     copy = {"copy": lambda: lambda: target.copy_(source)}
@@ -149,7 +148,7 @@ def copy_bandwidth(device: str, megabytes: int = 256) -> float:
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Length of the difference over the length of what is expected; infinite where NaN."""
+    """Return the norm of the difference over the norm of the expected value; infinite for NaN."""
     difference = (got.detach().double() - expected.double()).norm()
     error = (difference / expected.double().norm().clamp(min=1e-30)).item()
     return error if error == error else float("inf")
@@ -159,7 +158,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def describe_machine(device: str) -> dict[str, str | int | None]:
-    """Where and with what a result was measured."""
+    """Describe hardware and software of a measurement."""
     record = read_record() or {}
     facts = {
         "device": device_name(device),
@@ -186,7 +185,7 @@ def device_name(device: str) -> str:
 
 
 def _command() -> str:
-    """How this was called, without where it was saved."""
+    """Command line without --save."""
     path = Path(sys.argv[0]).resolve()
     script = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
     return re.sub(r" --save( [^-]\S*)?", "", " ".join(["python", script, *sys.argv[1:]]))
@@ -202,8 +201,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Short name of the commit, "+" where files other than results were changed since; outside of
-    git, what DN_DETR_COMMIT says."""
+    """Short commit hash, with "+" if files other than results changed; else DN_DETR_COMMIT."""
 
     def git(*arguments):
         command = ["git", "-C", str(ROOT), *arguments]
@@ -224,10 +222,10 @@ def default_file(device: str) -> Path:
 def save(
     args: argparse.Namespace, section: str, rows: Sequence[dict], keys: Sequence[str], **facts
 ) -> None:
-    """Put `rows` into `section` of the file of results that was asked for, if any was.
+    """Write `rows` to `section` of the results file, if --save is given.
 
-    Rows of the same day, commit and machine stay if these do not replace them, so that a long
-    comparison can be run in parts. keys: what tells rows apart, beside "who".
+    Other rows of the same day, commit and machine are kept, so that a long comparison can be run in
+    parts. keys: columns that identify a row, together with "who".
     """
     if args.save is None:
         return
@@ -250,8 +248,10 @@ def save(
 
 
 def table(rows: Sequence[dict], keys: Sequence[str], against: str) -> str:
-    """Markdown: a line for each combination of `keys`, a column for each "who", in milliseconds (or
-    MiB), with how many times that of `against` it is."""
+    """Return a Markdown table: a row per combination of `keys`, a column per "who".
+
+    Values are milliseconds or MiB, with the factor to `against`.
+    """
     people = list(dict.fromkeys(row["who"] for row in rows))
     lines: dict[tuple, dict[str, dict]] = {}
     for row in rows:

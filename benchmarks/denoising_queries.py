@@ -1,23 +1,21 @@
 #!/usr/bin/env python
-"""What does it cost to build the denoising queries of a step?
+"""Measure the time to build the denoising queries of a step.
 
     python benchmarks/denoising_queries.py --device cpu
     python benchmarks/denoising_queries.py --device cuda --save
 
-Noised labels and boxes, which object a slot must rebuild, which slots are empty, and the attention
-mask. "dn_detr": `ops.noise_objects`, one launch; "plain": its PyTorch twin; "published style": the
-same steps in PyTorch operators in the way of the published code (per image and per group, positions
-of flipped labels by `nonzero`, sizes read from the device), written here. On CUDA also how many
-kernels each launches, and how often the host waits.
+Noised labels and boxes, their assignment, the empty queries, and the attention mask. "dn_detr":
+`ops.noise_objects`, one launch; "plain": its PyTorch reference implementation; "published style":
+the same steps in PyTorch operators as in the published code (per image and group, positions of
+flipped labels by `nonzero`, sizes read from the device), written for this benchmark. On CUDA also
+the number of kernel launches and of synchronizations.
 
-Every call gets the next of several batches, as in training: other images, other numbers of objects,
-and a fullest image of one or two objects fewer than the case says, so that sizes change from call to
-call.
+Every call gets the next of several batches, as in training, with other numbers of objects and up to
+two objects fewer than the case in its fullest image, so that sizes change from call to call.
 
-"with padding of targets" adds `pad_targets`, which dn_detr does once a step on the host for the
-matcher and the losses too. The published style leaves a bool mask, which attention converts to
-numbers in every layer; that is not counted, but in "published style, mask as numbers" it is
-converted once.
+"with padding of targets" includes `pad_targets`, which dn_detr runs once a step on the host, also
+for the matcher and the losses. The published style returns a bool mask, which attention converts to
+numbers in every layer; "published style, mask as numbers" converts it once.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Case:
-    """counts of objects follow from `objects`, the fullest image's, and the step."""
+    """A case; `objects` is the number of objects of the fullest image."""
 
     kind: str
     batch: int
@@ -80,7 +78,7 @@ STEPS = 12
 
 
 def steps_of(case: Case) -> list[Case]:
-    """Batches that a training could see one after the other; the first is the case itself."""
+    """Make consecutive batches of a training; the first is the case itself."""
     return [replace(case, step=i, objects=case.objects - i % 3) for i in range(STEPS)]
 
 
@@ -100,7 +98,7 @@ def make_targets(case: Case) -> list[Target]:
 
 
 def build(function, targets: Targets, case: Case, dtype: torch.dtype, groups=None):
-    """groups: `case.groups`, where it is worked out before."""
+    """Build the queries; groups: `case.groups`, if computed before."""
     num_groups, slots = groups or case.groups
     return function(
         targets.labels,
@@ -120,7 +118,7 @@ def build(function, targets: Targets, case: Case, dtype: torch.dtype, groups=Non
 
 
 def published_style(labels: list[Tensor], boxes: list[Tensor], case: Case) -> tuple[Tensor, ...]:
-    """(labels [B, T], boxes [B, T, 4], (image, slot) of the noised objects, mask [T + N, T + N] bool,
+    """(labels [B, T], boxes [B, T, 4], (image, query) of noised objects, mask [T + N, T + N] bool,
     True = blocked), from lists over images on the device."""
     device = labels[0].device
     kinds = 2 if case.is_contrastive else 1
@@ -173,8 +171,10 @@ def published_style(labels: list[Tensor], boxes: list[Tensor], case: Case) -> tu
 
 
 def check(case: Case, device: str) -> None:
-    """The kernel equals the twin bit for bit; the published style has the same slots and the mask
-    that the kernel has where no slot is empty."""
+    """Check that the kernel equals the reference bit for bit, and the published style too.
+
+    The latter's mask is that of the kernel if no query is empty.
+    """
     targets = make_targets(case)
     padded = pad_targets(targets).to(device)
     got = build(noise_objects, padded, case, torch.float32)
@@ -182,18 +182,18 @@ def check(case: Case, device: str) -> None:
         got, build(noise_objects_pytorch, padded, case, torch.float32), strict=True
     ):
         if not torch.equal(mine, plain):
-            raise AssertionError("the kernel and its plain twin differ")
+            raise AssertionError("the kernel and its reference implementation differ")
     labels, boxes = ([getattr(t, n).to(device) for t in targets] for n in ("labels", "boxes"))
     all_labels, _, image_of, slot_of, mask = published_style(labels, boxes, case)
     is_empty = torch.ones_like(all_labels, dtype=torch.bool)
     is_empty[image_of, slot_of] = False
     visible = got.mask[case.step % case.batch, 0] == 0  # of the fullest image
     if not (torch.equal(is_empty, got.is_empty) and torch.equal(visible, ~mask)):
-        raise AssertionError("the published style builds other slots or another mask")
+        raise AssertionError("the published style builds different queries or a different mask")
 
 
 def bytes_of(case: Case, dtype: str) -> int:
-    """What one call must read and write: nearly all of it is the mask."""
+    """Return the bytes that a call must read and write, most of them for the mask."""
     num_groups, slots = case.groups
     total = num_groups * slots * (2 if case.is_contrastive else 1)
     side = total + case.queries
@@ -202,18 +202,18 @@ def bytes_of(case: Case, dtype: str) -> int:
 
 
 def as_numbers(mask: Tensor) -> Tensor:
-    """What attention makes of a bool mask."""
+    """Convert a bool mask as attention does."""
     return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(mask, -torch.inf)
 
 
 def in_turn(calls: list[Callable]) -> Callable:
-    """A function whose n-th call is the n-th of `calls`, again and again."""
+    """Return a function that cycles through `calls`."""
     endless = itertools.cycle(calls)
     return lambda: next(endless)()
 
 
 def candidates_of(case: Case, device: str) -> dict[str, Callable]:
-    """Who -> one call for this batch."""
+    """Return a call for this batch per candidate."""
     targets = make_targets(case)
     padded = pad_targets(targets).to(device)
     labels, boxes = ([getattr(t, n).to(device) for t in targets] for n in ("labels", "boxes"))

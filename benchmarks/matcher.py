@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""How long does the bipartite matching of a step take?
+"""Measure the time of the bipartite matching of a step.
 
     python benchmarks/matcher.py --device cpu
     python benchmarks/matcher.py --device cuda --save
 
-"dn_detr": `losses.assign`, all layers and images at once; "plain": the same without compiled operators,
-by PyTorch and SciPy; "published style": per layer a dense matrix
-of costs between all queries and all objects of the batch, also those of other images, then one call
-of SciPy for each image, as most published code does it, written here. Both must find assignments of
-the same total cost before anything is timed. On CUDA also how many kernels are launched, and how
-often the host waits.
+"dn_detr": `losses.matcher.assign`, all layers and images at once; "plain": the same with PyTorch
+and SciPy instead of compiled operators; "published style": for each layer a dense cost matrix
+between all queries and all objects of the batch, including those of other images, then a call of
+SciPy for each image, as in most published code, written for this benchmark. Assignments must have
+the same total cost before anything is timed. On CUDA also the number of kernel launches and of
+synchronizations.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CASES = [
 
 
 def make_inputs(case: Case, device: str) -> tuple[Predictions, Targets]:
-    """Predictions that are near the objects, as in training, and noise among the other queries."""
+    """Make predictions near the objects, as in training, and noise for the other queries."""
     generator = torch.Generator().manual_seed(0)
 
     def boxes(*shape):
@@ -105,7 +105,7 @@ def published_style(predictions: Predictions, targets: list[tuple[Tensor, Tensor
 
 
 def check(predictions: Predictions, targets: Targets, lists: list, case: Case) -> None:
-    """The same total cost for every layer and image."""
+    """Check that total costs are equal for every layer and image."""
     object_of = assign(predictions, targets, Costs())["match"].object_of.cpu()
     for layer, images in enumerate(published_style(predictions, lists)):
         for image, (rows, columns) in enumerate(images):

@@ -1,15 +1,16 @@
 #!/usr/bin/env python
-"""How fast is deformable attention, and how much memory does it need?
+"""Measure time and memory of deformable attention.
 
     python benchmarks/ms_deform_attn.py --device cpu
     python benchmarks/ms_deform_attn.py --device cuda --original ../Deformable-DETR --save
 
-Measures, side by side, `ms_deform_attn` ("dn_detr"), its plain PyTorch twin ("plain"), and every
-peer that is installed or given: forward and backward of the sampling alone, then the whole module from
-raw offsets and logits (location arithmetic, softmax, sampling; here "dn_detr" is
-`deformable_attention`), both directions together and, on CUDA, each of them. On an image of 800x1066: 4 levels, 8 heads of 32 channels,
-4 points; the encoder, where every cell is a query, and decoders of 300, 500 and 1100 queries.
-Results are compared with the plain twin's first; wrong ones are not timed.
+Measures, side by side, `ms_deform_attn` ("dn_detr"), its PyTorch reference implementation
+("plain"), and every peer that is installed or given: forward and backward of the sampling alone,
+then the whole module from raw offsets and logits (location arithmetic, softmax, sampling; here
+"dn_detr" is `deformable_attention`), both directions together and, on CUDA, each of them. On an
+image of 800x1066: 4 levels, 8 heads of 32 channels, 4 points; the encoder, where every cell is a
+query, and decoders of 300, 500 and 1100 queries. Results are first compared with the reference
+implementation; wrong ones are not timed.
 
 "realistic" locations: a grid of references (boxes in decoders) and the offsets that training starts
 from, with normal noise of 2 cells; "uniform": anywhere, as in the tests of most libraries.
@@ -50,7 +51,7 @@ TOLERANCES = {"float32": (1e-4, 2e-2), "bfloat16": (2e-2, 5e-2)}
 
 
 def as_module(attend: Attend) -> Callable:
-    """The whole module around a sampling function, as libraries write it."""
+    """Return the whole module with a sampling function, as in common libraries."""
 
     def module(value, shapes, valid_sizes, reference, offsets, logits, padding):
         value = value.masked_fill(padding[..., None, None], 0.0)
@@ -119,7 +120,7 @@ def prepare_module_backward(module: Callable, x: Inputs):
 
 
 def right_ones(case: Case, candidates: dict, run: Callable, expected: list, names: tuple) -> dict:
-    """name -> None where the results equal the expected ones of "plain", else what is wrong."""
+    """Return an error message or None per name, comparing with "plain"."""
     tolerances = TOLERANCES[case.dtype]
     verdicts = {}
     for name, function in candidates.items():
@@ -195,7 +196,7 @@ def deterministic_run(prepare: Callable) -> Callable:
 
 
 def equal_twice(case: Case, device: str) -> list[dict]:
-    """Whether two backwards of the same inputs are equal bit for bit."""
+    """Return whether two backward passes are equal bit for bit."""
     x = make_inputs(case, device)
     rows = []
     for name, wrap in (("dn_detr", lambda f: f), ("dn_detr, deterministic", deterministic)):
@@ -208,7 +209,7 @@ def equal_twice(case: Case, device: str) -> list[dict]:
 
 
 def prepare_module(name: str, device: str, paths: dict, case: Case) -> Callable:
-    """For `peak_mib`, in a process of its own."""
+    """Prepare a call for `peak_mib`, in a separate process."""
     own = {"dn_detr": deformable_attention, "dn_detr, unfused": as_module(ms_deform_attn)}
     own["plain"] = deformable_attention_pytorch
     if name == "deformops":
@@ -250,12 +251,14 @@ def main():
     parser.add_argument("--queries", type=int, nargs="+", default=[0, 300, 500, 1100],
                         help="0: the encoder")  # fmt: skip
     parser.add_argument("--uniform", type=int, nargs="*", default=[1100],
-                        help="queries that are also measured with uniform locations")  # fmt: skip
+                        help="queries also measured with uniform locations")  # fmt: skip
     parser.add_argument("--image", type=int, nargs=2, default=(800, 1066))
     parser.add_argument("--dtype", nargs="+", choices=list(TOLERANCES), default=["float32"])
     parser.add_argument("--measure", nargs="+", choices=("time", "memory"),
                         default=["time", "memory"])  # fmt: skip
-    parser.add_argument("--peak", type=float, help="GB/s of the memory; else a copy is measured")
+    parser.add_argument(
+        "--peak", type=float, help="memory bandwidth in GB/s; default: that of a copy"
+    )
     args = parser.parse_args()
     paths = {"original": args.original, "msda_triton": args.msda_triton}
     peers, missing = find_peers(args.device, paths)

@@ -1,8 +1,8 @@
-"""Peak memory of one call: what it needs beyond its inputs, in MiB.
+"""Peak memory of a call beyond its inputs, in MiB.
 
-On CUDA from the allocator. On the CPU from the kernel's account of a fresh process: pages that were
-really touched, whoever allocated them. The process runs a small case first, which loads libraries
-and starts threads, and gives freed memory back at once, so that none of it hides a new need.
+On CUDA from the allocator. On the CPU from the operating system's peak of a new process, which
+counts touched memory of any allocator. The process first runs a small case, to load libraries and
+start threads, and returns freed memory immediately, so that neither hides memory of the call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 
 
 def peak_mib(device: str, prepare: Callable, small: tuple | None, large: tuple) -> float | None:
-    """Of `prepare(*large)()`, after `prepare(*small)()` if given; None where the system does not tell.
+    """Measure `prepare(*large)()`, after `prepare(*small)()` if given; None if it is not known.
 
     prepare: a function of a module that can be imported, with arguments that can be pickled.
     """
@@ -58,7 +58,7 @@ def _on_cpu(prepare: Callable, small: tuple | None, large: tuple, threads: int) 
         prepare(*small)()
     run = prepare(*large)
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status_mib("VmRSS")
     run()
     return _status_mib("VmHWM") - before

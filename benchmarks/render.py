@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write benchmarks/results/README.md: the tables of all results beside it.
+"""Write benchmarks/results/README.md: the tables of all results.
 
 python benchmarks/render.py
 """
@@ -23,13 +23,13 @@ COUNTS = ("kernels", "copies", "waits")
 
 
 def render(folder: Path) -> str:
-    """Markdown of every JSON file in `folder`."""
+    """Return Markdown tables of every JSON file in `folder`."""
     lines = [
         "# Results",
         "",
-        "Written by `python benchmarks/render.py` from the JSON files beside it. Milliseconds, or MiB",
-        'where the row says so; in brackets how many times that of the first column ("dn_detr" or',
-        '"denoised"). What is measured stands at the head of each script in `benchmarks/`.',
+        "Written by `python benchmarks/render.py` from the JSON files here. Milliseconds, or MiB",
+        'if noted in the row; in brackets the factor to the first column ("dn_detr" or',
+        '"denoised"). The docstring of each script in `benchmarks/` describes what it measures.',
     ]
     for path in sorted(folder.glob("*.json")):
         sections = json.loads(path.read_text())
@@ -87,7 +87,7 @@ def _where(machine: dict) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the JSON files are")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="folder of the JSON files")
     folder = parser.parse_args().folder
     (folder / "README.md").write_text(render(folder))
     print(f"wrote {folder / 'README.md'}")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What must every kernel cost on a GPU, counted without one? Nothing is measured here.
+"""Compute lower bounds for the time of the CUDA kernels of deformable attention, without a GPU.
 
     python benchmarks/roofline.py
 
-For the whole module of deformable attention on an image of 800x1066: the time that the memory, the
-caches, the atomics or the issue of instructions need at least, each as if the others were free. The
-longest of them is the floor of the kernel, and what is said to bound it. The rates are those of an
-H200 and stand below; two of them are assumed. Instructions are those of `dev/sass_report.py`.
+For the whole module of deformable attention on an image of 800x1066: the minimum time of memory,
+caches, atomics and instruction issue, each as if the others were free. The longest is the lower
+bound of the kernel. The rates below are those of an H200; two of them are assumed. Instruction
+counts are those of `dev/sass_report.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from attention_inputs import CHANNELS, HEADS, POINTS, Case, bytes_and_operations
 from common import markdown, three_digits
 
 MEMORY, L1 = 4.3e12, 30.9e12
-"""Bytes a second: a copy, as published for an H200; 128 a clock of 132 multiprocessors at 1.83 GHz."""
+"""Bytes a second: a copy, as published for an H200; 128 a clock, 132 multiprocessors, 1.83 GHz."""
 L2, ATOMICS = 5.5e12, 5.5e12
 """Assumed: to be measured first on a GPU."""
 ISSUE = 132 * 4 * 1.83e9
@@ -36,13 +36,13 @@ DEFORMOPS = {
     ("backward", "float32"): 69.0,
     ("backward", "bfloat16"): 75.0,
 }
-"""Of deformops 3.0.1, Triton kernels compiled for sm_90 with sums in float32, without its softmax and
-location arithmetic, which are further kernels."""
+"""Of deformops 3.0.1, Triton kernels for sm_90 with sums in float32, without its softmax and
+location arithmetic, which are separate kernels."""
 
 
 @dataclass(frozen=True)
 class Floor:
-    """Milliseconds at least. l2: if L1 had nothing; atomics: gradients of values, backward only."""
+    """Minimum milliseconds. l2: without L1 hits; atomics: gradients of values, backward only."""
 
     memory: float
     l1: float
@@ -53,14 +53,14 @@ class Floor:
 
     @property
     def bound(self) -> tuple[float, str]:
-        """(the longest, its name) of what no order of the work avoids."""
+        """Return the largest lower bound and its name."""
         parts = {name: getattr(self, name) for name in ("memory", "l1", "atomics", "issue")}
         name = max(parts, key=parts.get)
         return parts[name], name
 
 
 def floor_of(case: Case, direction: str) -> Floor:
-    """Of the whole module, one direction."""
+    """Compute the bounds of the whole module, one direction."""
     size = 4 if case.dtype == "float32" else 2
     tokens = sum(h * w for h, w in case.shapes)
     queries = case.queries or tokens

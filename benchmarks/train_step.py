@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""How long does a training step take, and how much memory does it need?
+"""Measure time and memory of a training step.
 
     python benchmarks/train_step.py --device cuda --save
     python benchmarks/train_step.py --device cpu --size 256 320 --batch 1
     python benchmarks/train_step.py --config-file configs/dino.yaml --device cuda --batch 2 8
 
-A step is forward, matching, losses, backward, clipping and optimizer, on images of noise that lie in
-memory: no data loading. Each configuration runs as it is and without denoising, side by side, on CUDA
-each also with bfloat16 (`SOLVER.AMP.ENABLED`). "plain operators" is the configuration as it is with every
-operator of this project replaced by its PyTorch twin. Memory is what forward and backward need beyond
-model, gradients, optimizer and images. Needs Detectron2.
+A step is forward, matching, losses, backward, clipping and optimizer, on images of noise in memory,
+without data loading. Each configuration runs with and without denoising, interleaved, on CUDA also
+with bfloat16 (`SOLVER.AMP.ENABLED`). "plain operators" replaces every operator of this project by
+its PyTorch reference implementation. Memory is that of forward and backward, without model,
+gradients, optimizer and images. Needs Detectron2.
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ def row_of(case: Case) -> dict:
 
 
 def make_batch(case: Case) -> list[dict]:
-    """Images of noise, every second one a tenth narrower; with 7 objects, then 5, 7, 5, ... A teacher
-    saw the same objects, and masks fill their boxes."""
+    """Make images of noise, every second one a tenth narrower, with 7, 5, 7, 5, ... objects.
+
+    Teachers' boxes equal the objects, and masks fill their boxes.
+    """
     generator = torch.Generator().manual_seed(0)
     samples = []
     for image_id in range(case.batch):
@@ -93,7 +95,7 @@ def filled(boxes: Boxes, height: int, width: int) -> BitMasks:
 
 
 def make_step(case: Case):
-    """A function that trains one step."""
+    """Return a function that runs one training step."""
     cfg = read_config(case.config, list(case.opts))
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.SEED = case.device, "", 0
     cfg.MODEL.DN_DETR.NUM_CLASSES = NUM_CLASSES
@@ -122,7 +124,7 @@ def make_step(case: Case):
 
 
 def make_settled_step(case: Case):
-    """`make_step` after a step, so that gradients and optimizer have their memory."""
+    """Run `make_step` once, so that gradients and optimizer states are allocated."""
     step = make_step(case)
     step()
     return step
@@ -174,7 +176,7 @@ def main():
     parser.add_argument("--batch", type=int, nargs="+", default=[2])
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1066), help="height and width")
     parser.add_argument("--plain-operators", action="store_true", dest="is_plain",
-                        help="measure with the PyTorch twins too")  # fmt: skip
+                        help="also measure PyTorch implementations")  # fmt: skip
     parser.add_argument("--no-memory", action="store_true")
     args = parser.parse_args()
     seconds = args.seconds if args.seconds is not None else (0.0 if args.quick else 5.0)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Does a training that was killed and resumed equal one that was not, bit for bit?
+"""Compare a killed and resumed training with an uninterrupted one, bit for bit.
 
     python dev/check_resume.py output/resume --iterations 30 --checkpoint 10 -- \\
         --config-file configs/quick/dn_deformable.yaml --num-gpus 0 SOLVER.IMS_PER_BATCH 2
 
 Trains twice for --iterations. The second run is killed (SIGKILL) some iterations after its
-checkpoint and resumed. Everything after "--" goes to train_net.py. Compared are every loss of every
-iteration after the checkpoint, and the whole final checkpoint: weights, optimizer, and so on. Exact
-on the CPU; on a GPU only with deterministic operators.
+checkpoint and resumed. Arguments after "--" are passed to train_net.py. Compares every loss of
+every iteration after the checkpoint, and the whole final checkpoint: weights, optimizer, and so on.
+Exact on the CPU; on a GPU only with deterministic operators.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ TRAIN_NET = Path(__file__).resolve().parents[1] / "train_net.py"
 
 
 def losses(folder: Path) -> list[tuple[int, dict[str, str]]]:
-    """(iteration, its losses and metrics) in the order written, without a line that is not finished
-    yet. As texts, so that NaN equals NaN."""
+    """Yield (iteration, losses and metrics as text) in written order, without an unfinished line.
+
+    As text, NaN equals NaN.
+    """
     path = folder / "metrics.json"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [
@@ -41,7 +43,7 @@ def losses(folder: Path) -> list[tuple[int, dict[str, str]]]:
 
 
 def train(folder: Path, options: list[str], settings: list[str], *, flags=(), kill_after=None):
-    """Run train_net.py to its end, or kill it once the iteration `kill_after` is written."""
+    """Run train_net.py to the end, or kill it after iteration `kill_after`."""
     command = [sys.executable, str(TRAIN_NET), *flags, *options, *settings]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "printed.txt", "a") as printed:
@@ -58,7 +60,7 @@ def train(folder: Path, options: list[str], settings: list[str], *, flags=(), ki
 
 
 def leaves(state, name: str = "") -> dict:
-    """Everything in a checkpoint (weights, optimizer, moving average, ...) by its path."""
+    """Return all values of a checkpoint (weights, optimizer, moving average, ...) by path."""
     if isinstance(state, dict):
         pairs = state.items()
     elif isinstance(state, list | tuple):
@@ -76,9 +78,9 @@ def are_equal(one, other) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output", type=Path, help="an empty or absent folder")
+    parser.add_argument("output", type=Path, help="an empty or new folder")
     parser.add_argument("--iterations", type=int, default=30)
-    parser.add_argument("--checkpoint", type=int, default=10, help="saved after so many iterations")
+    parser.add_argument("--checkpoint", type=int, default=10, help="iterations between checkpoints")
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, options = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
     if args.output.exists() and any(args.output.iterdir()):
@@ -91,13 +93,13 @@ def main() -> None:
     train(whole, options, settings)
     train(killed, options, settings, kill_after=args.checkpoint + 1)
     if (killed / "model_final.pth").exists():
-        sys.exit("the run ended before it could be killed: ask for more iterations")
+        sys.exit("the run ended before it was killed: increase --iterations")
     train(killed, options, settings, flags=["--resume"])
 
     expected, pieces = dict(losses(whole)), losses(killed)
     starts = [i for (before, _), (i, _) in zip(pieces, pieces[1:]) if i <= before]
     if len(starts) != 1 or starts[0] == 0:
-        sys.exit(f"the second run should have gone on at its checkpoint, but it began at {starts}")
+        sys.exit(f"the second run did not resume from its checkpoint: it started at {starts}")
     resumed = dict(pieces)  # of iterations that ran twice, the later ones
     for iteration in range(starts[0], args.iterations):
         for name, value in expected[iteration].items():

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, without a network: builds the operators, runs every test that uses the
-# GPU, looks for memory errors and races with compute-sanitizer, and runs all benchmarks. What is
-# printed goes to gpu_check.txt, the measurements to benchmarks/results/<device>.json.
+# GPU, checks for memory errors and races with compute-sanitizer, and runs all benchmarks. Writes
+# the output to gpu_check.txt and measurements to benchmarks/results/<device>.json.
 #
 #   dev/pack_for_gpu.sh                                    # before, where there is a network
 #   dev/gpu_check.sh --packed .gpu --out results           # there
 #   dev/gpu_check.sh --dry-run                             # anywhere: the same steps, tiny, on the CPU
 #
-# --packed FOLDER: what dev/pack_for_gpu.sh collected. --out FOLDER: gets copies of what was written.
-# --only STEPS: some of "build test sanitize bench train". --within SECONDS: what would end later is cut
-# off or left out, named, and what was measured by then is kept.
-# Where a command may take ten minutes: first --only "build bench" --within 570, which makes the
-# figures of the operators, and then --only "build test sanitize train" --within 570; what is built
-# already is not built again. No GPU has timed them yet.
-# PYTHON: the interpreter. A step that fails does not stop the others; the exit status tells.
+# --packed FOLDER: output of dev/pack_for_gpu.sh. --out FOLDER: copy results there.
+# --only STEPS: some of "build test sanitize bench train". --within SECONDS: time limit; steps that
+# exceed it are stopped or skipped with a message, and results so far are kept. With a limit of ten
+# minutes per command, first run --only "build bench" --within 570, which measures the operators,
+# and then --only "build test sanitize train" --within 570; the build is reused. These steps have
+# never been timed on a GPU.
+# PYTHON: the interpreter. A failing step does not stop the others, but sets the exit status.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -71,7 +71,8 @@ if wants build; then
 fi
 step 60 "$python" -m dn_detr.info
 
-# The sanitizers take long and leave most of the GPU idle: they run beside each other and the tests.
+# The sanitizers are slow and leave most of the GPU idle: they run in parallel with each other and
+# the tests.
 tools=() checks=()
 if wants sanitize && [ $device = cpu ]; then
   tools=(none)
@@ -90,7 +91,7 @@ for tool in "${tools[@]}"; do
 done
 
 if wants test; then
-  # tests/ops asks for its devices in conftest.py, whatever its files say.
+  # tests/ops selects its devices in conftest.py.
   mapfile -t files < <(grep -rlE "cuda|DEVICES" tests --include="test_*.py" |
     grep -v -e tests/ops -e tests/equivalence -e tests/test_packaging)
   files=(tests/ops "${files[@]}")

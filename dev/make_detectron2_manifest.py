@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Write the manifest of `dn_detr.install_detectron2`: which files of the wheel are Detectron2's own.
+"""Write the manifest of `dn_detr.install_detectron2`: the files of the wheel that are Detectron2's.
 
     git clone https://github.com/facebookresearch/detectron2.git
     python dev/make_detectron2_manifest.py detectron2 sal_detectron2-0.7.2-cp310-none-any.whl
 
-A file is Detectron2's if its git blob stands anywhere in the history of the clone.
+A file is Detectron2's if its git blob occurs anywhere in the history of the clone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dn_detr.install_detectron2 import (
 
 
 def blobs_of(clone: str) -> set[str]:
-    """All objects of the history."""
+    """Return all git objects of the history."""
     command = ["git", "-C", clone, "rev-list", "--all", "--objects"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return {line.split(" ", 1)[0] for line in done.stdout.splitlines()}

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Collects what dev/gpu_check.sh needs on a machine without a network that has Python 3.12, torch
-# 2.11, numpy, scipy, pytest and ninja: wheels of what is missing there, among them Detectron2, and
-# checkouts of other implementations to measure. All in a folder that git ignores.
+# 2.11, numpy, scipy, pytest and ninja: wheels of missing packages, including Detectron2, and
+# checkouts of other implementations to measure. Writes to a folder that git ignores.
 #   dev/pack_for_gpu.sh [--original CHECKOUT] [--msda-triton CHECKOUT] [--detectron2 CHECKOUT] [FOLDER]
-# Detectron2 is built for Python 3.12 where there is one with torch 2.11 (PYTHON312=...); without it
-# the training steps are not measured.
+# Detectron2 is built if there is a Python 3.12 with torch 2.11 (PYTHON312=...); otherwise training
+# steps are not measured.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=.gpu original="" triton="" detectron2=""
@@ -29,7 +29,7 @@ download() {
     --platform manylinux1_x86_64 --dest "$folder" "$@"
 }
 
-# Another implementation to measure, and what Detectron2 imports.
+# Another implementation to measure, and dependencies of Detectron2.
 download deformops==3.0.1
 download pycocotools yacs omegaconf==2.3.1 hydra-core==1.3.8 portalocker termcolor
 download tabulate cloudpickle tqdm pyyaml pillow packaging

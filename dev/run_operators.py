@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Run every compiled operator once on many small and odd inputs, in all types, forward and backward.
+"""Run every compiled operator on small and unusual inputs, in all types, forward and backward.
 
     python dev/run_operators.py --device cuda
     compute-sanitizer --tool memcheck python dev/run_operators.py --device cuda
 
-A program for compute-sanitizer, under which the test suite takes too long. Compares each result with
-the plain PyTorch twin on the same device, so that a wrong one is seen as well.
+For compute-sanitizer, under which the test suite takes too long. Also compares each result with the
+PyTorch reference implementation on the same device.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ def close(got, expected, name: str) -> None:
 
 
 def odd(x, parts: int):
-    """x, rounded to odd multiples of 1 / (2 * parts): no sample comes near a whole cell, where the
-    least rounding error makes another gradient."""
+    """Round x to odd multiples of 1 / (2 * parts).
+
+    Samples then stay away from whole cells, where rounding errors change gradients.
+    """
     return ((x * parts).floor() + 0.5) / parts
 
 
@@ -58,8 +60,10 @@ def sampling_inputs(device, dtype, shapes, size):
 
 
 def under(is_deterministic: bool, function, *arguments):
-    """`function` of them under torch.use_deterministic_algorithms. Only kernels: the plain twins'
-    grid_sample has no deterministic backward on a GPU."""
+    """Call a kernel under torch.use_deterministic_algorithms.
+
+    PyTorch's grid_sample has no deterministic backward on a GPU.
+    """
     torch.use_deterministic_algorithms(is_deterministic)
     try:
         return function(*arguments)
@@ -122,11 +126,11 @@ def run_noise(device: str) -> None:
             got = _noise(ops.noise_objects, [x.to(device) for x in inputs], numbers)
             expected = _noise(ops.noise_objects_pytorch, [x.to(device) for x in inputs], numbers)
             if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
-                sys.exit(f"noise_objects: another result for {counts} {numbers}")
+                sys.exit(f"noise_objects: different result for {counts} {numbers}")
 
 
 def run_matching(device: str) -> None:
-    """By `losses.assign`, with and without operators; random costs have one best assignment."""
+    """Run `losses.assign` with and without operators; random costs have a unique optimum."""
     generator = torch.Generator().manual_seed(0)
     for counts, queries, num_groups, matches_per_object in (
         ((3, 1, 0, 5), 12, 1, 1), ((40, 2), 66, 3, 1), ((1,), 1, 1, 1), ((4, 7), 30, 2, 2)
@@ -160,7 +164,7 @@ def run_matching(device: str) -> None:
             expected = assign(predictions, targets, Costs())["match"].object_of
         if not torch.equal(got, expected):
             sys.exit(
-                f"matching: another assignment for {counts} {queries} {num_groups} {matches_per_object}"
+                f"matching: wrong assignment: {counts} {queries} {num_groups} {matches_per_object}"
             )
 
 
@@ -182,7 +186,7 @@ def main():
     run_matching(device)
     if device == "cuda":
         torch.cuda.synchronize()
-    print(f"all operators agree with their twins; without a kernel: {missing or 'none'}")
+    print(f"all operators agree with PyTorch; without a kernel: {missing or 'none'}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
-"""What the compiled kernels of deformable attention cost: instructions, registers, occupancy.
+"""Report instructions, registers and occupancy of the compiled kernels of deformable attention.
 
     python dev/sass_report.py [LIBRARY] [--arch sm_90] [--all]
 
-Reads the machine code of the built library (or a cubin) with cuobjdump, which comes with the CUDA
-toolkit and with Triton. A table for people: instructions that a warp issues for one sample of one
-query and head, at 16 samples (4 levels of 4 points):
+Reads the machine code of the built library (or a cubin) with cuobjdump, which is part of the CUDA
+toolkit and of Triton. Prints the instructions that a warp issues for one sample of one query and
+head, with 16 samples (4 levels of 4 points):
 
 - corners: the innermost loop that reads corners (backward: the loop that reads and adds them and
-  works out where samples lie);
-- samples: what surrounds it in the next loop, where lanes work out where samples lie;
-- rest: everything else in the kernel, spread over the samples.
+  computes sample positions);
+- samples: the rest of the next outer loop, where lanes compute sample positions;
+- rest: everything else in the kernel, divided by the number of samples.
 
-Two figures where code may be skipped (padding, boxes, the last samples, error paths): as if all of
-it was skipped, and as if none was. Loops over logits are counted once, which is what 16 samples
-need. Memory and waiting are not in it: this is no measurement of time.
+Two numbers if code may be skipped (padding, boxes, the last samples, error paths): with all of it
+skipped, and with none. Loops over logits are counted once, as 16 samples need. Memory and stalls
+are not included: this does not measure time.
 
-Ends with an error where a kernel has atomics on memory of which the compiler knows not what it is.
+Exits with an error if a kernel has atomics on memory whose address space the compiler does not
+know.
 """
 
 import argparse
@@ -38,7 +39,7 @@ READ, BRANCH = re.compile(r"\bLDG\.E\.128"), re.compile(r"\bBRA\b.*?0x([0-9a-f]+
 
 
 def find_tool(name):
-    """Path of one of NVIDIA's binary tools: on the PATH, in the toolkit, or in Triton's wheel."""
+    """Find one of NVIDIA's binary tools: on the PATH, in the toolkit, or in Triton's wheel."""
     folders = [Path("/usr/local/cuda/bin")]
     folders += [Path(p) / "triton/backends/nvidia/bin" for p in sys.path]
     return shutil.which(name) or next(
@@ -110,7 +111,7 @@ def instructions(code, lanes):
 
 
 def warps(registers, threads):
-    """Warps that a multiprocessor holds: registers are given out in units of 8 per thread."""
+    """Return warps per multiprocessor; registers are allocated in units of 8 per thread."""
     block = threads // 32
     return min(MOST_WARPS, REGISTERS // (-(-registers // 8) * 8 * 32)) // block * block
 
@@ -124,7 +125,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("library", type=Path, nargs="?", help="default: the built one")
     parser.add_argument("--arch", default="sm_90")
-    parser.add_argument("--all", action="store_true", help="not only 8 heads of 32 channels")
+    parser.add_argument(
+        "--all", action="store_true", help="all kernels, not only 8 heads of 32 channels"
+    )
     options = parser.parse_args()
     package = Path(__file__).resolve().parents[1] / "projects/dn_detr"
     library = options.library or next(package.glob("_C*.so"), None)
@@ -153,9 +156,7 @@ def main():
         print(f"| {name} | {' | '.join(cells)} | {occupancy} of {MOST_WARPS} |")
     asking = [name for name, code in functions.items() if any("QSPC" in text for _, text in code)]
     if asking:
-        sys.exit(
-            "\nAtomics that wait for an answer and ask what memory it is: " + ", ".join(asking)
-        )
+        sys.exit("\nAtomics that return a value and check the address space: " + ", ".join(asking))
 
 
 if __name__ == "__main__":

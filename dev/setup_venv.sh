@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Sets up the virtual environment $1: torch, Detectron2, dn_detr with its compiled operators; those for
-# CUDA only where there is a GPU, or with FORCE_CUDA=1.
-# Where Detectron2 cannot be had the rest is still installed, and tests and demo say what is left
-# out; with DN_DETR_REQUIRE_ALL=1 that is an error instead.
+# Sets up the virtual environment $1 with torch, Detectron2, and dn_detr with its compiled operators
+# (CUDA only if there is a GPU, or with FORCE_CUDA=1). If Detectron2 cannot be installed, the rest
+# is, and tests and demo skip the parts that need it; with DN_DETR_REQUIRE_ALL=1 this is an error.
 set -euo pipefail
 venv=$1
 base=${BASE_PYTHON:-python3}
@@ -15,18 +14,18 @@ base=${BASE_PYTHON:-python3}
 python=$venv/bin/python
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 
-# The tested pair; Detectron2's model zoo needs the pkg_resources of setuptools before 82.
+# The tested versions; Detectron2's model zoo needs pkg_resources, which setuptools 82 removed.
 pip install --quiet --upgrade "setuptools>=70,<82" wheel ninja
 pip install --quiet torch==2.11.0 torchvision==0.26.0
 
 if [ -z "${FORCE_CUDA:-}" ] &&
   ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
-  echo "no GPU here: the operators are built for the CPU alone (FORCE_CUDA=1: for CUDA, too)"
+  echo "no GPU found: building the operators for the CPU only (FORCE_CUDA=1: also for CUDA)"
   export FORCE_CUDA=0
 fi
 pip install --quiet --no-build-isolation -e ".[test]"
 if ! "$python" -m dn_detr.install_detectron2; then
   [ "${DN_DETR_REQUIRE_ALL:-0}" != 1 ] || exit 1
-  echo "going on without Detectron2 (see above)" >&2
+  echo "continuing without Detectron2 (see above)" >&2
 fi
 "$python" -m dn_detr.info

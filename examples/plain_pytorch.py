@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Denoising in your own training loop: DN-Deformable-DETR without Detectron2.
+"""Train DN-Deformable-DETR in a plain PyTorch loop, without Detectron2.
 
     python examples/plain_pytorch.py --minutes 8 --output detections.png
 
@@ -64,7 +64,7 @@ class Detector(nn.Module):
 
 
 def load(root: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Images [3, h, w] about in -2..2, labels [n], boxes [n, 4] cxcywh in [0, 1]."""
+    """Load images [3, h, w] (normalized), labels [n], boxes [n, 4] cxcywh in [0, 1]."""
     coco, samples = COCO(root / "annotations.json"), []
     for image in coco.imgs.values():
         pixels = read_image(str(root / "images" / image["file_name"])).float() / 64 - 2
@@ -78,7 +78,7 @@ def load(root: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
 
 
 def collate(samples: list, step: int):
-    """One canvas for all images, what of it is padding, and the targets."""
+    """Return the batch of images on one canvas, its padding mask, and the targets."""
     height = max(image.shape[1] for image, _, _ in samples)
     width = max(image.shape[2] for image, _, _ in samples)
     images = torch.zeros(len(samples), 3, height, width)

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Parameters, GFLOPs, activations and shapes of configurations, without running or downloading.
+"""Count parameters, GFLOPs and activations of configurations, without running or downloading.
 
     python tools/analyze_model.py --config-file configs/dn_detr.yaml --flow
     python tools/analyze_model.py --config-file configs/*.yaml --size 800x1333 800x1066
     python tools/analyze_model.py --config-file configs/*.yaml --annotations instances_val2017.json
 
-A multiply-add counts as one operation, as in the papers. They average over the first 100 images of
-COCO val2017, and so does --annotations. Activations are the outputs of convolutions and linear
-layers. Faster R-CNN is counted with as many proposals as it keeps at most, without choosing and
-cutting them out. The model is made of tensors without data, so that this takes seconds and no memory.
+A multiply-add is one operation, as in the papers. --annotations averages over the first 100 images
+of COCO val2017, as they do. Activations are the outputs of convolutions and linear layers. Faster
+R-CNN is counted with its maximum number of proposals, without proposal selection and RoI pooling.
+Models have tensors without data, so this takes seconds and little memory.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PUBLISHED = {
     "dn_deformable_encoder_only": (48, 195),
     "faster_rcnn_fpn": (42, 180),
 }
-"""Millions of parameters and GFLOPs: 2203.01305, tables 1 and 4; 2108.06152 and 2005.12872, table 1."""
+"""Parameters (M) and GFLOPs: 2203.01305, tables 1 and 4; 2108.06152 and 2005.12872, table 1."""
 
 LINEAR = {
     torch.ops.aten.convolution.default,
@@ -58,23 +58,25 @@ LINEAR = {
 
 
 def count_deformable(value, shapes, valid, reference, offsets, logits, *rest, **more) -> int:
-    """Multiply-adds of deformable attention: 4 corners of every channel of every sample, and its
-    weight. Arguments are shapes."""
+    """Count multiply-adds of deformable attention: 4 corners and a weight per channel and sample.
+
+    Arguments are shapes.
+    """
     return 2 * product(logits) * value[-1] * 5
 
 
 def count_sampling(value, shapes, locations, weights, *rest, **more) -> int:
-    """The same where positions and weights are computed outside of the operator."""
+    """Count the operator without computing locations and weights."""
     return 2 * product(weights) * value[-1] * 5
 
 
 def count_grid_sample(*rest, out_shape, **more) -> int:
-    """The same in plain PyTorch: the weight is an operation outside."""
+    """Count the PyTorch implementation, which applies weights separately."""
     return 2 * product(out_shape) * 5
 
 
 def count_attention(query, key, value, *rest, **more) -> int:
-    """Two matrix products of scaled_dot_product_attention. Arguments are shapes."""
+    """Count the two matrix products of scaled_dot_product_attention. Arguments are shapes."""
     batch, heads, queries, width = query
     return 2 * batch * heads * queries * key[2] * (width + value[3])
 
@@ -87,7 +89,7 @@ def product(sizes) -> int:
 
 
 def counts() -> dict:
-    """Operator -> its count, for those that PyTorch does not count."""
+    """Return counting functions of operators that PyTorch does not count."""
     ours = {"deformable_attention": count_deformable, "ms_deform_attn": count_sampling}
     return {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count_attention,
@@ -101,7 +103,7 @@ def counts() -> dict:
 
 
 class Activations(TorchDispatchMode):
-    """Counts the elements that convolutions and linear layers put out."""
+    """Counts output elements of convolutions and linear layers."""
 
     def __init__(self):
         super().__init__()
@@ -115,11 +117,11 @@ class Activations(TorchDispatchMode):
 
 
 @dataclass
-class Room:
-    """What one part of the model gives, and what it costs."""
+class Part:
+    """Outputs and cost of one part of the model."""
 
     name: str
-    gives: str
+    outputs: str
     gflops: float
     activations: float  # millions
 
@@ -130,11 +132,11 @@ class Inference:
 
     gflops: float = 0.0
     activations: float = 0.0  # millions
-    rooms: list[Room] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
 
 
 def build(config_file: str, opts: list[str] = ()) -> nn.Module:
-    """The detector of a configuration, of tensors without data."""
+    """Build the detector of a configuration with tensors without data."""
     cfg = read_config(config_file, list(opts))
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
     cfg.MODEL.DN_DETR.BACKBONE_PRETRAINED = False
@@ -144,8 +146,7 @@ def build(config_file: str, opts: list[str] = ()) -> nn.Module:
 
 
 def parameters(model: nn.Module) -> tuple[float, float]:
-    """Millions of parameters, and of those that train. What only training uses is left out, as in
-    published counts."""
+    """Return millions of parameters and of trained parameters, without training-only parts."""
     kept = [p for name, p in model.named_parameters() if "auxiliary." not in name]
     return tuple(sum(p.numel() for p in some) / 1e6 for some in (kept, filter(is_trained, kept)))
 
@@ -155,7 +156,7 @@ def is_trained(parameter: Tensor) -> bool:
 
 
 def infer(model: nn.Module, height: int, width: int) -> Inference:
-    """What the inference of one image of this size takes, room by room."""
+    """Count the inference of one image of this size, part by part."""
     step = max(1, model.backbone.size_divisibility)  # Detectron2 pads images to a multiple of it
     height, width = (-(-side // step) * step for side in (height, width))
     result = Inference()
@@ -164,8 +165,8 @@ def infer(model: nn.Module, height: int, width: int) -> Inference:
 
     def enter(name: str, value) -> None:
         gflops, millions = flops.get_total_flops() / 2e9, activations.total / 1e6
-        result.rooms.append(
-            Room(
+        result.parts.append(
+            Part(
                 name,
                 describe(value),
                 gflops - result.gflops,
@@ -192,7 +193,7 @@ def infer(model: nn.Module, height: int, width: int) -> Inference:
 
 
 def decode(core: DETR, features: list[Tensor], padding: Tensor, enter: Callable) -> None:
-    """The inference of a page; enter(name, value) is called behind every room."""
+    """Run the inference of a method; enter(name, value) is called after every part."""
     hooks = [
         getattr(core, name).register_forward_hook(lambda m, x, out, name=name: enter(name, out))
         for name in ("neck", "flatten", "encoder", "decoder")
@@ -206,7 +207,7 @@ def decode(core: DETR, features: list[Tensor], padding: Tensor, enter: Callable)
 
 
 def find_regions(model: DenoisingRCNN, features: dict[str, Tensor], enter: Callable) -> None:
-    """The same of Faster R-CNN, but for what depends on the image."""
+    """Run that of Faster R-CNN, except what depends on the image."""
     proposer, heads = model.proposal_generator, model.roi_heads
     logits, deltas = proposer.rpn_head([features[name] for name in proposer.in_features])
     enter("proposals", {"logits": tuple(logits), "deltas": tuple(deltas)})
@@ -217,22 +218,22 @@ def find_regions(model: DenoisingRCNN, features: dict[str, Tensor], enter: Calla
 
 
 def describe(value) -> str:
-    """The tensors of a typed value or dict and their shapes, e.g. "tokens 1x100x256"."""
+    """Return names and shapes of the tensors of a value or dict, e.g. "tokens 1x100x256"."""
     if isinstance(value, dict):
         parts = list(value.items())
     else:
         parts = [(f.name, getattr(value, f.name)) for f in fields(value)]
-    said = []
+    texts = []
     for name, part in parts:
         if isinstance(part, Tensor):
-            said.append(f"{name} {shape(part)}")
+            texts.append(f"{name} {shape(part)}")
         elif is_dataclass(part):
-            said.append(describe(part))
+            texts.append(describe(part))
         elif isinstance(part, tuple) and part and all(isinstance(p, Tensor) for p in part):
             shapes = Counter(map(shape, part))
             times = (f"{count} of {one}" if count > 1 else one for one, count in shapes.items())
-            said.append(f"{name} {', '.join(times)}")
-    return "; ".join(said)
+            texts.append(f"{name} {', '.join(times)}")
+    return "; ".join(texts)
 
 
 def shape(x: Tensor) -> str:
@@ -254,7 +255,7 @@ def test_sizes(annotations: str, num_images: int) -> Counter:
 
 
 def mean(model: nn.Module, sizes: Counter) -> Inference:
-    """GFLOPs and activations on average over images of these sizes."""
+    """Return mean GFLOPs and activations over images of these sizes."""
     result = Inference()
     for (height, width), count in sizes.items():
         one = infer(model, height, width)
@@ -288,11 +289,11 @@ def analyze(args: argparse.Namespace) -> None:
         cells.append("{}M / {}".format(*PUBLISHED[name]) if name in PUBLISHED else "")
         print(f"| {name} |", " | ".join(cells), "|", flush=True)
         for height, width in args.size if args.flow else ():
-            print(f"\n| {height}x{width}: room | gives | GFLOPs | activations (M) |")
+            print(f"\n| {height}x{width}: part | outputs | GFLOPs | activations (M) |")
             print("|---|---|---|---|")
-            for room in infer(model, height, width).rooms:
+            for part in infer(model, height, width).parts:
                 print(
-                    f"| {room.name} | {room.gives} | {room.gflops:.2f} | {room.activations:.2f} |"
+                    f"| {part.name} | {part.outputs} | {part.gflops:.2f} | {part.activations:.2f} |"
                 )
 
 
@@ -302,9 +303,11 @@ def main() -> None:
     parser.add_argument(
         "--size", nargs="+", type=two_sides, default=[(800, 1333)], metavar="HEIGHTxWIDTH"
     )
-    parser.add_argument("--annotations", help="json: average over its first images as well")
+    parser.add_argument("--annotations", help="json file: also average over its first images")
     parser.add_argument("--num-images", type=int, default=100)
-    parser.add_argument("--flow", action="store_true", help="what each room gives, for each size")
+    parser.add_argument(
+        "--flow", action="store_true", help="also print outputs and cost of each part"
+    )
     args = parser.parse_args()
     try:
         analyze(args)

@@ -6,8 +6,8 @@
     python tools/benchmark.py --task data --config-file configs/dn_detr.yaml
     python tools/benchmark.py --task export --exported detector.onnx --size 800x1088
 
-Models have random weights, and training and inference see noise: times depend on neither. Only
---task data reads the dataset of the configuration. The first iterations are not counted.
+Weights are random and images are noise, which does not affect times. Only --task data reads the
+dataset of the configuration. Warm-up iterations are not counted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from dn_detr.errors import InputError
 
 
 def sample(index: int, num_objects: int, num_classes: int, size: tuple[int, int]) -> dict:
-    """An image of noise with boxes, in Detectron2's form."""
+    """Make an image of noise with boxes, as a Detectron2 sample."""
     height, width = size
     generator = torch.Generator().manual_seed(index)
     corners = torch.rand(num_objects, 2, 2, generator=generator).sort(dim=1).values.flatten(1)
@@ -104,7 +104,7 @@ def export_task(args) -> Callable[[], None]:
 
 
 def measure(run: Callable[[], None], *, warmup: int, iterations: int, is_cuda: bool) -> list[float]:
-    """Seconds of each iteration after the warm-up."""
+    """Return the seconds of each iteration after the warm-up."""
     seconds = []
     with EventStorage():
         for _ in range(warmup + iterations):
@@ -117,7 +117,7 @@ def measure(run: Callable[[], None], *, warmup: int, iterations: int, is_cuda: b
 
 
 def summarize(seconds: list[float], args, is_cuda: bool) -> dict:
-    """What is printed and written."""
+    """Return the results to print and write."""
     median = statistics.median(seconds)
     ordered = sorted(seconds)
     result = {
@@ -149,9 +149,11 @@ def main() -> None:
     parser.add_argument("--task", choices=["train", "eval", "data", "export"], required=True)
     parser.add_argument("--config-file")
     parser.add_argument("--exported", type=Path, help="file of tools/export.py, for --task export")
-    parser.add_argument("--batch", type=int, default=1, help="images in a batch")
+    parser.add_argument("--batch", type=int, default=1, help="batch size")
     parser.add_argument("--size", type=two_sides, default=(800, 1066), metavar="HEIGHTxWIDTH")
-    parser.add_argument("--objects", type=int, default=7, help="in an image; COCO's mean is 7")
+    parser.add_argument(
+        "--objects", type=int, default=7, help="objects per image; COCO's mean is 7"
+    )
     parser.add_argument("--warmup", type=int, default=5, help="iterations that are not counted")
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--json", type=Path, help="write the result here")

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""What is in datasets, and what is wrong with them: the report that a training begins with.
+"""Check datasets: print the report that every training starts with.
 
     python tools/check_data.py shapes_train shapes_val
     python tools/check_data.py --coco cells/train.json cells/images --write-cleaned cells/clean.json
     python tools/check_data.py coco_2017_train --config-file configs/dn_deformable.yaml
 
-With a configuration, its datasets are known by name, and the report says whether its queries and
-denoising groups are enough, and when images are mosaics or mixed (INPUT.SCHEDULE); without one it
-speaks of the data alone.
+With --config-file, the datasets of the configuration can be used by name, and the report also
+checks the number of queries and denoising groups and prints when mosaic and mixup are used
+(INPUT.SCHEDULE).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def configuration(config_file: str | None, opts: list[str]) -> CfgNode:
 
 
 def report(cfg: CfgNode, name: str, *, knows_model: bool) -> str:
-    """Loads and checks a dataset; InputError for what is wrong with its files."""
+    """Load and check a dataset; raises InputError for errors in its files."""
     node = cfg.MODEL.DN_DETR
     return str(
         report_on(
@@ -54,10 +54,10 @@ def report(cfg: CfgNode, name: str, *, knows_model: bool) -> str:
 
 
 def write_cleaned(name: str, target: Path) -> str:
-    """Writes the dataset's annotations without boxes that cannot be trained on."""
+    """Write the annotations without boxes that cannot be trained on."""
     json_file = MetadataCatalog.get(name).get("json_file")
     if json_file is None:
-        raise InputError(f"the dataset {name!r} has no json file that could be cleaned.")
+        raise InputError(f"the dataset {name!r} has no json file to clean.")
     cleaned = clean_content(json_file, read_json(json_file))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     if not names and args.config_file is not None:
         names = dataset_names(cfg)
     if not names:
-        raise InputError("name a dataset, or give --coco JSON IMAGES, or a --config-file.")
+        raise InputError("pass a dataset name, --coco JSON IMAGES, or --config-file.")
     if args.write_cleaned and len(names) != 1:
         raise InputError(f"--write-cleaned is for one dataset, got {len(names)}.")
     for name in names:
@@ -93,11 +93,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("datasets", nargs="*", help="names of datasets; default: all of the file")
     parser.add_argument(
-        "--coco", nargs=2, action="append", default=[], metavar=("JSON", "IMAGES"), help="by paths"
+        "datasets", nargs="*", help="dataset names; default: all of the configuration"
     )
-    parser.add_argument("--write-cleaned", type=Path, metavar="JSON", help="for a single dataset")
+    parser.add_argument(
+        "--coco",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("JSON", "IMAGES"),
+        help="a dataset by its paths",
+    )
+    parser.add_argument(
+        "--write-cleaned",
+        type=Path,
+        metavar="JSON",
+        help="write cleaned annotations of one dataset",
+    )
     parser.add_argument("--config-file")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs")
     try:

@@ -2,8 +2,8 @@
 
     python tools/convert_checkpoint.py --method dab_detr checkpoint.pth dn_detr_r50.pth
 
-Nothing that stands in the file is executed. Every parameter must find its place: leftovers on
-either side are an error that lists them. The result is for MODEL.WEIGHTS.
+No code from the checkpoint is executed. Conversion fails if any parameter is left unmatched, and
+lists it. Pass the result as MODEL.WEIGHTS.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ def main() -> None:
     )
     parser.add_argument("source", help="the file to read (.pth, .pt, .bin, .safetensors, .pkl)")
     parser.add_argument("destination", type=Path, help="the file to write (.pth)")
-    parser.add_argument("--method", required=True, choices=sorted(TABLES), help="its page")
+    parser.add_argument(
+        "--method", required=True, choices=sorted(TABLES), help="method of the checkpoint"
+    )
     parser.add_argument(
         "--classes",
         choices=("keep", "coco80"),
         default="keep",
-        help="coco80: take the 80 categories out of COCO's raw numbers 0 to 90",
+        help="coco80: select COCO's 80 categories from the raw ids 0 to 90",
     )
     args = parser.parse_args()
     try:
@@ -46,7 +48,7 @@ def main() -> None:
     args.destination.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model": ours}, args.destination)
     print(
-        f"{args.source}: {len(state)} tensors by the names of {table.source} "
+        f"{args.source}: {len(state)} tensors with the names of {table.source} "
         f"-> {args.destination}: {len(ours)} tensors"
     )
 

@@ -4,8 +4,8 @@
     python tools/convert_dataset.py yolo images/train --names data.yaml --output train.json
     python tools/convert_dataset.py voc VOC2007 --split trainval --output trainval.json
 
-Images stay where they are: for YOLO the image folder is the one that was given, for VOC it is
-JPEGImages. See docs/data.md.
+Images are not copied: the image folder is the given one for YOLO, and JPEGImages for VOC. See
+docs/data.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dn_detr.errors import InputError
 
 
 def convert(args: argparse.Namespace) -> str:
-    """Writes the json file; returns what to say of it."""
+    """Write the json file; return a summary."""
     if args.format == "yolo":
         content = from_yolo(args.folder, read_class_names(args.names), args.labels)
         images = args.folder
@@ -48,16 +48,20 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     formats = parser.add_subparsers(dest="format", required=True)
-    yolo = formats.add_parser("yolo", help="a folder of images and one of text files")
+    yolo = formats.add_parser("yolo", help="a folder of images and a folder of text files")
     yolo.add_argument("folder", type=Path, help="the images")
     yolo.add_argument("--labels", type=Path, help="the text files; default: .../labels/...")
     yolo.add_argument("--names", type=Path, required=True, help="data.yaml, or a name on each line")
     voc = formats.add_parser("voc", help="a folder with Annotations and JPEGImages")
     voc.add_argument("folder", type=Path)
-    voc.add_argument("--split", help="of ImageSets/Main; default: all annotated images")
+    voc.add_argument("--split", help="list in ImageSets/Main; default: all annotated images")
     voc.add_argument("--names", type=Path, help="order of the classes; default: alphabetical")
     voc.add_argument(
-        "--first-pixel", type=int, choices=(0, 1), default=1, help="0: distances from the corner"
+        "--first-pixel",
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="0: boxes are distances from the corner",
     )
     for subparser in (yolo, voc):
         subparser.add_argument("--output", type=Path, required=True, help="the json file")

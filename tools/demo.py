@@ -1,14 +1,13 @@
 #!/usr/bin/env python
-"""Draw what a detector finds in pictures, a video or the frames of a webcam.
+"""Draw detections in images, videos or frames of a webcam.
 
     python tools/demo.py --input street.jpg --output found.jpg --opts MODEL.WEIGHTS model.pth
     python tools/demo.py --input pictures/ --output found/ --opts MODEL.WEIGHTS model.pth
     python tools/demo.py --input "a/*.png" drive.mp4 --output found/ --opts MODEL.WEIGHTS model.pth
     python tools/demo.py --input webcam --output found.mp4 --opts MODEL.WEIGHTS model.pth
 
-Needs no display. A class has the same colour in every picture and frame. The webcam (webcam:1 is
-the second one) is recorded until Ctrl-C. Checkpoints that do not know their configuration need
---config-file.
+Needs no display. A class has the same colour in every image and frame. The webcam (webcam:1 is the
+second one) is recorded until Ctrl-C. Checkpoints without a configuration need --config-file.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ CODECS = {".mp4": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi": "MJPG"}
 
 VIDEOS = (*CODECS, ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 WEBCAM = "webcam"
-FRAMES_PER_SECOND = 25.0  # of a source that does not say
+FRAMES_PER_SECOND = 25.0  # if the source has none
 
 
 def find_inputs(names: list[str]) -> list[Path]:
-    """Files behind names of files, folders (their pictures and videos) and glob patterns."""
+    """Expand file names, folders (their images and videos) and glob patterns."""
     suffixes = {*Image.registered_extensions(), *VIDEOS}
     found = []
     for name in names:
@@ -48,7 +47,7 @@ def find_inputs(names: list[str]) -> list[Path]:
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
             if not inside:
-                raise InputError(f"the folder {name!r} holds no pictures and no videos.")
+                raise InputError(f"the folder {name!r} contains no images and no videos.")
             found += inside
         elif path.is_file():
             found.append(path)
@@ -63,7 +62,7 @@ def find_inputs(names: list[str]) -> list[Path]:
 
 
 def output_files(inputs: list[Path], output: Path) -> list[Path]:
-    """Where the result of each input goes: `output` itself, or a file of that name inside it."""
+    """Return the output file of each input: `output` itself, or a file of that name inside it."""
     if len(inputs) == 1 and output.suffix and not output.is_dir():
         return [output]
     if output.is_file():
@@ -72,7 +71,7 @@ def output_files(inputs: list[Path], output: Path) -> list[Path]:
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise InputError(
-            f"several inputs would be written to {output / min(repeated)}: run them one by one."
+            f"several inputs would be written to {output / min(repeated)}: process them one by one."
         )
     return [output / name for name in names]
 
@@ -82,7 +81,7 @@ def is_video(path: Path) -> bool:
 
 
 def draw_picture(detector: Detector, source: Path, target: Path) -> int:
-    """Writes the picture with its detections; returns how many there are."""
+    """Write the image with its detections; return their number."""
     pixels = to_pixels(source, "RGB")
     found = detector(pixels, channel_order="RGB")
     try:
@@ -93,7 +92,7 @@ def draw_picture(detector: Detector, source: Path, target: Path) -> int:
 
 
 def frames_of(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
-    """BGR frames to the end, or until Ctrl-C."""
+    """Yield BGR frames to the end, or until Ctrl-C."""
     try:
         while True:
             is_there, frame = capture.read()
@@ -105,7 +104,7 @@ def frames_of(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
 
 
 def draw_video(detector: Detector, source: Path | int, target: Path) -> int:
-    """Writes the video, or what the webcam of that number sees; returns the number of frames."""
+    """Write the video of a file or webcam number with detections; return the number of frames."""
     name = f"the webcam {source}" if isinstance(source, int) else f"the video {str(source)!r}"
     codec = CODECS.get(target.suffix.lower())
     if codec is None:
@@ -132,12 +131,12 @@ def draw_video(detector: Detector, source: Path | int, target: Path) -> int:
         if writer is not None:
             writer.release()
     if not count:
-        raise InputError(f"{name} gave no frames.")
+        raise InputError(f"{name} has no frames.")
     return count
 
 
 def run(detector: Detector, names: list[str], output: Path) -> list[str]:
-    """Draw everything; returns a sentence for each input that could not be read."""
+    """Draw all inputs; return a message for each that could not be read."""
     if any(name.startswith(WEBCAM) and not os.path.exists(name) for name in names):
         if len(names) > 1:
             raise InputError("a webcam must be the only input.")
@@ -168,14 +167,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", help="for checkpoints that do not know it")
+    parser.add_argument("--config-file", help="for checkpoints without a configuration")
     parser.add_argument(
-        "--input", nargs="+", required=True, help="pictures, videos, folders, patterns, or webcam"
+        "--input", nargs="+", required=True, help="images, videos, folders, patterns, or webcam"
     )
     parser.add_argument("--output", type=Path, required=True, help="a folder, or one file")
     parser.add_argument("--confidence-threshold", type=float, default=0.3)
     parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs; MODEL.WEIGHTS here"
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="KEY VALUE pairs, including MODEL.WEIGHTS",
     )
     args = parser.parse_args(arguments)
     if not 0 <= args.confidence_threshold <= 1:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw ground truth beside the detections of a trained model, for some images of its test set.
+"""Draw ground truth next to detections, for some images of a test set.
 
 python tools/draw_detections.py --output detections.png MODEL.WEIGHTS output/demo/model_final.pth
 """
@@ -26,7 +26,7 @@ from dn_detr.errors import InputError
 
 
 def draw(cfg: CfgNode, detector: Detector, *, num_images: int, output: Path) -> None:
-    """A row for each image: what is there, and what the detector has found."""
+    """Draw a row for each image: ground truth and detections."""
     loaded = dataset_dicts.load(cfg.DATASETS.TEST[0], check="off", with_masks=cfg.MODEL.MASK_ON)
     step = max(1, len(loaded.records) // num_images)
     chosen = [loaded.records[i] for i in range(0, len(loaded.records), step)][:num_images]
@@ -59,7 +59,7 @@ def draw(cfg: CfgNode, detector: Detector, *, num_images: int, output: Path) -> 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config-file", help="for checkpoints that do not know it")
+    parser.add_argument("--config-file", help="for checkpoints without a configuration")
     parser.add_argument("--output", type=Path, default=Path("detections.png"))
     parser.add_argument("--num-images", type=int, default=6)
     parser.add_argument("--confidence-threshold", type=float, default=0.3)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Evaluate results in COCO's format, of whatever detector, and write the report.
+"""Evaluate results in COCO format, from any detector, and write the report.
 
     python tools/evaluate.py --coco cells/val.json cells/images \\
         --results output/inference/coco_instances_results.json --output report/
     python tools/evaluate.py --dataset coco_2017_val --results results.json --output report/
 
-A trained model is evaluated by train_net.py --eval-only; TEST.REPORT True writes the same report.
+For a trained model use train_net.py --eval-only; TEST.REPORT True writes the same report.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dn_detr.errors import InputError
 
 
 def files_of(dataset: str) -> tuple[str, str]:
-    """The json file and the image folder of a registered dataset."""
+    """Return json file and image folder of a registered dataset."""
     register_shapes()
     class_names(dataset)  # refuses names that are not registered
     metadata = MetadataCatalog.get(dataset)
@@ -68,12 +68,12 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--coco", nargs=2, metavar=("JSON", "IMAGES"), help="the ground truth")
-    source.add_argument("--dataset", help="the ground truth, by the name of a dataset")
+    source.add_argument("--coco", nargs=2, metavar=("JSON", "IMAGES"), help="ground truth")
+    source.add_argument("--dataset", help="name of a dataset as ground truth")
     parser.add_argument("--results", required=True, help="json: image_id, category_id, bbox, score")
     parser.add_argument("--output", type=Path, required=True, help="folder of the report")
     parser.add_argument(
-        "--limit", type=int, default=COCO_LIMIT, help="detections of a class in an image"
+        "--limit", type=int, default=COCO_LIMIT, help="maximum detections of a class in an image"
     )
     parser.add_argument("--implementation", default="detectron2", help="see TEST.COCO_EVAL")
     try:

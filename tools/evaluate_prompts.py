@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""How much better are the other objects found when some are known? AP with and without being told.
+"""Evaluate box prompts: AP of the remaining objects, with and without prompts.
 
     python tools/evaluate_prompts.py --share 0.5 \\
         MODEL.WEIGHTS output/prompted_dn_deformable/model_final.pth
 
-Of every image of the test dataset a random share of the objects is given to the detector, boxes and
-names. AP is that of the others alone, told and not told: in both, the best detection that matches a
-given object (same class, IoU at least 0.5) is left out, so that finding it again costs nothing.
+A random share of the objects of every test image is passed to the detector as prompts, with boxes
+and names. AP is computed over the others. In both cases the best detection that matches a prompted
+object (same class, IoU at least 0.5) is ignored, so that detecting it again is not counted as an
+error.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ MATCHES = 0.5  # IoU from which a detection is one of a given object
 
 
 def without_given(found: DetectedObjects, boxes: np.ndarray, labels: np.ndarray) -> list[int]:
-    """Positions of the detections that stay when those of the given objects are left out: for each of
-    these, the best one of its class that overlaps it enough."""
+    """Return the indices of detections without those of prompted objects.
+
+    For each prompted object the best overlapping detection of its class is removed.
+    """
     stays = np.ones(len(found), bool)
     overlaps = box_iou(torch.from_numpy(boxes), torch.from_numpy(found.boxes_xyxy_px)).numpy()
     for overlap, label in zip(overlaps, labels, strict=True):
@@ -47,7 +50,7 @@ def without_given(found: DetectedObjects, boxes: np.ndarray, labels: np.ndarray)
 
 
 def average_precision(images: list[dict], objects: list[dict], found: list[dict], num: int) -> dict:
-    """COCO's AP, AP50 and AP75 in percent of boxes `found` (in COCO's form) among `objects`."""
+    """Return COCO AP, AP50 and AP75 in percent of the boxes `found` for `objects`."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = {
@@ -74,10 +77,10 @@ def as_result(image: int, box: np.ndarray, label: int, **more) -> dict:
 def evaluate(
     detector: Detector, records: list[dict], *, share: float, seed: int
 ) -> tuple[dict[str, dict], int, int]:
-    """{"not told", "told"} -> metrics of the objects that are not given; how many are given, and how
-    many are not."""
+    """Return metrics of the other objects without and with prompts, and the numbers of prompted and
+    other objects."""
     images, others, num_given = [], [], 0
-    results: dict[str, list[dict]] = {"not told": [], "told": []}
+    results: dict[str, list[dict]] = {"without prompts": [], "with prompts": []}
     names = detector.class_names
     for image, record in enumerate(records):
         objects = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
@@ -97,8 +100,10 @@ def evaluate(
         prompts = BoxPrompts(boxes[given], [names[label] for label in labels[given]])
         path = record["file_name"]
         for kind in results:
-            found = detector(path, threshold=0.0, prompts=prompts if kind == "told" else None)
-            first = count if kind == "told" else 0
+            found = detector(
+                path, threshold=0.0, prompts=prompts if kind == "with prompts" else None
+            )
+            first = count if kind == "with prompts" else 0
             found = DetectedObjects(
                 found.boxes_xyxy_px[first:], found.scores[first:], found.labels[first:], []
             )
@@ -122,7 +127,7 @@ def detector_and_records(opts: list[str]) -> tuple[Detector, list[dict], str]:
     prepare(cfg, eval_only=True)
     name = cfg.DATASETS.TEST[0]
     if class_names(name) != saved.class_names:
-        raise InputError(f"the dataset {name!r} has other classes than the detector.")
+        raise InputError(f"the dataset {name!r} has different classes than the detector.")
     inputs = cfg.INPUT
     detector = Detector(
         saved.model,
@@ -136,10 +141,12 @@ def detector_and_records(opts: list[str]) -> tuple[Detector, list[dict], str]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--share", type=float, default=0.5, help="of the objects that is given")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice")
-    parser.add_argument("--num-images", type=int, help="only the first ones")
-    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs, MODEL.WEIGHTS among them")
+    parser.add_argument(
+        "--share", type=float, default=0.5, help="share of the objects to pass as prompts"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of their choice")
+    parser.add_argument("--num-images", type=int, help="use only the first images")
+    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs, including MODEL.WEIGHTS")
     args = parser.parse_args(arguments)
     try:
         if not 0 <= args.share <= 1:
@@ -149,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
         metrics, given, others = evaluate(detector, records, share=args.share, seed=args.seed)
     except InputError as error:
         sys.exit(f"evaluate_prompts.py: {error}")
-    print(f"{name}: {len(records)} images, {given} objects given, AP of the other {others}:")
+    print(f"{name}: {len(records)} images, {given} objects as prompts, AP of the other {others}:")
     print(f"| | {' | '.join(METRICS)} |\n|---|{'---|' * len(METRICS)}")
     for kind, values in metrics.items():
         print(f"| {kind} | {' | '.join(f'{values[metric]:.1f}' for metric in METRICS)} |")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Export a trained detector: one file that runs without this project.
+"""Export a trained detector to a file that runs without this project.
 
     python tools/export.py --weights output/dn_deformable/model_final.pth --output detector.onnx
     python tools/export.py --config-file configs/dn_detr.yaml --weights dn_detr_r50.pth \\
         --format torch-export --output detector.pt2
 
-The file takes batches of images of any size and gives boxes, scores and labels (docs/export.md). It
-is compared with the model on batches and sizes that were not traced, and not kept if it differs.
+The file maps batches of images of any size to boxes, scores and labels (docs/export.md). It is
+compared with the model on batches and sizes that were not traced, and deleted if it differs.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def main() -> None:
         warnings.filterwarnings("ignore", message=message)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", required=True, help="checkpoint")
-    parser.add_argument("--config-file", help="where the checkpoint holds no configuration")
+    parser.add_argument("--config-file", help="for checkpoints without a configuration")
     parser.add_argument("--format", choices=exporter.FORMATS, default="onnx")
-    parser.add_argument("--output", type=Path, help="default: beside the weights")
+    parser.add_argument("--output", type=Path, help="default: next to the weights")
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs, e.g. INPUT.MIN_SIZE_TEST 640")
     args = parser.parse_args()
     try:

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Make the boxes that a training learns from beside the ground truth (MODEL.DN_DETR.TEACH).
+"""Make the teachers' boxes for MODEL.DN_DETR.TEACH.
 
     python tools/make_teacher_boxes.py --dataset coco_2017_train --weights teacher.pth \\
         --output output/teacher_boxes.json
     python tools/make_teacher_boxes.py --coco cells/train.json cells/images \\
         --weights one.pth other.pth --results retinanet.json --output teacher_boxes.json
 
-Teachers are trained detectors of this project, and results in COCO's format of whatever detector.
-Their boxes are merged as the authors of Teach-DETR (2211.11953) do it: sorted by score, without those
-that overlap a better one of the same class, and the best of each image kept.
+Teachers are trained detectors of this project, or results of any detector in COCO format. Their
+boxes are merged as in Teach-DETR (2211.11953): boxes that overlap a better one of the same class
+are removed, and the best of each image are kept.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dn_detr.errors import InputError
 def detect(
     weights: str, dataset: str, folder: Path, *, config_file: str | None, opts: list[str]
 ) -> str:
-    """The file of what a trained detector finds in a dataset; prints its AP too."""
+    """Run a trained detector on a dataset, print its AP; return the file of its results."""
     detector = load_detector(weights, config_file=config_file, opts=opts)
     cfg = detector.cfg.clone()
     cfg.defrost()
@@ -53,10 +53,10 @@ def detect(
 def merge(
     teachers: list[TeacherBoxes], *, iou: float, most: int, threshold: float = 0.0
 ) -> TeacherBoxes:
-    """The boxes of several teachers as one's, those of each image by falling score.
+    """Merge the boxes of several teachers, sorted by score within each image.
 
-    Without those whose score is below `threshold`, those that overlap a better one of their class by
-    more than `iou`, and what comes behind the first `most` of an image.
+    Removes boxes with a score below `threshold`, boxes that overlap a better one of their class by
+    more than `iou`, and boxes after the first `most` of an image.
     """
     counts = sum(teacher.counts for teacher in teachers)
     images = [np.repeat(np.arange(len(counts)), teacher.counts) for teacher in teachers]
@@ -78,7 +78,7 @@ def merge(
 
 
 def as_results(boxes: TeacherBoxes, loaded: LoadedDataset) -> list[dict]:
-    """In COCO's format, with the ids of the dataset; hundredths of a pixel are kept."""
+    """Convert to COCO results with the ids of the dataset, rounded to hundredths of a pixel."""
     ids = MetadataCatalog.get(loaded.name).get("thing_dataset_id_to_contiguous_id") or {}
     category_of = {label: category for category, label in ids.items()}
     results = []
@@ -97,10 +97,10 @@ def as_results(boxes: TeacherBoxes, loaded: LoadedDataset) -> list[dict]:
 
 
 def print_ap(results: list[dict], dataset: str) -> None:
-    """Whether the boxes are where the objects are: AP against the ground truth."""
+    """Print AP of the boxes against the ground truth."""
     json_file = MetadataCatalog.get(dataset).get("json_file")
     if json_file is None:
-        print("no AP: this dataset has no annotation file in COCO's format")
+        print("no AP: this dataset has no annotation file in COCO format")
         return
     coco = COCO(json_file)
     number_from_one(coco)
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         args.dataset = str(args.output)
         register_coco_format([args.dataset, *args.coco])
     if not (args.weights or args.results):
-        raise InputError("name at least one teacher, by --weights or --results.")
+        raise InputError("pass at least one teacher with --weights or --results.")
     loaded = dataset_dicts.load(args.dataset)
     folder = args.output.with_suffix("")
     found = [
@@ -146,17 +146,17 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--coco", nargs=2, metavar=("JSON", "IMAGES"), help="the training data")
-    source.add_argument("--dataset", help="the training data, by the name of a dataset")
+    source.add_argument("--coco", nargs=2, metavar=("JSON", "IMAGES"), help="the training dataset")
+    source.add_argument("--dataset", help="name of the training dataset")
     parser.add_argument("--weights", nargs="+", default=[], help="checkpoints of this project")
-    parser.add_argument("--config-file", help="of the checkpoints, where they do not hold it")
+    parser.add_argument("--config-file", help="for checkpoints without a configuration")
     parser.add_argument(
         "--results", nargs="+", default=[], help="image_id, category_id, bbox, score"
     )
-    parser.add_argument("--output", type=Path, required=True, help="the file that is written")
-    parser.add_argument("--threshold", type=float, default=0.05, help="least score of a box")
-    parser.add_argument("--iou", type=float, default=0.2, help="overlap with a better box")
-    parser.add_argument("--most", type=int, default=50, help="boxes of an image")
+    parser.add_argument("--output", type=Path, required=True, help="file to write")
+    parser.add_argument("--threshold", type=float, default=0.05, help="minimum score of a box")
+    parser.add_argument("--iou", type=float, default=0.2, help="largest IoU with a better box")
+    parser.add_argument("--most", type=int, default=50, help="maximum boxes per image")
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs for the detectors"
     )

@@ -20,14 +20,14 @@ import matplotlib.pyplot as plt
 LOSSES = {"total_loss": "total", "loss_match": "matched", "loss_dn": "denoising"}
 METRICS = {"bbox/AP50": "AP50", "bbox/AP": "AP"}
 INSTRUMENTS = {
-    "matching/instability": "queries an image with another object than before",
-    "matching/anchor_distance": "L1 distance of anchors to their objects",
+    "matching/instability": "queries per image with a changed match",
+    "matching/anchor_distance": "L1 distance of anchors to matched objects",
 }
-"""Of TEST.INSTABILITY; a panel for each that some run has."""
+"""Metrics of TEST.INSTABILITY, each in a panel if a run has it."""
 
 
 def read_metrics(run: Path) -> dict[int, dict]:
-    """metrics.json as iteration -> values; after a resume the later entry counts."""
+    """Read metrics.json as iteration -> values; later entries replace earlier ones."""
     file = run / "metrics.json" if run.is_dir() else run
     if not file.is_file():
         sys.exit(f"plot_training.py: there is no {file}")
@@ -45,8 +45,7 @@ def series(entries: dict[int, dict], name: str) -> tuple[list[int], list[float]]
 
 
 def plot(runs: dict[str, dict[int, dict]], output: Path) -> None:
-    """A panel of losses, one of AP, one for each instrument; a colour for each run where there are
-    several."""
+    """Plot losses, AP and instability metrics, a panel each; several runs differ by colour."""
     present = [n for n in INSTRUMENTS if any(series(entries, n)[0] for entries in runs.values())]
     rows = 2 if present else 1
     figure, grid = plt.subplots(

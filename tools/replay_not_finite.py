@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compute again an iteration whose loss was not finite, and name where it first went wrong.
+"""Replay an iteration with a non-finite loss and locate the cause.
 
     python tools/replay_not_finite.py output/not_finite_0001234_rank0.pth
     python tools/replay_not_finite.py output/not_finite_0001234_rank0.pth SOLVER.AMP.ENABLED False
@@ -30,7 +30,7 @@ from dn_detr.errors import InputError
 
 
 def watch(model: nn.Module) -> list[str]:
-    """The list that will hold the names of modules with infinite or NaN outputs, in order."""
+    """Return a list that is filled with the names of modules with non-finite outputs, in order."""
     broken: list[str] = []
 
     def look(name, output):
@@ -44,7 +44,7 @@ def watch(model: nn.Module) -> list[str]:
 
 
 def read(file: Path) -> dict:
-    """What the training has kept."""
+    """Read the file saved by the training."""
     if not file.is_file():
         raise InputError(f"there is no file {file}.")
     try:
@@ -52,7 +52,7 @@ def read(file: Path) -> dict:
     except ValueError:
         kept = None
     if not isinstance(kept, dict) or "num_parts" not in kept:
-        raise InputError(f"{file} is not a not_finite_*.pth that a training has kept.")
+        raise InputError(f"{file} is not a not_finite_*.pth file saved by a training.")
     return kept
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a small DN-Deformable-DETR on synthetic images; draw its detections and its curves.
+"""Train a small DN-Deformable-DETR on synthetic images; draw its detections and curves.
 
 Without Detectron2 the same model trains in an ordinary PyTorch loop: examples/plain_pytorch.py.
 """
@@ -27,7 +27,7 @@ def run(*command: str) -> None:
 def main() -> None:
     os.environ.setdefault("DETECTRON2_DATASETS", str(ROOT / "datasets"))
     if importlib.util.find_spec("detectron2") is None:
-        print("Detectron2 is not installed: this runs the core in a plain PyTorch loop instead.")
+        print("Detectron2 is not installed: training in a plain PyTorch loop instead.")
         run("examples/plain_pytorch.py", "--output", str(OUTPUT / "detections.png"))
         return
     run("train_net.py", "--config-file", CONFIG, "OUTPUT_DIR", str(OUTPUT))

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Detect objects with an exported ONNX file. Needs onnxruntime, numpy and Pillow, nothing else.
+"""Detect objects with an exported ONNX file. Needs only onnxruntime, numpy and Pillow.
 
     python tools/run_exported.py detector.onnx street.jpg holiday/ --output drawn
 
-Prints what it finds; with --output it also draws it. How to feed the file stands in the file itself,
-as JSON in its metadata.
+Prints detections, and with --output draws them. The metadata of the file describe its inputs as
+JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 def load(path: Path) -> tuple[onnxruntime.InferenceSession, dict]:
-    """The session of a file and what it says of itself; ValueError where it is no such file."""
+    """Open a file; return session and metadata. Raises ValueError for other files."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     state = onnxruntime.capi.onnxruntime_pybind11_state
@@ -37,20 +37,19 @@ def load(path: Path) -> tuple[onnxruntime.InferenceSession, dict]:
         raise ValueError(f"{path} is not a file that onnxruntime can run") from error
     about = session.get_modelmeta().custom_metadata_map.get("dn_detr")
     if about is None:
-        raise ValueError(f"{path} was not made by tools/export.py: it does not say how to feed it")
+        raise ValueError(f"{path} was not made by tools/export.py: it has no metadata")
     return session, json.loads(about)
 
 
 def new_size(width: int, height: int, about: dict) -> tuple[int, int]:
-    """Width and height with the shorter side as the model wants it, unless the longer grows too
-    long."""
+    """Return width and height after resizing the shorter side, limited by the longest side."""
     scale = about["shorter_side"] / min(width, height)
     scale = min(scale, about["longest_side"] / max(width, height))
     return int(width * scale + 0.5), int(height * scale + 0.5)
 
 
 def prepare(image: Image.Image, about: dict) -> tuple[np.ndarray, np.ndarray]:
-    """An RGB image as inputs of the model: images [1, 3, H, W] and sizes [1, 2]."""
+    """Convert an RGB image to model inputs: images [1, 3, H, W] and sizes [1, 2]."""
     width, height = new_size(*image.size, about)
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), np.float32)
     if about["channel_order"] == "BGR":
@@ -63,8 +62,8 @@ def prepare(image: Image.Image, about: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Found(NamedTuple):
-    """A detection: box is left, top, right, bottom in pixels of the image; mask bool [height, width]
-    of the image, or None where the model finds boxes alone."""
+    """A detection: box (left, top, right, bottom) in pixels of the image; mask bool [height, width]
+    or None if the model predicts only boxes."""
 
     name: str
     score: float
@@ -73,7 +72,7 @@ class Found(NamedTuple):
 
 
 def detect(session, about: dict, image: Image.Image, threshold: float) -> list[Found]:
-    """What is found in an RGB image with at least this score, best first.
+    """Return detections in an RGB image with at least this score, best first.
 
     session: onnxruntime.InferenceSession of the exported file.
     """
@@ -93,7 +92,7 @@ def detect(session, about: dict, image: Image.Image, threshold: float) -> list[F
 def enlarge(
     logits: np.ndarray, size: np.ndarray, canvas: tuple[int, int], wanted: tuple[int, int]
 ) -> np.ndarray:
-    """The mask bool [height, width] of an original image from its logits [h, w] over the canvas.
+    """Resize mask logits [h, w] over the canvas to a bool mask of the original image.
 
     size, canvas: (height, width) of the resized image and of the canvas; wanted: (width, height).
     """
@@ -107,7 +106,7 @@ def enlarge(
 
 
 def draw(image: Image.Image, found: list[Found], class_names: list[str]) -> Image.Image:
-    """Masks, and boxes with names, over an image, in a colour for each class, the best on top."""
+    """Draw masks and boxes with names on an image, in a colour for each class, the best on top."""
     pen = ImageDraw.Draw(image)
     for name, score, box, mask in reversed(found):
         color = f"hsl({137 * class_names.index(name) % 360}, 100%, 60%)"
@@ -121,7 +120,7 @@ def draw(image: Image.Image, found: list[Found], class_names: list[str]) -> Imag
 
 
 def files(paths: list[Path]) -> list[Path]:
-    """The images among the paths and in the folders among them."""
+    """Return the images among the paths and in folders."""
     found = []
     for path in paths:
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -133,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="file made by tools/export.py --format onnx")
     parser.add_argument("images", type=Path, nargs="+", help="images, or folders of images")
-    parser.add_argument("--output", type=Path, help="folder for pictures with boxes drawn")
+    parser.add_argument("--output", type=Path, help="folder for images with drawn boxes")
     parser.add_argument("--confidence-threshold", type=float, default=0.3)
     args = parser.parse_args()
     if onnxruntime is None:
@@ -144,7 +143,7 @@ def main() -> None:
         sys.exit(f"run_exported.py: {error}.")
     paths = files(args.images)
     if not paths:
-        sys.exit(f"run_exported.py: there is no image among {', '.join(map(str, args.images))}.")
+        sys.exit(f"run_exported.py: no images in {', '.join(map(str, args.images))}.")
     for path in paths:
         try:
             image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")

@@ -1,15 +1,14 @@
 #!/usr/bin/env python
-"""Train every page and its denoised variant, small, on `shapes`: AP50 at equal iterations.
+"""Train the small version of every method with and without denoising; compare AP50.
 
     python tools/train_all_quick.py --iterations 800 --output output/all_quick
     python tools/train_all_quick.py --only dn_detr dino --num-gpus 1
     python tools/train_all_quick.py --backbone output/quick/dn_deformable/model_final.pth \\
         MODEL.BACKBONE.FREEZE_AT 5 SOLVER.BASE_LR 0.0004
 
-Same seed, same data, same number of iterations for all. With --backbone all of them start from the
-backbone of that detector, as published ones start from ImageNet's. Writes results.md, results.json
-and curves.png; a run that is complete already is not repeated, and results of other pages that stand
-in results.json stay.
+All runs use `shapes`, the same seed and the same number of iterations. With --backbone they start
+from the backbone of that detector, instead of ImageNet's. Writes results.md, results.json and
+curves.png. Complete runs are not repeated, and results of other methods in results.json are kept.
 """
 
 from __future__ import annotations
@@ -46,17 +45,17 @@ PAIRS = {
     "Mask2Former": ("mask2former", "dn_mask2former"),
     "Mask DINO": ("mask_dino_no_dn", "mask_dino"),
 }
-"""Page -> its plain and its denoised configuration in configs/quick/. Pages with masks are compared by
+"""Method -> configurations without and with denoising in configs/quick/. Those with masks compare
 the AP50 of their masks."""
 
 WITHOUT_DENOISING = {"dino_no_dn": ("dino", ["MODEL.DN_DETR.DENOISING.ENABLED", "False"])}
-"""Plain variants that have no configuration of their own: (configuration, overrides)."""
+"""Variants without denoising that have no configuration: (configuration, overrides)."""
 
 
 def save_backbone(checkpoint: Path, path: Path) -> Path:
-    """Write what `checkpoint` holds of its backbone, and nothing else, to `path`.
+    """Write only the backbone of `checkpoint` to `path`.
 
-    By names without "backbone.": Detectron2 then finds their place also inside a feature pyramid.
+    Names have no "backbone." prefix, so that Detectron2 also matches them inside a feature pyramid.
     """
     model = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
     name = "backbone."
@@ -69,7 +68,7 @@ def save_backbone(checkpoint: Path, path: Path) -> Path:
 def train(
     name: str, output: Path, iterations: int, num_gpus: int, common: list[str]
 ) -> dict[int, dict]:
-    """metrics.json of a run of configuration `name`, trained now unless it is there.
+    """Return metrics.json of a run of configuration `name`; train it unless it exists.
 
     common: KEY VALUE pairs that all runs share.
     """
@@ -107,7 +106,7 @@ Results = dict[str, dict[str, dict[int, float]]]
 
 
 def read(path: Path) -> Results:
-    """What stands in a results.json; nothing if there is none."""
+    """Read results.json; an empty dict if there is none."""
     if not path.is_file():
         return {}
 
@@ -115,22 +114,22 @@ def read(path: Path) -> Results:
         return {int(iteration): ap for iteration, ap in run.items()}
 
     return {
-        page: {label: points(run) for label, run in runs.items()}
-        for page, runs in json.loads(path.read_text()).items()
+        method: {label: points(run) for label, run in runs.items()}
+        for method, runs in json.loads(path.read_text()).items()
     }
 
 
 def write(results: Results, output: Path) -> None:
     (output / "results.json").write_text(json.dumps(results, indent=1))
     lines = [
-        "| page | iterations | AP50 plain | AP50 denoised | gain |",
+        "| method | iterations | AP50 without | AP50 denoised | gain |",
         "|---|---|---|---|---|",
     ]
-    for page, runs in results.items():
+    for method, runs in results.items():
         last = max(runs["plain"])
         plain, denoised = runs["plain"][last], runs["denoised"][last]
         gain = f"{denoised - plain:+.1f}"
-        lines.append(f"| {page} | {last} | {plain:.1f} | {denoised:.1f} | {gain} |")
+        lines.append(f"| {method} | {last} | {plain:.1f} | {denoised:.1f} | {gain} |")
     (output / "results.md").write_text("\n".join(lines) + "\n")
     columns = min(3, len(results))
     rows = -(-len(results) // columns)
@@ -141,10 +140,10 @@ def write(results: Results, output: Path) -> None:
         squeeze=False,
         constrained_layout=True,
     )
-    for axis, (page, runs) in zip(axes.flat, results.items(), strict=False):
+    for axis, (method, runs) in zip(axes.flat, results.items(), strict=False):
         for style, (label, points) in zip(("o--", "o-"), runs.items(), strict=True):
             axis.plot(list(points), list(points.values()), style, label=label)
-        axis.set(title=page, xlabel="iteration", ylabel="AP50", ylim=(0, None))
+        axis.set(title=method, xlabel="iteration", ylabel="AP50", ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend()
     for axis in axes.flat[len(results) :]:
@@ -157,19 +156,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=800)
     parser.add_argument("--num-gpus", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel trainings")
     parser.add_argument("--output", type=Path, default=Path("output/all_quick"))
     parser.add_argument(
         "--backbone", type=Path, help="checkpoint of a quick detector to start from"
     )
-    parser.add_argument("--only", nargs="+", help="configurations; their pages are trained")
+    parser.add_argument("--only", nargs="+", help="train only the methods of these configurations")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides for all of them")
     args = parser.parse_args()
     known = {name for pair in PAIRS.values() for name in pair}
     if unknown := set(args.only or ()) - known:
         parser.error(f"--only: there is no {', '.join(sorted(unknown))}, only {sorted(known)}")
-    pages = {
-        page: pair for page, pair in PAIRS.items() if not args.only or set(args.only) & set(pair)
+    methods = {
+        method: pair
+        for method, pair in PAIRS.items()
+        if not args.only or set(args.only) & set(pair)
     }
 
     common = args.opts
@@ -186,13 +187,13 @@ def main() -> None:
         return points
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = {name: pool.submit(ap50, name) for pair in pages.values() for name in pair}
+        runs = {name: pool.submit(ap50, name) for pair in methods.values() for name in pair}
         results = {
-            page: {"plain": runs[plain].result(), "denoised": runs[denoised].result()}
-            for page, (plain, denoised) in pages.items()
+            method: {"plain": runs[plain].result(), "denoised": runs[denoised].result()}
+            for method, (plain, denoised) in methods.items()
         }
     results = {**read(args.output / "results.json"), **results}
-    write({page: results[page] for page in PAIRS if page in results}, args.output)
+    write({method: results[method] for method in PAIRS if method in results}, args.output)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 #!/usr/bin/env python
-"""Look into the decoder: for one image, where each layer looks and how its boxes move.
+"""Draw boxes and cross-attention of each decoder layer for one image.
 
     python tools/visualize.py --input street.jpg --output layers.png --opts MODEL.WEIGHTS model.pth
 
-A row for each object that was found, a column for each decoder layer. White and dashed: the
-reference that the layer starts from (a box or a point; DETR and Mask2Former have none). In the
-colour of the class: the box that the layer predicts. Deformable pages: the sampling points of all
-heads, darker with more weight, coloured by level. Dense pages: the attention over the image,
-averaged over the heads (and over the levels, where there are several).
+A row for each detection, a column for each decoder layer. White and dashed: the reference of the
+layer (a box or a point; DETR and Mask2Former have none). In the colour of the class: the predicted
+box. Deformable attention: the sampling points of all heads, darker with more weight, coloured by
+level. Dense attention: the attention map, averaged over heads and levels.
 """
 
 from __future__ import annotations
@@ -36,20 +35,22 @@ LEVEL_COLORS = ("#ff4b3e", "#ffb000", "#19c37d", "#2f8fff", "#c05cff")
 
 
 def look(saved: SavedDetector, image: np.ndarray) -> tuple[Predictions, list[LayerAttention]]:
-    """Predictions of the matched queries of an image in the model's channel order, and what every
-    decoder layer looked at."""
+    """Return predictions of the matched queries, and the attention of every decoder layer.
+
+    The image has the channel order of the model.
+    """
     model, inputs = saved.model, saved.cfg.INPUT
     resize = T.ResizeShortestEdge(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST).get_transform(image)
     pixels = torch.from_numpy(np.ascontiguousarray(resize.apply_image(image).transpose(2, 0, 1)))
     with torch.inference_mode(), record_attention(core_of(model, "visualize.py")) as looks:
         predictions = model.predict(model.make_batch([{"image": pixels}]))
     if not any(entry.samples or entry.maps for entry in looks):
-        raise InputError("this page has no attention to the image that could be shown.")
+        raise InputError("this model has no cross-attention that can be drawn.")
     return predictions.of("match"), looks
 
 
 def best_queries(saved: SavedDetector, predictions: Predictions, count: int) -> list[tuple]:
-    """(query, class, score) of the best detections, no query twice."""
+    """Return (query, class, score) of the best detections, each query at most once."""
     logits = predictions.logits[-1]
     if saved.model.has_no_object:
         scores = logits.softmax(-1)[0, :, :-1]
@@ -68,10 +69,10 @@ def draw(
     *,
     num_objects: int,
 ) -> Figure:
-    """The picture of rows and columns; image: RGB."""
+    """Draw the figure; image: RGB."""
     height, width = image.shape[:2]
     queries = best_queries(saved, predictions, num_objects)
-    first = len(predictions.references) - len(looks)  # some pages predict before their first layer
+    first = len(predictions.references) - len(looks)  # some methods predict before the first layer
     size = 3.2
     figure = Figure(
         figsize=(size * len(looks), (size * height / width + 0.3) * len(queries)),
@@ -97,7 +98,7 @@ def draw(
 
 
 def draw_look(axis: Axes, entry: LayerAttention, query: int, width: int, height: int) -> None:
-    """Sampling points, or attention as a heat map."""
+    """Draw sampling points, or attention as a heat map."""
     for samples in entry.samples:
         points = samples.locations[0, query].float().cpu()  # [H, levels, P, 2]
         weights = samples.weights[0, query].float().cpu()
@@ -136,10 +137,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", help="for checkpoints that do not know it")
-    parser.add_argument("--input", required=True, help="a picture")
+    parser.add_argument("--config-file", help="for checkpoints without a configuration")
+    parser.add_argument("--input", required=True, help="an image")
     parser.add_argument("--output", type=Path, default=Path("layers.png"))
-    parser.add_argument("--num-objects", type=int, default=4, help="rows: the best detections")
+    parser.add_argument("--num-objects", type=int, default=4, help="number of detections (rows)")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs")
     args = parser.parse_args(arguments)
     output = args.output if args.output.suffix else args.output.with_suffix(".png")

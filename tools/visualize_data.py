@@ -1,19 +1,17 @@
 #!/usr/bin/env python
-"""Look at what a training sees: annotations, augmented batches, denoising queries, teachers' boxes, and
-the schedule of mosaics and mixed images.
+"""Draw training data: annotations, augmented batches, denoising queries, teachers' boxes, schedule.
 
     python tools/visualize_data.py --source annotation --config-file configs/dn_deformable.yaml
     python tools/visualize_data.py --source dataloader --config-file config.yaml --output-dir look/
-    python tools/visualize_data.py --source denoising --config-file configs/dino.yaml --iteration 500
+    python tools/visualize_data.py --source denoising --config-file configs/dino.yaml
     python tools/visualize_data.py --source schedule --config-file configs/deim_dino.yaml
     python tools/visualize_data.py --source teacher --config-file configs/teach_dn_deformable.yaml
 
-Batches and noise are those of the training with this configuration at that iteration, on one
-process. For denoising there is a picture for each image, with a panel for each group: the objects
-white, positives (to be rebuilt) solid, negatives (that must say nothing) dashed, both in the colour
-of the label that they carry; a flipped label is written as "was -> is". Teachers' boxes are dashed,
-with their scores, and the objects white.
-The schedule (INPUT.SCHEDULE) is counted: which share of the images are mosaics, and which are mixed.
+Batches and noise are those of a training with this configuration at --iteration, on one process.
+denoising: a picture per image with a panel per group; objects white, positives solid, negatives
+dashed, in the colour of their label; a flipped label is written as "was -> is". teacher: boxes
+dashed, with their scores, objects white. schedule: prints the share of images that are mosaics or
+mixed (INPUT.SCHEDULE).
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ Pictures = Iterator[tuple[str, np.ndarray]]
 
 
 def annotations(cfg: CfgNode) -> Pictures:
-    """Ground truth as it is after cleaning."""
+    """Draw ground truth after cleaning."""
     for name in cfg.DATASETS.TRAIN:
         loaded = dataset_dicts.load(name, with_masks=cfg.MODEL.MASK_ON)
         for record in loaded.records:
@@ -61,14 +59,14 @@ def annotations(cfg: CfgNode) -> Pictures:
 
 
 def batches(cfg: CfgNode, iteration: int) -> Iterator[tuple[int, list[dict]]]:
-    """The training's batches from an iteration on, with their number."""
+    """Yield (number, batch) of the training from an iteration on."""
     loader = Trainer.build_train_loader(cfg)
     loader.set_start_iteration(iteration)
     yield from enumerate(loader, iteration)
 
 
 def augmented(cfg: CfgNode, iteration: int) -> Pictures:
-    """What the network is given, before normalisation."""
+    """Draw augmented images before normalization."""
     names = class_names(cfg.DATASETS.TRAIN[0])
     for number, batch in batches(cfg, iteration):
         for sample in batch:
@@ -85,16 +83,16 @@ def augmented(cfg: CfgNode, iteration: int) -> Pictures:
 
 
 def denoised(cfg: CfgNode, iteration: int) -> Pictures:
-    """The denoising queries of every image, by group."""
+    """Draw the denoising queries of every image, by group."""
     names = class_names(cfg.DATASETS.TRAIN[0])
     model = Trainer.build_model(cfg)
     core = core_of(model, "--source denoising")
-    assist = next((a for a in core.auxiliary if isinstance(a, DenoisingQueries)), None)
-    if assist is None:
+    queries = next((a for a in core.auxiliary if isinstance(a, DenoisingQueries)), None)
+    if queries is None:
         raise InputError("this configuration trains without denoising (DENOISING.ENABLED).")
     for number, batch in batches(cfg, iteration):
         targets = model.make_batch(batch, iteration=number, with_targets=True).targets.to("cpu")
-        noised, _ = assist.noise(targets, num_matched=1, mask_dtype=torch.float32)
+        noised, _ = queries.noise(targets, num_matched=1, mask_dtype=torch.float32)
         for i, sample in enumerate(batch):
             image = rgb_of(sample, cfg)
             yield (
@@ -104,7 +102,7 @@ def denoised(cfg: CfgNode, iteration: int) -> Pictures:
 
 
 def taught(cfg: CfgNode, iteration: int) -> Pictures:
-    """The teachers' boxes of every augmented image, beside its objects."""
+    """Draw teachers' boxes and objects of every augmented image."""
     if not cfg.MODEL.DN_DETR.TEACH.ENABLED:
         raise InputError("this configuration trains without teachers (TEACH.ENABLED).")
     names = class_names(cfg.DATASETS.TRAIN[0])
@@ -129,7 +127,7 @@ def taught(cfg: CfgNode, iteration: int) -> Pictures:
 def draw_groups(
     image: np.ndarray, targets: Targets, noised: NoisedObjects, i: int, names: list[str]
 ) -> np.ndarray:
-    """The noised objects of image i of a batch, a panel for each of the first groups."""
+    """Draw the noised objects of image i of a batch, a panel for each of the first groups."""
     height, width = image.shape[:2]
     scale = torch.tensor([width, height, width, height])
     truth = (cxcywh_to_xyxy(targets.boxes[i]) * scale)[targets.is_object[i]].tolist()
@@ -150,11 +148,11 @@ def draw_groups(
             ["-"] * count,
         )
         positives = negatives = 0
-        for slot in range(group * size, (group + 1) * size):
-            if noised.is_empty[i, slot]:
+        for index in range(group * size, (group + 1) * size):
+            if noised.is_empty[i, index]:
                 continue
-            label, source = int(noised.labels[i, slot]), int(noised.assignment[i, slot])
-            boxes.append((cxcywh_to_xyxy(noised.boxes[i, slot]) * scale).tolist())
+            label, source = int(noised.labels[i, index]), int(noised.assignment[i, index])
+            boxes.append((cxcywh_to_xyxy(noised.boxes[i, index]) * scale).tolist())
             colors.append(class_color(label))
             styles.append("-" if source >= 0 else "--")
             was = int(targets.labels[i, source]) if source >= 0 else label
@@ -170,7 +168,7 @@ def draw_groups(
 
 
 def scheduled(cfg: CfgNode) -> Pictures:
-    """Which share of the images are mosaics and mixed, over the iterations; also printed."""
+    """Plot and print the share of images that are mosaics or mixed, over the iterations."""
     loader = Trainer.build_train_loader(cfg)
     if loader.dense is None:
         raise InputError("this configuration has no INPUT.SCHEDULE, INPUT.MOSAIC or INPUT.MIXUP.")
@@ -192,7 +190,7 @@ def scheduled(cfg: CfgNode) -> Pictures:
 
 
 def dense_shares(loader: TrainLoader, iterations: np.ndarray) -> dict[str, np.ndarray]:
-    """Shares of the images of each iteration, drawn as the training will draw them."""
+    """Return the shares of each iteration, sampled as in the training."""
     dense, seed, size, num_images = (
         loader.dense,
         loader.seed,
@@ -213,13 +211,13 @@ def dense_shares(loader: TrainLoader, iterations: np.ndarray) -> dict[str, np.nd
 
 
 def rgb_of(sample: dict, cfg: CfgNode) -> np.ndarray:
-    """The image of a training sample as uint8 RGB [height, width, 3]."""
+    """Return the image of a training sample as uint8 RGB [height, width, 3]."""
     image = sample["image"].permute(1, 2, 0).numpy()
     return np.ascontiguousarray(image if cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1])
 
 
 def rgb_of_figure(figure: Figure) -> np.ndarray:
-    """A figure as uint8 RGB."""
+    """Render a figure as uint8 RGB."""
     figure.tight_layout()
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -257,7 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--output-dir", type=Path, default=Path("visualized"))
     parser.add_argument("--num-images", type=int, default=8)
-    parser.add_argument("--iteration", type=int, default=0, help="of the training")
+    parser.add_argument("--iteration", type=int, default=0, help="training iteration")
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs")
     args = parser.parse_args(arguments)
     if args.iteration < 0 or args.num_images < 1:

@@ -50,10 +50,11 @@ def results(tmp_path_factory):
 def test_a_benchmark_measures_us_and_others_and_saves_it(name, results):
     if name in ("train_step", "auxiliary_queries") and not HAS_DETECTRON2:
         pytest.skip("needs Detectron2")
-    run(name, "--quick", "--save", str(results), *OPTIONS[name])
+    script = SCRIPTS.get(name, name)
+    run(script, "--quick", "--save", str(results), *OPTIONS[name])
     section = json.loads(results.read_text())[name]
     assert section["machine"]["torch"] == torch.__version__
-    assert f"benchmarks/{name}.py --quick" in section["commands"][0]
+    assert f"benchmarks/{script}.py --quick" in section["commands"][0]
     times = [(row["who"], row["ms"]) for row in section["rows"] if "ms" in row]
     assert all(ms > 0 for _, ms in times)
     assert OWN.get(name, "dn_detr") in {who for who, _ in times}

@@ -188,7 +188,7 @@ def test_a_missing_or_faulty_configuration_file(answer, tmp_path):
 def test_more_gpus_than_there_are(answer):
     available = torch.cuda.device_count()
     said = answer(flags=["--num-gpus", str(available + 2)])
-    assert said.startswith(f"{available + 2} GPUs were asked for, but this machine has {available}")
+    assert said.startswith(f"--num-gpus is {available + 2}, but this machine has {available} GPUs")
     assert f"use --num-gpus {available}" in said
 
 

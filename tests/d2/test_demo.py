@@ -110,7 +110,7 @@ def test_mistakes_are_said_in_one_sentence(demo, tmp_path):
     for names, output, words in [
         (["none.png"], "out", "'none.png' does not exist"),
         ([str(tmp_path / "*.gif")], "out", "no file matches"),
-        ([str(tmp_path / "empty")], "out", "no pictures and no videos"),
+        ([str(tmp_path / "empty")], "out", "no images and no videos"),
         ([here, there], "a.png", "must be a folder for 2 inputs"),
         ([here, there], "out", "several inputs would be written to"),
         (["webcam", here], "out.mp4", "a webcam must be the only input"),

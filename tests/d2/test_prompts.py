@@ -171,6 +171,8 @@ def test_a_detector_that_finds_the_truth_has_full_marks_told_or_not(evaluate_pro
 
     metrics, given, others = evaluate_prompts.evaluate(Oracle(True), records, share=0.5, seed=0)
     assert (given, others) == (6, 6)
-    assert metrics["told"]["AP"] == metrics["not told"]["AP"] == pytest.approx(100)
+    assert metrics["with prompts"]["AP"] == metrics["without prompts"]["AP"] == pytest.approx(100)
     metrics, _, _ = evaluate_prompts.evaluate(Oracle(False), records, share=0.5, seed=0)
-    assert metrics["told"]["AP"] == 0 and metrics["not told"]["AP"] == pytest.approx(100)
+    assert metrics["with prompts"]["AP"] == 0 and metrics["without prompts"]["AP"] == pytest.approx(
+        100
+    )

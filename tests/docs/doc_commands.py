@@ -26,7 +26,7 @@ RUN = (
     "python tools/evaluate.py",
     "python tools/plot_training.py",
 )
-"""Programs that run for real, made small by `reduced`. They see the files of the fixture `world`."""
+"""Programs that run, made small by `reduced`, in the folder of the fixture `world`."""
 
 PARSED = {
     "python benchmarks/auxiliary_queries.py": "tests/benchmarks run it",
@@ -68,8 +68,8 @@ NOT_RUN = (
     "INPUT.SCHEDULE",
     "output/all_quick/backbone.pth",
 )
-"""Command lines of RUN that need what a test does not have: cameras, teachers, the backbone of an earlier
-comparison, or as many iterations as a schedule counts."""
+"""Command lines of RUN that need a camera, teachers, the backbone of an earlier comparison, or the full
+number of iterations of a schedule."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,10 @@ def commands() -> list[Command]:
 
 
 def reduced(words: list[str], tiny: list[str]) -> list[str]:
-    """The words of a command, made small: no GPU, quick configurations, the options `tiny` at its
-    end. KEY and VALUE, which stand for others in a document, are left out."""
+    """The words of a command, made small: no GPU, quick configurations, then the options `tiny`.
+
+    The placeholders KEY and VALUE are left out.
+    """
     small = []
     for word in words:
         if word.startswith("configs/") and not word.startswith("configs/quick/"):

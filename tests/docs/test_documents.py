@@ -1,4 +1,4 @@
-"""Commands of the documents run or are parsed, links resolve, quoted messages are those of the code.
+"""Commands of the documents run or are parsed, links resolve, quoted messages exist in the code.
 
 `doc_commands.py` lists how each command is tried."""
 

@@ -1,5 +1,4 @@
-"""Numbers in the documents are those that were measured or that the configurations quote from papers;
-tables list every configuration."""
+"""Numbers in the documents are measured, or quoted in the configurations; tables are complete."""
 
 import json
 import re

@@ -47,26 +47,26 @@ def test_deformable_attention_counts_five_operations_for_each_sampled_channel():
 
 def test_the_neck_costs_what_its_convolutions_cost(model):
     """1x1 convolutions of 64, 128 and 256 channels, and one of 3x3, to 96 channels."""
-    rooms = {room.name: room for room in tool["infer"](model, 128, 192).rooms}
-    assert list(rooms) == ["backbone", "neck", "flatten", "encoder", "queries", "decoder"]
-    assert "res3 1x64x16x24; res4 1x128x8x12; res5 1x256x4x6" in rooms["backbone"].gives
+    parts = {part.name: part for part in tool["infer"](model, 128, 192).parts}
+    assert list(parts) == ["backbone", "neck", "flatten", "encoder", "queries", "decoder"]
+    assert "res3 1x64x16x24; res4 1x128x8x12; res5 1x256x4x6" in parts["backbone"].outputs
     cells = [16 * 24, 8 * 12, 4 * 6, 2 * 3]
     widths = [64, 128, 256, 9 * 256]
     operations = sum(n * width * 96 for n, width in zip(cells, widths, strict=True))
-    assert rooms["neck"].gflops == pytest.approx(operations / 1e9)
-    assert rooms["neck"].activations == pytest.approx(sum(cells) * 96 / 1e6)
-    assert f"tokens 1x{sum(cells)}x96" in rooms["encoder"].gives
+    assert parts["neck"].gflops == pytest.approx(operations / 1e9)
+    assert parts["neck"].activations == pytest.approx(sum(cells) * 96 / 1e6)
+    assert f"tokens 1x{sum(cells)}x96" in parts["encoder"].outputs
 
 
 def test_faster_rcnn_is_counted_with_the_proposals_that_it_keeps():
     """100 regions of 64 channels and 7 x 7 cells, 256 wide, 81 logits and 80 boxes; the image is
     padded to 128 x 192."""
     model = tool["build"](str(ROOT / "configs" / "quick" / "dn_faster_rcnn_fpn.yaml"))
-    rooms = {room.name: room for room in tool["infer"](model, 100, 170).rooms}
-    assert list(rooms) == ["backbone", "proposals", "regions"]
+    parts = {part.name: part for part in tool["infer"](model, 100, 170).parts}
+    assert list(parts) == ["backbone", "proposals", "regions"]
     operations = 100 * (64 * 7 * 7 * 256 + 256 * 256 + 256 * (81 + 320))
-    assert rooms["regions"].gflops == pytest.approx(operations / 1e9)
-    assert "p2 1x64x32x48" in rooms["backbone"].gives
+    assert parts["regions"].gflops == pytest.approx(operations / 1e9)
+    assert "p2 1x64x32x48" in parts["backbone"].outputs
 
 
 def test_the_average_is_over_the_sizes_of_the_images(model, tmp_path):
