@@ -88,7 +88,7 @@ def test_bccd_is_cleaned_of_its_box_without_size(real_data, tmp_path):
 def test_mistakes_are_said_in_one_sentence(check_data, tmp_path):
     json_file, images = write(tmp_path, make_content())
     for arguments, words in [
-        ([], "name a dataset"),
+        ([], "pass a dataset name"),
         (["none"], "there is no dataset 'none'"),
         (["--coco", "none.json", images], "none.json does not exist"),
         (["--coco", json_file, "none"], "image files of the dataset .* do not exist"),

@@ -77,7 +77,7 @@ def test_the_report_says_how_many_and_how_good(make, capsys):
 
 
 def test_without_a_teacher_or_without_a_box_nothing_is_written(make, tmp_path):
-    with pytest.raises(SystemExit, match="name at least one teacher"):
+    with pytest.raises(SystemExit, match="pass at least one teacher"):
         make()
     with pytest.raises(SystemExit, match="no teacher has a box with a score of 0.95 or more"):
         make([result(10)], options=("--threshold", 0.95))

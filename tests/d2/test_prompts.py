@@ -125,19 +125,19 @@ def test_the_best_detection_of_each_given_object_is_left_out(evaluate_prompts):
     assert evaluate_prompts.without_given(found, given[:0], labels[:0]) == [0, 1, 2, 3]
 
 
-def test_the_tool_compares_being_told_with_not_being_told(
+def test_the_tool_compares_ap_with_and_without_prompts(
     evaluate_prompts, prompted, capsys, monkeypatch
 ):
     evaluate_prompts.main(
         ["MODEL.WEIGHTS", str(prompted / "model_final.pth"), "MODEL.DEVICE", "cpu"]
     )
     lines = capsys.readouterr().out.splitlines()
-    assert "tiny_val: 4 images" in lines[-5] and lines[-2].startswith("| not told |")
-    assert lines[-1].startswith("| told |")
+    assert "tiny_val: 4 images" in lines[-5] and lines[-2].startswith("| without prompts |")
+    assert lines[-1].startswith("| with prompts |")
 
 
-def test_a_detector_that_finds_the_truth_has_full_marks_told_or_not(evaluate_prompts, tmp_path):
-    """And with one that finds only what it was told, being told is worth nothing."""
+def test_a_perfect_detector_has_ap_100_with_and_without_prompts(evaluate_prompts, tmp_path):
+    """A detector that returns only its prompts has AP 0."""
     records = []
     for image in range(3):
         path = tmp_path / f"{image}.png"

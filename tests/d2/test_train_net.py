@@ -184,5 +184,7 @@ def test_the_address_of_the_first_machine_must_be_reachable(train_net, arguments
     args = train_net.default_argument_parser().parse_args(arguments(flags=["--num-machines", "2"]))
     for address in (args.dist_url, "auto"):
         args.dist_url, args.num_gpus = address, 4
-        with pytest.raises(train_net.InputError, match="--dist-url must name the first machine"):
+        with pytest.raises(
+            train_net.InputError, match="--dist-url must be the address of the first"
+        ):
             train_net.check_machines(args)

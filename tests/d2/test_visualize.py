@@ -139,5 +139,5 @@ def test_a_page_that_looks_in_a_way_unknown_here_says_so(tool, trained):
     saved = visualize.load_detector(str(trained / "model_final.pth"))
     for layer in saved.model.core.decoder.layers:
         layer.cross_attention.forward = lambda content, *others: content
-    with pytest.raises(visualize.InputError, match="no attention to the image"):
+    with pytest.raises(visualize.InputError, match="no cross-attention"):
         visualize.look(saved, np.zeros((60, 90, 3), np.uint8))

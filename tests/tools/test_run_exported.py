@@ -49,7 +49,7 @@ def test_files_that_are_no_exported_detectors(answer, tmp_path):
 def test_files_that_are_no_images(answer, tmp_path):
     pytest.importorskip("onnxruntime")
     identity(tmp_path / "a.onnx", dn_detr="{}")
-    assert "there is no image among" in answer(tmp_path / "a.onnx", tmp_path)
+    assert "no images in" in answer(tmp_path / "a.onnx", tmp_path)
     (tmp_path / "b.png").write_text("no picture")
     assert f"the image {tmp_path / 'b.png'} cannot be read" in answer(tmp_path / "a.onnx", tmp_path)
     assert "d.png cannot be read" in answer(tmp_path / "a.onnx", tmp_path / "d.png")
