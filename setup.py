@@ -1,4 +1,4 @@
-"""Builds the package dn_detr and its operators `dn_detr._C`, against the torch that is installed.
+"""Build the operators `dn_detr._C` against the installed torch; the rest is in pyproject.toml.
 
 Environment variables:
   DN_DETR_NO_EXTENSION=1  build no operators: everything runs as plain PyTorch, as without torch
@@ -17,7 +17,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -26,8 +26,6 @@ FORCE_CUDA = os.environ.get("FORCE_CUDA")
 ARCHITECTURES = ("8.0", "9.0")  # A100, RTX 30 and 40; H100
 NEW_ARCHITECTURES = ("10.0", "12.0")  # Blackwell, from CUDA 12.8 on
 
-EXPORT = ["onnx", "onnxruntime", "onnxscript"]
-EVALUATION = ["faster-coco-eval"]
 SWITCHED_OFF = "dn_detr._C was not built because DN_DETR_NO_EXTENSION=1"
 NO_TORCH = "dn_detr._C was not built because torch was not installed before dn_detr"
 
@@ -112,8 +110,10 @@ def find_runtime(torch, root):
 
 
 def architectures(torch, root, version):
-    """TORCH_CUDA_ARCH_LIST, or that of the GPUs that are present, or what an nvcc of this version
-    can compile for of a short list, with PTX for newer GPUs."""
+    """Return TORCH_CUDA_ARCH_LIST, else the architectures of the GPUs that are present.
+
+    Without GPUs: those of a short list that the nvcc knows, with PTX for newer GPUs.
+    """
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return os.environ["TORCH_CUDA_ARCH_LIST"]
     present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
@@ -171,8 +171,8 @@ def extension(torch, root):
     return Extension("dn_detr._C", **options)
 
 
-def build_command(torch, record):
-    """torch's build_ext, which in addition writes the record of the build beside the library."""
+def build_command(record):
+    """Return torch's build_ext, extended to write the record of the build beside the library."""
     from torch.utils import cpp_extension
 
     if record["toolkit"]:
@@ -188,11 +188,24 @@ def build_command(torch, record):
     return Build
 
 
-def build_without_extension(reason):
-    """A build_py that writes down why there is no library, and removes the one of an earlier editable
-    install."""
+class BuildPackage(build_py):
+    """Copy the configurations into the wheel, as dn_detr/configs."""
 
-    class Build(build_py):
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            copied = Path(self.build_lib, "dn_detr", "configs")
+            shutil.rmtree(copied, ignore_errors=True)
+            shutil.copytree(ROOT / "configs", copied)
+
+
+def build_without_extension(reason):
+    """Return a build_py that records why there is no library.
+
+    It also removes the library of an earlier editable install.
+    """
+
+    class Build(BuildPackage):
         def run(self):
             super().run()
             folder = ROOT / "projects" if self.editable_mode else Path(self.build_lib)
@@ -205,7 +218,7 @@ def build_without_extension(reason):
 
 
 def extension_arguments():
-    """What setup() is told about the extension."""
+    """Return the arguments of setup() for the extension."""
     torch = None if SKIP_EXTENSION else import_torch()
     if torch is None and not SKIP_EXTENSION and FORCE_CUDA == "1":
         sys.exit("FORCE_CUDA=1, but there is no torch to build against: `pip install torch` first")
@@ -227,43 +240,9 @@ def extension_arguments():
     }
     return {
         "ext_modules": [extension(torch, root)],
-        "cmdclass": {"build_ext": build_command(torch, record)},
+        "cmdclass": {"build_ext": build_command(record), "build_py": BuildPackage},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
 
 
-def version():
-    text = (ROOT / "projects" / "dn_detr" / "__init__.py").read_text()
-    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
-
-
-readme = ROOT / "README.md"
-setup(
-    name="dn_detr",
-    version=version(),
-    description="Denoising training for DETR-like detectors, as a Detectron2 project",
-    long_description=readme.read_text() if readme.is_file() else "",
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    package_dir={"": "projects"},
-    packages=find_packages("projects"),
-    package_data={"dn_detr": ["detectron2_manifest.txt"]},
-    python_requires=">=3.11,<3.14",
-    install_requires=[
-        "torch>=2.8",
-        "torchvision",
-        "fvcore",
-        "pycocotools",
-        "scipy",
-        "numpy",
-        "Pillow",
-        "matplotlib",
-    ],
-    extras_require={
-        # tools/export.py --format onnx; to run the file, onnxruntime is enough.
-        "export": EXPORT,
-        "evaluation": EVALUATION,
-        "test": ["pytest", "pytest-xdist", *EXPORT, *EVALUATION],
-    },
-    **extension_arguments(),
-)
+setup(**extension_arguments())

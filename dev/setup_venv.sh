@@ -23,7 +23,7 @@ if [ -z "${FORCE_CUDA:-}" ] &&
   echo "no GPU found: building the operators for the CPU only (FORCE_CUDA=1: also for CUDA)"
   export FORCE_CUDA=0
 fi
-pip install --quiet --no-build-isolation -e ".[test]"
+pip install --quiet --no-build-isolation -e ".[dev]"
 if ! "$python" -m dn_detr.install_detectron2; then
   [ "${DN_DETR_REQUIRE_ALL:-0}" != 1 ] || exit 1
   echo "continuing without Detectron2 (see above)" >&2

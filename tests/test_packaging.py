@@ -182,7 +182,8 @@ def test_a_build_without_torch_is_complete_but_for_the_operators_and_keeps_the_r
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "dn_detr" / "_build.json").read_text())
     assert "torch was not installed before dn_detr" in record["no_extension"]
-    assert (tmp_path / "dn_detr" / "detectron2_manifest.txt").is_file()
+    for name in ("detectron2_manifest.txt", "py.typed", "configs/quick/dn_deformable.yaml"):
+        assert (tmp_path / "dn_detr" / name).is_file(), name
 
 
 def test_cuda_cannot_be_forced_without_torch():
@@ -207,7 +208,7 @@ def test_forced_cuda_says_where_it_looked(tmp_path):
 @pytest.fixture
 def setup_names(monkeypatch):
     """Runs setup.py without building anything, and returns its names."""
-    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    monkeypatch.setattr(setuptools, "setup", lambda **_options: None)
     monkeypatch.setenv("DN_DETR_NO_EXTENSION", "1")
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
