@@ -174,7 +174,7 @@ def _deformops() -> Attend:
 def deformops_with_softmax(
     value: Tensor, shapes: tuple, locations: Tensor, logits: Tensor
 ) -> Tensor:
-    """deformops with its own softmax over logits [B, Q, H, levels * P]."""
+    """Run deformops with its own softmax over logits [B, Q, H, levels * P]."""
     registry = importlib.import_module("deformops.registry")
     where = sizes(shapes, value.device)
     return registry.msda(value, *where, locations, logits.to(value.dtype), method="softmax")

@@ -106,7 +106,7 @@ def _wall_ms(prepare: Prepare, device: str) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def _device_ms(prepare: Prepare, device: str) -> float:
+def _device_ms(prepare: Prepare, _device: str) -> float:
     run = prepare()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(2_000_000)  # about a millisecond, in which the host queues the launches

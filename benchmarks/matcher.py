@@ -31,6 +31,8 @@ CLASSES = 80
 
 @dataclass(frozen=True)
 class Case:
+    """Sizes of a matching problem."""
+
     layers: int
     batch: int
     queries: int

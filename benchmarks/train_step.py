@@ -34,6 +34,8 @@ NUM_CLASSES, OBJECTS = 80, 7
 
 @dataclass(frozen=True)
 class Case:
+    """A configuration, and how it is run."""
+
     config: str
     batch: int
     size: tuple[int, int]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compare a killed and resumed training with an uninterrupted one, bit for bit.
 
-    python dev/check_resume.py output/resume --iterations 30 --checkpoint 10 -- \\
+    python dev/check_resume.py output/resume --iterations 30 --checkpoint 10 -- \
         --config-file configs/quick/dn_deformable.yaml --num-gpus 0 SOLVER.IMS_PER_BATCH 2
 
 Trains twice for --iterations. The second run is killed (SIGKILL) some iterations after its
@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -97,7 +98,7 @@ def main() -> None:
     train(killed, options, settings, flags=["--resume"])
 
     expected, pieces = dict(losses(whole)), losses(killed)
-    starts = [i for (before, _), (i, _) in zip(pieces, pieces[1:]) if i <= before]
+    starts = [i for (before, _), (i, _) in pairwise(pieces) if i <= before]
     if len(starts) != 1 or starts[0] == 0:
         sys.exit(f"the second run did not resume from its checkpoint: it started at {starts}")
     resumed = dict(pieces)  # of iterations that ran twice, the later ones

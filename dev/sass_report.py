@@ -53,19 +53,18 @@ def call(tool, flag, library, arch):
 
 
 def read_code(text):
-    """{function: [(address, instruction)]}"""
+    """Return {function: [(address, instruction)]}."""
     functions = {}
     for line in text.splitlines():
         if match := re.search(r"Function : (\S+)", line):
             code = functions.setdefault(match.group(1), [])
-        elif match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.+?);", line):
-            if not match.group(2).startswith("NOP"):
-                code.append((int(match.group(1), 16), match.group(2).strip()))
+        elif match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?!NOP)(.+?);", line):
+            code.append((int(match.group(1), 16), match.group(2).strip()))
     return functions
 
 
 def read_resources(text):
-    """{function: {"REG": registers, "STACK": bytes, "SHARED": bytes, ...}}"""
+    """Return {function: {"REG": registers, "STACK": bytes, "SHARED": bytes, ...}}."""
     found = re.findall(r"Function (\S+):\s*\n?\s*(REG:.*)", text)
     return {name: {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", use)} for name, use in found}
 

@@ -96,7 +96,7 @@ def collate(samples: list, step: int):
 def draw(model: Detector, samples: list, output: Path) -> None:
     figure, axes = plt.subplots(2, 4, figsize=(12, 6), constrained_layout=True)
     model.eval()
-    for axis, (image, labels, boxes) in zip(axes.flat, samples, strict=False):
+    for axis, (image, _labels, boxes) in zip(axes.flat, samples, strict=False):
         height, width = image.shape[1:]
         with torch.no_grad():
             predictions = model(image[None], torch.zeros(1, height, width, dtype=torch.bool))

@@ -33,13 +33,13 @@ def what_is_missing() -> list[str]:
     return missing
 
 
-def pytest_sessionstart(session):
+def pytest_sessionstart():
     missing = what_is_missing()
     if missing and os.environ.get("DN_DETR_REQUIRE_ALL") == "1":
         pytest.exit(f"DN_DETR_REQUIRE_ALL is set, but: {'; '.join(missing)}", returncode=1)
 
 
-def pytest_report_header(config):
+def pytest_report_header():
     return what_is_missing()
 
 

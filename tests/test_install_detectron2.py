@@ -57,8 +57,8 @@ def not_found(name):
 
 @pytest.fixture
 def world(monkeypatch, tmp_path):
-    """No network: `reaches` says whether git gets an answer, `broken` for which arguments pip fails;
-    calls of both are kept. Detectron2 is not installed."""
+    """No network: `reaches` says whether git gets an answer, `broken` for which arguments pip
+    fails; calls of both are kept. Detectron2 is not installed."""
 
     class World:
         reaches, broken, wheel = True, (), None
@@ -66,7 +66,7 @@ def world(monkeypatch, tmp_path):
 
     world = World()
 
-    def run(command, **options):
+    def run(command, **_options):
         world.git = [*world.git, command]
         if not world.reaches:
             raise subprocess.CalledProcessError(128, command, stderr="fatal: no route\nto host")
@@ -78,7 +78,7 @@ def world(monkeypatch, tmp_path):
         if arguments[0] == "download" and world.wheel:
             folder = arguments[arguments.index("--dest") + 1]
             requirements = arguments[arguments.index("--requirement") + 1]
-            text = open(requirements).read()
+            text = Path(requirements).read_text()
             assert text == f"{chooser.WHEEL} --hash=sha256:{chooser.WHEEL_SHA256}\n"
             (tmp_path / "downloaded").mkdir(exist_ok=True)
             (chooser.Path(folder) / world.wheel.name).write_bytes(world.wheel.read_bytes())
@@ -160,7 +160,7 @@ def is_installed(monkeypatch, version: str, origin: dict | None) -> None:
     """Detectron2 is there, and this is what pip has written down of it."""
 
     class Found:
-        def read_text(self, name):
+        def read_text(self, _name):
             return None if origin is None else json.dumps(origin)
 
     Found.version = version
@@ -267,7 +267,7 @@ def test_it_needs_what_detectron2_itself_declares():
 
 
 def test_torch_comes_before_detectron2(world, monkeypatch):
-    monkeypatch.setattr(chooser.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(chooser.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(SystemExit, match="torch is missing: run `pip install torch torchvision`"):
         chooser.main()
     assert not world.pip
@@ -321,7 +321,7 @@ def test_a_file_that_is_not_detectron2s_own_is_refused(wheel_of, changes, senten
         chooser.checked_files(wheel_of(**changes))
 
 
-def test_a_wheel_of_another_content_is_refused(world, wheel_of, monkeypatch):
+def test_a_wheel_of_another_content_is_refused(world, wheel_of):
     world.reaches, world.wheel = False, wheel_of()
     world.wheel.write_bytes(world.wheel.read_bytes() + b"more")
     with pytest.raises(SystemExit, match="has the sha256 [0-9a-f]{64} instead of"):
@@ -431,9 +431,9 @@ def test_the_manifest_names_python_files_of_detectron2_alone():
 )
 def test_the_installed_one_is_described(monkeypatch, version, origin, expected):
     class Found:
-        def read_text(self, name):
+        def read_text(self, _name):
             return None if origin is None else json.dumps(origin)
 
     Found.version = version
-    monkeypatch.setattr(chooser.metadata, "distribution", lambda name: Found())
+    monkeypatch.setattr(chooser.metadata, "distribution", lambda _name: Found())
     assert expected in chooser.describe()

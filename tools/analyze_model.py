@@ -195,11 +195,11 @@ def infer(model: nn.Module, height: int, width: int) -> Inference:
 def decode(core: DETR, features: list[Tensor], padding: Tensor, enter: Callable) -> None:
     """Run the inference of a method; enter(name, value) is called after every part."""
     hooks = [
-        getattr(core, name).register_forward_hook(lambda m, x, out, name=name: enter(name, out))
+        getattr(core, name).register_forward_hook(lambda _m, _x, out, name=name: enter(name, out))
         for name in ("neck", "flatten", "encoder", "decoder")
     ]
     hooks.append(
-        core.decoder.register_forward_pre_hook(lambda m, inputs: enter("queries", inputs[0]))
+        core.decoder.register_forward_pre_hook(lambda _m, inputs: enter("queries", inputs[0]))
     )
     core(features, padding)
     for hook in hooks:
@@ -241,8 +241,10 @@ def shape(x: Tensor) -> str:
 
 
 def test_sizes(annotations: str, num_images: int) -> Counter:
-    """(height, width) -> number of images, of the first images of a COCO json, as they are resized
-    for the published evaluations: shorter side 800, longer at most 1333."""
+    """Return (height, width) -> number of images, for the first images of a COCO json file.
+
+    Resized as in the published evaluations: shorter side 800, longer at most 1333.
+    """
     sizes = Counter()
     images = sorted(read_json(annotations).get("images", ()), key=itemgetter("id"))
     if not images:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Evaluate results in COCO format, from any detector, and write the report.
 
-    python tools/evaluate.py --coco cells/val.json cells/images \\
+    python tools/evaluate.py --coco cells/val.json cells/images \
         --results output/inference/coco_instances_results.json --output report/
     python tools/evaluate.py --dataset coco_2017_val --results results.json --output report/
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Evaluate box prompts: AP of the remaining objects, with and without prompts.
 
-    python tools/evaluate_prompts.py --share 0.5 \\
+    python tools/evaluate_prompts.py --share 0.5 \
         MODEL.WEIGHTS output/prompted_dn_deformable/model_final.pth
 
 A random share of the objects of every test image is passed to the detector as prompts, with boxes

@@ -2,7 +2,7 @@
 """Export a trained detector to a file that runs without this project.
 
     python tools/export.py --weights output/dn_deformable/model_final.pth --output detector.onnx
-    python tools/export.py --config-file configs/dn_detr.yaml --weights dn_detr_r50.pth \\
+    python tools/export.py --config-file configs/dn_detr.yaml --weights dn_detr_r50.pth \
         --format torch-export --output detector.pt2
 
 The file maps batches of images of any size to boxes, scores and labels (docs/export.md). It is

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Make the teachers' boxes for MODEL.DN_DETR.TEACH.
 
-    python tools/make_teacher_boxes.py --dataset coco_2017_train --weights teacher.pth \\
+    python tools/make_teacher_boxes.py --dataset coco_2017_train --weights teacher.pth \
         --output output/teacher_boxes.json
-    python tools/make_teacher_boxes.py --coco cells/train.json cells/images \\
+    python tools/make_teacher_boxes.py --coco cells/train.json cells/images \
         --weights one.pth other.pth --results retinanet.json --output teacher_boxes.json
 
 Teachers are trained detectors of this project, or results of any detector in COCO format. Their

@@ -3,7 +3,7 @@
 
     python tools/train_all_quick.py --iterations 800 --output output/all_quick
     python tools/train_all_quick.py --only dn_detr dino --num-gpus 1
-    python tools/train_all_quick.py --backbone output/quick/dn_deformable/model_final.pth \\
+    python tools/train_all_quick.py --backbone output/quick/dn_deformable/model_final.pth \
         MODEL.BACKBONE.FREEZE_AT 5 SOLVER.BASE_LR 0.0004
 
 All runs use `shapes`, the same seed and the same number of iterations. With --backbone they start

@@ -52,10 +52,7 @@ def look(saved: SavedDetector, image: np.ndarray) -> tuple[Predictions, list[Lay
 def best_queries(saved: SavedDetector, predictions: Predictions, count: int) -> list[tuple]:
     """Return (query, class, score) of the best detections, each query at most once."""
     logits = predictions.logits[-1]
-    if saved.model.has_no_object:
-        scores = logits.softmax(-1)[0, :, :-1]
-    else:
-        scores = logits.sigmoid()[0]
+    scores = logits.softmax(-1)[0, :, :-1] if saved.model.has_no_object else logits.sigmoid()[0]
     best, labels = scores.max(-1)
     order = best.argsort(descending=True)[:count].tolist()
     return [(query, int(labels[query]), float(best[query])) for query in order]

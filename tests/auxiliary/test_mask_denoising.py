@@ -18,7 +18,7 @@ CANVAS = SIZES[0]
 class Probe(torch.nn.Module):
     """An assist that keeps what it is given."""
 
-    def forward(self, queries, source, targets):
+    def forward(self, queries, source, _targets):
         self.queries, self.memory = queries, source.memory
         return queries
 

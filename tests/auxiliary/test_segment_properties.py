@@ -38,7 +38,7 @@ class ContentProbe(torch.nn.Module):
         super().__init__()
         self.edit = edit
 
-    def forward(self, queries, source, targets):
+    def forward(self, queries, _source, _targets):
         state = queries.state if self.edit is None else self.edit(queries)
         self.queries = queries
         self.content = state.content.detach().requires_grad_()
@@ -132,7 +132,7 @@ def test_scribbling_on_empty_slots_changes_nothing(method, assist):
 
 
 def test_an_image_alone_gives_the_result_it_has_in_a_batch(method, assist):
-    """From the feature maps on, that is without what reads across borders, and with equal groups."""
+    """From the feature maps on: without what reads across borders, and with equal groups."""
     if assist == "budget":
         pytest.skip("the number of groups follows from the fullest image of the batch")
     model = without_group_norm(

@@ -73,7 +73,8 @@ def test_the_tables_are_rendered_from_what_was_saved(results):
     assert f"{rows[0]['ms']:.3g}" in text
 
 
-def test_a_comparison_can_be_run_in_parts(benchmarks, tmp_path):
+@pytest.mark.usefixtures("benchmarks")
+def test_a_comparison_can_be_run_in_parts(tmp_path):
     from common import save
 
     args = argparse.Namespace(device="cpu", save=str(tmp_path / "machine.json"))
@@ -90,7 +91,8 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
-def test_candidates_are_timed_in_turn(benchmarks):
+@pytest.mark.usefixtures("benchmarks")
+def test_candidates_are_timed_in_turn():
     from common import time_side_by_side
 
     order = []
@@ -107,7 +109,8 @@ def wrong_output(value, shapes, locations, weights):
     return ms_deform_attn(value, shapes, locations, weights) * 1.01
 
 
-def test_wrong_results_are_not_timed(benchmarks):
+@pytest.mark.usefixtures("benchmarks")
+def test_wrong_results_are_not_timed():
     from ms_deform_attn import Case, measure
 
     case = Case(30, 1, "float32", "uniform", (64, 96))
@@ -126,7 +129,8 @@ def allocate(mebibytes):
     return run
 
 
-def test_peak_memory_is_what_the_call_touches(benchmarks):
+@pytest.mark.usefixtures("benchmarks")
+def test_peak_memory_is_what_the_call_touches():
     import peak_memory
 
     if not Path("/proc/self/clear_refs").exists():
@@ -136,7 +140,8 @@ def test_peak_memory_is_what_the_call_touches(benchmarks):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_denoising_queries_are_one_launch_and_never_wait_for_the_device(benchmarks):
+@pytest.mark.usefixtures("benchmarks")
+def test_denoising_queries_are_one_launch_and_never_wait_for_the_device():
     import denoising_queries as script
     from common import count_launches
 
@@ -158,7 +163,8 @@ def test_denoising_queries_are_one_launch_and_never_wait_for_the_device(benchmar
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_modules_of_peers_do_not_wait_for_the_device(benchmarks):
+@pytest.mark.usefixtures("benchmarks")
+def test_modules_of_peers_do_not_wait_for_the_device():
     """Their launches are queued before the clock starts; a wait would count against them."""
     from attention_inputs import Case, make_inputs
     from ms_deform_attn import as_module, whole

@@ -122,7 +122,7 @@ def cut_off(path):
         (other_method, "no checkpoint of detr"),
         (cut_off, "is damaged"),
         (lambda path: path.write_text("no weights"), "is damaged, or torch.save did not write it"),
-        (lambda path: None, "cannot be read: No such file"),
+        (lambda _path: None, "cannot be read: No such file"),
     ],
 )
 def test_the_tool_says_in_one_line_what_is_wrong(tmp_path, make, words):

@@ -86,7 +86,7 @@ def test_conditional_detr_has_the_same_predictions_in_all_layers(tmp_path):
     theirs = their_model("ConditionalDetr", has_auxiliary=False)
     logits = []
 
-    def classify(layer, inputs, content):
+    def classify(_layer, _inputs, content):
         content = content if torch.is_tensor(content) else content[0]
         normed = theirs.model.decoder.layernorm(content)
         logits.append(theirs.class_labels_classifier(normed))

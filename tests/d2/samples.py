@@ -4,8 +4,8 @@ import torch
 from detectron2.structures import BitMasks, Boxes, Instances
 
 ROUNDING = 256 * torch.finfo(torch.float32).eps
-"""What scores of a tiny float32 detector may differ by where its sums come in another order, as in
-another batch: some twenty layers, a few roundings each. Boxes differ by as much of the image's side."""
+"""How much scores of a tiny float32 detector may differ if its sums come in another order, as in
+another batch: some twenty layers, a few roundings each. Boxes: as much of the image's side."""
 
 
 def sample(image_id: int, num_objects: int, *, height: int = 64, width: int = 96, classes: int = 3):
@@ -17,7 +17,8 @@ def sample(image_id: int, num_objects: int, *, height: int = 64, width: int = 96
     instances.gt_boxes = Boxes(boxes + torch.tensor([0, 0, 8, 8]))
     instances.gt_classes = torch.randint(classes, (num_objects,), generator=generator)
     masks = torch.zeros(num_objects, height, width, dtype=torch.bool)
-    for mask, (x0, y0, x1, y1) in zip(masks, instances.gt_boxes.tensor.round().long().tolist()):
+    corners = instances.gt_boxes.tensor.round().long().tolist()
+    for mask, (x0, y0, x1, y1) in zip(masks, corners, strict=True):
         mask[y0:y1, x0:x1] = True
     instances.gt_masks = BitMasks(masks)
     image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)

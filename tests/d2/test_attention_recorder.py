@@ -57,7 +57,7 @@ def test_sampling_the_recorded_points_gives_the_layers_output(method):
         if isinstance(module, DeformableAttention)
     ]
 
-    def keep(module, arguments, output) -> None:
+    def keep(_module, arguments, output) -> None:
         inputs.append(arguments)
         outputs.append(output)
 

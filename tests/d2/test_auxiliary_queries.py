@@ -136,7 +136,7 @@ def test_a_training_with_all_that_there_is_resumes_bit_for_bit(
     file, more, trained, run, teacher_boxes, tmp_path
 ):
     """From a checkpoint amid mosaics and mixed images, in mixed precision, with activation
-    checkpointing and a moving average; where it can be, in parts and with instability of matching."""
+    checkpointing and a moving average; where possible in parts, with instability of matching."""
     options = (
         *(*more, *teacher_boxes, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2),
         *("SOLVER.IMS_PER_BATCH", 4, "SOLVER.AMP.ENABLED", True, "SOLVER.EMA.ENABLED", True),

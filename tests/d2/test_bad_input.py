@@ -83,7 +83,7 @@ def no_boxes(folder):
     write(folder, {**make_content(), "annotations": []})
 
 
-def test_without_data_one_sentence_says_where_they_were_looked_for_and_what_to_do(tmp_path):
+def test_without_data_one_sentence_says_where_they_were_looked_for_and_what_to_do():
     with pytest.raises(InputError) as caught:
         read_json("datasets/coco/annotations/instances_train2017.json")
     sentence = str(caught.value)

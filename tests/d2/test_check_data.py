@@ -99,7 +99,8 @@ def test_mistakes_are_said_in_one_sentence(check_data, tmp_path):
     forget(json_file, "none.json")
 
 
-def test_a_converted_folder_is_a_dataset(tool, check_data, tmp_path, capsys):
+@pytest.mark.usefixtures("check_data")
+def test_a_converted_folder_is_a_dataset(tool, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
     Image.new("RGB", (40, 20)).save(tmp_path / "images/a.png")

@@ -55,7 +55,7 @@ def differing(model, path) -> set[str]:
 def test_a_crash_while_saving_leaves_the_older_file_as_it_was(model_of, tmp_path, monkeypatch):
     path, model = save(model_of(seed=1), tmp_path), model_of(seed=2)
 
-    def write_half(data, file):
+    def write_half(_data, file):
         file.write(b"half")
         raise OSError("no space left on device")
 

@@ -67,7 +67,8 @@ def test_a_list_of_unequal_images_gives_what_its_images_give_one_by_one(detector
         assert_same(found, expected)
 
 
-def test_images_of_one_size_go_through_the_network_together(detector, pictures, monkeypatch):
+@pytest.mark.usefixtures("pictures")
+def test_images_of_one_size_go_through_the_network_together(detector, monkeypatch):
     batches, forward = [], detector.model.forward
 
     def counted(samples):

@@ -44,8 +44,8 @@ class Recorder(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """PyTorch and torchvision replace what is not deterministic by other operators where a tensor is
-    on a GPU: here the replacements run on the CPU."""
+    """PyTorch and torchvision replace what is not deterministic by other operators where a tensor
+    is on a GPU: here the replacements run on the CPU."""
     decompositions = importlib.import_module("torch._decomp.decompositions")
 
     def interpolate(input, size=None, scale_factor=None, mode="nearest", **options):
@@ -70,7 +70,8 @@ def as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("quick/")])
-def test_a_training_step_calls_no_operator_that_is_refused(name, as_on_a_gpu):
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_training_step_calls_no_operator_that_is_refused(name):
     torch.manual_seed(0)
     model = build_model(read(name))
     batch = [with_teacher(sample(image, count), count) for image, count in enumerate((3, 1))]

@@ -15,7 +15,7 @@ def scored(run, tmp_path, monkeypatch):
     def scored(values, *opts, **more):
         values = iter(values)
 
-        def evaluate(cfg, model):
+        def evaluate(_cfg, _model):
             return {"bbox": {"AP": next(values)}}
 
         monkeypatch.setattr(Trainer, "test", staticmethod(evaluate))

@@ -67,7 +67,7 @@ SMALL_REGIONS = """
 
 
 class StridedConvolutions(Backbone):
-    """The smallest backbone with three features, or four: exporting graphs takes time for each layer."""
+    """The smallest backbone with three or four features: exporting takes time for each layer."""
 
     def __init__(self, strides: dict[str, int]):
         super().__init__()
@@ -91,12 +91,12 @@ class StridedConvolutions(Backbone):
 if "build_strided_convolutions" not in BACKBONE_REGISTRY:
 
     @BACKBONE_REGISTRY.register()
-    def build_strided_convolutions(cfg, input_shape):
+    def build_strided_convolutions(cfg, _input_shape):
         strides = {"res2": 4} if cfg.MODEL.MASK_ON else {}
         return StridedConvolutions({**strides, "res3": 8, "res4": 16, "res5": 32})
 
     @BACKBONE_REGISTRY.register()
-    def build_strided_pyramid(cfg, input_shape):
+    def build_strided_pyramid(cfg, _input_shape):
         strides = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
         channels = cfg.MODEL.FPN.OUT_CHANNELS
         return FPN(
@@ -248,7 +248,7 @@ def test_detections_of_equal_score_may_come_in_any_order(model, monkeypatch):
     labels = torch.tensor([[0, 1, 1, 2]])
     monkeypatch.setattr(exporter, "detections_of", lambda *_: (boxes, scores, labels))
     order = [0, 2, 1, 3]
-    swapped = lambda *inputs: (boxes[:, order], scores, labels)  # noqa: E731
+    swapped = lambda *_inputs: (boxes[:, order], scores, labels)  # noqa: E731
     inputs = (torch.zeros(1, 3, 32, 64), None)
     wanted = exporter.Difference((1, 32, 64), 0.0, 0.0, None, 3)
     assert exporter.compare(model, swapped, inputs) == wanted
@@ -260,7 +260,7 @@ def test_a_mask_is_compared_with_that_of_the_nearest_box(monkeypatch):
     scores, labels = torch.tensor([[0.5, 0.5, 0.1]]), torch.zeros(1, 3, dtype=torch.int64)
     masks = torch.randn(1, 3, 2, 2)
     monkeypatch.setattr(exporter, "detections_of", lambda *_: (boxes, scores, labels, masks))
-    swapped = lambda *inputs: (boxes, scores, labels, masks[:, [1, 0, 2]])  # noqa: E731
+    swapped = lambda *_inputs: (boxes, scores, labels, masks[:, [1, 0, 2]])  # noqa: E731
     inputs = (torch.zeros(1, 3, 32, 64), None)
     wanted = exporter.Difference((1, 32, 64), 0.0, 0.0, 0.0, 2)
     assert exporter.compare(None, swapped, inputs) == wanted
@@ -377,8 +377,8 @@ def test_the_runner_puts_an_image_at_the_top_left_of_its_canvas(runner, order):
 
 @pytest.mark.parametrize("wanted, share", [((90, 70), 1e-9), ((213, 151), 0.01)])
 def test_the_runner_enlarges_masks_as_the_model_does(runner, wanted, share):
-    """An image of 90 x 70 on a canvas of 128 x 96, in its own size to the pixel; in another, the model
-    interpolates twice."""
+    """An image of 90 x 70 on a canvas of 128 x 96, in its own size to the pixel; in another, the
+    model interpolates twice."""
     logits = torch.randn(1, 1, 24, 32, generator=torch.Generator().manual_seed(0))
     fine = F.interpolate(logits, (96, 128), mode="bilinear")[..., :70, :90]
     expected = F.interpolate(fine, wanted[::-1], mode="bilinear")[0, 0] > 0
@@ -403,7 +403,7 @@ def test_the_runner_leaves_out_places_without_a_detection(runner):
     from PIL import Image
 
     class Session:
-        def run(self, names, feed):
+        def run(self, _names, _feed):
             boxes = np.zeros((1, 2, 4), np.float32)
             return boxes, np.array([[0.5, 0]], np.float32), np.array([[1, 0]])
 

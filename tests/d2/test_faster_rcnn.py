@@ -58,8 +58,9 @@ def losses_of(model, batch=BATCH, *, iteration=0):
 
 
 def test_each_region_is_to_be_moved_onto_its_own_object(model_of):
-    """In an image of 200 x 100 pixels: [110, 20, 170, 50] was made from [100, 10, 180, 50], though it
-    overlaps the other object as well, and [180, 80, 200, 100], cut at the border, from the other."""
+    """In an image of 200 x 100 pixels: [110, 20, 170, 50] was made from [100, 10, 180, 50], though
+    it overlaps the other object as well, and [180, 80, 200, 100], cut at the border, from the
+    other."""
     objects = Instances((100, 200))
     objects.gt_boxes = Boxes(torch.tensor([[120.0, 20, 160, 60], [100, 10, 180, 50]]))
     objects.gt_classes = torch.tensor([4, 2])
@@ -74,7 +75,8 @@ def test_each_region_is_to_be_moved_onto_its_own_object(model_of):
     corners = [[110.0, 20, 170, 50], [180, 80, 200, 100]]
     torch.testing.assert_close(regions.proposal_boxes.tensor, torch.tensor(corners))
     assert regions.gt_classes.tolist() == [2, 4]
-    deltas = [  # 10 (centres' difference) / size, 5 log(ratio of sizes): MODEL.ROI_BOX_HEAD's weights
+    # 10 (difference of centres) / size, 5 log(ratio of sizes): the weights of MODEL.ROI_BOX_HEAD.
+    deltas = [
         [10 * 0 / 60, 10 * -5 / 30, 5 * math.log(80 / 60), 5 * math.log(40 / 30)],
         [10 * -50 / 20, 10 * -50 / 20, 5 * math.log(40 / 20), 5 * math.log(40 / 20)],
     ]

@@ -66,7 +66,7 @@ def test_ranks_share_the_batch_of_one_process():
     whole = batches(make_loader(), 8)
     ranks = [batches(make_loader(rank=rank, world_size=2), 8) for rank in range(2)]
     assert all(len(batch) == 2 for batch in ranks[0])
-    assert [first + second for first, second in zip(*ranks)] == whole
+    assert [first + second for first, second in zip(*ranks, strict=False)] == whole
 
 
 def test_batches_may_be_larger_than_the_dataset():

@@ -30,7 +30,7 @@ def make_record(folder, height, width, boxes, labels=None, colours=None):
     Image.fromarray(pixels).save(folder / "a.png")
     annotations = [
         {"bbox": [*box], "bbox_mode": BoxMode.XYWH_ABS, "category_id": label, "iscrowd": 0}
-        for box, label in zip(boxes, labels or range(len(boxes)))
+        for box, label in zip(boxes, labels or range(len(boxes)), strict=True)
     ]
     return {
         "file_name": str(folder / "a.png"),
@@ -76,7 +76,9 @@ def test_boxes_stay_on_their_objects(tmp_path, size):
         num_objects.append(len(instances))
         assert instances.image_size == tuple(sample["image"].shape[1:])
         scale = max(sample["image"].shape[1] / height, sample["image"].shape[2] / width, 1)
-        for box, label in zip(instances.gt_boxes.tensor, instances.gt_classes.tolist()):
+        for box, label in zip(
+            instances.gt_boxes.tensor, instances.gt_classes.tolist(), strict=True
+        ):
             expected = box_of_bright_pixels(sample["image"], {3: 0, 5: 1}[label])
             np.testing.assert_allclose(box.numpy(), expected, atol=max(2, 0.5 * scale))
     assert 2 in num_objects
@@ -93,7 +95,7 @@ def test_sizes_follow_the_published_augmentation(tmp_path):
         aspects.append(width / height)
     uncropped = sum(abs(aspect - 640 / 480) < 0.01 for aspect in aspects)
     assert 10 <= uncropped <= 30  # the crop is taken with probability 0.5
-    assert 384 / 600 * 0.99 < min(aspects) and max(aspects) < 600 / 384 * 1.01
+    assert min(aspects) > 384 / 600 * 0.99 and max(aspects) < 600 / 384 * 1.01
 
 
 def test_crops_have_sides_between_384_and_600(tmp_path):
@@ -201,7 +203,7 @@ def test_the_box_of_a_cut_object_is_that_of_what_is_left_of_it(tmp_path):
     mapper.augmentations = T.AugmentationList([T.CropTransform(0, 70, 100, 50)])
     sample = mapper(with_masks(record, [TRIANGLE], as_code=False))
     (box,) = sample["instances"].gt_boxes.tensor.tolist()
-    # At y = 70 the slanted side from (95, 20) to (60, 110) has reached x = 95 - 35 * 50 / 90 = 75.6.
+    # At y = 70 the slanted side from (95, 20) to (60, 110) is at x = 95 - 35 * 50 / 90 = 75.6.
     assert box == pytest.approx([60, 0, 75.6, 40], abs=1.5)
 
 
@@ -232,7 +234,7 @@ def test_evaluation_only_resizes(tmp_path):
     assert (first["height"], first["width"]) == (50, 60)
 
 
-def test_config_switches_crop_and_flip(tmp_path):
+def test_config_switches_crop_and_flip():
     cfg = get_cfg()
     add_dn_detr_config(cfg)
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (64,), "none"

@@ -63,7 +63,7 @@ def test_mixed_precision_gives_finite_losses_and_gradients(name, model_of):
 
 @both
 def test_losses_of_an_iteration_are_the_same_again_and_others_in_the_next(name, model_of):
-    """Random points included: nothing is drawn that does not follow from seed, iteration and image."""
+    """Random points included: every draw follows from seed, iteration and image."""
     model = model_of(name)
     model.backbone.eval()
     totals = []
@@ -230,7 +230,7 @@ def test_polygons_of_the_ground_truth_are_drawn():
     assert plain[250, 250].max() == 0 and drawn[250, 250].max() > 0
 
 
-# ----------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 def test_a_method_and_mask_on_must_fit(tiny_config):

@@ -214,7 +214,7 @@ def test_a_bad_matching_that_only_the_losses_tell_of_names_segment_layer_and_ima
     model_of, tiny_config, monkeypatch
 ):
     """As on a GPU, where the matcher itself raises nothing."""
-    monkeypatch.setattr(dn_detr.losses.matcher, "find_nonfinite", lambda assignments: "")
+    monkeypatch.setattr(dn_detr.losses.matcher, "find_nonfinite", lambda _assignments: "")
     step = step_of(model_of(), tiny_config(), [[sample(11, 2), sample(12, 1)]])
     step.model.core.decoder.predictor.heads.class_heads[0].bias.data.fill_(torch.nan)
     with EventStorage(), pytest.raises(FloatingPointError) as caught:

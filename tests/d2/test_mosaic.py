@@ -194,8 +194,8 @@ def test_random_affine_stays_within_its_bounds():
 
 @pytest.mark.parametrize(("min_visible", "kept"), [(0.0, 6), (0.1, 5), (0.3, 4)])
 def test_objects_of_which_little_is_left_are_dropped(tmp_path, min_visible, kept):
-    """Moved by 40 pixels, the first box, 32 pixels wide from x = 10.67, keeps 2.67 of them (8%), that
-    of the third image, 48 pixels from 0, 8 (17%), all others more than half."""
+    """Moved by 40 pixels, the first box, 32 pixels wide from x = 10.67, keeps 2.67 of them (8%),
+    that of the third image, 48 pixels from 0, 8 (17%), all others more than half."""
     moved = AffineTransform([[1, 0, -40], [0, 1, 0]], FILL)
     records = make_records(tmp_path)
     records[2]["annotations"][0]["bbox"] = [0, 0, 75, 50]

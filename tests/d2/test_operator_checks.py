@@ -39,9 +39,8 @@ ADVICE = "DETECTRON2=github python -m dn_detr.install_detectron2"
 
 
 @pytest.mark.parametrize("is_modulated", [False, True])
-def test_deformable_convolutions_are_refused_without_operators(
-    cfg, without_operators, is_modulated
-):
+@pytest.mark.usefixtures("without_operators")
+def test_deformable_convolutions_are_refused_without_operators(cfg, is_modulated):
     """And only where the backbone has them: the thin ResNet does not read the key."""
     model = cfg.MODEL
     model.META_ARCHITECTURE = "DenoisingDETR"
@@ -62,7 +61,8 @@ def test_deformable_convolutions_are_refused_without_operators(
         ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignRotated"),
     ],
 )
-def test_rotated_boxes_are_refused_without_operators(cfg, without_operators, key, value):
+@pytest.mark.usefixtures("without_operators")
+def test_rotated_boxes_are_refused_without_operators(cfg, key, value):
     cfg.merge_from_list([key, value])
     with pytest.raises(InputError, match=f"rotated boxes.*{ADVICE}"):
         Trainer.build_model(cfg)

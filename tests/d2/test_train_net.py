@@ -17,7 +17,7 @@ def metrics(folder) -> list[dict]:
 
 
 def test_ctrl_c_ends_a_training_in_one_sentence(train_net, monkeypatch, capsys):
-    def is_stopped(args):
+    def is_stopped(_args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_net, "run", is_stopped)

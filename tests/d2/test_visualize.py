@@ -24,7 +24,7 @@ def test_the_noise_that_is_drawn_is_the_noise_of_the_training(
     model = visualize_data.Trainer.build_model(cfg).train()
     (assist,) = (a for a in model.core.auxiliary if isinstance(a, DenoisingQueries))
     seen = []
-    assist.register_forward_hook(lambda module, args, queries: seen.append(queries))
+    assist.register_forward_hook(lambda _module, _args, queries: seen.append(queries))
     number, batch = next(visualize_data.batches(cfg, iteration=5))
     model(batch, iteration=number)
     targets = model.make_batch(batch, iteration=number, with_targets=True).targets
@@ -86,7 +86,7 @@ def test_the_drawn_shares_are_those_of_the_training(visualize_data, tiny_config)
     cfg = tiny_config("INPUT.MOSAIC.ENABLED", True, "INPUT.MIXUP.ENABLED", True)
     loader = visualize_data.Trainer.build_train_loader(cfg)
     shares = visualize_data.dense_shares(loader, np.arange(6, 12))
-    for i, (_, batch) in zip(range(6), visualize_data.batches(cfg, 6)):
+    for i, (_, batch) in zip(range(6), visualize_data.batches(cfg, 6), strict=False):
         names = [str(sample["image_id"]) for sample in batch]
         assert shares["mixed"][i] == ("&" in names[0])
         own = [name.split("&")[0] for name in names]

@@ -59,7 +59,7 @@ def test_a_run_gets_what_metrics_json_gets(run, wandb, tmp_path):
     assert "bbox/AP50" in begun.logged[-1]
 
 
-def test_a_resumed_training_continues_its_run(run, wandb, tmp_path):
+def test_a_resumed_training_continues_its_run(run, wandb):
     run(*ON, "SOLVER.MAX_ITER", 1)
     run(*ON, "SOLVER.MAX_ITER", 2, flags=["--resume"])
     assert [begun.settings["id"] for begun in wandb] == [None, "x1y2"]

@@ -1,4 +1,4 @@
-"""What each of two processes does in test_distributed.py; importable where a process starts anew."""
+"""What each of two processes of test_distributed.py does; a spawned process can import it."""
 
 import sys
 from pathlib import Path
@@ -29,7 +29,8 @@ def train_with_an_empty_rank(rank: int, folder: Path, cfg, *others) -> None:
     torch.manual_seed(rank)  # DistributedDataParallel must give both the weights of rank 0
     model = across_processes(build_model(cfg))
     batch = [sample(0, 3), sample(1, 1)] if rank == 0 else [sample(2, 0), sample(3, 0)]
-    batch = [with_teacher(one, m) for one, m in zip(batch, (2, 3) if rank == 0 else (0, 0))]
+    counts = (2, 3) if rank == 0 else (0, 0)
+    batch = [with_teacher(one, m) for one, m in zip(batch, counts, strict=True)]
     step = TrainStep(
         model, [batch] * 3, build_optimizer(cfg, model), precision=None, seed=0, num_parts=2
     )
@@ -58,7 +59,7 @@ def train_with_an_empty_rank(rank: int, folder: Path, cfg, *others) -> None:
 
 
 def train_one_step(rank: int, file: Path, cfg) -> None:
-    """Rank 0 has three objects and three boxes of a teacher, rank 1 none. Saves losses and gradients."""
+    """Save losses and gradients; rank 0 has three objects and three teacher boxes, rank 1 none."""
     model = across_processes(build_model(cfg))
     count = 0 if rank else 3
     batch = [with_teacher(sample(rank, count), count)]
@@ -118,7 +119,7 @@ def train_until_an_image_is_broken(rank: int, cfg) -> None:
             step.run_step()
 
 
-def infinite_in_the_first_layer(matched, num_objects):
+def infinite_in_the_first_layer(matched, _num_objects):
     values = matched.logits.new_ones(matched.logits.shape[0])
     values[0] = torch.inf
     return values

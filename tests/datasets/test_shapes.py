@@ -28,7 +28,8 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(folder, tmp_pa
     assert (other / "images/000001.jpg").read_bytes() != (folder / "images/000001.jpg").read_bytes()
 
 
-def test_longer_dataset_begins_with_the_shorter_one_and_splits_differ(folder, content, tmp_path):
+@pytest.mark.usefixtures("folder")
+def test_longer_dataset_begins_with_the_shorter_one_and_splits_differ(content, tmp_path):
     short = shapes.generate(tmp_path, "train", 5, 0)
     annotations = json.loads((short / "annotations.json").read_text())["annotations"]
     assert len(annotations) > 0
@@ -72,7 +73,7 @@ def test_coverage_is_the_share_of_points_inside_the_polygon():
         for column in range(11):
             x, y = np.meshgrid(column + offsets, row + offsets)
             inside = np.ones_like(x, bool)
-            for (x0, y0), (x1, y1) in zip(polygon, np.roll(polygon, -1, axis=0)):
+            for (x0, y0), (x1, y1) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
                 inside &= (x1 - x0) * (y - y0) - (y1 - y0) * (x - x0) > 0
             expected[row, column] = inside.mean()
     got = shape_drawing.coverage(polygon, 12, 11)
@@ -103,7 +104,7 @@ def test_processes_that_start_at_once_get_one_complete_dataset(tmp_path):
 
 
 def test_an_interrupted_generation_leaves_nothing_behind(tmp_path, monkeypatch):
-    def interrupt(rng):
+    def interrupt(_rng):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shapes, "draw_picture", interrupt)

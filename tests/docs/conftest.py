@@ -23,8 +23,9 @@ TINY = """
     INPUT.MIN_SIZE_TRAIN (64,)  INPUT.MAX_SIZE_TRAIN 96  INPUT.MIN_SIZE_TEST 64
     INPUT.MAX_SIZE_TEST 96  TEST.DETECTIONS_PER_IMAGE 10  SOLVER.IMS_PER_BATCH 2
     SOLVER.STEPS (2,)  SOLVER.WARMUP_ITERS 1  TEST.EVAL_PERIOD 2  LOG_PERIOD 1
-    MODEL.DN_DETR.BACKBONE_PRETRAINED False  DATASETS.TRAIN ('cells_train',)  DATASETS.TEST ('cells_val',)
-    DATASETS.COCO_FORMAT [['cells_train','cells/train.json','cells/images'],['cells_val','cells/val.json','cells/images']]
+    MODEL.DN_DETR.BACKBONE_PRETRAINED False
+    DATASETS.TRAIN ('cells_train',)  DATASETS.TEST ('cells_val',)  DATASETS.COCO_FORMAT
+    [['cells_train','cells/train.json','cells/images'],['cells_val','cells/val.json','cells/images']]
 """.split()
 """What makes a quick configuration train at tens of iterations a second, on eight pictures."""
 

@@ -46,7 +46,8 @@ class Parsed(Exception):
 
 @needs_detectron2
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
-def test_a_command_line_is_understood(command, in_world, monkeypatch):
+@pytest.mark.usefixtures("in_world")
+def test_a_command_line_is_understood(command, monkeypatch):
     """By the program's own parser; configuration files must exist, and keys must be known."""
     words = command.words
     if "python" not in words[0] and words[0] != "torchrun":
@@ -93,7 +94,8 @@ NOT_EXECUTED = {
 @pytest.mark.parametrize(
     "document", [d for d in DOCUMENTS if blocks(d, "python")], ids=lambda path: path.name
 )
-def test_the_blocks_of_python_run_one_after_the_other(document, in_world):
+@pytest.mark.usefixtures("in_world")
+def test_the_blocks_of_python_run_one_after_the_other(document):
     names = {}
     for text in blocks(document, "python"):
         code = compile(text, document.name, "exec")

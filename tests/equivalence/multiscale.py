@@ -49,7 +49,7 @@ def use_fallback(load, ops, monkeypatch):
     """Let their attention operator run their own code in plain PyTorch, in package `ops`."""
     function = load(f"{ops}.functions.ms_deform_attn_func")
 
-    def apply(value, shapes, starts, locations, weights, step):
+    def apply(value, shapes, _starts, locations, weights, _step):
         return function.ms_deform_attn_core_pytorch(value, shapes, locations, weights)
 
     monkeypatch.setattr(function.MSDeformAttnFunction, "apply", apply)

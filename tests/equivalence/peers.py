@@ -56,7 +56,7 @@ class Absent(types.ModuleType):
 class AbsentFinder:
     """Finds the libraries of NOT_INSTALLED that nobody else finds, and all that lies below."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name, _path=None, _target=None):
         if name.split(".")[0] not in NOT_INSTALLED:
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
@@ -84,14 +84,14 @@ def open_checkout(path: Path, monkeypatch):
     monkeypatch.setitem(sys.modules, "detrex._C", Absent("detrex._C"))
     if importlib.util.find_spec("detectron2"):  # detrex registers its datasets whenever imported
         catalog = importlib.import_module("detectron2.data").DatasetCatalog
-        monkeypatch.setattr(type(catalog), "register", lambda *args: None)
+        monkeypatch.setattr(type(catalog), "register", lambda *_args: None)
         registry = importlib.import_module("fvcore.common.registry").Registry
 
         def register_anew(self, name, module):  # the same as in the test before
             self._obj_map[name] = module
 
         monkeypatch.setattr(registry, "_do_register", register_anew)
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *_args, **_kwargs: self)
     original = torch.Tensor.to
 
     def to(self, *args, **kwargs):
@@ -122,7 +122,7 @@ class GivenFeatures(nn.Module):
         self.num_channels = features[-1].shape[1]
         self.strides = [32]
 
-    def forward(self, samples):
+    def forward(self, _samples):
         nested = []
         for feature in self.features:
             size = feature.shape[-2:]

@@ -128,7 +128,7 @@ class ThreeFeatures(nn.Module):
         super().__init__()
         self.features = features
 
-    def forward(self, images):
+    def forward(self, _images):
         return dict(zip(("res3", "res4", "res5"), self.features, strict=True))
 
 

@@ -114,7 +114,7 @@ class LastFeature(nn.Module):
         super().__init__()
         self.feature = feature
 
-    def forward(self, images):
+    def forward(self, _images):
         return {"res5": self.feature}
 
 

@@ -1,7 +1,7 @@
 """Mask2Former against facebookresearch/Mask2Former, Mask DINO against IDEA-Research/MaskDINO.
 
-Images without padding, which their code does not know, and the same random points on both sides, none
-within half a cell of the border, where theirs fades to zero.
+Images without padding, which their code does not know, and the same random points on both sides,
+none within half a cell of the border, where theirs fades to zero.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def compare_losses(ours, theirs, patterns):
     """patterns: our segment -> their key, with {} for loss_ce and the like.
 
     Losses below 1 are compared by their difference alone: without noise, the boxes of denoising
-    queries before the first layer are the ground truth, and what is left of their losses is rounding
-    and the 1e-6 that Mask DINO adds to areas.
+    queries before the first layer are the ground truth, and what is left of their losses is
+    rounding and the 1e-6 that Mask DINO adds to areas.
     """
     found = {}
     for name, value in ours.items():
@@ -159,7 +159,8 @@ def compare_losses(ours, theirs, patterns):
 
 
 @pytest.mark.parametrize("counts", [(3, 2), (2, 0)])
-def test_mask2former_equals_the_authors(authors, features, fixed_points, monkeypatch, counts):
+@pytest.mark.usefixtures("fixed_points")
+def test_mask2former_equals_the_authors(authors, features, monkeypatch, counts):
     load_theirs = authors("Mask2Former")
     package = "mask2former.modeling"
     use_fallback(load_theirs, f"{package}.pixel_decoder.ops", monkeypatch)
@@ -228,8 +229,9 @@ def test_mask2former_equals_the_authors(authors, features, fixed_points, monkeyp
 
 
 @pytest.mark.parametrize("counts", [(3, 3), (2, 4)])
-def test_mask_dino_equals_the_authors(authors, features, fixed_points, monkeypatch, counts):
-    """With denoising, but without noise; empty slots are visible and negatives, as in their code."""
+@pytest.mark.usefixtures("fixed_points")
+def test_mask_dino_equals_the_authors(authors, features, monkeypatch, counts):
+    """With denoising but without noise; empty slots are visible and negative, as in their code."""
     load_theirs = authors("MaskDINO")
     package = "maskdino.modeling"
     use_fallback(load_theirs, f"{package}.pixel_decoder.ops", monkeypatch)

@@ -19,7 +19,7 @@ def test_points_follow_from_the_key_alone_and_fill_the_image():
     assert torch.equal(random_points(KEYS[1:2], 4001, stream=1)[0], points[1])
     assert torch.equal(random_points(KEYS, 100, stream=1), points[:, :100])
     assert not torch.equal(random_points(KEYS, 4001, stream=2), points)
-    assert 0 <= points.min() and points.max() < 1
+    assert points.min() >= 0 and points.max() < 1
     quarters = (points[0] >= 0.5).long() @ torch.tensor([1, 2])
     assert (quarters.bincount(minlength=4) / 4001 - 0.25).abs().max() < 0.03
     assert abs(points[0].T.corrcoef()[0, 1]) < 0.06

@@ -184,7 +184,7 @@ def test_matching_reads_nothing_on_the_host_but_all_costs_at_once_where_scipy_do
     segments = Segment("match", 6), Segment("group", 12, num_groups=2)
     predictions = random_predictions(*segments, proposals=proposals)
     # What the CPU does in addition, because there it costs nothing.
-    monkeypatch.setattr(assign_module, "find_nonfinite", lambda assignments: "")
+    monkeypatch.setattr(assign_module, "find_nonfinite", lambda _assignments: "")
     copies = []
     for name in ("cpu", "item", "tolist", "nonzero", "__bool__", "__float__", "__int__"):
         original = getattr(torch.Tensor, name)

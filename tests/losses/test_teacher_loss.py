@@ -135,7 +135,7 @@ def test_groups_that_predict_the_same_are_taught_as_one():
 
 
 def test_softmax_weighs_slots_by_both_factors():
-    # Probabilities (0.75, 0.25) and (0.5, 0.5), the second one "no object": weights 0.6 and 0.1 x 0.5.
+    # Probabilities (0.75, 0.25) and (0.5, 0.5), the second is "no object": weights 0.6, 0.1 x 0.5.
     predictions = predicted([[[LN3, 0.0], [0.0, 0.0]]], [[NEAR, FAR]])
     losses = Teaching(Teach(), costs=Costs(kind="softmax"))(predictions, one_box(0.6), 7.0)
     expected = (0.6 * -math.log(0.75) + 0.05 * math.log(2)) / 0.65

@@ -1,4 +1,4 @@
-"""How far back the gradient of a layer's box goes: to which box offsets, and to the first reference.
+"""How far back a layer's box sends its gradient: which box offsets, and the first reference.
 
 A decoder layer predicts an offset; a box is the sum of a reference and one offset or more. What the
 reference carries of earlier layers is the method's choice, which no forward pass shows.
@@ -34,7 +34,7 @@ REACH = {
 """Method -> what the box of a layer is made of, with gradient."""
 
 PROPOSALS = ("deformable_detr_two_stage", "dino", "h_deformable", "mask_dino")
-"""The first reference is a proposal of the encoder, detached in the authors' code; else it learns."""
+"""The first reference is an encoder proposal, detached in the authors' code; else it learns."""
 
 
 def reach_of(method: str) -> tuple[list[set[int]], bool]:

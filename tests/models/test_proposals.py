@@ -107,7 +107,7 @@ class Keep(torch.nn.Module):
         super().__init__()
         self.kept = kept
 
-    def forward(self, queries, source, targets):
+    def forward(self, queries, _source, _targets):
         self.kept.append(queries)
         return queries
 

@@ -51,7 +51,7 @@ def test_content_without_row_and_pattern_is_zero_and_has_no_parameter():
 
 
 class PointOfPosition(torch.nn.Module):
-    def forward(self, content, position):
+    def forward(self, _content, position):
         return position[..., :2]
 
 

@@ -18,7 +18,7 @@ BORDER = [
     (0.0, -1.0, 0.0, 0.0),
     (0.0, 2.0, 0.0, 0.0),
 ]
-"""(x, y, output, gradient for x) of a sample at (x, y), in cells of two rows of four that hold 1 to 8."""
+"""(x, y, output, gradient for x) of a sample at (x, y), in cells of two rows of four, 1 to 8."""
 
 
 def make_inputs(

@@ -101,7 +101,7 @@ def sizes_of(inputs):
 
 
 def parts_of(inputs):
-    """Valid sizes, centres in cells, and cells per unit of an offset: [B, Q or 1, 1, levels, 1, 2]."""
+    """Valid sizes, centres in cells, cells per unit of an offset: [B, Q or 1, 1, levels, 1, 2]."""
     reference = inputs.reference
     if reference.ndim == 3:
         reference = reference[:, :, None].expand(-1, -1, len(inputs.shapes), -1)

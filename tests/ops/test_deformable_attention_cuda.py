@@ -25,7 +25,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 
 @contextmanager
 def deterministic():
-    """Only around kernels: grid_sample, in the plain twin, has no deterministic backward on a GPU."""
+    """Only around kernels: grid_sample has no deterministic backward on a GPU."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

@@ -36,7 +36,7 @@ def test_a_task_is_measured_and_written(task, tmp_path, monkeypatch, capsys):
 def test_a_core_is_compiled_as_the_configuration_says(monkeypatch):
     compiled = []
     names = tool["train_task"].__globals__
-    monkeypatch.setitem(names, "compile_core", lambda core, backend: compiled.append(backend))
+    monkeypatch.setitem(names, "compile_core", lambda _core, backend: compiled.append(backend))
     few = ["--size", "64x96", "--warmup", "0", "--iterations", "1"]
     options = ["MODEL.DN_DETR.COMPILE", "inductor", *SMALL]
     command = ["benchmark.py", "--task", "train", "--config-file", QUICK, *few, *options]

@@ -24,7 +24,7 @@ SAFETENSORS_TYPES = {
 class StandIn:
     """Takes the place of every class that a checkpoint names beside tensors: does nothing."""
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *_args, **_kwargs):
         return object.__new__(cls)
 
     def __init__(self, *args, **kwargs):

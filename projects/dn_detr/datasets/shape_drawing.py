@@ -181,7 +181,10 @@ def draw_picture(rng):
                 continue
             alpha = coverage(polygon, height, width)
             remaining = [pixels * (1 - alpha) for pixels in visible]
-            if any(now.sum() < MIN_VISIBLE * all_of for now, all_of in zip(remaining, totals)):
+            if any(
+                now.sum() < MIN_VISIBLE * all_of
+                for now, all_of in zip(remaining, totals, strict=True)
+            ):
                 continue
             covered = np.average(picture.reshape(-1, 3), axis=0, weights=alpha.ravel())
             colour = random_colour(rng)

@@ -80,7 +80,7 @@ class DenseCrossAttention(nn.Module):
         self.attention = DenseAttention(channels=channels, num_heads=num_heads, dropout=dropout)
 
     def forward(
-        self, content: Tensor, position: Tensor, reference: Tensor | None, memory: Memory
+        self, content: Tensor, position: Tensor, _reference: Tensor | None, memory: Memory
     ) -> Tensor:
         keys = memory.tokens + memory.position
         return self.attention(content + position, keys, memory.tokens, memory.padding)
@@ -151,7 +151,7 @@ class ConditionalCrossAttention(nn.Module):
         self,
         content: Tensor,
         position: ConditionalPosition,
-        reference: Tensor | None,
+        _reference: Tensor | None,
         memory: Memory,
     ) -> Tensor:
         attended = attend_densely(

@@ -82,7 +82,7 @@ class PointPosition(nn.Module):
         self.point_mlp = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=2)
 
     def forward(
-        self, layer: int, content: Tensor, reference: Tensor, learned: None, memory: Memory
+        self, _layer: int, content: Tensor, reference: Tensor, _learned: None, memory: Memory
     ) -> tuple[Tensor, PointPlace]:
         encoded = sine_of_reference(reference, self.channels // 2, TEMPERATURE)
         x, y = (self.axis(axis, content.dtype) for axis in reference.unbind(-1))
@@ -98,7 +98,7 @@ class RowColumnCrossAttention(nn.Module):
         self.attention = attention
 
     def forward(
-        self, content: Tensor, position: PointPlace, reference: Tensor, memory: Memory
+        self, content: Tensor, position: PointPlace, _reference: Tensor, memory: Memory
     ) -> Tensor:
         tokens, padding = as_map(memory)
         return self.attention(content, position.query, tokens, position.axes, padding)
@@ -146,7 +146,11 @@ def as_map(memory: Memory) -> tuple[Tensor, Tensor]:
 class PointQueries(SharedBoxQueries):
     """A learned point for each query, in [0, 1] at the start; of a box, its centre."""
 
-    def new_parameters(self, num_queries: int, own_head: bool = True) -> AnchorParameters:
+    def new_parameters(
+        self,
+        num_queries: int,
+        own_head: bool = True,  # noqa: ARG002 - other designs use it
+    ) -> AnchorParameters:
         return AnchorParameters(torch.rand(num_queries, 2))
 
     def references(self, anchors: Tensor) -> Tensor:

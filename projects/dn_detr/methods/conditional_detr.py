@@ -48,7 +48,7 @@ class SlotPoint(nn.Module):
         self.query_mlp = MLP(in_dim=channels, hidden_dim=channels, out_dim=2, num_layers=2)
         xavier_(self)
 
-    def forward(self, content: Tensor, position: Tensor) -> Tensor:
+    def forward(self, _content: Tensor, position: Tensor) -> Tensor:
         return self.query_mlp(position)
 
 
@@ -62,7 +62,7 @@ class ConditionalPointPosition(nn.Module):
         xavier_(self)
 
     def forward(
-        self, layer: int, content: Tensor, reference: Tensor, learned: Tensor, memory: Memory
+        self, layer: int, content: Tensor, reference: Tensor, learned: Tensor, _memory: Memory
     ) -> tuple[Tensor, ConditionalPosition]:
         spatial = sine_of_reference(reference, self.channels // 2).to(content.dtype)
         if layer > 0:

@@ -68,7 +68,7 @@ class LevelMixingLayer(nn.Module):
         self,
         content: Tensor,
         position: tuple[Tensor, ConditionalPosition],
-        reference: Tensor,
+        _reference: Tensor,
         memory: Memory,
         query_mask: QueryAttentionMask,
     ) -> Tensor:

@@ -107,7 +107,7 @@ class LinearPoint(nn.Module):
         nn.init.xavier_uniform_(self.reference_points.weight)
         nn.init.zeros_(self.reference_points.bias)
 
-    def forward(self, content: Tensor, position: Tensor) -> Tensor:
+    def forward(self, _content: Tensor, position: Tensor) -> Tensor:
         return self.reference_points(position)
 
 

@@ -104,7 +104,11 @@ class MaskQueries(nn.Module):
         self.heads = heads
         self.learned = self.new_parameters(num_queries)
 
-    def new_parameters(self, num_queries: int, own_head: bool = True) -> LearnedQueryParameters:
+    def new_parameters(
+        self,
+        num_queries: int,
+        own_head: bool = True,  # noqa: ARG002 - other designs use it
+    ) -> LearnedQueryParameters:
         """Rows for further queries, owned by whoever asks; there are no proposals to head."""
         return LearnedQueryParameters(
             position=nn.Parameter(torch.randn(num_queries, self.content.channels)),
@@ -125,7 +129,9 @@ class MaskSource:
         self.level = design.first_level
 
     def queries(
-        self, learned: LearnedQueryParameters | None = None, first_rank: int = 0
+        self,
+        learned: LearnedQueryParameters | None = None,
+        first_rank: int = 0,  # noqa: ARG002 - other designs use it
     ) -> Queries:
         """One "match" segment of the rows of `learned` (default: the design's own)."""
         design, batch = self.design, self.memory.tokens.shape[0]

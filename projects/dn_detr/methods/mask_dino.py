@@ -220,7 +220,7 @@ class IterativeRefinementWithMasks(nn.Module):
         logits, embeddings = self.heads(content)
         return LayerOutput(logits, reference, reference, reference, mask_embeddings=embeddings)
 
-    def forward(self, layer: int, content: Tensor, previous: LayerOutput) -> LayerOutput:
+    def forward(self, _layer: int, content: Tensor, previous: LayerOutput) -> LayerOutput:
         heads, normed = self.heads, self.heads.norm(content)
         logits, embeddings = heads(normed)
         moved = refine_box(previous.reference, heads.delta(content), self.epsilon)

@@ -50,7 +50,11 @@ class LearnedQueries(nn.Module):
         self.box_embedding = nn.Linear(4, content.channels) if content.has_labels else None
         self.learned = self.new_parameters(num_queries)
 
-    def new_parameters(self, num_queries: int, own_head: bool = True) -> LearnedQueryParameters:
+    def new_parameters(
+        self,
+        num_queries: int,
+        own_head: bool = True,  # noqa: ARG002 - other designs use it
+    ) -> LearnedQueryParameters:
         """Rows for further queries, owned by whoever asks; there are no proposals to head."""
         return LearnedQueryParameters(
             position=nn.Parameter(torch.randn(num_queries, self.content.channels)),
@@ -83,7 +87,9 @@ class LearnedQuerySource:
         self.batch = memory.tokens.shape[0]
 
     def queries(
-        self, learned: LearnedQueryParameters | None = None, first_rank: int = 0
+        self,
+        learned: LearnedQueryParameters | None = None,
+        first_rank: int = 0,  # noqa: ARG002 - other designs use it
     ) -> Queries:
         """One "match" segment of the rows of `learned` (default: the design's own)."""
         design = self.design

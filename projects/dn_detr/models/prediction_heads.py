@@ -112,7 +112,7 @@ class IterativeRefinement(nn.Module):
         self.looks_forward_twice = looks_forward_twice
         self.epsilon = epsilon
 
-    def start(self, content: Tensor, reference: Tensor) -> LayerOutput:
+    def start(self, _content: Tensor, reference: Tensor) -> LayerOutput:
         """Before the first layer there is a reference, but no prediction yet."""
         return LayerOutput(logits=None, boxes=None, reference=reference, base=reference)
 
@@ -142,7 +142,7 @@ class PointOffsetBoxes(nn.Module):
         self.norm = norm
         self.epsilon = epsilon
 
-    def start(self, content: Tensor, reference: Tensor) -> LayerOutput:
+    def start(self, _content: Tensor, reference: Tensor) -> LayerOutput:
         """Before the first layer there is a reference, but no prediction yet."""
         return LayerOutput(logits=None, boxes=None, reference=reference, base=reference)
 
@@ -164,11 +164,11 @@ class DirectBoxes(nn.Module):
         self.heads = heads
         self.norm = norm
 
-    def start(self, content: Tensor, reference: None) -> LayerOutput:
+    def start(self, _content: Tensor, _reference: None) -> LayerOutput:
         """Before the first layer there is no prediction, and never a reference."""
         return LayerOutput(logits=None, boxes=None, reference=None, base=None)
 
-    def forward(self, layer: int, content: Tensor, previous: LayerOutput) -> LayerOutput:
+    def forward(self, layer: int, content: Tensor, _previous: LayerOutput) -> LayerOutput:
         content = self.norm(content)
         return LayerOutput(
             logits=self.heads.classify(layer, content),

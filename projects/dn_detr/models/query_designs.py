@@ -44,7 +44,11 @@ class BoxQueries(nn.Module):
         self.epsilon = epsilon
         self.learned = self.new_parameters(num_queries)
 
-    def new_parameters(self, num_queries: int, own_head: bool = True) -> BoxQueryParameters:
+    def new_parameters(
+        self,
+        num_queries: int,
+        own_head: bool = True,  # noqa: ARG002 - other designs use it
+    ) -> BoxQueryParameters:
         """Rows for further queries, owned by whoever asks; there are no proposals to head."""
         return BoxQueryParameters(content=self.content.new_rows(num_queries))
 
@@ -60,7 +64,11 @@ class BoxQuerySource:
         self.design = design
         self.batch = memory.tokens.shape[0]
 
-    def queries(self, learned: BoxQueryParameters | None = None, first_rank: int = 0) -> Queries:
+    def queries(
+        self,
+        learned: BoxQueryParameters | None = None,
+        first_rank: int = 0,  # noqa: ARG002 - other designs use it
+    ) -> Queries:
         """One "match" segment of the rows of `learned` (default: the design's own)."""
         learned = self.design.learned if learned is None else learned
         content = self.design.content.matched(learned.content)
@@ -108,7 +116,11 @@ class SharedBoxQueries(nn.Module):
         self.epsilon = epsilon
         self.learned = self.new_parameters(num_queries)
 
-    def new_parameters(self, num_queries: int, own_head: bool = True) -> AnchorParameters:
+    def new_parameters(
+        self,
+        num_queries: int,
+        own_head: bool = True,  # noqa: ARG002 - other designs use it
+    ) -> AnchorParameters:
         """Rows for further queries, owned by whoever asks: boxes as logits."""
         return AnchorParameters(torch.randn(num_queries, 4))
 
@@ -146,7 +158,11 @@ class SharedBoxSource:
         self.design = design
         self.batch = memory.tokens.shape[0]
 
-    def queries(self, learned: AnchorParameters | None = None, first_rank: int = 0) -> Queries:
+    def queries(
+        self,
+        learned: AnchorParameters | None = None,
+        first_rank: int = 0,  # noqa: ARG002 - other designs use it
+    ) -> Queries:
         """One "match" segment of the rows of `learned` (default: the design's own), once for every
         pattern."""
         learned = self.design.learned if learned is None else learned

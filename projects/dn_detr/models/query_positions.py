@@ -37,7 +37,7 @@ class BoxPosition(nn.Module):
         xavier_(self)
 
     def forward(
-        self, layer: int, content: Tensor, reference: Tensor, learned: None, memory: Memory
+        self, layer: int, content: Tensor, reference: Tensor, _learned: None, memory: Memory
     ) -> tuple[Tensor, Tensor]:
         if self.scales_with_canvas:
             height, width = memory.shapes[0]
@@ -55,7 +55,7 @@ class LearnedPosition(nn.Module):
     """Query position is the learned vector, in every layer, for self- and cross-attention."""
 
     def forward(
-        self, layer: int, content: Tensor, reference: Tensor, learned: Tensor, memory: Memory
+        self, _layer: int, _content: Tensor, _reference: Tensor, learned: Tensor, _memory: Memory
     ) -> tuple[Tensor, Tensor]:
         return learned, learned
 
@@ -72,7 +72,7 @@ class ModulatedBoxPosition(nn.Module):
         xavier_(self)
 
     def forward(
-        self, layer: int, content: Tensor, reference: Tensor, learned: None, memory: Memory
+        self, layer: int, content: Tensor, reference: Tensor, _learned: None, _memory: Memory
     ) -> tuple[Tensor, ConditionalPosition]:
         encoded = sine_of_reference(reference, self.channels // 2)  # y, x, w, h
         for_self = self.box_mlp(encoded.to(content.dtype))

@@ -63,7 +63,6 @@ def deformable_attention_pytorch(
     It differs in one thing: an infinite or NaN offset from a box makes the box's gradient NaN.
     """
     return _compose(
-        ms_deform_attn_pytorch,
         value,
         shapes,
         valid_sizes,
@@ -74,7 +73,7 @@ def deformable_attention_pytorch(
     )
 
 
-def _compose(sample, value, shapes, valid_sizes, reference, offsets, logits, padding):
+def _compose(value, shapes, valid_sizes, reference, offsets, logits, padding):
     _check(value, shapes, valid_sizes, reference, offsets, logits, padding)
     precise = torch.float64 if value.dtype == torch.float64 else torch.float32
     levels, points = offsets.shape[3], offsets.shape[4]
@@ -135,7 +134,7 @@ def _fake(value, spatial_shapes, valid_sizes, reference, offsets, logits, paddin
 
 
 def _fake_backward(
-    grad_output, value, spatial_shapes, valid_sizes, reference, offsets, logits, padding,
+    _grad_output, value, _spatial_shapes, _valid_sizes, reference, offsets, logits, _padding,
     needs_reference,
 ):  # fmt: skip
     grad_value, grad_reference, grad_offsets, grad_logits = (
@@ -147,7 +146,7 @@ def _fake_backward(
     return grad_value, grad_reference, grad_offsets, grad_logits
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):  # noqa: ARG001 - torch passes it by name
     value, spatial_shapes, *others = inputs
     ctx.save_for_backward(value, *others)
     ctx.spatial_shapes = spatial_shapes
@@ -166,7 +165,7 @@ def _backward(ctx, grad_output):
     return grad_value, None, None, grad_reference, grad_offsets, grad_logits, None
 
 
-def _no_second_backward(ctx, *grads):
+def _no_second_backward(_ctx, *_grads):
     raise RuntimeError(
         "deformable_attention is not twice differentiable; use deformable_attention_pytorch for that"
     )

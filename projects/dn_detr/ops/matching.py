@@ -74,7 +74,7 @@ def has_nonfinite(values: Tensor, is_empty: Tensor | None) -> Tensor:
     return torch.ops.dn_detr.has_nonfinite(values, is_empty)
 
 
-def _fake_costs(logits, boxes, image_of, *_):
+def _fake_costs(logits, _boxes, image_of, *_):
     return logits.new_empty(logits.shape[0], image_of.shape[0], logits.shape[2])
 
 
@@ -85,7 +85,7 @@ def _fake_assign(costs, image_of, batch, *_):
     )
 
 
-def _fake_has_nonfinite(values, is_empty):
+def _fake_has_nonfinite(values, _is_empty):
     return values.new_empty(values.shape[:2], dtype=torch.bool)
 
 

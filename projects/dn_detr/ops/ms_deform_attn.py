@@ -112,12 +112,12 @@ def _fake(value, spatial_shapes, sampling_locations, attention_weights):
     return value.new_empty(batch, sampling_locations.shape[1], heads * channels)
 
 
-def _fake_backward(grad_output, value, spatial_shapes, sampling_locations, attention_weights):
+def _fake_backward(_grad_output, value, _spatial_shapes, sampling_locations, attention_weights):
     inputs = (value, sampling_locations, attention_weights)
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):  # noqa: ARG001 - torch passes it by name
     value, spatial_shapes, sampling_locations, attention_weights = inputs
     ctx.save_for_backward(value, sampling_locations, attention_weights)
     ctx.spatial_shapes = spatial_shapes
@@ -131,7 +131,7 @@ def _backward(ctx, grad_output):
     return grad_value, None, grad_locations, grad_weights
 
 
-def _no_second_backward(ctx, *grads):
+def _no_second_backward(_ctx, *_grads):
     raise RuntimeError(
         "ms_deform_attn is not twice differentiable; use ms_deform_attn_pytorch for that"
     )

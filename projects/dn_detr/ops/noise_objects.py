@@ -211,8 +211,8 @@ def _check(labels, boxes, is_object, noise_seeds, num_groups, slots_per_group):
 
 
 def _fake(
-    labels, boxes, is_object, noise_seeds, num_groups, slots_per_group, num_classes, box_noise,
-    label_noise, contrastive, num_matched, mask_dtype, hide_empty,
+    labels, boxes, is_object, noise_seeds, num_groups, slots_per_group, _num_classes, _box_noise,
+    _label_noise, contrastive, num_matched, mask_dtype, _hide_empty,
 ):  # fmt: skip
     _check(labels, boxes, is_object, noise_seeds, num_groups, slots_per_group)
     batch = labels.shape[0]

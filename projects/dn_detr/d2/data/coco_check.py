@@ -169,7 +169,9 @@ def check_image_files(records: list[dict], dataset: str) -> None:
     with ThreadPoolExecutor(max_workers=8) as pool:
         missing = [
             record["file_name"]
-            for record, exists in zip(records, pool.map(_exists, records, chunksize=64))
+            for record, exists in zip(
+                records, pool.map(_exists, records, chunksize=64), strict=True
+            )
             if not exists
         ]
         if missing:

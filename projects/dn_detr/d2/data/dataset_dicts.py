@@ -208,5 +208,5 @@ def fit_box(corners, width, height) -> tuple[list[float] | None, str | None]:
     box = [max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))]
     if box[2] <= box[0] or box[3] <= box[1]:
         return None, "outside"
-    moved = max(abs(new - old) for new, old in zip(box, corners))
+    moved = max(abs(new - old) for new, old in zip(box, corners, strict=True))
     return box, "clipped" if moved > ROUNDING else None

@@ -158,7 +158,7 @@ def analyse(evaluated: COCOeval, results: list[dict], masks: COCOeval | None = N
         classes=classes,
         overall=overall,
         threshold=threshold,
-        confusion=confusion_of(images, list(params.catIds), coco),
+        confusion=confusion_of(images, list(params.catIds)),
         images=sorted(images, key=lambda image: -image.num_errors),
     )
 

@@ -115,17 +115,17 @@ class _Recorder(TorchFunctionMode):
         self.memory: Memory | None = None
         self.columns: Tensor | None = None
 
-    def enter_decoder(self, decoder, arguments) -> None:
+    def enter_decoder(self, _decoder, arguments) -> None:
         _, self.memory = arguments
 
     def enter_layer(self, layer, arguments) -> None:
         self.layers.append(LayerAttention(self.memory))
         self.is_recording = True
 
-    def leave_layer(self, layer, arguments, output) -> None:
+    def leave_layer(self, _layer, _arguments, _output) -> None:
         self.is_recording = False
 
-    def pause(self, module, arguments) -> None:
+    def pause(self, _module, _arguments) -> None:
         self.is_recording = False
 
     def resume(self, module, arguments, output) -> None:

@@ -34,7 +34,7 @@ def core_from(cfg: CfgNode, shapes: dict[str, ShapeSpec]) -> DETR:
         hybrid=enabled(node.HYBRID, HybridMatching),
         prompts=enabled(node.BOX_PROMPTS, BoxPrompting),
     )
-    if cfg.MODEL.MASK_ON != (core.mask_head is not None):
+    if (core.mask_head is not None) != cfg.MODEL.MASK_ON:
         raise ValueError(
             f"MODEL.MASK_ON is {cfg.MODEL.MASK_ON}, but {node.METHOD} predicts "
             f"{'masks' if core.mask_head is not None else 'no masks'}"
