@@ -6,11 +6,12 @@ using `dn_detr.Detector` does.
 """
 
 from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """`Detector`, imported when it is first used, because it needs Detectron2."""
     if name == "Detector":
         import_module("dn_detr.d2")  # first: it says how to install Detectron2

@@ -5,7 +5,7 @@ import re
 _MARK = re.compile(r"dn_detr\.errors\.\w+: ")
 
 
-def sentence_in(text):
+def sentence_in(text: str) -> str | None:
     """The InputError's own sentence inside a formatted traceback; None if there is none.
 
     Errors that cross a process border (DataLoader workers, `launch`) arrive as such text.
@@ -22,7 +22,7 @@ class InputError(ValueError):
     whole traceback as its text.
     """
 
-    def __init__(self, sentence):
+    def __init__(self, sentence: str):
         super().__init__(sentence_in(sentence) or sentence)
 
 

@@ -55,7 +55,7 @@ def _extension() -> dict[str, str]:
         return {"operators": f"cannot be loaded: {error}"}
     if not extension.KERNELS:
         return {"operators": f"plain PyTorch only: {extension.why_no_kernel('cpu')}"}
-    record = extension.read_record()
+    record = extension.read_record() or {}
     facts = {"built for": f"torch {record['torch']}, by {record['compiler']}"}
     if record["no_cuda"]:
         facts["CUDA operators"] = f"none: {record['no_cuda']}"

@@ -12,6 +12,7 @@ Boxes are cxcywh in [0, 1] of the unpadded image; padding masks are True where t
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class Target:
     scores: Tensor | None = None
     noise_seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         count = self.labels.shape[0]
         _check(self.labels, "labels", (count,), integer=True)
         _check(self.boxes, "boxes", (count, 4))
@@ -95,7 +96,7 @@ class Targets:
     scores: Tensor | None = None
     masks: tuple[Tensor, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         batch, most = self.labels.shape
         _check(self.labels, "labels", (batch, most), integer=True)
         _check(self.boxes, "boxes", (batch, most, 4))
@@ -107,7 +108,7 @@ class Targets:
     def to(self, device: torch.device | str) -> Targets:
         """Return a copy on `device`; `counts` stays on the host."""
 
-        def move(value):
+        def move(value: Any) -> Any:
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
         moved = {f.name: move(getattr(self, f.name)) for f in fields(self)}
@@ -147,7 +148,7 @@ def pad_targets(targets: list[Target], multiple_of: int = 1) -> Targets:
         boxes[i, :count] = target.boxes
         is_object[i, :count] = True
         if scores is not None:
-            scores[i, :count] = target.scores
+            scores[i, :count] = target.scores  # type: ignore[assignment]
     return Targets(
         labels=labels,
         boxes=boxes,
@@ -155,7 +156,7 @@ def pad_targets(targets: list[Target], multiple_of: int = 1) -> Targets:
         noise_seeds=torch.tensor([t.noise_seed for t in targets], device=like.device),
         counts=counts,
         scores=scores,
-        masks=tuple(target.masks for target in targets) if has_masks[0] else None,
+        masks=tuple(t.masks for t in targets) if has_masks[0] else None,  # type: ignore[misc]
     )
 
 
@@ -202,7 +203,7 @@ class FeatureMaps:
     padding: tuple[Tensor, ...]
     strides: tuple[int, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not len(self.maps) == len(self.padding) == len(self.strides):
             raise ValueError(
                 f"maps, padding and strides must be of one length, got "
@@ -225,7 +226,7 @@ class MaskFeatures:
     features: Tensor
     valid_sizes: Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         batch = self.features.shape[0]
         _check(self.features, "features", (batch, None, None, None))
         _check(self.valid_sizes, "valid_sizes", (batch, 2))
@@ -251,7 +252,7 @@ class Memory:
     valid_sizes: Tensor
     mask_features: MaskFeatures | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         batch, tokens, channels = self.tokens.shape
         _check(self.position, "position", (batch, tokens, channels))
         _check(self.padding, "padding", (batch, tokens), boolean=True)
@@ -276,7 +277,7 @@ class QueryState:
     position: Tensor | None
     reference: Tensor | None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         batch, queries, channels = self.content.shape
         if self.position is not None:
             _check(self.position, "position", (batch, queries, channels))
@@ -291,7 +292,7 @@ class QueryState:
             ValueError: if only some states have a position, or a reference.
         """
 
-        def join(name):
+        def join(name: str) -> Any:
             parts = [getattr(state, name) for state in states]
             if any(part is None for part in parts):
                 if not all(part is None for part in parts):
@@ -331,7 +332,7 @@ class Segment:
     weight: float = 1.0
     ignored_objects: Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_groups < 1 or self.size % self.num_groups:
             raise ValueError(
                 f"segment {self.name!r}: num_groups must divide size {self.size}, "
@@ -379,7 +380,7 @@ class Queries:
     proposals: Predictions | None = None
     mask: Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         queries = self.state.content.shape[1]
         check_segments(self.segments, queries)
         if self.mask is not None:
@@ -434,7 +435,7 @@ class Predictions:
     mask_embeddings: Tensor | None = None
     mask_features: MaskFeatures | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         layers, batch, queries, _ = self.logits.shape
         check_segments(self.segments, queries)
         if self.boxes is not None:
@@ -446,7 +447,7 @@ class Predictions:
                 "either both or none of mask_embeddings and mask_features must be given"
             )
         if self.mask_embeddings is not None:
-            channels = self.mask_features.features.shape[1]
+            channels = self.mask_features.features.shape[1]  # type: ignore[union-attr]
             _check(self.mask_embeddings, "mask_embeddings", (layers, batch, queries, channels))
 
     def segment(self, name: str) -> Segment:
@@ -466,7 +467,7 @@ class Predictions:
                 break
             start += other.size
 
-        def cut(value, axis):
+        def cut(value: Any, axis: int) -> Any:
             return None if value is None else value.narrow(axis, start, segment.size)
 
         return Predictions(
@@ -495,7 +496,7 @@ class Assignment:
     is_real: Tensor
     is_bad: Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         layers, batch, size = self.object_of.shape
         _check(self.object_of, "object_of", (layers, batch, size), integer=True)
         _check(self.is_real, "is_real", (batch, size), boolean=True)

@@ -12,6 +12,7 @@ keys (`hides_empty`), so that an image's result does not depend on its batch par
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class FixedGroups:
     num_groups: int = 5
     max_objects: int = 500
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.num_groups <= self.max_objects:
             raise ValueError(
                 "the number of denoising groups must be at least 1 and at most the number of "
@@ -55,7 +56,7 @@ class ObjectBudget:
 
     max_objects: int = 100
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_objects < 1:
             raise ValueError(f"the denoising budget must be at least 1, got {self.max_objects}")
 

@@ -29,8 +29,8 @@ def attend(
     pieces = []
     for start, size, num_groups, mask in query_mask.parts:
         part = [x.narrow(1, start, size) for x in (q, k, v)]
-        folded = [fold(x, num_groups, num_heads) for x in part]
-        out = F.scaled_dot_product_attention(*folded, attn_mask=mask, dropout_p=dropout)
+        query, key, value = (fold(x, num_groups, num_heads) for x in part)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         pieces.append(unfold(out, num_groups))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 

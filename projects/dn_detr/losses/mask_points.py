@@ -35,7 +35,7 @@ class PointSampling:
     oversample: float = 3.0
     importance: float = 0.75
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_points < 1 or self.oversample < 1 or not 0 <= self.importance <= 1:
             raise ValueError(
                 "points of masks need num_points >= 1, oversample >= 1 and importance in [0, 1], "
@@ -105,7 +105,8 @@ class SampledMasks:
         labels = self.labels.gather(1, index).to(logits.dtype)
         certainty = logits.detach()[..., : self.num_candidates].abs()
         unsure = certainty.topk(self.num_unsure, largest=False, sorted=False).indices
-        return tuple(
+        logits, labels = (
             torch.cat((values.gather(2, unsure), values[..., self.num_candidates :]), dim=2)
             for values in (logits, labels)
         )
+        return logits, labels

@@ -56,9 +56,9 @@ def assign(
     assignments = {}
     for name, part in parts.items():
         if name in found:
-            object_of, is_bad = found[name]
-            object_of = _leave_out(object_of, part.segments[0].ignored_objects)
-            assignment = Assignment(object_of, _is_real(part), is_bad | _is_nonfinite(part))
+            matches, is_bad = found[name]
+            matches = _leave_out(matches, part.segments[0].ignored_objects)
+            assignment = Assignment(matches, _is_real(part), is_bad | _is_nonfinite(part))
         else:
             fixed = part.segments[0].assignment.expand(part.logits.shape[0], -1, -1)
             assignment = Assignment(fixed, _is_real(part))

@@ -106,7 +106,7 @@ class Costs:
     alpha: float = 0.25
     gamma: float = 2.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in ("focal", "softmax"):
             raise ValueError(f'kind of class cost must be "focal" or "softmax", got {self.kind!r}')
 

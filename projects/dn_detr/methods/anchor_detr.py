@@ -181,7 +181,7 @@ def anchor_detr(
     c = config
     projection = nn.Conv2d(in_channels[-1], c.channels, kernel_size=1)
     nn.init.xavier_uniform_(projection.weight)
-    nn.init.zeros_(projection.bias)
+    nn.init.zeros_(projection.bias)  # type: ignore[arg-type]
     axis = AxisPosition(channels=c.channels)
     return DETR(
         neck=SingleScaleNeck(

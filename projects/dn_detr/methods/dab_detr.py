@@ -25,6 +25,7 @@ content (and into one for other classes); empty denoising slots are hidden (`aux
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -50,7 +51,7 @@ from dn_detr.structures import Memory
 class ScaledDenseEncoder(DenseEncoder):
     """A dense encoder that scales the tokens' position by an MLP of the tokens in every layer."""
 
-    def __init__(self, layers: list[nn.Module], *, channels: int):
+    def __init__(self, layers: Sequence[nn.Module], *, channels: int):
         super().__init__(layers)
         self.scale = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=2)
         xavier_(self.scale)

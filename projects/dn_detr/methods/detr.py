@@ -56,7 +56,7 @@ def heads(c: BoxConfig) -> Heads:
     """Boxes start anywhere, since there is no base for them to start at; and so do the classes of a
     softmax, which needs no prior against a flood of negatives."""
     made = shared_heads(c)
-    made.box_heads[0].layers[-1].reset_parameters()
+    made.box_heads[0].layers[-1].reset_parameters()  # type: ignore[index, union-attr]
     if c.has_no_object:
-        made.class_heads[0].reset_parameters()
+        made.class_heads[0].reset_parameters()  # type: ignore[operator]
     return made

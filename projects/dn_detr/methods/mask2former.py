@@ -23,6 +23,8 @@ Deviations from the authors' code: padding is neither looked at nor interpolated
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -206,7 +208,7 @@ class MaskedLayer(nn.Module):
 
 
 def masked_layer(config: ModelConfig) -> MaskedLayer:
-    sizes = {
+    sizes: dict[str, Any] = {
         "channels": config.channels,
         "num_heads": config.num_heads,
         "dropout": config.dropout,

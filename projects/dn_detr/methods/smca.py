@@ -168,7 +168,7 @@ class GuidedPoint(nn.Module):
 class ScaleEncoder(DenseEncoder):
     """Attention within each scale, in the middle layer across all of them (sec. 3.3)."""
 
-    def __init__(self, layers: list[nn.Module]):
+    def __init__(self, layers: Sequence[nn.Module]):
         super().__init__(layers)
         self.across = len(layers) // 2
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers.attention_blocks import SelfAttention
 from dn_detr.layers.mlp import FeedForward
 from dn_detr.layers.query_attention import QueryAttentionMask, attention_dtype
 from dn_detr.protocols import CrossAttention, Predictor, QueryPosition
@@ -83,7 +84,7 @@ class Decoder(nn.Module):
             dtype=attention_dtype(content),
             mask=queries.mask,
         )
-        step = self.predictor.start(content, queries.state.reference)
+        step = self.predictor.start(content, queries.state.reference)  # type: ignore[operator]
         steps, references = [], []
         if step.logits is not None:
             references.append(step.reference.detach())

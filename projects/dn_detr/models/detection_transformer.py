@@ -54,7 +54,7 @@ class DETR(nn.Module):
         memory = self.encoder(self.flatten(self.neck(features, padding)))
         if self.mask_head is not None:
             memory = replace(memory, mask_features=self.mask_head(finest, padding, memory))
-        source = self.query_design.bind(memory)
+        source = self.query_design.bind(memory)  # type: ignore[operator]
         queries = source.queries()
         if targets is not None:
             for assist in self.auxiliary:

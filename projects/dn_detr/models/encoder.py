@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -65,7 +66,7 @@ class DenseEncoderLayer(nn.Module):
 class DenseEncoder(nn.Module):
     """A stack of `DenseEncoderLayer`."""
 
-    def __init__(self, layers: list[DenseEncoderLayer]):
+    def __init__(self, layers: Sequence[nn.Module]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 

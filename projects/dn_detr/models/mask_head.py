@@ -30,8 +30,8 @@ class MaskHead(nn.Module):
         )
         self.project = nn.Conv2d(channels, channels, kernel_size=1)
         for conv in (self.lateral[0], self.output[0], self.project):
-            nn.init.kaiming_uniform_(conv.weight, a=1)
-        nn.init.zeros_(self.project.bias)
+            nn.init.kaiming_uniform_(conv.weight, a=1)  # type: ignore[arg-type]
+        nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]
 
     def forward(self, feature: Tensor, padding: Tensor, memory: Memory) -> MaskFeatures:
         """feature [B, C_in, h, w]; padding [B, H, W] bool of the image; memory of the encoder."""

@@ -42,8 +42,8 @@ class MultiScaleNeck(nn.Module):
             self.strides.append(self.strides[-1] * 2)
             width = channels
         for level in self.levels:
-            nn.init.xavier_uniform_(level[0].weight)
-            nn.init.zeros_(level[0].bias)
+            nn.init.xavier_uniform_(level[0].weight)  # type: ignore[index]
+            nn.init.zeros_(level[0].bias)  # type: ignore[index]
 
     def forward(self, features: list[Tensor], padding: Tensor) -> FeatureMaps:
         maps = [

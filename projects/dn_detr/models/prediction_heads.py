@@ -33,7 +33,8 @@ class Heads(nn.Module):
         count = 1 if shared else num_layers
         self.class_heads = nn.ModuleList(class_head(channels, num_classes) for _ in range(count))
         self.box_heads = nn.ModuleList(box_head(channels) for _ in range(count))
-        nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], size_bias)
+        bias = self.box_heads[0].layers[-1].bias  # type: ignore[index, union-attr]
+        nn.init.constant_(bias[2:], size_bias)
 
     def classify(self, layer: int, content: Tensor) -> Tensor:
         return at_least_float32(self.class_heads[min(layer, len(self.class_heads) - 1)](content))
@@ -72,8 +73,8 @@ def class_head(channels: int, num_classes: int) -> nn.Linear:
 
 def box_head(channels: int) -> MLP:
     head = MLP(in_dim=channels, hidden_dim=channels, out_dim=4, num_layers=3)
-    nn.init.zeros_(head.layers[-1].weight)
-    nn.init.zeros_(head.layers[-1].bias)
+    nn.init.zeros_(head.layers[-1].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(head.layers[-1].bias)  # type: ignore[arg-type]
     return head
 
 

@@ -117,9 +117,7 @@ class ProposalParameters(nn.Module):
     """What is learned for N queries: content [N, C], or None where it follows from the box, and the
     head whose proposals they are; None: the design's own head."""
 
-    def __init__(
-        self, *, num_queries: int, content: nn.Parameter | None, head: ProposalHead | None
-    ):
+    def __init__(self, *, num_queries: int, content: nn.Parameter | None, head: nn.Module | None):
         super().__init__()
         self.num_queries = num_queries
         self.content = content

@@ -4,6 +4,7 @@ that attend densely in the decoder (2005.12872). They differ in queries, positio
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -70,7 +71,7 @@ def dense_encoder_layers(
 
 def dense_decoder_layers(config: ModelConfig) -> list[DecoderLayer]:
     """Layers that add positions to contents (2005.12872)."""
-    size = {
+    size: dict[str, Any] = {
         "channels": config.channels,
         "num_heads": config.num_heads,
         "dropout": config.dropout,
@@ -91,7 +92,7 @@ def conditional_decoder_layers(
     config: ModelConfig, activation: Activation = nn.ReLU
 ) -> list[DecoderLayer]:
     """Layers that keep content and place apart (2108.06152)."""
-    size = {
+    size: dict[str, Any] = {
         "channels": config.channels,
         "num_heads": config.num_heads,
         "dropout": config.dropout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -73,7 +74,15 @@ def deformable_attention_pytorch(
     )
 
 
-def _compose(value, shapes, valid_sizes, reference, offsets, logits, padding):
+def _compose(
+    value: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    valid_sizes: Tensor,
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    padding: Tensor | None,
+) -> Tensor:
     _check(value, shapes, valid_sizes, reference, offsets, logits, padding)
     precise = torch.float64 if value.dtype == torch.float64 else torch.float32
     levels, points = offsets.shape[3], offsets.shape[4]
@@ -95,7 +104,15 @@ def _compose(value, shapes, valid_sizes, reference, offsets, logits, padding):
     return ms_deform_attn_pytorch(value, shapes, torch.stack((x, y), dim=-1), weights)
 
 
-def _check(value, shapes, valid_sizes, reference, offsets, logits, padding):
+def _check(
+    value: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    valid_sizes: Tensor,
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    padding: Tensor | None,
+) -> None:
     if value.ndim != 4:
         raise ValueError(f"value must be [B, S, H, D], got {list(value.shape)}")
     batch, tokens, heads, _ = value.shape
@@ -125,7 +142,15 @@ def _check(value, shapes, valid_sizes, reference, offsets, logits, padding):
         raise ValueError(f"shapes must hold S = {tokens} cells, got {cells}")
 
 
-def _fake(value, spatial_shapes, valid_sizes, reference, offsets, logits, padding):
+def _fake(
+    value: Tensor,
+    spatial_shapes: list[int],
+    valid_sizes: Tensor,
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    padding: Tensor | None,
+) -> Tensor:
     sides = iter(spatial_shapes)
     shapes = list(zip(sides, sides, strict=True))
     _check(value, shapes, valid_sizes, reference, offsets, logits, padding)
@@ -134,9 +159,16 @@ def _fake(value, spatial_shapes, valid_sizes, reference, offsets, logits, paddin
 
 
 def _fake_backward(
-    _grad_output, value, _spatial_shapes, _valid_sizes, reference, offsets, logits, _padding,
-    needs_reference,
-):  # fmt: skip
+    _grad_output: Tensor,
+    value: Tensor,
+    _spatial_shapes: list[int],
+    _valid_sizes: Tensor,
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    _padding: Tensor | None,
+    needs_reference: bool,
+) -> tuple[Tensor, ...]:
     grad_value, grad_reference, grad_offsets, grad_logits = (
         torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (value, reference, offsets, logits)
@@ -146,13 +178,17 @@ def _fake_backward(
     return grad_value, grad_reference, grad_offsets, grad_logits
 
 
-def _setup_context(ctx, inputs, output):  # noqa: ARG001 - torch passes it by name
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    output: object,  # noqa: ARG001 - torch passes it by name
+) -> None:
     value, spatial_shapes, *others = inputs
     ctx.save_for_backward(value, *others)
     ctx.spatial_shapes = spatial_shapes
 
 
-def _backward(ctx, grad_output):
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     value, *others = ctx.saved_tensors
     needs_reference = ctx.needs_input_grad[3]
     grad_value, grad_reference, grad_offsets, grad_logits = (
@@ -165,7 +201,7 @@ def _backward(ctx, grad_output):
     return grad_value, None, None, grad_reference, grad_offsets, grad_logits, None
 
 
-def _no_second_backward(_ctx, *_grads):
+def _no_second_backward(_ctx: Any, *_grads: object) -> NoReturn:
     raise RuntimeError(
         "deformable_attention is not twice differentiable; use deformable_attention_pytorch for that"
     )

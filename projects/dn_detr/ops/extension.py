@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ class ExtensionMismatch(ImportError):
     """The compiled operators were built for another torch than the one that is running."""
 
 
-def read_record(package: Path = PACKAGE) -> dict | None:
+def read_record(package: Path = PACKAGE) -> dict[str, Any] | None:
     """What the last build wrote down (`_build.json`), or None if nothing was ever built."""
     path = package / "_build.json"
     return json.loads(path.read_text()) if path.is_file() else None
@@ -44,7 +45,9 @@ def find_library(package: Path = PACKAGE) -> Path | None:
     return next(found, None)
 
 
-def check_record(record: dict | None, torch_version: str, cuda_version: str | None) -> None:
+def check_record(
+    record: dict[str, Any] | None, torch_version: str, cuda_version: str | None
+) -> None:
     """Raise ExtensionMismatch unless the library was built for this torch.
 
     Compared are the release (2.11.0) and the CUDA version. It is asked before the library is
@@ -128,7 +131,7 @@ def use_kernel(name: str, device: torch.device) -> bool:
     Warns, once per process and device type, where there is none on a CPU or a CUDA device. An ONNX
     graph is made of plain PyTorch, as is everything inside of `pytorch_operators`.
     """
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore
     if _is_plain or (is_traced and torch.onnx.is_in_onnx_export()):
         return False
     if device.type in KERNELS.get(name, ()):

@@ -74,18 +74,20 @@ def has_nonfinite(values: Tensor, is_empty: Tensor | None) -> Tensor:
     return torch.ops.dn_detr.has_nonfinite(values, is_empty)
 
 
-def _fake_costs(logits, _boxes, image_of, *_):
+def _fake_costs(logits: Tensor, _boxes: Tensor, image_of: Tensor, *_: object) -> Tensor:
     return logits.new_empty(logits.shape[0], image_of.shape[0], logits.shape[2])
 
 
-def _fake_assign(costs, image_of, batch, *_):
+def _fake_assign(
+    costs: list[Tensor], image_of: Tensor, batch: int, *_: object
+) -> tuple[list[Tensor], list[Tensor]]:
     return (
         [image_of.new_empty(cost.shape[0], batch, cost.shape[2]) for cost in costs],
         [image_of.new_empty(cost.shape[0], batch, dtype=torch.bool) for cost in costs],
     )
 
 
-def _fake_has_nonfinite(values, _is_empty):
+def _fake_has_nonfinite(values: Tensor, _is_empty: Tensor | None) -> Tensor:
     return values.new_empty(values.shape[:2], dtype=torch.bool)
 
 

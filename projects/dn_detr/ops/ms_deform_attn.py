@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -71,7 +72,12 @@ def ms_deform_attn_pytorch(
     return output.transpose(1, 2).contiguous().to(value.dtype)
 
 
-def _check(value, spatial_shapes, sampling_locations, attention_weights):
+def _check(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> None:
     if value.ndim != 4:
         raise ValueError(f"value must be [B, S, H, D], got {list(value.shape)}")
     batch, tokens, heads, _ = value.shape
@@ -105,25 +111,37 @@ def _check(value, spatial_shapes, sampling_locations, attention_weights):
             )
 
 
-def _fake(value, spatial_shapes, sampling_locations, attention_weights):
+def _fake(
+    value: Tensor, spatial_shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
     sides = iter(spatial_shapes)
     _check(value, list(zip(sides, sides, strict=True)), sampling_locations, attention_weights)
     batch, _, heads, channels = value.shape
     return value.new_empty(batch, sampling_locations.shape[1], heads * channels)
 
 
-def _fake_backward(_grad_output, value, _spatial_shapes, sampling_locations, attention_weights):
+def _fake_backward(
+    _grad_output: Tensor,
+    value: Tensor,
+    _spatial_shapes: list[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> tuple[Tensor, ...]:
     inputs = (value, sampling_locations, attention_weights)
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
 
 
-def _setup_context(ctx, inputs, output):  # noqa: ARG001 - torch passes it by name
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    output: object,  # noqa: ARG001 - torch passes it by name
+) -> None:
     value, spatial_shapes, sampling_locations, attention_weights = inputs
     ctx.save_for_backward(value, sampling_locations, attention_weights)
     ctx.spatial_shapes = spatial_shapes
 
 
-def _backward(ctx, grad_output):
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     value, sampling_locations, attention_weights = ctx.saved_tensors
     grad_value, grad_locations, grad_weights = torch.ops.dn_detr.ms_deform_attn_backward(
         grad_output, value, ctx.spatial_shapes, sampling_locations, attention_weights
@@ -131,7 +149,7 @@ def _backward(ctx, grad_output):
     return grad_value, None, grad_locations, grad_weights
 
 
-def _no_second_backward(_ctx, *_grads):
+def _no_second_backward(_ctx: Any, *_grads: object) -> NoReturn:
     raise RuntimeError(
         "ms_deform_attn is not twice differentiable; use ms_deform_attn_pytorch for that"
     )

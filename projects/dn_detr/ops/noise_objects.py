@@ -139,7 +139,7 @@ def noise_objects_pytorch(
     return NoisedSlots(noised_labels, noised_boxes, assigned, is_empty, mask)
 
 
-def _objects_of_slots(is_object, key, group, slots):
+def _objects_of_slots(is_object: Tensor, key: Tensor, group: Tensor, slots: int) -> Tensor:
     """Index of the object of each slot, [B or 1, G, 1, slots]: in order while all fit, else the
     `slots` objects with the smallest draws."""
     batch, most = is_object.shape
@@ -152,7 +152,7 @@ def _objects_of_slots(is_object, key, group, slots):
     return torch.where(fits, order, draw).argsort(dim=-1, stable=True)[..., :slots]
 
 
-def _move_box(boxes, scaled):
+def _move_box(boxes: Tensor, scaled: Tensor) -> Tensor:
     """Plain noise: boxes and scaled [B, T, 4], scaled in [-box_noise, box_noise)."""
     centre, size = boxes[..., :2], boxes[..., 2:]
     centre = centre + scaled[..., :2] * (size * 0.5)
@@ -160,7 +160,7 @@ def _move_box(boxes, scaled):
     return torch.cat((centre, size), dim=-1).clamp(0, 1)
 
 
-def _move_sides(boxes, scaled):
+def _move_sides(boxes: Tensor, scaled: Tensor) -> Tensor:
     """Contrastive noise: scaled [B, T, 4] is how far x1, y1, x2, y2 move, in half sizes."""
     centre, half = boxes[..., :2], boxes[..., 2:] * 0.5
     low = (centre - half + scaled[..., :2] * half).clamp(0, 1)
@@ -168,7 +168,9 @@ def _move_sides(boxes, scaled):
     return torch.cat(((low + high) * 0.5, (high - low).clamp(min=0)), dim=-1)
 
 
-def _mask(is_empty, group_size, num_matched, dtype, hide_empty):
+def _mask(
+    is_empty: Tensor, group_size: int, num_matched: int, dtype: torch.dtype, hide_empty: bool
+) -> Tensor:
     batch, slots = is_empty.shape
     total = slots + num_matched
     place = torch.arange(total, device=is_empty.device)
@@ -184,7 +186,14 @@ def _mask(is_empty, group_size, num_matched, dtype, hide_empty):
     return mask[..., :total]
 
 
-def _check(labels, boxes, is_object, noise_seeds, num_groups, slots_per_group):
+def _check(
+    labels: Tensor,
+    boxes: Tensor,
+    is_object: Tensor,
+    noise_seeds: Tensor,
+    num_groups: int,
+    slots_per_group: int,
+) -> None:
     if labels.ndim != 2:
         raise ValueError(f"labels must be [B, M], got {list(labels.shape)}")
     batch, most = labels.shape
@@ -211,9 +220,20 @@ def _check(labels, boxes, is_object, noise_seeds, num_groups, slots_per_group):
 
 
 def _fake(
-    labels, boxes, is_object, noise_seeds, num_groups, slots_per_group, _num_classes, _box_noise,
-    _label_noise, contrastive, num_matched, mask_dtype, _hide_empty,
-):  # fmt: skip
+    labels: Tensor,
+    boxes: Tensor,
+    is_object: Tensor,
+    noise_seeds: Tensor,
+    num_groups: int,
+    slots_per_group: int,
+    _num_classes: int,
+    _box_noise: float,
+    _label_noise: float,
+    contrastive: bool,
+    num_matched: int,
+    mask_dtype: torch.dtype,
+    _hide_empty: bool,
+) -> tuple[Tensor, ...]:
     _check(labels, boxes, is_object, noise_seeds, num_groups, slots_per_group)
     batch = labels.shape[0]
     slots = num_groups * slots_per_group * (2 if contrastive else 1)
