@@ -12,13 +12,18 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: demo test test-pypi-detectron2 clean
+.PHONY: demo test lint test-pypi-detectron2 clean
 
 demo: $(READY)
 	$(PYTHON) tools/run_demo.py
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 $(VENV)/ready: setup.py pyproject.toml dev/setup_venv.sh projects/dn_detr/install_detectron2.py $(wildcard csrc/* csrc/*/*)
 	bash dev/setup_venv.sh $(VENV)
