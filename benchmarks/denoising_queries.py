@@ -118,8 +118,12 @@ def build(function, targets: Targets, case: Case, dtype: torch.dtype, groups=Non
 
 
 def published_style(labels: list[Tensor], boxes: list[Tensor], case: Case) -> tuple[Tensor, ...]:
-    """(labels [B, T], boxes [B, T, 4], (image, query) of noised objects, mask [T + N, T + N] bool,
-    True = blocked), from lists over images on the device."""
+    """Noise lists over images as published code does.
+
+    Returns:
+        labels [B, T], boxes [B, T, 4], (image, query) of noised objects, mask [T + N, T + N] bool,
+        True = blocked.
+    """
     device = labels[0].device
     kinds = 2 if case.is_contrastive else 1
     counts = [sum(torch.ones_like(one)) for one in labels]  # numbers on the device

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 import zipfile
 from types import SimpleNamespace
 

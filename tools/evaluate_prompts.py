@@ -77,8 +77,10 @@ def as_result(image: int, box: np.ndarray, label: int, **more) -> dict:
 def evaluate(
     detector: Detector, records: list[dict], *, share: float, seed: int
 ) -> tuple[dict[str, dict], int, int]:
-    """Return metrics of the other objects without and with prompts, and the numbers of prompted and
-    other objects."""
+    """Return metrics of the other objects without and with prompts, and numbers of objects.
+
+    The numbers are those of prompted and of other objects.
+    """
     images, others, num_given = [], [], 0
     results: dict[str, list[dict]] = {"without prompts": [], "with prompts": []}
     names = detector.class_names

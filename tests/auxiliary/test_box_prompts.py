@@ -137,7 +137,7 @@ def test_what_is_given_follows_from_the_noise_key_alone():
 
 
 def test_shares_are_as_asked_and_boxes_are_noised_a_little():
-    """2000 images of 4 objects: half of the images asked, half of their objects given, on average."""
+    """2000 images of 4 objects: half of the images, half of their objects given, on average."""
     assist = RandomBoxPrompts(BoxPrompting(hidden_labels=0.25), num_classes=5)
     targets = pad_targets([tiny_target(4, key=key) for key in range(2000)])
     chosen = assist.choose(targets)

@@ -341,7 +341,8 @@ def test_a_resnet_of_caffe2_goes_below_the_feature_pyramid(resnet50, tmp_path, l
     check_all_loaded(model, in_order(expected))
     assert torch.equal(model.backbone.fpn_output2.weight, before)
     sentence = (
-        r"another pixel normalisation: set INPUT.FORMAT BGR .*, got RGB, \[123.675, 116.28, 103.53\] "
+        r"another pixel normalisation: set INPUT.FORMAT BGR .*, got RGB, "
+        r"\[123.675, 116.28, 103.53\] "
         r"and \[58.395, 57.12, 57.375\]; and the network .* set MODEL.RESNETS.STRIDE_IN_1X1 True\.$"
     )
     with pytest.raises(InputError, match=sentence):

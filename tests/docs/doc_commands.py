@@ -68,7 +68,7 @@ NOT_RUN = (
     "INPUT.SCHEDULE",
     "output/all_quick/backbone.pth",
 )
-"""Command lines of RUN that need a camera, teachers, the backbone of an earlier comparison, or the full
+"""Command lines of RUN that need a camera, teachers, an earlier comparison's backbone, or the full
 number of iterations of a schedule."""
 
 

@@ -15,7 +15,6 @@ Boxes may come without a label: their query has that of the label table's last r
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -12,7 +12,6 @@ keys (`hides_empty`), so that an image's result does not depend on its batch par
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn

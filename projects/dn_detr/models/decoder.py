@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
+from dn_detr.layers.attention_blocks import SelfAttention
 from dn_detr.layers.mlp import FeedForward
 from dn_detr.layers.query_attention import QueryAttentionMask, attention_dtype
 from dn_detr.protocols import CrossAttention, Predictor, QueryPosition

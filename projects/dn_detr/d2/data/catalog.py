@@ -196,7 +196,7 @@ def with_num_classes(cfg: CfgNode) -> CfgNode:
 
 def _difference(first: list[str], second: list[str]) -> str:
     """Describe the first difference between two unequal lists of class names."""
-    for i, (ours, theirs) in enumerate(zip(first, second)):
+    for i, (ours, theirs) in enumerate(zip(first, second, strict=False)):
         if ours != theirs:
             return f"class {i} is {ours!r} in the first and {theirs!r} in the second"
     return f"the first has {len(first)} and the second {len(second)}"

@@ -237,7 +237,7 @@ LIBRARIES = {"torchvision": TorchvisionStages, "timm": TimmStages}
 
 
 @BACKBONE_REGISTRY.register()
-def build_named_backbone(cfg, input_shape: ShapeSpec) -> NamedBackbone:
+def build_named_backbone(cfg, input_shape: ShapeSpec) -> NamedBackbone:  # noqa: ARG001
     """Build MODEL.DN_DETR.BACKBONE, "<library>/<name>".
 
     MODEL.RESNETS.NORM "FrozenBN" freezes its batch norms. MODEL.DN_DETR.BACKBONE_PRETRAINED loads

@@ -116,7 +116,7 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
 def clip_full_model(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
     """Clip the total norm of all gradients to `max_norm` before each step of an optimizer."""
 
-    def clip(optimizer, args, kwargs) -> None:
+    def clip(optimizer, args, kwargs) -> None:  # noqa: ARG001
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
