@@ -6,8 +6,8 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest

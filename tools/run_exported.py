@@ -64,8 +64,8 @@ def prepare(image: Image.Image, about: dict) -> tuple[np.ndarray, np.ndarray]:
 class Found(NamedTuple):
     """A detection.
 
-    The box is left, top, right, bottom in pixels of the image; mask: bool [height, width], or None if
-    the model predicts only boxes.
+    The box is left, top, right, bottom in pixels of the image; mask: bool [height, width], or
+    None if the model predicts only boxes.
     """
 
     name: str

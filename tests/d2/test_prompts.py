@@ -127,7 +127,10 @@ def test_the_best_detection_of_each_given_object_is_left_out(evaluate_prompts):
 
 
 def test_the_tool_compares_ap_with_and_without_prompts(
-    evaluate_prompts, prompted, capsys, monkeypatch  # noqa: ARG001
+    evaluate_prompts,
+    prompted,
+    capsys,
+    monkeypatch,  # noqa: ARG001
 ):
     evaluate_prompts.main(
         ["MODEL.WEIGHTS", str(prompted / "model_final.pth"), "MODEL.DEVICE", "cpu"]

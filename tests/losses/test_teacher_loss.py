@@ -36,7 +36,7 @@ def one_box(score: float):
 def test_losses_by_hand():
     predictions = predicted([[[LN3], [0.0]]], [[NEAR, FAR]])
     losses = Teaching(Teach(), costs=Costs())(predictions, one_box(0.6), 4.0)
-    # Matched: 0.6 x 0.25 x 0.25^2 x -ln 0.75 = 0.002697. Not: 0.5 x 0.75 x 0.5^2 x ln 2 = 0.0649825.
+    # Matched: 0.6 x 0.25 x 0.25^2 x -ln 0.75 = 0.002697. Not: 0.5 x 0.75 x 0.5^2 x ln 2 = 0.064982.
     assert losses["loss_ce_teacher"].item() == pytest.approx(2 * 0.0676795 / 4, abs=1e-6)
     assert losses["loss_bbox_teacher"].item() == pytest.approx(5 * 0.6 * 0.2 / 4, abs=1e-6)
     assert losses["loss_giou_teacher"].item() == pytest.approx(2 * 0.6 * (1 - 0.5) / 4, abs=1e-6)

@@ -24,6 +24,7 @@ was released under this name is another network, with depthwise convolutions as 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
