@@ -20,6 +20,7 @@ from torch import nn
 
 from dn_detr.conversion.backbone_weights import (
     CAFFE,
+    CAFFE_SCALED,
     IMAGENET,
     check_normalisation,
     numbered_through,
@@ -375,6 +376,24 @@ def test_a_network_that_strides_in_other_convolutions_is_refused(resnet50, tmp_p
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(caffe2(resnet50, WITH_STATISTICS)))
     with pytest.raises(InputError, match="set MODEL.RESNETS.STRIDE_IN_1X1 True"):
         load(model_of("faster_rcnn_fpn.yaml", **in_3x3), tmp_path / "a.pkl")
+
+
+def test_a_resnext_of_caffe2_takes_its_means_with_either_deviation(tmp_path):
+    """It took pixels of any kind."""
+    path = tmp_path / "X-101-32x8d.pkl"
+    path.write_bytes(pickle.dumps(caffe2(classifier("resnext101_32x8d"), AFFINE)))
+    changes = {
+        "MODEL__RESNETS__DEPTH": 101,
+        "MODEL__RESNETS__NUM_GROUPS": 32,
+        "MODEL__RESNETS__WIDTH_PER_GROUP": 8,
+        "MODEL__RESNETS__STRIDE_IN_1X1": False,
+    }
+    scaled = {"MODEL__PIXEL_STD": list(CAFFE_SCALED[2])}
+    for right in ({}, scaled):
+        load(model_of("faster_rcnn_fpn.yaml", **changes, **right), path)
+    for wrong in (RGB, {**scaled, "INPUT__FORMAT": "RGB"}, {"MODEL__PIXEL_MEAN": [127.5] * 3}):
+        with pytest.raises(InputError, match="set INPUT.FORMAT BGR .*57.375"):
+            load(model_of("faster_rcnn_fpn.yaml", **changes, **wrong), path)
 
 
 def test_the_resnet50_of_detectron2s_model_zoo(resnet50, tmp_path):

@@ -21,6 +21,7 @@ Normalisation = tuple[str, tuple[float, ...], tuple[float, ...]]
 
 IMAGENET: Normalisation = ("RGB", (123.675, 116.280, 103.530), (58.395, 57.120, 57.375))
 CAFFE: Normalisation = ("BGR", (103.530, 116.280, 123.675), (1.0, 1.0, 1.0))
+CAFFE_SCALED: Normalisation = ("BGR", CAFFE[1], (57.375, 57.120, 58.395))
 
 TORCHVISION = "a ResNet of torchvision or timm"
 HUGGING_FACE = "a ResNet of Hugging Face"
@@ -55,7 +56,8 @@ class BackboneMatch:
 
     source: in words; found: parameters by the backbone's names; missing: names that the file lacks;
     surplus: names in the file that belong to nothing; wrong: names with the shapes there and here;
-    depth: see `resnet_depth`; normalisation: what the weights were trained with, None = unknown;
+    depth: see `resnet_depth`; normalisation: what the weights were trained with, or one of `others`;
+    None = unknown;
     strides_in_1x1: whether the bottlenecks of its network stride in their first convolution, None =
     unknown; is_affine: its batch norms are an affine map alone.
     """
@@ -69,18 +71,22 @@ class BackboneMatch:
     normalisation: Normalisation | None
     strides_in_1x1: bool | None = None
     is_affine: bool = False
+    others: tuple[Normalisation, ...] = ()
 
 
-def check_normalisation(weights: str, wanted: Normalisation, given: Normalisation) -> None:
-    """ValueError, with what to set, unless pixels come as the weights were trained with them: to a
-    hundredth of the spread, which rounds what papers write."""
-    pairs = zip((*wanted[1], *wanted[2]), (*given[1], *given[2]), strict=True)
-    tolerance = 0.01 * max(wanted[2])
-    if given[0] == wanted[0] and all(abs(a - b) <= tolerance for a, b in pairs):
-        return
+def check_normalisation(
+    weights: str, wanted: Normalisation, given: Normalisation, *others: Normalisation
+) -> None:
+    """ValueError, with what to set, unless pixels come as the weights were trained with them, or as
+    one of `others`: to a hundredth of the spread, which rounds what papers write."""
+    for order, mean, std in (wanted, *others):
+        pairs = zip((*mean, *std), (*given[1], *given[2]), strict=True)
+        tolerance = 0.01 * max(std)
+        if given[0] == order and all(abs(a - b) <= tolerance for a, b in pairs):
+            return
     (order, mean, std), (given_order, given_mean, given_std) = (
-        (order, *([round(v, 3) for v in values] for values in others))
-        for order, *others in (wanted, given)
+        (order, *([round(v, 3) for v in values] for values in rest))
+        for order, *rest in (wanted, given)
     )
     raise ValueError(
         f"{weights} were trained with another pixel normalisation: set INPUT.FORMAT {order} "
@@ -127,7 +133,8 @@ def match_backbone(
         )
         return replace(
             match,
-            normalisation=None if is_resnext else CAFFE,
+            normalisation=CAFFE_SCALED if is_resnext else CAFFE,
+            others=(CAFFE,) if is_resnext else (),
             strides_in_1x1=not is_resnext and not any("_gn_" in name for name in state),
             is_affine=_is_affine(state),
         )

@@ -300,7 +300,7 @@ class Checkpointer(DetectionCheckpointer):
         if checkpoint.get("__author__") == "torchvision":
             normalisation, strides = IMAGENET, False
         self._refuse(
-            *self._normalisation_faults(normalisation),
+            *self._normalisation_faults(normalisation, *match.others),
             *self._network_faults(body, strides, is_affine=match.is_affine),
         )
         state = {f"{prefix}{name}": tensor for name, tensor in match.found.items()}
@@ -385,13 +385,15 @@ class Checkpointer(DetectionCheckpointer):
         is_coco = self.model.num_classes == len(COCO_CATEGORIES)
         return keep_coco_classes(ours) if is_coco and surplus == {len(ABSENT) + 1} else ours
 
-    def _normalisation_faults(self, normalisation: Normalisation | None) -> Iterator[str]:
+    def _normalisation_faults(
+        self, normalisation: Normalisation | None, *others: Normalisation
+    ) -> Iterator[str]:
         if normalisation is None:
             return
         mean, std = (v.flatten().tolist() for v in (self.model.pixel_mean, self.model.pixel_std))
         try:
             given = (self.model.input_format, mean, std)
-            check_normalisation(f"the weights in {self.path!r}", normalisation, given)
+            check_normalisation(f"the weights in {self.path!r}", normalisation, given, *others)
         except ValueError as error:
             yield str(error)
 
