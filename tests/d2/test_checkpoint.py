@@ -246,6 +246,14 @@ def test_a_moving_average_of_another_project_is_refused_in_one_sentence(
         load(model, f"{tmp_path / 'a.pth'}@ema")
 
 
+def test_what_another_project_keeps_under_the_name_of_the_description_is_ignored(
+    model_of, tmp_path
+):
+    model = model_of()
+    torch.save({"model": model.state_dict(), "detector": 3}, tmp_path / "a.pth")
+    load(model, str(tmp_path / "a.pth"))
+
+
 @pytest.mark.parametrize("saved", [None, FORMAT - 1, FORMAT + 1])
 def test_parameter_names_of_another_version_are_refused_in_one_sentence(model_of, tmp_path, saved):
     about = {"config": "", "class_names": list("abcdef")}

@@ -213,6 +213,8 @@ class Checkpointer(DetectionCheckpointer):
                     f"SOLVER.EMA.ENABLED saved: leave {AVERAGED!r} out of MODEL.WEIGHTS."
                 )
             checkpoint["model"] = average["model"]
+        if not isinstance(checkpoint.get(DETECTOR), dict):  # another project's
+            checkpoint.pop(DETECTOR, None)
         check_format(filename, checkpoint)
         state = checkpoint["model"]
         if not isinstance(state, dict) or not all(hasattr(v, "shape") for v in state.values()):
