@@ -1,4 +1,4 @@
-"""The attention blocks of decoder and encoder layers: projection, attention, residual, norm."""
+"""Attention blocks of the encoder and decoder layers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from dn_detr.structures import Memory
 
 
 class SelfAttention(nn.Module):
-    """Residual self-attention between queries; q and k get the position added (2005.12872).
-
-    content, position [B, Q, C] -> [B, Q, C]; a norm follows the residual.
-    """
+    """Post-norm self-attention block; the position is added to queries and keys (2005.12872)."""
 
     def __init__(self, *, channels: int, num_heads: int, dropout: float):
         super().__init__()
@@ -29,6 +26,7 @@ class SelfAttention(nn.Module):
         xavier_fused_([self.out])
 
     def forward(self, content: Tensor, position: Tensor, query_mask: QueryAttentionMask) -> Tensor:
+        """Return the updated content [B, Q, C] from content and position, both [B, Q, C]."""
         with_position = content + position
         q, k, v = self.q(with_position), self.k(with_position), self.v(content)
         dropout = self.dropout.p if self.training else 0.0
@@ -37,11 +35,10 @@ class SelfAttention(nn.Module):
 
 
 class DeformableAttention(nn.Module):
-    """Multi-scale deformable attention (2010.04159, eq. 3): query [B, Q, C] -> [B, Q, C].
+    """Multi-scale deformable attention with its projections (2010.04159, eq. 3).
 
-    Samples `num_points` points a head and level around a reference [B, Q, 2 or 4] in [0, 1] of the
-    unpadded image, from value tokens [B, S, C] with padding taken as zero. Offsets of a point
-    reference are in cells; those of a box in half box sizes over the number of points.
+    Samples num_points points per head and level; padded tokens count as zero. Offsets from a point
+    are in cells, offsets from a box in half box sizes divided by num_points.
     """
 
     def __init__(self, *, channels: int, num_heads: int, num_levels: int, num_points: int):
@@ -64,7 +61,7 @@ class DeformableAttention(nn.Module):
             self.sampling_offsets.bias.copy_(self._initial_offsets().flatten())
 
     def _initial_offsets(self) -> Tensor:
-        """Each head looks into its own direction, point p at distance p + 1 (on a square)."""
+        """One direction per head, point p at distance p + 1 (Chebyshev): [heads, levels, P, 2]."""
         angle = torch.arange(self.num_heads) * (2 * torch.pi / self.num_heads)
         direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
         direction = direction / direction.abs().amax(dim=-1, keepdim=True)
@@ -73,6 +70,17 @@ class DeformableAttention(nn.Module):
         return offsets.expand(-1, self.num_levels, -1, -1)
 
     def forward(self, query: Tensor, reference: Tensor, memory: Memory) -> Tensor:
+        """Attend to the memory around the references.
+
+        Args:
+            query: [B, Q, C], position included.
+            reference: [B, Q, 2 or 4] in [0, 1] of the unpadded image, or one per level,
+                [B, Q, levels, 2 or 4].
+            memory: S tokens of all levels.
+
+        Returns:
+            Update [B, Q, C].
+        """
         batch, queries, _ = query.shape
         heads, levels, points = self.num_heads, self.num_levels, self.num_points
         value = self.value_proj(memory.tokens).unflatten(-1, (heads, -1))

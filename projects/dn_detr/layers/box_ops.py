@@ -1,7 +1,7 @@
-"""Box arithmetic. Boxes are cxcywh or xyxy, as the names say, in any one unit.
+"""Box arithmetic on cxcywh or xyxy boxes in any unit.
 
-Everything is computed in float32 (float64 stays float64), whatever autocast says: half precision
-cannot tell apart neighbouring pixels of a large image.
+Everything is computed in float32 (float64 stays float64), even under autocast: half precision
+cannot resolve single pixels of a large image.
 """
 
 from __future__ import annotations
@@ -10,38 +10,38 @@ import torch
 from torch import Tensor
 
 SMALLEST_AREA = 1e-9
-"""Divisors below this are raised to it: a box of 0.04 x 0.04 pixels in an image of 1333 x 1333."""
+"""Lower bound of divisors: the area of 0.04 x 0.04 pixels in an image of 1333 x 1333."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32, or unchanged where it is float64."""
+    """Cast a tensor of any shape to float32; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def inverse_sigmoid(x: Tensor, epsilon: float) -> Tensor:
-    """Logit of `x` after clamping it to [epsilon, 1 - epsilon].
+    """Compute the logit of `x` [...] clamped to [epsilon, 1 - epsilon], elementwise.
 
-    One two-sided clamp, because exporters to ONNX break two chained one-sided ones; the result
-    differs from the published max(x, epsilon) / max(1 - x, epsilon) by at most epsilon.
+    A single two-sided clamp, because ONNX exporters break two chained one-sided ones; it differs
+    from the published max(x, epsilon) / max(1 - x, epsilon) by at most epsilon.
     """
     x = at_least_float32(x).clamp(epsilon, 1 - epsilon)
     return torch.log(x / (1 - x))
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Centre and size [..., 4] to the top left and bottom right corners [..., 4]."""
+    """Convert boxes [..., 4] from (cx, cy, w, h) to (x0, y0, x1, y1)."""
     cx, cy, w, h = at_least_float32(boxes).unbind(-1)
     return torch.stack((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Top left and bottom right corners [..., 4] to centre and size [..., 4]."""
+    """Convert boxes [..., 4] from (x0, y0, x1, y1) to (cx, cy, w, h)."""
     x0, y0, x1, y1 = at_least_float32(boxes).unbind(-1)
     return torch.stack(((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0), dim=-1)
 
 
 def area(boxes_xyxy: Tensor) -> Tensor:
-    """Areas [...] of boxes [..., 4]; 0 where the corners are crossed."""
+    """Compute areas [...] of xyxy boxes [..., 4]; 0 for boxes of negative width or height."""
     x0, y0, x1, y1 = at_least_float32(boxes_xyxy).unbind(-1)
     return (x1 - x0).clamp(min=0) * (y1 - y0).clamp(min=0)
 
@@ -54,9 +54,9 @@ def _intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def elementwise_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
-    """Intersection over union, in [0, 1], of boxes [..., 4] that are broadcast to each other.
+    """Compute the IoU [...], in [0, 1], of xyxy boxes [..., 4] broadcast against each other.
 
-    0 where both boxes have no area. Gradients are finite.
+    0 if neither box has an area. Gradients are finite.
     """
     a, b = at_least_float32(a_xyxy), at_least_float32(b_xyxy)
     intersection, union = _intersection_and_union(a, b)
@@ -64,9 +64,10 @@ def elementwise_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
 
 
 def elementwise_generalized_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
-    """Generalized IoU (1902.09630), in [-1, 1], of boxes [..., 4] broadcast to each other.
+    """Compute the generalized IoU [...], in [-1, 1], of xyxy boxes [..., 4] (1902.09630).
 
-    Boxes without area count as empty sets: the value stays finite and so do its gradients.
+    The boxes are broadcast against each other. Values and gradients stay finite for boxes without
+    area.
     """
     a, b = at_least_float32(a_xyxy), at_least_float32(b_xyxy)
     intersection, union = _intersection_and_union(a, b)

@@ -1,4 +1,4 @@
-"""How parameters start where a module's own default is not what the papers use."""
+"""Parameter initialization of the published models."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from torch import nn
 
 
 def xavier_(module: nn.Module) -> None:
-    """Xavier-uniform for every matrix of `module`, as in the code of DETR (2005.12872)."""
+    """Initialize every matrix of `module` Xavier-uniformly (code of DETR, 2005.12872)."""
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
 
 
 def xavier_fused_(linears: list[nn.Linear]) -> None:
-    """Xavier-uniform as for one matrix that holds all of `linears` below each other, biases 0.
+    """Initialize `linears` Xavier-uniformly as one stacked matrix, biases to 0.
 
-    That is how `nn.MultiheadAttention` starts its projections: with smaller values than each
-    matrix alone would get.
+    This matches the fused projection of `nn.MultiheadAttention`; separate initialization would give
+    larger values.
     """
     total = sum(linear.out_features for linear in linears)
     for linear in linears:

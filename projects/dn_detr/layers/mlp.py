@@ -1,4 +1,4 @@
-"""The perceptron of the heads, and the feed-forward block of the transformer layers."""
+"""MLP of the prediction heads and feed-forward block of the transformer layers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """`num_layers` linear layers with ReLU between them: [..., in_dim] -> [..., out_dim]."""
+    """`num_layers` linear layers with ReLU in between: [..., in_dim] -> [..., out_dim]."""
 
     def __init__(self, *, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int):
         super().__init__()
         widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
         self.layers = nn.ModuleList(
-            nn.Linear(inside, outside)
-            for inside, outside in zip(widths[:-1], widths[1:], strict=True)
+            nn.Linear(width_in, width_out)
+            for width_in, width_out in zip(widths[:-1], widths[1:], strict=True)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ class MLP(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Residual feed-forward block with a norm after it: [..., C] -> [..., C] (1706.03762, 3.3)."""
+    """Post-norm feed-forward block: [..., C] -> [..., C] (1706.03762, sec. 3.3)."""
 
     def __init__(self, *, channels: int, hidden_dim: int, dropout: float, activation: nn.Module):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Dense attention: from queries to every token of the memory that is not padding."""
+"""Multi-head attention to all unpadded memory tokens."""
 
 from __future__ import annotations
 
@@ -23,26 +23,24 @@ def attend_densely(
     dropout: float = 0.0,
     prior: Tensor | None = None,
 ) -> Tensor:
-    """Multi-head attention of q [B, Q, D] to k [B, S, D] and v [B, S, C] -> [B, Q, C].
+    """Compute multi-head attention of q [B, Q, D], k [B, S, D] and v [B, S, C]: [B, Q, C].
 
-    padding [B, S] bool: tokens that are no keys; prior [B, heads, Q, S] or None: added to the
-    logits of the attention.
+    Args:
+        padding: [B, S] bool, True for tokens that are masked out as keys.
+        dropout: Dropout rate of the attention weights.
+        prior: [B, heads, Q, S] added to the attention logits, or None.
     """
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
     mask = additive(~padding, q.dtype)[:, None, None]
     if prior is not None:
-        # A prior that overflows half precision to -inf could block a whole row.
+        # A prior that overflows half precision to -inf could mask out a whole row.
         mask = mask + prior.clamp(min=torch.finfo(q.dtype).min / 4).to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return out.transpose(1, 2).flatten(2)
 
 
 class DenseAttention(nn.Module):
-    """Projections around `attend_densely` (1706.03762, sec. 3.2.2).
-
-    query [B, Q, C], key and value [B, S, C], padding [B, S], prior [B, heads, Q, S] or None
-    -> update [B, Q, C].
-    """
+    """Multi-head attention with its projections (1706.03762, sec. 3.2.2)."""
 
     def __init__(self, *, channels: int, num_heads: int, dropout: float):
         super().__init__()
@@ -60,6 +58,10 @@ class DenseAttention(nn.Module):
         padding: Tensor,
         prior: Tensor | None = None,
     ) -> Tensor:
+        """Return the update [B, Q, C].
+
+        query [B, Q, C]; key and value [B, S, C]; padding and prior as in `attend_densely`.
+        """
         attended = attend_densely(
             self.q(query),
             self.k(key),
@@ -73,7 +75,7 @@ class DenseAttention(nn.Module):
 
 
 class DenseCrossAttention(nn.Module):
-    """Cross-attention of the stock layer to all tokens; positions are added (2005.12872)."""
+    """Cross-attention to all tokens; positions are added to queries and keys (2005.12872)."""
 
     def __init__(self, *, channels: int, num_heads: int, dropout: float):
         super().__init__()
@@ -82,15 +84,15 @@ class DenseCrossAttention(nn.Module):
     def forward(
         self, content: Tensor, position: Tensor, _reference: Tensor | None, memory: Memory
     ) -> Tensor:
+        """Return the update [B, Q, C] from content and position [B, Q, C]; reference is unused."""
         keys = memory.tokens + memory.position
         return self.attention(content + position, keys, memory.tokens, memory.padding)
 
 
 class SplitSelfAttention(nn.Module):
-    """Residual self-attention between queries in which content and position have projections of
-    their own, whose outputs are added (2108.06152, sec. 3.2); a norm follows the residual.
+    """Post-norm self-attention block that adds separate projections of content and position.
 
-    content, position [B, Q, C] -> [B, Q, C].
+    See 2108.06152, sec. 3.2.
     """
 
     def __init__(self, *, channels: int, num_heads: int, dropout: float):
@@ -105,10 +107,11 @@ class SplitSelfAttention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def query(self, content: Tensor, position: Tensor) -> Tensor:
-        """What a query [B, Q, C] asks the others."""
+        """Project content and position [B, Q, C] to attention queries [B, Q, C]."""
         return self.content_q(content) + self.position_q(position)
 
     def forward(self, content: Tensor, position: Tensor, query_mask: QueryAttentionMask) -> Tensor:
+        """Return the updated content [B, Q, C] from content and position, both [B, Q, C]."""
         attended = attend(
             self.query(content, position),
             self.content_k(content) + self.position_k(position),
@@ -121,19 +124,21 @@ class SplitSelfAttention(nn.Module):
 
 
 class ConditionalPosition(NamedTuple):
-    """What conditional cross-attention needs to know of a query's place, both [B, Q, C]: spatial,
-    compared with the sines of the tokens; learned, as in self-attention, for the first layer."""
+    """Query positions of conditional cross-attention, both [B, Q, C].
+
+    spatial is compared with the sine encoding of the tokens; learned, the position of
+    self-attention, is used by the first layer only.
+    """
 
     spatial: Tensor
     learned: Tensor
 
 
 class ConditionalCrossAttention(nn.Module):
-    """Cross-attention that compares content with content and place with place: in every head, the
-    two are concatenated (2108.06152, sec. 3.3).
+    """Conditional cross-attention: content and position concatenated per head.
 
-    is_first: in the first layer, whose content says nothing yet, the learned position is added to
-    the content of the query, and the position of the token to that of the key.
+    The attention logit is a content term plus a spatial term (2108.06152, sec. 3.3). With
+    `is_first`, for the first layer, positions are also added to the content of queries and keys.
     """
 
     def __init__(self, *, channels: int, num_heads: int, dropout: float, is_first: bool):
@@ -154,6 +159,7 @@ class ConditionalCrossAttention(nn.Module):
         _reference: Tensor | None,
         memory: Memory,
     ) -> Tensor:
+        """Return the update [B, Q, C] from content [B, Q, C]; reference is unused."""
         attended = attend_densely(
             *self.project(content, position, memory),
             self.num_heads,
@@ -165,16 +171,16 @@ class ConditionalCrossAttention(nn.Module):
     def project(
         self, content: Tensor, position: ConditionalPosition, memory: Memory
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, Q, 2 C], k [B, S, 2 C] and v [B, S, C]."""
+        """Project content [B, Q, C] and memory to q [B, Q, 2 C], k [B, S, 2 C] and v [B, S, C]."""
         q, k = self.content_q(content), self.content_k(memory.tokens)
-        place = self.position_k(memory.position)
+        position_k = self.position_k(memory.position)
         if self.learned_q is not None:
             q = q + self.learned_q(position.learned)
-            k = k + place
+            k = k + position_k
         q = self.join(q, self.spatial_q(position.spatial))
-        return q, self.join(k, place), self.v(memory.tokens)
+        return q, self.join(k, position_k), self.v(memory.tokens)
 
-    def join(self, content: Tensor, place: Tensor) -> Tensor:
-        """Concatenate [B, n, C] and [B, n, C] head by head: [B, n, 2 C]."""
-        parts = [x.unflatten(-1, (self.num_heads, -1)) for x in (content, place)]
+    def join(self, content: Tensor, spatial: Tensor) -> Tensor:
+        """Concatenate content and spatial [B, n, C] per head: [B, n, 2 C]."""
+        parts = [x.unflatten(-1, (self.num_heads, -1)) for x in (content, spatial)]
         return torch.cat(parts, dim=-1).flatten(2)

@@ -1,7 +1,7 @@
-"""Random points of an image, and what masks say there.
+"""Random points and bilinear sampling of masks at points.
 
-Points [..., 2] are (x, y) in [0, 1] of the unpadded image. Values between the centres of cells are
-bilinear; within half a cell of the border they are those of the outermost cells.
+Points [..., 2] are (x, y) in [0, 1] of the unpadded image. Sampling is bilinear between cell
+centres; within half a cell of the border it returns the value of the outermost cells.
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ from dn_detr.ops.philox import philox
 from dn_detr.structures import MaskFeatures
 
 POINT_DRAW = 2
-"""Third word of the counter; `ops.noise_objects` uses 0 and 1 with the same keys."""
+"""Third word of the Philox counter; `ops.noise_objects` uses 0 and 1 with the same keys."""
 
 
 def random_points(noise_seeds: Tensor, count: int, stream: int) -> Tensor:
-    """Uniform points [B, count, 2], float32, that follow from the images' keys [B] int64 alone.
+    """Draw uniform points that depend on the noise seeds alone.
 
-    stream: tells apart the points that an image needs for different purposes.
+    Args:
+        noise_seeds: [B] int64.
+        count: Points per image, P.
+        stream: Index of the random stream, one per purpose.
+
+    Returns:
+        [B, P, 2] float32.
     """
     pairs = torch.arange((count + 1) // 2, device=noise_seeds.device)
     words = philox(noise_seeds[:, None], (pairs, stream, POINT_DRAW, 0))
@@ -32,10 +38,10 @@ def random_points(noise_seeds: Tensor, count: int, stream: int) -> Tensor:
 
 
 def sample_features(mask_features: MaskFeatures, points: Tensor) -> Tensor:
-    """Features of a map at points [B, P, 2] -> [B, C, P], at least float32.
+    """Sample mask features [B, C, h, w] at points [B, P, 2]: [B, C, P], at least float32.
 
-    With `torch.use_deterministic_algorithms` by gathering, since the gradients of `grid_sample` have
-    no deterministic order on a GPU: the same values, slower.
+    Under `torch.use_deterministic_algorithms` it gathers instead of calling `grid_sample`, whose
+    backward is not deterministic on CUDA: the same values, slower.
     """
     features = at_least_float32(mask_features.features)
     height, width = features.shape[-2:]
@@ -45,39 +51,38 @@ def sample_features(mask_features: MaskFeatures, points: Tensor) -> Tensor:
     if torch.are_deterministic_algorithms_enabled():
         flat = features.flatten(2)
 
-        def at(y: Tensor, x: Tensor) -> Tensor:
+        def gather(y: Tensor, x: Tensor) -> Tensor:
             return flat.gather(2, (y * width + x).expand(-1, flat.shape[1], -1))
 
-        return _bilinear(at, x[:, None], y[:, None], width, height)
+        return _bilinear(gather, x[:, None], y[:, None], width, height)
     grid = torch.stack((x * (2 / width) - 1, y * (2 / height) - 1), dim=-1)
     return F.grid_sample(features, grid[:, :, None], align_corners=False)[..., 0]
 
 
 def sample_masks(masks: Tensor, points: Tensor) -> Tensor:
-    """Masks [n, H, W] bool of an image at points [P, 2] -> [n, P] in [0, 1], float32."""
+    """Sample masks [n, H, W] bool of an image at points [P, 2]: [n, P] float32 in [0, 1]."""
     height, width = masks.shape[-2:]
     flat = masks.flatten(1)
 
-    def at(y: Tensor, x: Tensor) -> Tensor:
+    def gather(y: Tensor, x: Tensor) -> Tensor:
         return flat.index_select(1, y * width + x).float()
 
     x, y = points.float().unbind(-1)
-    return _bilinear(at, x * width, y * height, width, height)
+    return _bilinear(gather, x * width, y * height, width, height)
 
 
 def _bilinear(
-    at: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, width: int, height: int
+    gather: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, width: int, height: int
 ) -> Tensor:
-    """The value at (x, y) [..., P], in cells, between its four neighbours; `at` takes their rows and
-    columns [..., P] int64."""
+    """Interpolate at (x, y) [..., P] in cells; `gather` takes rows and columns [..., P] int64."""
     x0, x1, right = _neighbours(x, width)
     y0, y1, below = _neighbours(y, height)
-    upper = torch.lerp(at(y0, x0), at(y0, x1), right)
-    return torch.lerp(upper, torch.lerp(at(y1, x0), at(y1, x1), right), below)
+    upper = torch.lerp(gather(y0, x0), gather(y0, x1), right)
+    return torch.lerp(upper, torch.lerp(gather(y1, x0), gather(y1, x1), right), below)
 
 
 def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The two cells around a position along an axis, and the share of the second."""
+    """Both neighbouring cells along an axis and the weight of the second, shaped like position."""
     position = (position - 0.5).clamp(min=0).clamp(max=size - 1)
     first = position.floor()
     index = first.long()
@@ -85,10 +90,16 @@ def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def moved_masks(masks: Tensor, object_of: Tensor, shift: Tensor, points: Tensor) -> Tensor:
-    """Whether points [P, 2] lie in masks that were moved: [T, P] bool.
+    """Test whether points lie inside shifted masks (nearest cell; False outside the image).
 
-    masks [n, H, W] bool of an image; object_of [T] int64 in [0, n); shift [T, 2] in shares of the
-    image. Outside of the image there is nothing.
+    Args:
+        masks: [n, H, W] bool, of one image.
+        object_of: [T] int64 in [0, n), the mask of each query.
+        shift: [T, 2] (x, y) as fractions of the image size.
+        points: [P, 2].
+
+    Returns:
+        [T, P] bool.
     """
     height, width = masks.shape[-2:]
     if masks.shape[0] == 0:

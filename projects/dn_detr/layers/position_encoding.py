@@ -1,4 +1,4 @@
-"""Sine position encodings of image cells and of query coordinates, always in float32."""
+"""Sine position encodings of feature cells and query references, in at least float32."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from torch import Tensor, nn
 
 
 def sine(coordinates: Tensor, channels: int, temperature: float) -> Tensor:
-    """Encode each coordinate by `channels` interleaved sines and cosines (1706.03762, sec. 3.5).
+    """Encode coordinates as interleaved sines and cosines (1706.03762, sec. 3.5).
 
-    coordinates [...] in [0, 1] -> [..., channels] float32 (float64 stays float64).
+    Args:
+        coordinates: [...] in [0, 1].
+        channels: Channels per coordinate, even.
+        temperature: Base of the geometric series of wavelengths.
+
+    Returns:
+        [..., channels] float32 (float64 stays float64).
     """
     coordinates = coordinates if coordinates.dtype == torch.float64 else coordinates.float()
     index = torch.arange(channels // 2, device=coordinates.device, dtype=coordinates.dtype)
@@ -21,10 +27,10 @@ def sine(coordinates: Tensor, channels: int, temperature: float) -> Tensor:
 
 
 def sine_of_reference(reference: Tensor, channels: int, temperature: float = 10000.0) -> Tensor:
-    """Encode points or boxes [..., R] in [0, 1] by `channels` each, in the order y, x, w, h.
+    """Encode points or boxes [..., R] in [0, 1] as [..., R * channels], in the order y, x, w, h.
 
-    -> [..., R * channels]. The order and the temperature of 10000 are those of the code of
-    Conditional DETR and DAB-DETR (the paper of the latter says 20, 2201.12329, sec. 4.4).
+    Order and temperature follow the code of Conditional DETR and DAB-DETR (the DAB-DETR paper uses
+    temperature 20; 2201.12329, sec. 4.4).
     """
     encoded = sine(reference, channels, temperature)
     x, y = encoded[..., 0, :], encoded[..., 1, :]
@@ -32,11 +38,14 @@ def sine_of_reference(reference: Tensor, channels: int, temperature: float = 100
 
 
 class SinePosition(nn.Module):
-    """Position of every cell of a map: padding [B, h, w] -> [B, h, w, C], y before x.
+    """Sine position encoding of the cells of a feature map, y before x.
 
-    Coordinates are counted over unpadded cells and divided by their number, so that they do not
-    depend on the padding. `cell_offset` -0.5 puts cell centres between 0 and 1 (Deformable DETR);
-    0 counts from 1 to n, as DETR does.
+    Coordinates are normalised by the number of unpadded cells, so they do not depend on padding.
+
+    Args:
+        channels: C, half for each axis.
+        temperature: See `sine`.
+        cell_offset: -0.5 encodes cell centres (Deformable DETR); 0 counts cells from 1 (DETR).
     """
 
     def __init__(self, *, channels: int, temperature: float, cell_offset: float):
@@ -46,10 +55,11 @@ class SinePosition(nn.Module):
         self.cell_offset = cell_offset
 
     def forward(self, padding: Tensor) -> Tensor:
+        """Return positions [B, h, w, C] from padding [B, h, w] bool."""
         inside = (~padding).int()
         axes = []
         for axis in (1, 2):
-            # Integers: on a GPU, sums of floats have no deterministic order.
+            # Integers, because float sums are not deterministic on a GPU.
             count = inside.cumsum(axis).float()
             last = count.narrow(axis, count.shape[axis] - 1, 1)
             axes.append((count + self.cell_offset) / (last + 1e-6))

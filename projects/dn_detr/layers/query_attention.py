@@ -1,8 +1,8 @@
-"""Attention between queries: the only place that knows attention masks and folding.
+"""Masked self-attention between queries.
 
-Segments that see nothing else and are seen by none (Group DETR's further groups, or all matched
-queries at inference) need no mask between each other: their groups are folded into the batch axis,
-which saves a factor of the number of groups. They come last on the query axis, by construction.
+Independent segments neither attend to others nor are attended to (Group DETR's extra groups, or all
+matched queries at inference). Their groups need no mask: they are folded into the batch axis, which
+divides the cost by the number of groups. Independent segments come last on the query axis.
 """
 
 from __future__ import annotations
@@ -24,37 +24,58 @@ def attend(
     *,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Multi-head attention of queries [B, Q, C] to queries; v may be of another width. No gradient
-    and no value passes between slots that do not see each other. dropout: of attention weights."""
-    pieces = []
+    """Compute multi-head self-attention within the limits of the mask.
+
+    Args:
+        q: [B, Q, C].
+        k: [B, Q, C].
+        v: [B, Q, D].
+        num_heads: Number of heads, which divides C and D.
+        query_mask: No value and no gradient passes between queries that it separates.
+        dropout: Dropout rate of the attention weights.
+
+    Returns:
+        [B, Q, D].
+    """
+    outputs = []
     for start, size, num_groups, mask in query_mask.parts:
         part = [x.narrow(1, start, size) for x in (q, k, v)]
         query, key, value = (fold(x, num_groups, num_heads) for x in part)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-        pieces.append(unfold(out, num_groups))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        outputs.append(unfold(out, num_groups))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def fold(x: Tensor, num_groups: int, num_heads: int) -> Tensor:
-    """[B, G * n, C] -> [B * G, heads, n, C / heads]."""
+    """Fold groups into the batch axis: [B, G * n, C] -> [B * G, heads, n, C / heads]."""
     batch, queries, channels = x.shape
     x = x.reshape(batch * num_groups, queries // num_groups, num_heads, channels // num_heads)
     return x.transpose(1, 2)
 
 
 def unfold(x: Tensor, num_groups: int) -> Tensor:
-    """[B * G, heads, n, D] -> [B, G * n, heads * D]."""
+    """Undo `fold`: [B * G, heads, n, D] -> [B, G * n, heads * D]."""
     folded, heads, queries, width = x.shape
     x = x.transpose(1, 2).reshape(folded // num_groups, num_groups * queries, heads * width)
     return x
 
 
 class QueryAttentionMask:
-    """Which query sees which, built once per forward from the segments.
+    """Self-attention mask of the queries, built once per forward from the segments.
 
-    `parts`: (start, size, groups to fold, additive mask [B or 1, 1, size, size] or None). Empty
-    slots are no keys, but every slot sees itself, so that no row of the mask is all blocked.
-    mask: the ready mask of `Queries`, for the segments that are not folded.
+    Empty queries are masked out as keys. Every query attends to itself, so that no row of the mask
+    is fully masked out.
+
+    Args:
+        segments: Segments of the query axis, independent ones last.
+        device: Device of the mask.
+        dtype: Dtype of the additive mask.
+        mask: [B or 1, 1, n, n] additive mask of the n queries of the other segments
+            (`Queries.mask`), or None to derive it.
+
+    Attributes:
+        parts: Tuples (start, size, number of groups to fold, additive mask
+            [B or 1, 1, size, size] or None).
     """
 
     def __init__(
@@ -66,12 +87,12 @@ class QueryAttentionMask:
         mask: Tensor | None = None,
     ):
         self.parts: list[tuple[int, int, int, Tensor | None]] = []
-        seen = {name for segment in segments for name in segment.attends_to}
-        joined = [s for s in segments if s.attends_to or s.name in seen]
-        folded = [s for s in segments if not (s.attends_to or s.name in seen)]
+        attended = {name for segment in segments for name in segment.attends_to}
+        joined = [s for s in segments if s.attends_to or s.name in attended]
+        folded = [s for s in segments if not (s.attends_to or s.name in attended)]
         if list(segments) != joined + folded:
             raise ValueError(
-                "segments that see nothing else and are seen by none must come last, got "
+                "segments that neither attend to others nor are attended to must come last, got "
                 f"{[segment.name for segment in segments]}"
             )
         start = 0
@@ -85,15 +106,15 @@ class QueryAttentionMask:
             if segment.is_empty is not None:
                 size = segment.size // segment.num_groups
                 keys = ~segment.is_empty.reshape(-1, 1, 1, size)
-                itself = torch.eye(size, dtype=torch.bool, device=device)
-                key_mask = additive_aligned(keys | itself, dtype)
+                diagonal = torch.eye(size, dtype=torch.bool, device=device)
+                key_mask = additive_aligned(keys | diagonal, dtype)
             if segment.size:
                 self.parts.append((start, segment.size, segment.num_groups, key_mask))
             start += segment.size
 
 
 def allowed_pairs(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
-    """[B or 1, 1, Q, Q] bool: True where the row's query may attend to the column's."""
+    """Build the mask [B or 1, 1, Q, Q] bool, True where the row may attend to the column."""
     total = sum(segment.size for segment in segments)
     allowed = torch.zeros(total, total, dtype=torch.bool, device=device)
     ranges, start = {}, 0
@@ -109,9 +130,9 @@ def allowed_pairs(segments: tuple[Segment, ...], device: torch.device) -> Tensor
         for name in segment.attends_to:
             allowed[rows, ranges[name]] = True
     allowed = allowed[None, None]
-    emptiness = [segment.is_empty for segment in segments]
-    if any(is_empty is not None for is_empty in emptiness):
-        batch = next(is_empty.shape[0] for is_empty in emptiness if is_empty is not None)
+    empty_masks = [segment.is_empty for segment in segments]
+    if any(is_empty is not None for is_empty in empty_masks):
+        batch = next(is_empty.shape[0] for is_empty in empty_masks if is_empty is not None)
         is_empty = torch.cat(
             [
                 torch.zeros(batch, s.size, dtype=torch.bool, device=device)
@@ -121,25 +142,27 @@ def allowed_pairs(segments: tuple[Segment, ...], device: torch.device) -> Tensor
             ],
             dim=1,
         )
-        itself = torch.eye(total, dtype=torch.bool, device=device)
-        allowed = (allowed & ~is_empty[:, None, None, :]) | itself
+        diagonal = torch.eye(total, dtype=torch.bool, device=device)
+        allowed = (allowed & ~is_empty[:, None, None, :]) | diagonal
     return allowed
 
 
 def attention_dtype(content: Tensor) -> torch.dtype:
-    """The dtype that queries and keys of attention will have, so that a mask is made in it once."""
+    """Return the dtype of attention queries and keys (autocast included) for content [B, Q, C]."""
     kind = content.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else content.dtype
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where allowed, -inf elsewhere."""
-    visible = torch.zeros((), dtype=dtype, device=allowed.device)
-    return torch.where(allowed, visible, float("-inf"))
+    """Convert a bool mask of any shape to an additive one: 0 where allowed, else -inf."""
+    zero = torch.zeros((), dtype=dtype, device=allowed.device)
+    return torch.where(allowed, zero, float("-inf"))
 
 
 def additive_aligned(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """`additive` whose rows start at multiples of `MASK_PITCH` elements: efficient attention on
-    CUDA pads and copies another mask in every layer."""
+    """Like `additive`, for [..., n, n], with rows that start at multiples of `MASK_PITCH` elements.
+
+    Otherwise memory-efficient attention on CUDA pads and copies the mask in every layer.
+    """
     size = allowed.shape[-1]
     return additive(F.pad(allowed, (0, -size % MASK_PITCH)), dtype)[..., :size]

@@ -1,5 +1,4 @@
-"""What a query says before the first layer: learned rows for matched queries, label embeddings for
-denoising ones. The label table exists only if an auxiliary query module asks for it."""
+"""Initial query content: learned for matched queries, label embeddings for denoising queries."""
 
 from __future__ import annotations
 
@@ -9,14 +8,18 @@ from torch.nn import functional as F
 
 
 class QueryContent(nn.Module):
-    """Content vectors of C channels.
+    """Content embeddings of matched and denoising queries (2203.01305, sec. 4.3).
 
-    With labels and `has_indicator`, the last channel tells the parts apart: 1 for denoising, 0 for
-    matched queries (2203.01305, sec. 4.3). Learned rows keep all C channels in the checkpoint, the
-    last one being zero and unused, so that a denoised checkpoint loads into the plain model.
+    Learned embeddings keep all C channels in the checkpoint, the indicator channel being zero and
+    unused, so that a checkpoint trained with denoising loads into a model without it.
 
-    The label table has one row more than there are classes: "unknown", for designs whose matched
-    queries share one content (DN-DETR). A noised label is never "unknown".
+    Args:
+        channels: C.
+        num_classes: K. The label embedding has an extra row, "unknown", for designs whose matched
+            queries share one content (DN-DETR). A noised label is never "unknown".
+        has_labels: Create the label embedding, which only auxiliary queries need.
+        has_indicator: Use the last channel as an indicator, if there are labels: 1 for denoising
+            queries, 0 for matched queries.
     """
 
     def __init__(self, *, channels: int, num_classes: int, has_labels: bool, has_indicator: bool):
@@ -29,11 +32,15 @@ class QueryContent(nn.Module):
 
     @property
     def has_labels(self) -> bool:
+        """Whether there is a label embedding."""
         return self.label_embedding is not None
 
     def without_indicator(self) -> QueryContent:
-        """The same without the indicator, for designs whose matched content is not a learned row of
-        their own (its last channel would be lost)."""
+        """Create the same module without the indicator.
+
+        For designs whose matched content is not an embedding per query; the indicator would
+        overwrite its last channel.
+        """
         return QueryContent(
             channels=self.channels,
             num_classes=self.num_classes,
@@ -42,30 +49,33 @@ class QueryContent(nn.Module):
         )
 
     def new_rows(self, num_queries: int) -> nn.Parameter:
-        """Rows [N, C] for `matched`, standard normal as in `nn.Embedding`."""
+        """Create embeddings [N, C] for `matched`, standard normal as in `nn.Embedding`."""
         rows = torch.randn(num_queries, self.channels)
         if self.has_indicator:
             rows[:, -1] = 0
         return nn.Parameter(rows)
 
     def matched(self, rows: Tensor) -> Tensor:
-        """Content [N, C] of matched queries from their learned rows [N, C]."""
+        """Return the content [N, C] of matched queries from their embeddings [N, C]."""
         return F.pad(rows[:, :-1], (0, 1)) if self.has_indicator else rows
 
     def labels(self, labels: Tensor) -> Tensor:
-        """Content [B, T, C] of denoising queries from labels [B, T] int64."""
+        """Return the content [B, T, C] of denoising queries from labels [B, T] int64."""
         if self.label_embedding is None:
-            raise ValueError("this content was built without a label table")
+            raise ValueError("this QueryContent was built without a label embedding")
         embedded = self.label_embedding(labels)
         return F.pad(embedded, (0, 1), value=1.0) if self.has_indicator else embedded
 
 
 class SharedContent(nn.Module):
-    """Content of matched queries without rows of their own: zero, or with `is_learned` one vector
-    that all share, like the label "unknown" of DN-DETR (2203.01305, sec. 4.3).
+    """Content that all matched queries share.
 
-    num_patterns P: each query is asked P times, each time with another learned pattern added, so
-    that one place can answer for several objects (2109.07107, sec. 3.2); 0: once, without pattern.
+    Args:
+        content: Creates the shared embedding.
+        is_learned: Learn the embedding, like the label "unknown" of DN-DETR (2203.01305, sec. 4.3);
+            else it is zero.
+        num_patterns: P. Each reference is used by P queries with different learned patterns, so
+            that it can predict several objects (2109.07107, sec. 3.2); 0 disables patterns.
     """
 
     def __init__(self, *, content: QueryContent, is_learned: bool, num_patterns: int):
@@ -77,8 +87,10 @@ class SharedContent(nn.Module):
         )
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [N, R] of the queries -> content [P * N, C] and their rows [P * N, R], pattern after
-        pattern."""
+        """Return content [P * N, C] and repeated rows [P * N, R] from rows [N, R], pattern-major.
+
+        Without patterns P is 1.
+        """
         content = rows.new_zeros(rows.shape[0], self.channels)
         if self.row is not None:
             content = content + self.row

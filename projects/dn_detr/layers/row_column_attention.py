@@ -10,11 +10,11 @@ from dn_detr.layers.query_attention import additive
 
 
 class RowColumnAttention(nn.Module):
-    """Attention to the columns and to the rows of a map, one after the other, instead of to all
-    cells: a query chooses x among the columns' means and y among the rows' means.
+    """Attention over the columns, then over the rows of a feature map.
 
-    The score of a cell is the product of both, so that memory grows with h + w rather than h * w.
-    Padded cells are neither keys nor part of a mean.
+    Keys are the means of columns and rows. The weight of a cell is the product of its column and
+    row weights, so memory grows with h + w instead of h * w. Padded cells are masked out as keys
+    and excluded from the means.
     """
 
     def __init__(self, *, channels: int, num_heads: int, dropout: float):
@@ -35,10 +35,17 @@ class RowColumnAttention(nn.Module):
         axis_position: tuple[Tensor, Tensor],
         padding: Tensor,
     ) -> Tensor:
-        """-> update [B, Q, C].
+        """Attend to the feature map.
 
-        query [B, Q, C] with its positions for x and y, [B, Q, C] each; tokens [B, h, w, C] with the
-        positions of the columns [B, w, C] and of the rows [B, h, C]; padding [B, h, w] bool.
+        Args:
+            query: [B, Q, C].
+            query_position: Positions of the queries for x and y, [B, Q, C] each.
+            tokens: [B, h, w, C].
+            axis_position: Positions of the columns [B, w, C] and rows [B, h, C].
+            padding: [B, h, w] bool.
+
+        Returns:
+            Update [B, Q, C].
         """
         inside = (~padding)[..., None].to(tokens.dtype)
         kept = tokens.masked_fill(padding[..., None], 0)
@@ -53,12 +60,12 @@ class RowColumnAttention(nn.Module):
             self.y_q(query + query_position[1]), self.y_k(rows + axis_position[1]), padding.all(2)
         )
         value = self.v(tokens).unflatten(-1, (self.num_heads, -1))  # [B, h, w, heads, D]
-        picked = torch.einsum("bnqw,bhwnd->bnqhd", along_x, value)
-        update = torch.einsum("bnqh,bnqhd->bqnd", along_y, picked)
+        sampled = torch.einsum("bnqw,bhwnd->bnqhd", along_x, value)
+        update = torch.einsum("bnqh,bnqhd->bqnd", along_y, sampled)
         return self.out(update.flatten(2))
 
     def weights(self, q: Tensor, k: Tensor, is_outside: Tensor) -> Tensor:
-        """Softmax weights [B, heads, Q, n] of q [B, Q, C] over k [B, n, C]."""
+        """Return weights [B, heads, Q, n] of q [B, Q, C] over k [B, n, C] inside the map."""
         q, k = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k))
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         scores = scores + additive(~is_outside, scores.dtype)[:, None, None]
