@@ -25,7 +25,7 @@ def test_neck_adds_coarser_levels_from_the_last_feature():
 
 
 def test_neck_refuses_fewer_levels_than_features():
-    with pytest.raises(ValueError, match="fewer than the backbone's 2"):
+    with pytest.raises(ValueError, match="number of backbone features 2"):
         MultiScaleNeck(in_channels=[4, 8], strides=[8, 16], channels=16, num_levels=1)
 
 

@@ -21,15 +21,9 @@ POINT_DRAW = 2
 
 
 def random_points(noise_seeds: Tensor, count: int, stream: int) -> Tensor:
-    """Draw uniform points that depend on the noise seeds alone.
+    """Draw uniform points [B, count, 2] float32 from noise_seeds [B] int64 alone.
 
-    Args:
-        noise_seeds: [B] int64.
-        count: Points per image, P.
-        stream: Index of the random stream, one per purpose.
-
-    Returns:
-        [B, P, 2] float32.
+    stream: index of the random stream, one per purpose.
     """
     pairs = torch.arange((count + 1) // 2, device=noise_seeds.device)
     words = philox(noise_seeds[:, None], (pairs, stream, POINT_DRAW, 0))
@@ -90,16 +84,13 @@ def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def moved_masks(masks: Tensor, object_of: Tensor, shift: Tensor, points: Tensor) -> Tensor:
-    """Test whether points lie inside shifted masks (nearest cell; False outside the image).
+    """Return whether points lie inside shifted masks: [T, P] bool, False outside the image.
 
     Args:
         masks: [n, H, W] bool, of one image.
         object_of: [T] int64 in [0, n), the mask of each query.
         shift: [T, 2] (x, y) as fractions of the image size.
         points: [P, 2].
-
-    Returns:
-        [T, P] bool.
     """
     height, width = masks.shape[-2:]
     if masks.shape[0] == 0:

@@ -24,18 +24,10 @@ def attend(
     *,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Compute multi-head self-attention within the limits of the mask.
+    """Compute masked multi-head self-attention of q, k [B, Q, C] and v [B, Q, D]: [B, Q, D].
 
-    Args:
-        q: [B, Q, C].
-        k: [B, Q, C].
-        v: [B, Q, D].
-        num_heads: Number of heads, which divides C and D.
-        query_mask: No value and no gradient passes between queries that it separates.
-        dropout: Dropout rate of the attention weights.
-
-    Returns:
-        [B, Q, D].
+    Neither values nor gradients pass between queries that the mask separates. `dropout` is the rate
+    of the attention weights.
     """
     outputs = []
     for start, size, num_groups, mask in query_mask.parts:
@@ -68,8 +60,6 @@ class QueryAttentionMask:
 
     Args:
         segments: Segments of the query axis, independent ones last.
-        device: Device of the mask.
-        dtype: Dtype of the additive mask.
         mask: [B or 1, 1, n, n] additive mask of the n queries of the other segments
             (`Queries.mask`), or None to derive it.
 

@@ -14,7 +14,6 @@ class QueryContent(nn.Module):
     unused, so that a checkpoint trained with denoising loads into a model without it.
 
     Args:
-        channels: C.
         num_classes: K. The label embedding has an extra row, "unknown", for designs whose matched
             queries share one content (DN-DETR). A noised label is never "unknown".
         has_labels: Create the label embedding, which only auxiliary queries need.
@@ -36,11 +35,8 @@ class QueryContent(nn.Module):
         return self.label_embedding is not None
 
     def without_indicator(self) -> QueryContent:
-        """Create the same module without the indicator.
-
-        For designs whose matched content is not an embedding per query; the indicator would
-        overwrite its last channel.
-        """
+        """Create a copy without indicator, which would overwrite the last channel of content that
+        is not a learned embedding per query."""
         return QueryContent(
             channels=self.channels,
             num_classes=self.num_classes,
@@ -71,7 +67,6 @@ class SharedContent(nn.Module):
     """Content that all matched queries share.
 
     Args:
-        content: Creates the shared embedding.
         is_learned: Learn the embedding, like the label "unknown" of DN-DETR (2203.01305, sec. 4.3);
             else it is zero.
         num_patterns: P. Each reference is used by P queries with different learned patterns, so

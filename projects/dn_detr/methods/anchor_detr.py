@@ -149,7 +149,7 @@ class PointQueries(SharedBoxQueries):
     def new_parameters(
         self,
         num_queries: int,
-        own_head: bool = True,  # noqa: ARG002 - other designs use it
+        own_head: bool = True,
     ) -> AnchorParameters:
         return AnchorParameters(torch.rand(num_queries, 2))
 

@@ -109,7 +109,7 @@ class MaskQueries(nn.Module):
     def new_parameters(
         self,
         num_queries: int,
-        own_head: bool = True,  # noqa: ARG002 - other designs use it
+        own_head: bool = True,
     ) -> LearnedQueryParameters:
         """Rows for further queries, owned by whoever asks; there are no proposals to head."""
         return LearnedQueryParameters(
@@ -133,7 +133,7 @@ class MaskSource:
     def queries(
         self,
         learned: LearnedQueryParameters | None = None,
-        first_rank: int = 0,  # noqa: ARG002 - other designs use it
+        first_rank: int = 0,
     ) -> Queries:
         """One "match" segment of the rows of `learned` (default: the design's own)."""
         design, batch = self.design, self.memory.tokens.shape[0]

@@ -1,4 +1,4 @@
-"""The decoder loop: attend, predict, move the reference."""
+"""Transformer decoder with a prediction and a reference update after each layer."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from dn_detr.structures import Memory, Predictions, Queries
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each with its residual and norm after it.
+    """Post-norm decoder layer: self-attention, cross-attention and feed-forward.
 
-    cross_attention: (content, position, reference, memory) -> update [B, Q, C].
+    Args:
+        cross_attention: (content, position, reference, memory) -> update [B, Q, C].
     """
 
     def __init__(
@@ -42,6 +43,11 @@ class DecoderLayer(nn.Module):
         memory: Memory,
         query_mask: QueryAttentionMask,
     ) -> Tensor:
+        """Return the updated content [B, Q, C].
+
+        content [B, Q, C]; position: for self- and for cross-attention, [B, Q, C] each (or the type
+        of the cross-attention); reference [B, Q, R] in [0, 1] or None.
+        """
         for_self, for_cross = position
         content = self.self_attention(content, for_self, query_mask)
         update = self.cross_attention(content, for_cross, reference, memory)
@@ -49,7 +55,7 @@ class DecoderLayer(nn.Module):
 
 
 class DeformableCrossAttention(nn.Module):
-    """Cross-attention of the stock layer by deformable sampling around the reference."""
+    """Deformable cross-attention around the references (2010.04159, sec. 4.1)."""
 
     def __init__(self, attention: nn.Module):
         super().__init__()
@@ -58,15 +64,16 @@ class DeformableCrossAttention(nn.Module):
     def forward(
         self, content: Tensor, position: Tensor, reference: Tensor, memory: Memory
     ) -> Tensor:
+        """Return the update [B, Q, C]; content and position [B, Q, C], reference [B, Q, 2 or 4]."""
         return self.attention(content + position, reference, memory)
 
 
 class Decoder(nn.Module):
-    """Queries and memory to predictions of every layer.
+    """Decoder that predicts after every layer.
 
-    position: (layer, content, reference, learned position, memory) -> (for self-, for
-    cross-attention); predictor: (layer, content, LayerOutput) -> LayerOutput, with `start(content, reference)`,
-    which may predict something before the first layer.
+    Args:
+        position: Query positions, see `models.query_positions`.
+        predictor: Prediction heads and reference update, see `models.prediction_heads`.
     """
 
     def __init__(self, *, layers: list[nn.Module], position: QueryPosition, predictor: Predictor):
@@ -76,6 +83,7 @@ class Decoder(nn.Module):
         self.predictor = predictor
 
     def forward(self, queries: Queries, memory: Memory) -> Predictions:
+        """Return the predictions of all layers, preceded by those of `predictor.start`, if any."""
         content, learned = queries.state.content, queries.state.position
         query_mask = QueryAttentionMask(
             queries.segments,
@@ -83,25 +91,25 @@ class Decoder(nn.Module):
             dtype=attention_dtype(content),
             mask=queries.mask,
         )
-        step = self.predictor.start(content, queries.state.reference)  # type: ignore[operator]
-        steps, references = [], []
-        if step.logits is not None:
-            references.append(step.reference.detach())
-            steps.append(step)
+        output = self.predictor.start(content, queries.state.reference)  # type: ignore[operator]
+        outputs, references = [], []
+        if output.logits is not None:
+            references.append(output.reference.detach())
+            outputs.append(output)
         for index, layer in enumerate(self.layers):
-            references.append(None if step.reference is None else step.reference.detach())
-            position = self.position(index, content, step.reference, learned, memory)
-            content = layer(content, position, step.reference, memory, query_mask)
-            step = self.predictor(index, content, step)
-            steps.append(step)
+            references.append(None if output.reference is None else output.reference.detach())
+            position = self.position(index, content, output.reference, learned, memory)
+            content = layer(content, position, output.reference, memory, query_mask)
+            output = self.predictor(index, content, output)
+            outputs.append(output)
         return Predictions(
-            logits=torch.stack([step.logits for step in steps]),
-            boxes=torch.stack([step.boxes for step in steps]),
+            logits=torch.stack([output.logits for output in outputs]),
+            boxes=torch.stack([output.boxes for output in outputs]),
             references=tuple(references),
             segments=queries.segments,
             proposals=queries.proposals,
             mask_embeddings=None
-            if step.mask_embeddings is None
-            else torch.stack([step.mask_embeddings for step in steps]),
+            if output.mask_embeddings is None
+            else torch.stack([output.mask_embeddings for output in outputs]),
             mask_features=memory.mask_features,
         )

@@ -1,4 +1,4 @@
-"""The assembly: one forward from features to predictions."""
+"""Detection transformer from backbone features to predictions."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from dn_detr.structures import Predictions, Queries, Targets
 
 
 class DETR(nn.Module):
-    """A detection transformer without its backbone: (features, padding, targets=None).
+    """Detection transformer without its backbone.
 
-    features: list of [B, C_i, h_i, w_i]; padding [B, H, W] bool, True outside the image. With
-    `targets` the auxiliary queries add their training-only queries; without, this is the inference model,
-    whatever the mode of the module. Ground truth enters nowhere else. prompt: (queries, source) ->
-    queries, what a user knows of the images, at inference (`auxiliary.box_prompts.add_prompts`).
+    The modules in `auxiliary` add training-only queries; ground truth is used nowhere else.
 
-    mask_head: (finest feature, padding, memory) -> MaskFeatures, of a page that predicts masks; then
-    the finest feature is for it alone.
+    Args:
+        neck: (features, padding) -> FeatureMaps.
+        flatten: FeatureMaps -> Memory.
+        encoder: Memory -> Memory.
+        query_design: See `models.query_designs`.
+        decoder: (Queries, Memory) -> Predictions.
+        mask_head: (finest feature, padding, memory) -> MaskFeatures, or None for a model without
+            masks. With a mask head, the neck does not get the finest feature.
     """
 
     def __init__(
@@ -49,6 +52,16 @@ class DETR(nn.Module):
         targets: Targets | None = None,
         prompt: Callable[[Queries, QuerySource], Queries] | None = None,
     ) -> Predictions:
+        """Predict the objects of a batch.
+
+        Args:
+            features: Backbone features [B, C_i, h_i, w_i], fine to coarse.
+            padding: [B, H, W] bool, True outside the image.
+            targets: Ground truth for the auxiliary queries. None runs the inference model, also in
+                training mode.
+            prompt: (queries, source) -> queries, adds box prompts at inference
+                (`auxiliary.box_prompts.add_prompts`).
+        """
         if self.mask_head is not None:
             finest, *features = features
         memory = self.encoder(self.flatten(self.neck(features, padding)))
@@ -57,8 +70,8 @@ class DETR(nn.Module):
         source = self.query_design.bind(memory)  # type: ignore[operator]
         queries = source.queries()
         if targets is not None:
-            for assist in self.auxiliary:
-                queries = assist(queries, source, targets)
+            for auxiliary in self.auxiliary:
+                queries = auxiliary(queries, source, targets)
         if prompt is not None:
             queries = prompt(queries, source)
         return self.decoder(queries, memory)

@@ -1,4 +1,4 @@
-"""Encoders: memory in, memory out."""
+"""Transformer encoders: Memory -> Memory."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ class DeformableEncoderLayer(nn.Module):
         self.feed_forward = feed_forward
 
     def forward(self, memory: Memory, reference: Tensor) -> Tensor:
-        """reference [B, S, 2]: each token's own place -> tokens [B, S, C]."""
+        """Return the updated tokens [B, S, C]; reference [B, S, 2] from `token_centers`."""
         update = self.attention(memory.tokens + memory.position, reference, memory)
         return self.feed_forward(self.norm(memory.tokens + self.dropout(update)))
 
 
 class DeformableEncoder(nn.Module):
-    """A stack of `DeformableEncoderLayer`."""
+    """Stack of `DeformableEncoderLayer`."""
 
     def __init__(self, layers: list[DeformableEncoderLayer]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
     def forward(self, memory: Memory) -> Memory:
+        """Return the memory with updated tokens [B, S, C]."""
         reference = token_centers(memory)
         for layer in self.layers:
             memory = replace(memory, tokens=layer(memory, reference))
@@ -57,29 +58,30 @@ class DenseEncoderLayer(nn.Module):
         self.feed_forward = feed_forward
 
     def forward(self, memory: Memory) -> Tensor:
-        """-> tokens [B, S, C]."""
-        placed = memory.tokens + memory.position
-        update = self.attention(placed, placed, memory.tokens, memory.padding)
+        """Return the updated tokens [B, S, C]."""
+        with_position = memory.tokens + memory.position
+        update = self.attention(with_position, with_position, memory.tokens, memory.padding)
         return self.feed_forward(self.norm(memory.tokens + self.dropout(update)))
 
 
 class DenseEncoder(nn.Module):
-    """A stack of `DenseEncoderLayer`."""
+    """Stack of `DenseEncoderLayer`."""
 
     def __init__(self, layers: Sequence[nn.Module]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
     def forward(self, memory: Memory) -> Memory:
+        """Return the memory with updated tokens [B, S, C]."""
         for layer in self.layers:
             memory = replace(memory, tokens=layer(memory))
         return memory
 
 
 def token_centers(memory: Memory) -> Tensor:
-    """Centre of every token in [0, 1] of the unpadded image, [B, S, 2] (x, y).
+    """Compute the centres [B, S, 2] (x, y) of the tokens in [0, 1] of the unpadded image.
 
-    Tokens in the padding lie beyond 1.
+    Tokens in the padding have coordinates above 1.
     """
     centers = []
     valid_sizes = memory.valid_sizes

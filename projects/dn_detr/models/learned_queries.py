@@ -1,4 +1,4 @@
-"""Queries that are learned slots: each has a vector of its own, from which its point follows."""
+"""Query designs with a learned position embedding per query."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dn_detr.structures import Memory, Queries, QueryState, Segment
 
 
 class LearnedQueryParameters(nn.Module):
-    """Learned rows of N queries: position [N, C], and content [N, C] or None."""
+    """Parameters of N learned queries: position [N, C], and content [N, C] or None."""
 
     def __init__(self, *, position: nn.Parameter, content: nn.Parameter | None):
         super().__init__()
@@ -21,14 +21,16 @@ class LearnedQueryParameters(nn.Module):
 
 
 class LearnedQueries(nn.Module):
-    """A learned position for each query, and the reference point that follows from it, if any.
+    """Learned position embeddings, optionally with a reference point predicted from them.
 
-    has_rows: content is learned as well; otherwise it starts from zero (2005.12872). point:
-    (content, position) -> logits [..., 2] of the point; None: there is no reference.
+    The position of a given box is a linear embedding of its coordinates (2203.01305, on vanilla
+    DETR), which exists only with labels; its reference point is the box centre.
 
-    A box that an auxiliary query module brings gets a linear embedding of its four coordinates as position
-    (2203.01305, on vanilla DETR), which exists only with labels, and its centre, clamped to
-    [epsilon, 1 - epsilon], as point.
+    Args:
+        has_rows: Learn the content; else it is zero (2005.12872).
+        point: (content, position) -> logits [..., 2] of the reference point, or None for queries
+            without reference.
+        epsilon: Centres of given boxes are clamped to [epsilon, 1 - epsilon].
     """
 
     starts_from_masks = False
@@ -50,26 +52,22 @@ class LearnedQueries(nn.Module):
         self.box_embedding = nn.Linear(4, content.channels) if content.has_labels else None
         self.learned = self.new_parameters(num_queries)
 
-    def new_parameters(
-        self,
-        num_queries: int,
-        own_head: bool = True,  # noqa: ARG002 - other designs use it
-    ) -> LearnedQueryParameters:
-        """Rows for further queries, owned by whoever asks; there are no proposals to head."""
+    def new_parameters(self, num_queries: int, own_head: bool = True) -> LearnedQueryParameters:
+        """Create the parameters of `num_queries` extra queries (no proposal head here)."""
         return LearnedQueryParameters(
             position=nn.Parameter(torch.randn(num_queries, self.content.channels)),
             content=self.content.new_rows(num_queries) if self.has_rows else None,
         )
 
     def bind(self, memory: Memory) -> LearnedQuerySource:
-        """A source of queries for this memory; it lives for one forward."""
+        """Create the source of queries of one forward."""
         return LearnedQuerySource(self, memory)
 
 
 def zero_content_queries(
     config: BoxConfig, content: QueryContent, point: nn.Module | None
 ) -> LearnedQueries:
-    """Slots whose content starts from zero."""
+    """Build learned queries with zero content (2005.12872)."""
     return LearnedQueries(
         content=content,
         num_queries=config.num_queries,
@@ -80,7 +78,7 @@ def zero_content_queries(
 
 
 class LearnedQuerySource:
-    """The queries of one forward of `LearnedQueries`."""
+    """Queries of one forward of `LearnedQueries`."""
 
     def __init__(self, design: LearnedQueries, memory: Memory):
         self.design = design
@@ -89,9 +87,9 @@ class LearnedQuerySource:
     def queries(
         self,
         learned: LearnedQueryParameters | None = None,
-        first_rank: int = 0,  # noqa: ARG002 - other designs use it
+        first_rank: int = 0,
     ) -> Queries:
-        """One "match" segment of the rows of `learned` (default: the design's own)."""
+        """Return one "match" segment from `learned` (default: the design's own parameters)."""
         design = self.design
         learned = design.learned if learned is None else learned
         position = learned.position
@@ -111,7 +109,7 @@ class LearnedQuerySource:
         return Queries(state, (Segment("match", content.shape[0]),))
 
     def from_boxes(self, labels: Tensor, boxes: Tensor) -> QueryState:
-        """Queries of labels [B, T] at boxes [B, T, 4]."""
+        """Return queries for labels [B, T] int64 and boxes [B, T, 4]."""
         design = self.design
         content = design.content.labels(labels)
         centre = boxes[..., :2].clamp(design.epsilon, 1 - design.epsilon)

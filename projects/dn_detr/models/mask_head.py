@@ -1,4 +1,4 @@
-"""Masks are products of a query's embedding and a fine map of the image (2112.01527, sec. 3.1)."""
+"""Mask features, mask embeddings and their dot product (2112.01527, sec. 3.1)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dn_detr.structures import MaskFeatures, Memory
 
 
 class MaskHead(nn.Module):
-    """the mask features: the finest level of the encoder, made as fine as a feature of the backbone by
-    bilinear interpolation, plus that feature, as in a feature pyramid (2112.01527, code).
+    """Mask features from the finest encoder level and a finer backbone feature, as in an FPN.
 
-    in_channels: of the backbone's feature. Padding changes nothing inside of the image.
+    The encoder level is upsampled bilinearly (2112.01527, code). Padding is masked out before the
+    3x3 convolution, but still enters the statistics of the group norms.
     """
 
     def __init__(self, *, in_channels: int, channels: int):
@@ -34,7 +34,7 @@ class MaskHead(nn.Module):
         nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]
 
     def forward(self, feature: Tensor, padding: Tensor, memory: Memory) -> MaskFeatures:
-        """feature [B, C_in, h, w]; padding [B, H, W] bool of the image; memory of the encoder."""
+        """Return mask features [B, C, h, w] from feature [B, C_in, h, w], padding [B, H, W]."""
         lateral = self.lateral(feature)
         height, width = lateral.shape[-2:]
         finest = F.interpolate(finest_level(memory), size=(height, width), mode="bilinear")
@@ -49,38 +49,41 @@ class MaskHead(nn.Module):
 
 
 def finest_level(memory: Memory) -> Tensor:
-    """The finest level as a map [B, C, h, w] whose padding matches_per_object the border of the image."""
+    """Return the finest level [B, C, h, w] with its padding replaced by the image border."""
     (height, width), *_ = memory.shapes
     tokens = memory.tokens.narrow(1, 0, height * width)
     features = tokens.transpose(1, 2).unflatten(2, (height, width))
     last = (memory.valid_sizes[:, 0].long() - 1).clamp(min=0)  # column, row
     for axis, size, index in ((3, width, last[:, 0]), (2, height, last[:, 1])):
-        place = torch.arange(size, device=index.device).minimum(index[:, None])
-        place = place[:, None, None, :] if axis == 3 else place[:, None, :, None]
-        features = features.gather(axis, place.expand(features.shape))
+        source = torch.arange(size, device=index.device).minimum(index[:, None])
+        source = source[:, None, None, :] if axis == 3 else source[:, None, :, None]
+        features = features.gather(axis, source.expand(features.shape))
     return features
 
 
 class MaskHeads(nn.Module):
-    """What a query says: content [B, Q, C] -> class logits and mask embeddings, behind a norm."""
+    """Class head and mask embedding head after a shared norm.
+
+    has_no_object: add a "no object" logit, for a softmax over classes.
+    """
 
     def __init__(self, *, channels: int, num_classes: int, has_no_object: bool):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
         self.class_head = class_head(channels, num_classes + has_no_object)
         self.mask_head = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=3)
-        if has_no_object:  # a softmax needs no prior against a flood of negatives
+        if has_no_object:  # softmax needs no low prior probability
             self.class_head.reset_parameters()
 
     def forward(self, content: Tensor) -> tuple[Tensor, Tensor]:
-        """-> logits [B, Q, K], embeddings [B, Q, C], at least float32."""
+        """Return logits [B, Q, K] and mask embeddings [B, Q, C], at least float32."""
         normed = self.norm(content)
         logits = at_least_float32(self.class_head(normed))
         return logits, at_least_float32(self.mask_head(normed))
 
 
 def mask_logits(embeddings: Tensor, features: Tensor) -> Tensor:
-    """Embeddings [B, Q, C] and features [B, C, h, w] -> masks [B, Q, h, w]."""
+    """Return mask logits [B, Q, h, w] from embeddings [B, Q, C] and features [B, C, h, w]."""
     height, width = features.shape[-2:]
     embeddings = embeddings.to(torch.promote_types(embeddings.dtype, features.dtype))
     masks = embeddings @ features.flatten(2).to(embeddings.dtype)
@@ -88,10 +91,15 @@ def mask_logits(embeddings: Tensor, features: Tensor) -> Tensor:
 
 
 def boxes_of_masks(masks: Tensor, valid_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """The box around the cells where a mask [B, Q, h, w] is positive: cxcywh [B, Q, 4] in [0, 1] of
-    the unpadded image, .5 where there is no such cell, and whether there is none [B, Q].
+    """Compute the bounding boxes of masks (logits above 0).
 
-    valid_sizes [B, 2]: (w, h) of the image in cells.
+    Args:
+        masks: Logits [B, Q, h, w].
+        valid_sizes: [B, 2], (w, h) of the unpadded image in cells.
+
+    Returns:
+        Boxes [B, Q, 4] cxcywh in [0, 1] of the unpadded image, 0.5 for empty masks, and is_empty
+        [B, Q] bool.
     """
     height, width = masks.shape[-2:]
     valid_width, valid_height = valid_sizes[..., None].unbind(1)  # [B, 1] each
@@ -100,10 +108,10 @@ def boxes_of_masks(masks: Tensor, valid_sizes: Tensor) -> tuple[Tensor, Tensor]:
     is_inside = (rows < valid_height)[:, :, None] & (columns < valid_width)[:, None]  # [B, h, w]
     is_on = (masks > 0) & is_inside[:, None]
 
-    def extent(is_hit: Tensor, cells: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        first = torch.where(is_hit, cells, torch.inf).amin(-1)
-        behind = torch.where(is_hit, cells + 1, 0).amax(-1)
-        return first / valid, behind.minimum(valid) / valid
+    def extent(is_covered: Tensor, cells: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        first = torch.where(is_covered, cells, torch.inf).amin(-1)
+        end = torch.where(is_covered, cells + 1, 0).amax(-1)
+        return first / valid, end.minimum(valid) / valid
 
     (x0, x1), (y0, y1) = (
         extent(is_on.any(-2), columns, valid_width),

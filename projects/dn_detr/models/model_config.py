@@ -43,7 +43,7 @@ class ModelConfig:
 
     @property
     def num_logits(self) -> int:
-        """Columns of the logits."""
+        """Number of class logits, "no object" included."""
         return self.num_classes + self.has_no_object
 
 

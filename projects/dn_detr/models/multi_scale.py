@@ -1,5 +1,4 @@
-"""What the methods of the Deformable DETR family share (2010.04159): several feature levels, and
-deformable attention in encoder and decoder. They differ in queries, positions and box rules."""
+"""Building blocks of the Deformable DETR family (2010.04159): multi-scale, deformable attention."""
 
 from __future__ import annotations
 
@@ -25,7 +24,10 @@ def deformable_detector(
     position: QueryPosition,
     predictor: Predictor,
 ) -> DETR:
-    """A detector that is deformable throughout. image_position: of the cells of a feature map."""
+    """Build a detector with deformable encoder and decoder.
+
+    image_position: padding [B, h, w] -> position encoding [B, h, w, C] of a feature map.
+    """
     return DETR(
         neck=multi_scale_neck(config, in_channels, strides),
         flatten=Flatten(

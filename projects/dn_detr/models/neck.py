@@ -1,4 +1,4 @@
-"""From backbone features to feature maps of one width."""
+"""Necks that project backbone features to C channels, and flattening to memory tokens."""
 
 from __future__ import annotations
 
@@ -10,17 +10,12 @@ from dn_detr.structures import FeatureMaps, Memory
 
 
 def resize_padding(padding: Tensor, height: int, width: int) -> Tensor:
-    """Padding [B, H, W] bool at the size of a feature map, by nearest neighbour -> [B, h, w]."""
+    """Resize padding [B, H, W] bool to [B, height, width] by nearest neighbour."""
     return F.interpolate(padding[:, None].float(), size=(height, width))[:, 0] > 0.5
 
 
 class MultiScaleNeck(nn.Module):
-    """1x1 projections with group norm, and coarser levels by strided convolutions of the last
-    feature (2010.04159, appendix A.2).
-
-    features: B x C_i x h_i x w_i, fine to coarse, with `strides`; padding [B, H, W] bool of the
-    image. Gives `num_levels` maps of `channels`.
-    """
+    """1x1 projections, and strided convolutions for extra coarse levels (2010.04159, app. A.2)."""
 
     def __init__(
         self, *, in_channels: list[int], strides: list[int], channels: int, num_levels: int
@@ -28,7 +23,8 @@ class MultiScaleNeck(nn.Module):
         super().__init__()
         if num_levels < len(in_channels):
             raise ValueError(
-                f"num_levels {num_levels} is fewer than the backbone's {len(in_channels)} features"
+                f"num_levels must be at least the number of backbone features {len(in_channels)}, "
+                f"got {num_levels}"
             )
         self.strides = list(strides)
         self.levels = nn.ModuleList(
@@ -46,6 +42,7 @@ class MultiScaleNeck(nn.Module):
             nn.init.zeros_(level[0].bias)  # type: ignore[index]
 
     def forward(self, features: list[Tensor], padding: Tensor) -> FeatureMaps:
+        """Project features [B, C_i, h_i, w_i], fine to coarse; padding [B, H, W] bool."""
         maps = [
             level(feature)
             for level, feature in zip(self.levels[: len(features)], features, strict=True)
@@ -59,7 +56,7 @@ class MultiScaleNeck(nn.Module):
 
 
 class SingleScaleNeck(nn.Module):
-    """One map, from the coarsest feature of the backbone by `projection` (2005.12872, sec. 3.2)."""
+    """Projection of the coarsest backbone feature (2005.12872, sec. 3.2)."""
 
     def __init__(self, *, projection: nn.Module, stride: int):
         super().__init__()
@@ -67,19 +64,23 @@ class SingleScaleNeck(nn.Module):
         self.stride = stride
 
     def forward(self, features: list[Tensor], padding: Tensor) -> FeatureMaps:
+        """Project the last of features [B, C_i, h_i, w_i]; padding [B, H, W] bool."""
         projected = self.projection(features[-1])
         padding = resize_padding(padding, *projected.shape[-2:])
         return FeatureMaps((projected,), (padding,), (self.stride,))
 
 
 def norm(channels: int) -> nn.GroupNorm:
-    """32 groups where they divide the channels (all published sizes), else groups of 8."""
+    """Build a group norm of 32 groups if they divide the channels, else of groups of 8 channels."""
     return nn.GroupNorm(32 if channels % 32 == 0 else channels // 8, channels)
 
 
 class Flatten(nn.Module):
-    """Feature maps to memory tokens; the position is the cell's sine plus, where there are several
-    levels, the embedding of its level."""
+    """Flatten feature maps to memory tokens.
+
+    position: padding [B, h, w] -> position encoding [B, h, w, C]. With several levels, a learned
+    level embedding is added to it.
+    """
 
     def __init__(self, *, position: nn.Module, channels: int, num_levels: int):
         super().__init__()
@@ -89,6 +90,7 @@ class Flatten(nn.Module):
         )
 
     def forward(self, maps: FeatureMaps) -> Memory:
+        """Return the memory of S tokens, level by level, row by row."""
         tokens, positions, paddings, shapes, valid = [], [], [], [], []
         for level, (features, padding) in enumerate(zip(maps.maps, maps.padding, strict=True)):
             position = self.position(padding)

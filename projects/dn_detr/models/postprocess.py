@@ -1,4 +1,4 @@
-"""From predictions to detections."""
+"""Postprocessing of predictions into detections."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from dn_detr.structures import Predictions
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """Of one image, best first: boxes_xyxy_px [k, 4] in pixels of the image, scores [k] in [0, 1],
-    labels [k] int64, masks [k, height, width] bool or None."""
+    """Detections of one image, best first.
+
+    boxes_xyxy_px [k, 4] in pixels of the image; scores [k] in [0, 1]; labels [k] int64;
+    masks [k, height, width] bool or None.
+    """
 
     boxes_xyxy_px: Tensor
     scores: Tensor
@@ -29,7 +32,7 @@ def postprocess(
     *,
     has_no_object: bool = False,
 ) -> list[Detections]:
-    """The detections of each image, see `best_detections`, in its own pixels.
+    """Return the detections of each image, boxes in pixels; see `best_detections`.
 
     image_sizes: (height, width) of each unpadded image in pixels.
     """
@@ -45,12 +48,16 @@ def postprocess(
 def best_detections(
     predictions: Predictions, top_k: int, *, has_no_object: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The `top_k` best (query, class) pairs of the last layer's matched queries, by sigmoid score:
-    boxes [B, k, 4] xyxy in [0, 1] of the unpadded image, to which they are clipped, scores [B, k]
-    and labels [B, k] int64, best first.
+    """Select the `top_k` best (query, class) pairs of the last layer, by sigmoid score.
 
-    has_no_object: the last logit says "no object", scores are a softmax over all of them, and each
-    query speaks for its best class alone (2005.12872).
+    Args:
+        top_k: k, detections per image.
+        has_no_object: The last logit is "no object", scores are a softmax, and each query predicts
+            only its best class (2005.12872).
+
+    Returns:
+        Boxes [B, k, 4] xyxy, clipped to [0, 1] of the unpadded image, scores [B, k] and labels
+        [B, k] int64, best first.
     """
     last = predictions.of("match")
     if has_no_object:

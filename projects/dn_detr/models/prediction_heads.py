@@ -1,4 +1,12 @@
-"""Heads and box rules: what a decoder layer's content says, and where the next layer looks."""
+"""Prediction heads and reference updates.
+
+Protocol of a predictor (`models.decoder.Decoder`), R = 2 (points) or 4 (boxes):
+
+    start(content [B, Q, C], reference [B, Q, R] or None) -> LayerOutput before the first layer,
+        without logits if nothing is predicted yet
+    forward(layer index, content [B, Q, C], previous LayerOutput) -> LayerOutput with logits
+        [B, Q, K], boxes [B, Q, 4] and the reference of the next layer
+"""
 
 from __future__ import annotations
 
@@ -14,10 +22,14 @@ from dn_detr.structures import LayerOutput
 
 
 class Heads(nn.Module):
-    """Class and box heads of every layer; `shared`: one pair for all layers.
+    """Class and box heads of all layers.
 
-    A class starts at probability 0.01 (1708.02002, sec. 4.1), a box at its base; size_bias: where
-    the first head's width and height start, as logits (-2 in the code of 2010.04159).
+    Initially, classes have probability 0.01 (1708.02002, sec. 4.1) and box deltas are 0.
+
+    Args:
+        shared: Use one pair of heads for all layers.
+        size_bias: Initial width and height logits of the first box head (-2 in the code of
+            2010.04159).
     """
 
     def __init__(
@@ -37,14 +49,16 @@ class Heads(nn.Module):
         nn.init.constant_(bias[2:], size_bias)
 
     def classify(self, layer: int, content: Tensor) -> Tensor:
+        """Return class logits [B, Q, K], at least float32, from content [B, Q, C]."""
         return at_least_float32(self.class_heads[min(layer, len(self.class_heads) - 1)](content))
 
     def delta(self, layer: int, content: Tensor) -> Tensor:
+        """Return box deltas [B, Q, 4] in logit space, at least float32, from content [B, Q, C]."""
         return at_least_float32(self.box_heads[min(layer, len(self.box_heads) - 1)](content))
 
 
 def shared_heads(config: ModelConfig, size_bias: float = 0.0) -> Heads:
-    """One pair of heads for all layers."""
+    """Build one pair of heads for all layers."""
     return Heads(
         channels=config.channels,
         num_classes=config.num_logits,
@@ -55,7 +69,7 @@ def shared_heads(config: ModelConfig, size_bias: float = 0.0) -> Heads:
 
 
 def own_heads(config: ModelConfig, size_bias: float = 0.0) -> Heads:
-    """A pair of heads for every layer."""
+    """Build a pair of heads per layer."""
     return Heads(
         channels=config.channels,
         num_classes=config.num_logits,
@@ -66,12 +80,14 @@ def own_heads(config: ModelConfig, size_bias: float = 0.0) -> Heads:
 
 
 def class_head(channels: int, num_classes: int) -> nn.Linear:
+    """Build a class head [..., C] -> [..., K] with prior probability 0.01."""
     head = nn.Linear(channels, num_classes)
     nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
     return head
 
 
 def box_head(channels: int) -> MLP:
+    """Build a box head [..., C] -> [..., 4] whose output is initially 0."""
     head = MLP(in_dim=channels, hidden_dim=channels, out_dim=4, num_layers=3)
     nn.init.zeros_(head.layers[-1].weight)  # type: ignore[arg-type]
     nn.init.zeros_(head.layers[-1].bias)  # type: ignore[arg-type]
@@ -79,9 +95,9 @@ def box_head(channels: int) -> MLP:
 
 
 def refine_box(reference: Tensor, delta: Tensor, epsilon: float) -> Tensor:
-    """The box [..., 4] at logit offset `delta` [..., 4] from a reference [..., 2 or 4].
+    """Add delta [..., 4] to a reference [..., 2 or 4] in logit space: boxes [..., 4] in [0, 1].
 
-    A point has no size, so width and height are the offset's alone. float32, whatever autocast says.
+    For points, width and height come from delta alone. Computed in at least float32.
     """
     logits = inverse_sigmoid(reference, epsilon)
     delta = delta.to(logits.dtype)
@@ -91,12 +107,15 @@ def refine_box(reference: Tensor, delta: Tensor, epsilon: float) -> Tensor:
 
 
 class IterativeRefinement(nn.Module):
-    """Boxes move from layer to layer: each is an offset from the last (2010.04159, appendix A.4).
+    """Iterative box refinement: each layer refines the last box (2010.04159, appendix A.4).
 
-    norm: applied before the heads predict, while the move of the reference uses the un-normed
-    content, so that the next reference differs from the predicted box (code of DAB-DETR and DINO);
-    None: both are one. looks_forward_twice: the next box is an offset from a moved reference with
-    gradient (2203.03605, sec. 3.5). The reference that the next layer attends with never has one.
+    The reference used in attention is always detached.
+
+    Args:
+        norm: Applied before the heads. The reference is updated from the content without the norm,
+            so it differs from the predicted box (code of DAB-DETR and DINO). None: they are equal.
+        looks_forward_twice: Let gradients of the next layer's box flow through the updated
+            reference (2203.03605, sec. 3.5).
     """
 
     def __init__(
@@ -113,28 +132,29 @@ class IterativeRefinement(nn.Module):
         self.looks_forward_twice = looks_forward_twice
         self.epsilon = epsilon
 
-    def start(self, _content: Tensor, reference: Tensor) -> LayerOutput:
-        """Before the first layer there is a reference, but no prediction yet."""
+    def start(self, content: Tensor, reference: Tensor) -> LayerOutput:
+        """Return the initial reference; there is no prediction yet."""
         return LayerOutput(logits=None, boxes=None, reference=reference, base=reference)
 
     def forward(self, layer: int, content: Tensor, previous: LayerOutput) -> LayerOutput:
+        """Refine `previous.base`; see the module docstring for shapes."""
         normed = content if self.norm is None else self.norm(content)
         logits = self.heads.classify(layer, normed)
         boxes = refine_box(previous.base, self.heads.delta(layer, normed), self.epsilon)
-        # From the detached reference, so that a loss reaches one layer back and no further.
-        moved = boxes
+        # Refine the detached reference, so that a loss reaches back one layer only.
+        refined = boxes
         if self.norm is not None or self.looks_forward_twice:
-            moved = refine_box(previous.reference, self.heads.delta(layer, content), self.epsilon)
-        reference = moved.detach()
-        base = moved if self.looks_forward_twice else reference
+            refined = refine_box(previous.reference, self.heads.delta(layer, content), self.epsilon)
+        reference = refined.detach()
+        base = refined if self.looks_forward_twice else reference
         return LayerOutput(logits=logits, boxes=boxes, reference=reference, base=base)
 
 
 class PointOffsetBoxes(nn.Module):
-    """Every layer's box is an offset from the first reference, which never moves (2010.04159,
-    sec. 4.1; 2108.06152, sec. 3.3). Gradient reaches it from all layers.
+    """Boxes relative to the initial reference in all layers, without refinement.
 
-    norm: applied before the heads, or None.
+    Gradients of all layers reach the reference (2010.04159, sec. 4.1; 2108.06152, sec. 3.3). The
+    norm, if any, precedes the heads.
     """
 
     def __init__(self, *, heads: Heads, norm: nn.Module | None, epsilon: float):
@@ -143,11 +163,12 @@ class PointOffsetBoxes(nn.Module):
         self.norm = norm
         self.epsilon = epsilon
 
-    def start(self, _content: Tensor, reference: Tensor) -> LayerOutput:
-        """Before the first layer there is a reference, but no prediction yet."""
+    def start(self, content: Tensor, reference: Tensor) -> LayerOutput:
+        """Return the initial reference; there is no prediction yet."""
         return LayerOutput(logits=None, boxes=None, reference=reference, base=reference)
 
     def forward(self, layer: int, content: Tensor, previous: LayerOutput) -> LayerOutput:
+        """Predict relative to `previous.base`; see the module docstring for shapes."""
         content = content if self.norm is None else self.norm(content)
         return LayerOutput(
             logits=self.heads.classify(layer, content),
@@ -158,18 +179,19 @@ class PointOffsetBoxes(nn.Module):
 
 
 class DirectBoxes(nn.Module):
-    """Boxes without any reference, as the heads say them (2005.12872). norm: before the heads."""
+    """Boxes regressed directly, without a reference (2005.12872); norm precedes the heads."""
 
     def __init__(self, *, heads: Heads, norm: nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = norm
 
-    def start(self, _content: Tensor, _reference: None) -> LayerOutput:
-        """Before the first layer there is no prediction, and never a reference."""
+    def start(self, content: Tensor, reference: None) -> LayerOutput:
+        """Return an empty output: no prediction yet, and no reference."""
         return LayerOutput(logits=None, boxes=None, reference=None, base=None)
 
-    def forward(self, layer: int, content: Tensor, _previous: LayerOutput) -> LayerOutput:
+    def forward(self, layer: int, content: Tensor, previous: LayerOutput) -> LayerOutput:
+        """Predict from the content; see the module docstring for shapes."""
         content = self.norm(content)
         return LayerOutput(
             logits=self.heads.classify(layer, content),
@@ -180,7 +202,7 @@ class DirectBoxes(nn.Module):
 
 
 def normed_iterative_refinement(config: BoxConfig) -> IterativeRefinement:
-    """The box rule of DAB-DETR and DINO: shared heads behind a norm, looking forward twice."""
+    """Build the predictor of DAB-DETR and DINO: shared heads after a norm, look forward twice."""
     return IterativeRefinement(
         heads=shared_heads(config),
         norm=nn.LayerNorm(config.channels),

@@ -1,7 +1,7 @@
-"""Two-stage queries: every token proposes a box, and the best of them become queries.
+"""Two-stage queries: the best encoder proposals become queries.
 
-Padding tokens, and those whose box would leave the image, propose nothing: they are empty slots of
-the proposals, and where an image has fewer proposals than queries, the last queries are empty.
+Tokens in the padding or too near to the image border make no proposal (`is_empty`). If an image has
+fewer proposals than queries, its last queries are empty.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from dn_detr.models.prediction_heads import box_head, class_head, refine_box
 from dn_detr.structures import Memory, Predictions, Queries, QueryState, Segment
 
 BASE_SIZE = 0.05
-"""Width and height of the boxes of the finest level, doubled at each coarser one (2010.04159, A.4)."""
+"""Anchor size at the finest level, doubled at each coarser one (2010.04159, A.4)."""
 
 SMALLEST_COORDINATE = 0.01
-"""Tokens whose box has a coordinate outside of (0.01, 0.99) propose nothing (code of 2010.04159)."""
+"""Tokens need an anchor with all coordinates in (0.01, 0.99) (code of 2010.04159)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Proposals:
-    """What the tokens propose: logits [B, S, K]; boxes [B, S, 4] (.5 where empty); is_empty [B, S]."""
+    """Proposals of S tokens.
+
+    logits [B, S, K]; boxes [B, S, 4] cxcywh, 0.5 if empty; is_empty [B, S] bool.
+    """
 
     logits: Tensor
     boxes: Tensor
@@ -36,7 +39,7 @@ class Proposals:
 
 
 class ProposalHead(nn.Module):
-    """Memory to proposals: each token's box is an offset from a square around its place."""
+    """Class and box heads on the tokens; boxes are relative to square anchors (2010.04159, A.4)."""
 
     def __init__(self, *, channels: int, num_classes: int):
         super().__init__()
@@ -48,6 +51,7 @@ class ProposalHead(nn.Module):
         nn.init.zeros_(self.project.bias)
 
     def forward(self, memory: Memory) -> Proposals:
+        """Return one proposal per token."""
         anchors, is_empty = token_boxes(memory, [level for level, _ in enumerate(memory.shapes)])
         tokens = self.norm(self.project(memory.tokens.masked_fill(is_empty[..., None], 0)))
         boxes = refine_box(anchors, at_least_float32(self.box_head(tokens)), SMALLEST_COORDINATE)
@@ -59,8 +63,12 @@ class ProposalHead(nn.Module):
 
 
 def token_boxes(memory: Memory, doublings: list[int]) -> tuple[Tensor, Tensor]:
-    """A square around the centre of every token, [B, S, 4], and is_empty [B, S]: the token is padding,
-    or its square too near to the border. doublings: of BASE_SIZE, for each level."""
+    """Compute square anchors of size BASE_SIZE * 2**doublings[level] at the token centres.
+
+    Returns:
+        Anchors [B, S, 4] cxcywh, and is_empty [B, S] bool, True for padding and anchors too near to
+        the border.
+    """
     centers = token_centers(memory)
     sizes = [
         centers.new_full((height * width, 2), BASE_SIZE * 2**exponent)
@@ -74,31 +82,35 @@ def token_boxes(memory: Memory, doublings: list[int]) -> tuple[Tensor, Tensor]:
 def best_tokens(
     scores: Tensor, is_empty: Tensor, first_rank: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Tokens ranked first_rank to first_rank + count by score [B, S]: index, is_empty [B, count].
+    """Select `count` tokens from rank first_rank on, by scores [B, S] and is_empty [B, S] bool.
 
-    Empty tokens rank last and stay empty; beyond the last token all is empty.
+    Empty tokens rank last; ranks beyond the number of tokens are empty.
+
+    Returns:
+        Token index [B, count] int64 and is_empty [B, count] bool.
     """
-    tokens, enough = scores.shape[1], first_rank + count
-    scores = F.pad(scores.masked_fill(is_empty, -torch.inf), (0, enough), value=-torch.inf)
-    best, index = scores.topk(enough, dim=1)
+    tokens, top_k = scores.shape[1], first_rank + count
+    scores = F.pad(scores.masked_fill(is_empty, -torch.inf), (0, top_k), value=-torch.inf)
+    best, index = scores.topk(top_k, dim=1)
     best, index = best.narrow(1, first_rank, count), index.narrow(1, first_rank, count)
     return index.clamp(max=tokens - 1), best == -torch.inf
 
 
 def check_ranking(has_no_object: bool) -> None:
-    """ValueError where logits have a column for "no object": tokens are ranked by the sigmoid of
-    their best class (2010.04159, A.4; 2203.03605, sec. 3.4), and that column would win."""
+    """Raise ValueError if there is a "no object" logit.
+
+    Tokens are ranked by their best class (2010.04159, A.4; 2203.03605, sec. 3.4), and the
+    "no object" logit would be ranked as a class.
+    """
     if has_no_object:
         raise ValueError(
-            "two-stage queries are ranked by sigmoid scores of classes, so the class loss must be "
-            'LOSS.KIND "focal" or "mal"; "softmax" has a further logit for "no object", which would '
-            "rank as a class"
+            'two-stage queries are ranked by sigmoid scores, so LOSS.KIND must be "focal" or '
+            '"mal"; "softmax" adds a "no object" logit, which would be ranked as a class'
         )
 
 
 class BoxTransform(nn.Module):
-    """A linear layer and norm of a box's sines: boxes [B, Q, 4] -> position, content [B, Q, C] each
-    (2010.04159, code of the two-stage variant)."""
+    """Position and content from the sine encoding of boxes (2010.04159, two-stage code)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -109,13 +121,17 @@ class BoxTransform(nn.Module):
         nn.init.zeros_(self.project.bias)
 
     def forward(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return position and content [B, Q, C] from boxes [B, Q, 4]."""
         encoded = sine(boxes, self.channels // 2, temperature=10000.0).flatten(-2)
         return self.norm(self.project(encoded.to(self.project.weight.dtype))).chunk(2, dim=-1)
 
 
 class ProposalParameters(nn.Module):
-    """What is learned for N queries: content [N, C], or None where it follows from the box, and the
-    head whose proposals they are; None: the design's own head."""
+    """Parameters of N queries.
+
+    content [N, C] or None (computed from the box); head: their proposal head, None: that of the
+    design.
+    """
 
     def __init__(self, *, num_queries: int, content: nn.Parameter | None, head: nn.Module | None):
         super().__init__()
@@ -125,14 +141,16 @@ class ProposalParameters(nn.Module):
 
 
 class ProposalQueries(nn.Module):
-    """The best proposals become the references of the queries, without gradient.
+    """Queries whose references are the best proposals, detached.
 
-    transform: gives the position of a query from its box; None: positions follow from the reference.
-    has_rows: content is learned for each rank (mixed query selection, 2203.03605, sec. 3.4), else it
-    comes from the transform too. is_class_agnostic: all proposals are trained, to say object or not
-    with class 0; else the chosen ones, with their classes.
-    has_no_object: must be False, see `check_ranking`. Boxes that an auxiliary query module brings are clamped to
-    [epsilon, 1 - epsilon].
+    Args:
+        transform: Computes positions from boxes, or None if the decoder computes them.
+        has_rows: Learn the content per rank (mixed query selection, 2203.03605, sec. 3.4); else the
+            transform computes it.
+        is_class_agnostic: Train all proposals to predict objectness as class 0; else train the
+            selected ones with their classes.
+        has_no_object: Must be False, see `check_ranking`.
+        epsilon: Given boxes are clamped to [epsilon, 1 - epsilon].
     """
 
     starts_from_masks = False
@@ -151,7 +169,7 @@ class ProposalQueries(nn.Module):
         super().__init__()
         check_ranking(has_no_object)
         if transform is None and not has_rows:
-            raise ValueError("without a transform of boxes, content must have learned rows")
+            raise ValueError("has_rows must be True without a transform, got False")
         self.content = content
         self.transform = transform
         self.has_rows = has_rows
@@ -160,7 +178,7 @@ class ProposalQueries(nn.Module):
         self.learned = self.new_parameters(num_queries)
 
     def new_parameters(self, num_queries: int, own_head: bool = True) -> ProposalParameters:
-        """What further queries need, owned by whoever asks."""
+        """Create the parameters of extra queries, with a proposal head if `own_head`."""
         content = self.content
         head = ProposalHead(channels=content.channels, num_classes=content.num_classes)
         return ProposalParameters(
@@ -170,12 +188,12 @@ class ProposalQueries(nn.Module):
         )
 
     def bind(self, memory: Memory) -> ProposalSource:
-        """A source of queries for this memory; it lives for one forward."""
+        """Create the source of queries of one forward."""
         return ProposalSource(self, memory)
 
 
 class ProposalSource:
-    """The queries of one forward of `ProposalQueries`."""
+    """Queries of one forward of `ProposalQueries`."""
 
     def __init__(self, design: ProposalQueries, memory: Memory):
         self.design = design
@@ -183,25 +201,30 @@ class ProposalSource:
         self.proposals = design.learned.head(memory)
 
     def queries(self, learned: ProposalParameters | None = None, first_rank: int = 0) -> Queries:
-        """One "match" segment of the proposals ranked first_rank and below, by the head of `learned`
-        (default: the design's own). Proposals come with the queries whose head they are."""
+        """Return one "match" segment of the proposals from rank first_rank on.
+
+        `learned` defaults to the design's own parameters. The result includes the proposals if
+        `learned` has a head.
+        """
         design, batch = self.design, self.memory.tokens.shape[0]
         learned = design.learned if learned is None else learned
-        found = self.proposals
+        proposals = self.proposals
         if learned.head not in (None, design.learned.head):
-            found = learned.head(self.memory)
+            proposals = learned.head(self.memory)
         is_agnostic = design.is_class_agnostic
-        scores = found.logits[..., 0] if is_agnostic else found.logits.amax(-1)
+        scores = proposals.logits[..., 0] if is_agnostic else proposals.logits.amax(-1)
         index, is_empty = best_tokens(
-            scores.detach(), found.is_empty, first_rank, learned.num_queries
+            scores.detach(), proposals.is_empty, first_rank, learned.num_queries
         )
-        chosen = Proposals(
-            logits=found.logits.gather(1, index[..., None].expand(-1, -1, found.logits.shape[2])),
-            boxes=found.boxes.gather(1, index[..., None].expand(-1, -1, 4)),
+        selected = Proposals(
+            logits=proposals.logits.gather(
+                1, index[..., None].expand(-1, -1, proposals.logits.shape[2])
+            ),
+            boxes=proposals.boxes.gather(1, index[..., None].expand(-1, -1, 4)),
             is_empty=is_empty,
         )
-        reference = torch.where(is_empty[..., None], 0.5, chosen.boxes.detach())
-        position, content = self._describe(reference)
+        reference = torch.where(is_empty[..., None], 0.5, selected.boxes.detach())
+        position, content = self._transform(reference)
         if design.has_rows:
             content = design.content.matched(learned.content).expand(batch, -1, -1)
         return Queries(
@@ -209,21 +232,22 @@ class ProposalSource:
             segments=(Segment("match", learned.num_queries, is_empty=is_empty),),
             proposals=None
             if learned.head is None
-            else _as_predictions(found if is_agnostic else chosen, is_agnostic),
+            else _as_predictions(proposals if is_agnostic else selected, is_agnostic),
         )
 
     def from_boxes(self, labels: Tensor, boxes: Tensor) -> QueryState:
-        """Queries of labels [B, T] at boxes [B, T, 4]."""
+        """Return queries for labels [B, T] int64 and boxes [B, T, 4]."""
         epsilon = self.design.epsilon
         boxes = boxes.clamp(epsilon, 1 - epsilon)
-        return QueryState(self.design.content.labels(labels), self._describe(boxes)[0], boxes)
+        return QueryState(self.design.content.labels(labels), self._transform(boxes)[0], boxes)
 
-    def _describe(self, boxes: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _transform(self, boxes: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Position and content of boxes [B, Q, 4], None without a transform."""
         return (None, None) if self.design.transform is None else self.design.transform(boxes)
 
 
 def _as_predictions(proposals: Proposals, is_class_agnostic: bool) -> Predictions:
-    """Proposals as predictions of a single layer, so that they are matched and trained like any."""
+    """Convert proposals to predictions of a single layer, for matching and losses."""
     segment = Segment("match", proposals.logits.shape[1], is_empty=proposals.is_empty)
     return Predictions(
         logits=proposals.logits[None],

@@ -1,13 +1,13 @@
-"""Query designs: where the decoder's queries come from, and how a box becomes a query.
+"""Query designs: they create the decoder's queries, also from given boxes.
 
-    design.learned                              what is learned for each matched query
-    design.new_parameters(num_queries, own_head)   the same for further ones, owned by who asks (auxiliary queries)
-    design.bind(memory) -> source              lives for one forward
-    source.queries(learned, first_rank)         -> Queries with one "match" segment
-    source.from_boxes(labels, boxes)           -> QueryState
+    design.learned                                parameters of the matched queries
+    design.new_parameters(num_queries, own_head)  parameters of extra queries (auxiliary queries)
+    design.bind(memory) -> source                 one source per forward
+    source.queries(learned, first_rank)           -> Queries with one "match" segment
+    source.from_boxes(labels [B, T] int64, boxes [B, T, 4]) -> QueryState of T queries
 
-`own_head` and `first_rank` matter only where queries are chosen among proposals of the encoder
-(`models.proposals`): whether new tables choose on their own, or go on at a rank of the first choice.
+`own_head` and `first_rank` matter only for two-stage queries (`models.proposals`): extra queries
+either have their own proposal head, or take the proposals from rank `first_rank` on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dn_detr.structures import Memory, Queries, QueryState, Segment
 
 
 class BoxQueryParameters(nn.Module):
-    """Learned rows of N queries: content [N, C] and boxes [N, 4] as logits (2201.12329, sec. 4)."""
+    """Parameters of N queries: content [N, C] and box_logits [N, 4] (2201.12329, sec. 4)."""
 
     def __init__(self, *, content: nn.Parameter):
         super().__init__()
@@ -30,10 +30,9 @@ class BoxQueryParameters(nn.Module):
 
 
 class BoxQueries(nn.Module):
-    """Learned content and a learned 4-D box for each query; the box is the reference.
+    """Learned content and a learned box per query; the box is the reference.
 
-    epsilon: boxes that an auxiliary query module brings are clamped to [epsilon, 1 - epsilon], so that their logits
-    are finite.
+    Given boxes are clamped to [epsilon, 1 - epsilon], so that their logits are finite.
     """
 
     starts_from_masks = False
@@ -44,32 +43,24 @@ class BoxQueries(nn.Module):
         self.epsilon = epsilon
         self.learned = self.new_parameters(num_queries)
 
-    def new_parameters(
-        self,
-        num_queries: int,
-        own_head: bool = True,  # noqa: ARG002 - other designs use it
-    ) -> BoxQueryParameters:
-        """Rows for further queries, owned by whoever asks; there are no proposals to head."""
+    def new_parameters(self, num_queries: int, own_head: bool = True) -> BoxQueryParameters:
+        """Create the parameters of `num_queries` extra queries (no proposal head here)."""
         return BoxQueryParameters(content=self.content.new_rows(num_queries))
 
     def bind(self, memory: Memory) -> BoxQuerySource:
-        """A source of queries for this memory; it lives for one forward."""
+        """Create the source of queries of one forward."""
         return BoxQuerySource(self, memory)
 
 
 class BoxQuerySource:
-    """The queries of one forward of `BoxQueries`."""
+    """Queries of one forward of `BoxQueries`."""
 
     def __init__(self, design: BoxQueries, memory: Memory):
         self.design = design
         self.batch = memory.tokens.shape[0]
 
-    def queries(
-        self,
-        learned: BoxQueryParameters | None = None,
-        first_rank: int = 0,  # noqa: ARG002 - other designs use it
-    ) -> Queries:
-        """One "match" segment of the rows of `learned` (default: the design's own)."""
+    def queries(self, learned: BoxQueryParameters | None = None, first_rank: int = 0) -> Queries:
+        """Return one "match" segment from `learned` (default: the design's own parameters)."""
         learned = self.design.learned if learned is None else learned
         content = self.design.content.matched(learned.content)
         reference = learned.box_logits.sigmoid()
@@ -81,7 +72,7 @@ class BoxQuerySource:
         return Queries(state, (Segment("match", content.shape[0]),))
 
     def from_boxes(self, labels: Tensor, boxes: Tensor) -> QueryState:
-        """Queries of labels [B, T] at boxes [B, T, 4]."""
+        """Return queries for labels [B, T] int64 and boxes [B, T, 4]."""
         epsilon = self.design.epsilon
         return QueryState(
             content=self.design.content.labels(labels),
@@ -91,7 +82,7 @@ class BoxQuerySource:
 
 
 class AnchorParameters(nn.Module):
-    """Learned places [N, R] of N queries that share their content."""
+    """Learned anchors [N, R] of N queries with shared content."""
 
     def __init__(self, anchors: Tensor):
         super().__init__()
@@ -99,10 +90,10 @@ class AnchorParameters(nn.Module):
 
 
 class SharedBoxQueries(nn.Module):
-    """A learned 4-D box for each query, and content that all share (2201.12329, sec. 4).
+    """A learned box per query and shared content (2201.12329, sec. 4).
 
-    epsilon: boxes that an auxiliary query module brings are clamped to [epsilon, 1 - epsilon]. Other kinds of
-    places override `new_parameters`, `references` and `reference_of`.
+    Given boxes are clamped to [epsilon, 1 - epsilon]. Subclasses with other anchors override
+    `new_parameters`, `references` and `reference_of`.
     """
 
     starts_from_masks = False
@@ -116,29 +107,25 @@ class SharedBoxQueries(nn.Module):
         self.epsilon = epsilon
         self.learned = self.new_parameters(num_queries)
 
-    def new_parameters(
-        self,
-        num_queries: int,
-        own_head: bool = True,  # noqa: ARG002 - other designs use it
-    ) -> AnchorParameters:
-        """Rows for further queries, owned by whoever asks: boxes as logits."""
+    def new_parameters(self, num_queries: int, own_head: bool = True) -> AnchorParameters:
+        """Create the anchors of `num_queries` extra queries: boxes as logits [N, 4]."""
         return AnchorParameters(torch.randn(num_queries, 4))
 
     def references(self, anchors: Tensor) -> Tensor:
-        """Learned rows [N, R] to references [N, R]."""
+        """Return references [N, R] from learned anchors [N, R]."""
         return anchors.sigmoid()
 
     def reference_of(self, boxes: Tensor) -> Tensor:
-        """Boxes [B, T, 4] to references [B, T, R]."""
+        """Return references [B, T, R] from boxes [B, T, 4]."""
         return boxes.clamp(self.epsilon, 1 - self.epsilon)
 
     def bind(self, memory: Memory) -> SharedBoxSource:
-        """A source of queries for this memory; it lives for one forward."""
+        """Create the source of queries of one forward."""
         return SharedBoxSource(self, memory)
 
 
 def shared_box_queries(config: SharedContentConfig, content: QueryContent) -> SharedBoxQueries:
-    """With or without a shared learned content vector, and patterns."""
+    """Build `SharedBoxQueries`; the config decides on learned content and patterns."""
     return SharedBoxQueries(
         content=content,
         shared=SharedContent(
@@ -152,19 +139,17 @@ def shared_box_queries(config: SharedContentConfig, content: QueryContent) -> Sh
 
 
 class SharedBoxSource:
-    """The queries of one forward of `SharedBoxQueries`."""
+    """Queries of one forward of `SharedBoxQueries`."""
 
     def __init__(self, design: SharedBoxQueries, memory: Memory):
         self.design = design
         self.batch = memory.tokens.shape[0]
 
-    def queries(
-        self,
-        learned: AnchorParameters | None = None,
-        first_rank: int = 0,  # noqa: ARG002 - other designs use it
-    ) -> Queries:
-        """One "match" segment of the rows of `learned` (default: the design's own), once for every
-        pattern."""
+    def queries(self, learned: AnchorParameters | None = None, first_rank: int = 0) -> Queries:
+        """Return one "match" segment with a query per pattern and anchor of `learned`.
+
+        `learned` defaults to the design's own parameters.
+        """
         learned = self.design.learned if learned is None else learned
         content, anchors = self.design.shared(learned.anchors)
         state = QueryState(
@@ -175,7 +160,7 @@ class SharedBoxSource:
         return Queries(state, (Segment("match", content.shape[0]),))
 
     def from_boxes(self, labels: Tensor, boxes: Tensor) -> QueryState:
-        """Queries of labels [B, T] at boxes [B, T, 4]."""
+        """Return queries for labels [B, T] int64 and boxes [B, T, 4]."""
         return QueryState(
             content=self.design.content.labels(labels),
             position=None,

@@ -1,5 +1,9 @@
-"""Query positions: (layer, content, reference, learned position, memory) -> (for self-attention, for
-cross-attention)."""
+"""Query positions, recomputed in every decoder layer.
+
+Protocol: forward(layer index, content [B, Q, C], reference [B, Q, R] or None, learned position
+[B, Q, C] or None, memory) -> positions for self-attention [B, Q, C] and for cross-attention
+([B, Q, C], or a `ConditionalPosition`).
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,18 @@ from dn_detr.layers.position_encoding import sine_of_reference
 from dn_detr.structures import Memory
 
 SMALLEST_SIDE = 1e-4
-"""Widths and heights below count as this much, lest modulation overflow half precision."""
+"""Lower bound of widths and heights, so that modulation does not overflow half precision."""
 
 
 class BoxPosition(nn.Module):
-    """Query position from the reference box: MLP(sine(box)) (2201.12329, sec. 4.2). One vector for
-    self- and cross-attention.
+    """Query position MLP(sine(box)) for self- and cross-attention (2201.12329, sec. 4.2).
 
-    scales_with_content: from the second layer on it is scaled by an MLP of the content (sec. 4.3).
-    scales_with_canvas: the box is first scaled by the share of the finest map that is not padding,
-    as the published code of DAB-Deformable-DETR and DINO does; positions then depend on how much
-    padding the other images of the batch cause. Needed only where their weights are loaded.
+    Args:
+        scales_with_content: From the second layer on, multiply the position by an MLP of the
+            content (sec. 4.3).
+        scales_with_canvas: Scale the box by the unpadded fraction of the finest level, as in the
+            code of DAB-Deformable-DETR and DINO. Positions then depend on the padding caused by
+            other images of the batch; needed only for published weights.
     """
 
     def __init__(self, *, channels: int, scales_with_content: bool, scales_with_canvas: bool):
@@ -39,6 +44,7 @@ class BoxPosition(nn.Module):
     def forward(
         self, layer: int, content: Tensor, reference: Tensor, _learned: None, memory: Memory
     ) -> tuple[Tensor, Tensor]:
+        """Return the position [B, Q, C] twice, from content [B, Q, C] and reference [B, Q, 4]."""
         if self.scales_with_canvas:
             height, width = memory.shapes[0]
             valid_width, valid_height = memory.valid_sizes[:, 0].unbind(-1)
@@ -52,16 +58,17 @@ class BoxPosition(nn.Module):
 
 
 class LearnedPosition(nn.Module):
-    """Query position is the learned vector, in every layer, for self- and cross-attention."""
+    """Learned query position, the same in every layer, for self- and cross-attention."""
 
     def forward(
         self, _layer: int, _content: Tensor, _reference: Tensor, learned: Tensor, _memory: Memory
     ) -> tuple[Tensor, Tensor]:
+        """Return learned [B, Q, C] twice."""
         return learned, learned
 
 
 class ModulatedBoxPosition(nn.Module):
-    """Query positions from the reference box (2201.12329, sec. 4.2 to 4.4)."""
+    """Query positions from the reference box, modulated by its size (2201.12329, sec. 4.2-4.4)."""
 
     def __init__(self, *, channels: int):
         super().__init__()
@@ -74,12 +81,15 @@ class ModulatedBoxPosition(nn.Module):
     def forward(
         self, layer: int, content: Tensor, reference: Tensor, _learned: None, _memory: Memory
     ) -> tuple[Tensor, ConditionalPosition]:
+        """Return positions [B, Q, C] from content [B, Q, C] and reference [B, Q, 4]."""
         encoded = sine_of_reference(reference, self.channels // 2)  # y, x, w, h
         for_self = self.box_mlp(encoded.to(content.dtype))
         width, height = reference[..., 2:].clamp(min=SMALLEST_SIDE).split(1, dim=-1)
-        wanted_width, wanted_height = self.size(content).sigmoid().split(1, dim=-1)
+        reference_width, reference_height = self.size(content).sigmoid().split(1, dim=-1)
         y, x = encoded[..., : self.channels].chunk(2, dim=-1)
-        modulated = torch.cat((y * (wanted_height / height), x * (wanted_width / width)), dim=-1)
+        modulated = torch.cat(
+            (y * (reference_height / height), x * (reference_width / width)), dim=-1
+        )
         spatial = modulated.to(content.dtype)
         if layer > 0:
             spatial = spatial * self.scale(content)

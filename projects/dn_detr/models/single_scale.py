@@ -1,5 +1,4 @@
-"""What the single-scale methods share: one feature map, dense attention in the encoder, and layers
-that attend densely in the decoder (2005.12872). They differ in queries, positions and box rules."""
+"""Building blocks of the single-scale methods: one feature map, dense attention (2005.12872)."""
 
 from __future__ import annotations
 
@@ -37,7 +36,10 @@ def single_scale_detector(
     query_design: QueryDesign,
     decoder: Decoder,
 ) -> DETR:
-    """On a linear projection of the coarsest feature. temperature: of the tokens' sines."""
+    """Build a detector on a 1x1 projection of the coarsest backbone feature.
+
+    temperature: of the sine position encoding of the tokens.
+    """
     projection = nn.Conv2d(in_channels[-1], config.channels, kernel_size=1)
     return DETR(
         neck=SingleScaleNeck(projection=projection, stride=strides[-1]),
@@ -49,7 +51,7 @@ def single_scale_detector(
 
 
 def single_scale_flatten(config: ModelConfig, temperature: float) -> Flatten:
-    """Cells counted from 1 to n, as in DETR."""
+    """Build `Flatten` for one level; positions count cells from 1, as in DETR."""
     position = SinePosition(channels=config.channels, temperature=temperature, cell_offset=0.0)
     return Flatten(position=position, channels=config.channels, num_levels=1)
 
@@ -70,7 +72,7 @@ def dense_encoder_layers(
 
 
 def dense_decoder_layers(config: ModelConfig) -> list[DecoderLayer]:
-    """Layers that add positions to contents (2005.12872)."""
+    """Build decoder layers that add the position to the content (2005.12872)."""
     size: dict[str, Any] = {
         "channels": config.channels,
         "num_heads": config.num_heads,
@@ -91,7 +93,7 @@ def dense_decoder_layers(config: ModelConfig) -> list[DecoderLayer]:
 def conditional_decoder_layers(
     config: ModelConfig, activation: Activation = nn.ReLU
 ) -> list[DecoderLayer]:
-    """Layers that keep content and place apart (2108.06152)."""
+    """Build decoder layers that keep content and position separate (2108.06152)."""
     size: dict[str, Any] = {
         "channels": config.channels,
         "num_heads": config.num_heads,
