@@ -1,4 +1,4 @@
-"""Operators of the project: a public function each, compiled where built, else plain PyTorch."""
+"""Operators with C++/CUDA kernels and a reference implementation in PyTorch."""
 
 from dn_detr.ops.deformable_attention import deformable_attention, deformable_attention_pytorch
 from dn_detr.ops.extension import pytorch_operators

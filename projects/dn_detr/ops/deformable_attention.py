@@ -1,4 +1,4 @@
-"""Deformable attention from reference, raw offsets and raw logits (2010.04159, eq. 3)."""
+"""Deformable attention from references, raw offsets and attention logits (2010.04159, eq. 3)."""
 
 from __future__ import annotations
 
@@ -21,20 +21,29 @@ def deformable_attention(
     logits: Tensor,
     padding: Tensor | None,
 ) -> Tensor:
-    """Sample `value` around the references, weighted by the softmax of `logits` -> [B, Q, H * D].
+    """Sample values around the references and sum them with softmax weights.
 
-    value [B, S, H, D] float32, float16, bfloat16 or float64: the levels' cells, fine to coarse;
-    shapes: (h, w) of each level, host integers, sum of h * w = S; valid_sizes [B, levels, 2]: (w, h)
-    of the unpadded part in cells; reference [B, Q, 2 or 4] in [0, 1] of the unpadded image, or one
-    for each level, [B, Q, levels, 2 or 4]; offsets [B, Q, H, levels, P, 2]: in cells from a point,
-    in half box sizes over P from a box; logits [B, Q, H, levels * P]; padding [B, S] bool: tokens
-    that count as zero whatever they hold, or None.
+    Sampling is that of `grid_sample(align_corners=False, padding_mode="zeros")`; locations outside,
+    infinite or NaN contribute nothing and get no gradient. Computes in float32 (float64 for float64
+    values). Gradients have the dtype of their inputs; valid_sizes gets none. Not twice
+    differentiable.
 
-    Semantics of `grid_sample(align_corners=False, padding_mode="zeros")`. Locations outside,
-    infinite or NaN contribute nothing and get no gradient. Coordinates, softmax and sums are
-    computed in float32 (float64 for float64 values) whatever the type of the inputs. The result has
-    the value's type, each gradient its input's; valid_sizes gets none. Only the inputs are kept for
-    the backward. Not twice differentiable.
+    Args:
+        value: [B, S, H, D] float32, float16, bfloat16 or float64; levels fine to coarse.
+        shapes: (h, w) of each level as host integers, sum of h * w = S.
+        valid_sizes: [B, levels, 2], (w, h) of the unpadded part in cells.
+        reference: [B, Q, 2 or 4] in [0, 1] of the unpadded image, or one per level,
+            [B, Q, levels, 2 or 4].
+        offsets: [B, Q, H, levels, P, 2]; in cells from a point, in half box sizes divided by P
+            from a box.
+        logits: [B, Q, H, levels * P].
+        padding: [B, S] bool, tokens that count as zero, or None.
+
+    Returns:
+        [B, Q, H * D] in the dtype of value.
+
+    Raises:
+        ValueError: If shapes or dtypes do not match.
     """
     precise = torch.float64 if value.dtype == torch.float64 else torch.float32
     valid_sizes, reference = valid_sizes.detach().to(precise), reference.to(precise)
@@ -59,9 +68,10 @@ def deformable_attention_pytorch(
     logits: Tensor,
     padding: Tensor | None,
 ) -> Tensor:
-    """`deformable_attention` in plain PyTorch: the specification of the kernels, and what ONNX gets.
+    """Reference implementation of `deformable_attention` in PyTorch, also used for ONNX export.
 
-    It differs in one thing: an infinite or NaN offset from a box makes the box's gradient NaN.
+    Arguments, shapes and result are the same. The one difference: an infinite or NaN offset from a
+    box makes the gradient of the box NaN.
     """
     return _compose(
         value,
@@ -83,6 +93,7 @@ def _compose(
     logits: Tensor,
     padding: Tensor | None,
 ) -> Tensor:
+    """Compute sampling locations and weights, then sample."""
     _check(value, shapes, valid_sizes, reference, offsets, logits, padding)
     precise = torch.float64 if value.dtype == torch.float64 else torch.float32
     levels, points = offsets.shape[3], offsets.shape[4]
@@ -97,7 +108,7 @@ def _compose(
         cells = reference * valid + offsets
     else:
         cells = (reference[..., :2] + offsets * reference[..., 2:] * (0.5 / points)) * valid
-    sides = [(h, w) if h * w else (1, 1) for h, w in shapes]  # a level may be without cells
+    sides = [(h, w) if h * w else (1, 1) for h, w in shapes]  # a level may have no cells
     x = torch.stack([cells[..., i, :, 0] / w for i, (_, w) in enumerate(sides)], dim=-2)
     y = torch.stack([cells[..., i, :, 1] / h for i, (h, _) in enumerate(sides)], dim=-2)
     weights = logits.to(precise).softmax(dim=-1).unflatten(-1, (levels, points))
@@ -203,7 +214,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 def _no_second_backward(_ctx: Any, *_grads: object) -> NoReturn:
     raise RuntimeError(
-        "deformable_attention is not twice differentiable; use deformable_attention_pytorch for that"
+        "deformable_attention is not twice differentiable; use deformable_attention_pytorch instead"
     )
 
 

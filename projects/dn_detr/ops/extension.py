@@ -1,4 +1,4 @@
-"""Loads the compiled operators `dn_detr._C`, once, and knows why where there are none."""
+"""Load the compiled operators `dn_detr._C`, or report why they are missing."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ REBUILD = f"rebuild with `{BUILD}`"
 
 
 class ExtensionMismatch(ImportError):
-    """The compiled operators were built for another torch than the one that is running."""
+    """The compiled operators were built for a different torch."""
 
 
 def read_record(package: Path = PACKAGE) -> dict[str, Any] | None:
-    """What the last build wrote down (`_build.json`), or None if nothing was ever built."""
+    """Return the record of the last build (`_build.json`), or None if there was none."""
     path = package / "_build.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def find_library(package: Path = PACKAGE) -> Path | None:
-    """Path of the compiled library, or None."""
+    """Return the path of the compiled library, or None."""
     found = (path for path in sorted(package.glob("_C.*")) if path.suffix in (".so", ".pyd"))
     return next(found, None)
 
@@ -48,13 +48,16 @@ def find_library(package: Path = PACKAGE) -> Path | None:
 def check_record(
     record: dict[str, Any] | None, torch_version: str, cuda_version: str | None
 ) -> None:
-    """Raise ExtensionMismatch unless the library was built for this torch.
+    """Check that the library was built for this torch release and CUDA version.
 
-    Compared are the release (2.11.0) and the CUDA version. It is asked before the library is
-    loaded: a library of another torch fails with an undefined symbol, or worse, with wrong memory.
+    To be called before loading: a library of another torch fails with an undefined symbol or
+    corrupts memory.
+
+    Raises:
+        ExtensionMismatch: If it was not.
     """
     if record is None:
-        raise ExtensionMismatch(f"dn_detr._C has no _build.json of its build beside it; {REBUILD}")
+        raise ExtensionMismatch(f"dn_detr._C has no _build.json next to it; {REBUILD}")
     built = (record["torch"].split("+")[0], record["cuda"])
     if built != (torch_version.split("+")[0], cuda_version):
         raise ExtensionMismatch(
@@ -64,7 +67,7 @@ def check_record(
 
 
 def _load() -> dict[str, frozenset[str]]:
-    """Operator name -> device types that have a kernel; empty without a library."""
+    """Load the library and map operators to device types with a kernel; empty without library."""
     library = find_library()
     if library is None or IS_SWITCHED_OFF:
         return {}
@@ -81,11 +84,11 @@ def _load() -> dict[str, frozenset[str]]:
 
 KERNELS = _load()
 _warned: set[str] = set()
-_is_plain = False
+_force_pytorch = False
 
 
 def why_no_kernel(device: str) -> str:
-    """One sentence for people: why the operators run as plain PyTorch on `device`."""
+    """Return why the operators run in PyTorch on `device`, as a clause of a sentence."""
     record = read_record() or {}
     if IS_SWITCHED_OFF:
         return "dn_detr._C is not loaded because DN_DETR_NO_EXTENSION=1"
@@ -97,42 +100,43 @@ def why_no_kernel(device: str) -> str:
 
 
 def slow_sentence(device: str) -> str:
-    """Why the operators run as plain PyTorch on `device`, and what to type; "" if they do not."""
+    """Return why the operators are slow on `device` and how to build them; "" if they are not."""
     if KERNELS and all(device in kinds for kinds in KERNELS.values()):
         return ""
     force = "FORCE_CUDA=1 " if device == "cuda" else ""
     return (
-        f"{why_no_kernel(device)}; the operators run as plain PyTorch, several times slower. Build them "
-        f"with `{force}{BUILD}`; `python -m dn_detr.info` says more."
+        f"{why_no_kernel(device)}; the operators run as plain PyTorch, several times slower. "
+        f"Build them with `{force}{BUILD}`; see `python -m dn_detr.info` for details."
     )
 
 
 @contextmanager
 def pytorch_operators() -> Iterator[None]:
-    """Inside, every operator runs, and is traced, as plain PyTorch: for graphs that must consist of
-    standard operators alone, such as an exported model that runs without this package.
+    """Run and trace all operators with their reference implementations in PyTorch.
+
+    For graphs of standard operators only, such as an exported model that runs without this package:
 
         with pytorch_operators():
             exported = torch.export.export(model, inputs)
 
-    For the whole process, not for one thread.
+    Applies to the whole process, not to one thread.
     """
-    global _is_plain
-    before, _is_plain = _is_plain, True
+    global _force_pytorch
+    before, _force_pytorch = _force_pytorch, True
     try:
         yield
     finally:
-        _is_plain = before
+        _force_pytorch = before
 
 
 def use_kernel(name: str, device: torch.device) -> bool:
-    """Whether operator `name` has a kernel for tensors on `device`.
+    """Return whether to call the kernel of operator `name` on `device`.
 
-    Warns, once per process and device type, where there is none on a CPU or a CUDA device. An ONNX
-    graph is made of plain PyTorch, as is everything inside of `pytorch_operators`.
+    False in ONNX export and inside `pytorch_operators`. Warns once per process and device type if
+    there is no kernel for a CPU or CUDA device.
     """
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore
-    if _is_plain or (is_traced and torch.onnx.is_in_onnx_export()):
+    if _force_pytorch or (is_traced and torch.onnx.is_in_onnx_export()):
         return False
     if device.type in KERNELS.get(name, ()):
         return True

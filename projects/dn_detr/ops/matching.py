@@ -1,8 +1,8 @@
-"""Bipartite matching (2005.12872, sec. 3.1): costs and assignments of a whole batch, one call each.
+"""Bipartite matching of a whole batch: costs and assignments (2005.12872, sec. 3.1).
 
-Compiled only; `losses.costs` and `losses.solve` are the plain twins, which use other rooms and SciPy.
-All objects of a batch stand in one list of T, image after image; an object is only compared with
-the slots of its own image.
+Compiled only; `losses.matching_costs` and `losses.linear_assignment` are the reference
+implementations. All objects of a batch are concatenated to T objects, image after image; each is
+compared only with the queries of its image.
 """
 
 from __future__ import annotations
@@ -27,13 +27,28 @@ def matching_costs(
     alpha: float,
     gamma: float,
 ) -> Tensor:
-    """Cost of every slot for every object of its image: [L, T, Q].
+    """Compute the matching costs of all queries and objects.
 
-    logits [L, B, Q, K]; boxes [L, B, Q, 4] cxcywh; image_of [T] int64, ascending; labels [T] int64;
-    object_boxes [T, 4]; all floats of one type, float32 or float64. Weighted sum of the L1 distance,
-    minus the generalized IoU, and the class cost: focal (2010.04159, code), with p the object's class
-    probability alpha (1 - p)^gamma (-log p) - (1 - alpha) p^gamma (-log(1 - p)), or minus the softmax
-    probability. Not differentiable; no host synchronisation.
+    The cost is the weighted sum of the L1 distance, the negative generalized IoU and the class
+    cost: the negative softmax probability, or the focal cost (2010.04159, code) for class
+    probability p, alpha (1 - p)^gamma (-log p) - (1 - alpha) p^gamma (-log(1 - p)). All floats have
+    one dtype, float32 or float64. Not differentiable; no host synchronisation.
+
+    Args:
+        logits: [L, B, Q, K].
+        boxes: [L, B, Q, 4] cxcywh.
+        image_of: [T] int64, ascending.
+        labels: [T] int64.
+        object_boxes: [T, 4] cxcywh.
+        class_cost: Weight of the class cost.
+        l1: Weight of the L1 distance.
+        giou: Weight of the generalized IoU.
+        is_softmax: Use the softmax class cost.
+        alpha: Focal alpha.
+        gamma: Focal gamma.
+
+    Returns:
+        [L, T, Q].
     """
     return torch.ops.dn_detr.matching_costs(
         logits, boxes, image_of, labels, object_boxes, float(class_cost), float(l1), float(giou),
@@ -49,17 +64,24 @@ def assign_objects(
     num_groups: list[int],
     matches_per_object: list[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Solve the assignment problem of every layer, image and group of several segments.
+    """Solve the assignment problems of all layers, images and groups of several segments.
 
-    For each segment costs [L, T, slots], all float32 or all float64, is_empty [B, slots] bool or
-    None, in how many equal groups its slots fall, and how often an object is placed in a group
-    (2207.13080). image_of [T] int64, ascending.
+    Each solution has the least total cost. Empty queries get no object; if there are more objects
+    than queries, some objects stay unmatched. The result does not depend on the device or the
+    number of threads. No host synchronisation.
 
-    Returns for each segment object_of [L, B, slots] int64, the object of its image that a slot gets,
-    -1 = none, at the least total cost; and is_bad [L, B] bool: a cost is NaN or infinite at a slot
-    that is not empty, and the group that it belongs to got nothing. Objects take no empty slots; if
-    there are more objects than slots, those stay without whose absence costs least in all. The
-    result is the same on every device and with any number of threads. No host synchronisation.
+    Args:
+        costs: [L, T, Q] per segment, all float32 or all float64.
+        image_of: [T] int64, ascending.
+        batch: B.
+        is_empty: [B, Q] bool or None, per segment.
+        num_groups: Number of equal groups of queries, per segment.
+        matches_per_object: How often an object is matched in a group (2207.13080), per segment.
+
+    Returns:
+        Per segment, object_of [L, B, Q] int64, the index of the matched object in its image or -1;
+        and is_bad [L, B] bool, True if a group stays unmatched because a query that is not empty
+        has a NaN or infinite cost.
     """
     return torch.ops.dn_detr.assign_objects(
         costs, image_of, batch, is_empty, num_groups, matches_per_object
@@ -67,7 +89,7 @@ def assign_objects(
 
 
 def has_nonfinite(values: Tensor, is_empty: Tensor | None) -> Tensor:
-    """Where values [L, B, Q, C] hold NaN or infinity in a slot that is not empty: [L, B] bool.
+    """Find NaN and infinity in values [L, B, Q, C] of queries that are not empty: [L, B] bool.
 
     values float32 or float64; is_empty [B, Q] bool or None. No host synchronisation.
     """

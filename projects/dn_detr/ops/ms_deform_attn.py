@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention (2010.04159, sec. 4.1): weighted bilinear samples of levels."""
+"""Multi-scale deformable attention from sampling locations and weights (2010.04159, sec. 4.1)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,25 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Sum over levels and points of weight times the value at the location -> [B, Q, H * D].
+    """Sum bilinear samples of all levels and points with the attention weights.
 
-    value [B, S, H, D] float32, float16, bfloat16 or float64: the levels' cells, fine to coarse;
-    spatial_shapes: (h, w) of each level, host integers, sum of h * w = S;
-    sampling_locations [B, Q, H, levels, P, 2]: (x, y), [0, 1] from border to border of a level;
-    attention_weights [B, Q, H, levels, P]. Both float32 whatever the value's type (float64 with
-    float64): half a cell is lost where a location is rounded to bfloat16.
+    Sampling is that of `grid_sample(align_corners=False, padding_mode="zeros")`; locations outside,
+    infinite or NaN contribute nothing and get no gradient. Accumulates in float32. Gradients have
+    the dtype of their inputs. Not twice differentiable. The backward is deterministic on the CPU,
+    and on CUDA under `torch.use_deterministic_algorithms(True)`.
 
-    Semantics of `grid_sample(align_corners=False, padding_mode="zeros")`. Locations outside,
-    infinite or NaN contribute nothing and get no gradient. Accumulates in float32. The result has
-    the value's type, each gradient its input's. Not twice differentiable. The backward on CUDA is
-    deterministic under `torch.use_deterministic_algorithms(True)`, on the CPU always.
+    Args:
+        value: [B, S, H, D] float32, float16, bfloat16 or float64; levels fine to coarse.
+        spatial_shapes: (h, w) of each level as host integers, sum of h * w = S.
+        sampling_locations: [B, Q, H, levels, P, 2], (x, y) in [0, 1] of a level; float32 (float64
+            for float64 values), because bfloat16 is off by up to half a cell.
+        attention_weights: [B, Q, H, levels, P], in the dtype of the locations.
+
+    Returns:
+        [B, Q, H * D] in the dtype of value.
+
+    Raises:
+        ValueError: If shapes or dtypes do not match.
     """
     if use_kernel("ms_deform_attn", value.device):
         sides = [side for shape in spatial_shapes for side in shape]
@@ -43,7 +50,7 @@ def ms_deform_attn_pytorch(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """`ms_deform_attn` in plain PyTorch: the specification of the kernels, and what ONNX gets."""
+    """Reference implementation of `ms_deform_attn`, same shapes; also used for ONNX export."""
     _check(value, spatial_shapes, sampling_locations, attention_weights)
     batch, _, heads, channels = value.shape
     cells = value.to(sampling_locations.dtype)
@@ -55,14 +62,16 @@ def ms_deform_attn_pytorch(
         image = cells[:, start : start + height * width].permute(0, 2, 3, 1)
         image = image.reshape(batch * heads, channels, height, width)
         start = start + height * width
-        where = sampling_locations[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B*H, Q, P, 2]
+        location = (
+            sampling_locations[:, :, :, level].transpose(1, 2).flatten(0, 1)
+        )  # [B*H, Q, P, 2]
         weight = attention_weights[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B*H, Q, P]
-        x = where[..., 0] * width - 0.5
-        y = where[..., 1] * height - 0.5
-        # A comparison with NaN is false: such a location is outside.
+        x = location[..., 0] * width - 0.5
+        y = location[..., 1] * height - 0.5
+        # Comparisons with NaN are false, so NaN locations are outside.
         is_inside = (x > -1) & (x < width) & (y > -1) & (y < height)
-        # -3 lies outside of every map; `where` stops values and gradients of what it replaces.
-        grid = torch.where(is_inside[..., None], 2 * where - 1, -3.0)
+        # -3 is outside of every level; `where` blocks the gradients of replaced values.
+        grid = torch.where(is_inside[..., None], 2 * location - 1, -3.0)
         weight = torch.where(is_inside, weight, 0.0)
         sampled = F.grid_sample(
             image, grid, mode="bilinear", padding_mode="zeros", align_corners=False
@@ -151,7 +160,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 def _no_second_backward(_ctx: Any, *_grads: object) -> NoReturn:
     raise RuntimeError(
-        "ms_deform_attn is not twice differentiable; use ms_deform_attn_pytorch for that"
+        "ms_deform_attn is not twice differentiable; use ms_deform_attn_pytorch instead"
     )
 
 

@@ -1,4 +1,4 @@
-"""Noised copies of the ground truth for denoising (2203.01305, sec. 4; contrastive 2203.03605)."""
+"""Denoising queries from noised ground truth (2203.01305, sec. 4; contrastive: 2203.03605)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from torch import Tensor
 from dn_detr.ops.extension import KERNELS, use_kernel
 from dn_detr.ops.philox import philox
 
-# Words 0-3 of draw BOX move the four coordinates. Of draw LABEL, word 0 decides whether the label
-# is redrawn, 1 is the new class, the low 4 bits of 2 are the signs, and 3 orders the objects.
+# Random words: of BOX_DRAW, 0-3 move the four coordinates; of LABEL_DRAW, 0 decides whether the
+# label is redrawn, 1 is the new class, the low 4 bits of 2 are the signs, 3 orders the objects.
 BOX_DRAW, LABEL_DRAW = 0, 1
-# Efficient attention wants rows of the additive mask to start at multiples of 16 elements.
+# Memory-efficient attention requires mask rows that start at multiples of 16 elements.
 MASK_PITCH = 16
 
 
 class NoisedSlots(NamedTuple):
-    """T = num_groups * slots_per_group (twice that if contrastive) slots, group after group; a
-    contrastive group is [positives | negatives].
+    """T denoising queries, group after group; a contrastive group is [positives | negatives].
 
-    labels [B, T] int64; boxes [B, T, 4] cxcywh in [0, 1]; assignment [B, T] int64: the object that
-    the slot was made from, -1 in negative and empty slots; is_empty [B, T] bool: the image has no
-    object for the slot (label 0, box 0.5); mask [B, 1, T + N, T + N]: 0 where query (row) may
-    attend to key (column), else -inf.
+    T = num_groups * slots_per_group, twice that if contrastive.
+
+    Args:
+        labels: [B, T] int64.
+        boxes: [B, T, 4] cxcywh in [0, 1].
+        assignment: [B, T] int64, the object of each query, -1 for negative and empty queries.
+        is_empty: [B, T] bool, True without an object (label 0, box 0.5).
+        mask: [B, 1, T + N, T + N], 0 where the query (row) may attend to the key (column), else
+            -inf.
     """
 
     labels: Tensor
@@ -50,32 +54,44 @@ def noise_objects(
     mask_dtype: torch.dtype,
     hide_empty: bool = True,
 ) -> NoisedSlots:
-    """Noise every object once per group, and the attention mask that keeps the groups apart.
+    """Create noised copies of the objects per group, and the attention mask.
 
-    labels [B, M] int64; boxes [B, M, 4] cxcywh in [0, 1], float32 or float64; is_object [B, M]
-    bool, objects first; noise_seeds [B] int64; slots_per_group <= M; num_matched: N queries after
-    the slots.
+    The centre of a box moves by up to box_noise half sizes, and its size changes by a factor of up
+    to 1 +- box_noise, uniformly. Contrastive: each side moves by box_noise * [0, 1) half sizes for
+    positive, by box_noise * [1, 2) for negative queries, in either direction. Boxes are clamped to
+    the image. If an image has more than slots_per_group objects, each group gets its own uniformly
+    drawn subset.
 
-    Plain: the centre moves by up to box_noise half sizes, the sizes change by up to the factor
-    1 +- box_noise, uniformly; a label becomes a uniform class with probability label_noise.
-    Contrastive: each side moves by box_noise * [0, 1) half sizes in a positive slot, by
-    box_noise * [1, 2) in a negative one, either way. Boxes are clamped to the image.
-    An image with more objects than slots gives each group its own uniform subset of them.
+    Denoising queries attend to their group and to the matched queries, which attend only to each
+    other.
 
-    A slot sees the slots of its group and the matched queries; these see only each other. With
-    hide_empty nobody sees an empty slot but itself; without, its group does (as published).
+    The noise depends on the noise seed, object index and group alone, so it is equal on all
+    devices and for any batch and M. Not differentiable; no host synchronisation. On a CPU, the
+    memory of the last four masks is reused after they are freed.
 
-    The noise of an object is a function of the image's key, the object's index and the group:
-    equal on all devices, whatever the batch, M, or the image's place. No host synchronisation.
-    Not differentiable.
+    Args:
+        labels: [B, M] int64.
+        boxes: [B, M, 4] cxcywh in [0, 1], float32 or float64.
+        is_object: [B, M] bool, objects first.
+        noise_seeds: [B] int64.
+        num_groups: Number of groups.
+        slots_per_group: Most objects per group, at most M.
+        num_classes: K.
+        box_noise: Scale of the box noise.
+        label_noise: Probability to replace a label by a uniformly drawn class.
+        contrastive: Add negative queries (2203.03605, sec. 3.3).
+        num_matched: N, number of matched queries, which follow the denoising queries.
+        mask_dtype: Dtype of the mask.
+        hide_empty: Mask out empty queries as keys of other queries; else their group attends to
+            them (as published).
 
-    On a CPU the memory of masks outlives them: a later call changes a mask that nobody holds any
-    more into its own, instead of writing all of it. The last four masks are kept.
+    Raises:
+        ValueError: If shapes, dtypes or counts do not match.
     """
     arguments = (
-        labels, boxes.detach() if boxes.requires_grad else boxes, is_object, noise_seeds, num_groups,
-        slots_per_group, num_classes, float(box_noise), float(label_noise), contrastive,
-        num_matched, mask_dtype, hide_empty,
+        labels, boxes.detach() if boxes.requires_grad else boxes, is_object, noise_seeds,
+        num_groups, slots_per_group, num_classes, float(box_noise), float(label_noise),
+        contrastive, num_matched, mask_dtype, hide_empty,
     )  # fmt: skip
     if not use_kernel("noise_objects", labels.device):
         return noise_objects_pytorch(*arguments)
@@ -100,7 +116,7 @@ def noise_objects_pytorch(
     mask_dtype: torch.dtype,
     hide_empty: bool = True,
 ) -> NoisedSlots:
-    """`noise_objects` in plain PyTorch: the specification of the kernels, equal to the last bit."""
+    """Reference implementation of `noise_objects` in PyTorch, same shapes; bit-equal to kernels."""
     _check(labels, boxes, is_object, noise_seeds, num_groups, slots_per_group)
     batch = labels.shape[0]
     kinds = 2 if contrastive else 1  # positives, negatives
@@ -108,7 +124,7 @@ def noise_objects_pytorch(
     group = torch.arange(num_groups, device=labels.device).view(1, num_groups, 1, 1)
     kind = torch.arange(kinds, device=labels.device).view(1, 1, kinds, 1)
     stream = group * 2 + kind
-    index = _objects_of_slots(is_object, key, group, slots_per_group)  # [B, G, 1, slots]
+    index = _object_indices(is_object, key, group, slots_per_group)  # [B, G, 1, slots]
     index = index.expand(batch, num_groups, kinds, slots_per_group)
 
     words = philox(key, (index, stream, BOX_DRAW, 0))
@@ -139,13 +155,12 @@ def noise_objects_pytorch(
     return NoisedSlots(noised_labels, noised_boxes, assigned, is_empty, mask)
 
 
-def _objects_of_slots(is_object: Tensor, key: Tensor, group: Tensor, slots: int) -> Tensor:
-    """Index of the object of each slot, [B or 1, G, 1, slots]: in order while all fit, else the
-    `slots` objects with the smallest draws."""
-    batch, most = is_object.shape
-    order = torch.arange(most, device=is_object.device).view(1, 1, 1, most)
-    if slots == most:
-        return order.expand(batch, group.shape[1], 1, most)
+def _object_indices(is_object: Tensor, key: Tensor, group: Tensor, slots: int) -> Tensor:
+    """Object index of each query, [B or 1, G, 1, slots]; a random subset if not all objects fit."""
+    batch, max_objects = is_object.shape
+    order = torch.arange(max_objects, device=is_object.device).view(1, 1, 1, max_objects)
+    if slots == max_objects:
+        return order.expand(batch, group.shape[1], 1, max_objects)
     draw = philox(key, (order, group * 2, LABEL_DRAW, 0))[3]  # [B, G, 1, M]
     draw = torch.where(is_object[:, None, None], draw, 2**32)
     fits = (is_object.sum(dim=1) <= slots).view(batch, 1, 1, 1)
@@ -153,7 +168,7 @@ def _objects_of_slots(is_object: Tensor, key: Tensor, group: Tensor, slots: int)
 
 
 def _move_box(boxes: Tensor, scaled: Tensor) -> Tensor:
-    """Plain noise: boxes and scaled [B, T, 4], scaled in [-box_noise, box_noise)."""
+    """Move centres and sizes of boxes [B, T, 4] by scaled [B, T, 4] in [-box_noise, box_noise)."""
     centre, size = boxes[..., :2], boxes[..., 2:]
     centre = centre + scaled[..., :2] * (size * 0.5)
     size = size * (scaled[..., 2:] + 1)
@@ -161,7 +176,7 @@ def _move_box(boxes: Tensor, scaled: Tensor) -> Tensor:
 
 
 def _move_sides(boxes: Tensor, scaled: Tensor) -> Tensor:
-    """Contrastive noise: scaled [B, T, 4] is how far x1, y1, x2, y2 move, in half sizes."""
+    """Move x0, y0, x1, y1 of boxes [B, T, 4] by scaled [B, T, 4] half sizes."""
     centre, half = boxes[..., :2], boxes[..., 2:] * 0.5
     low = (centre - half + scaled[..., :2] * half).clamp(0, 1)
     high = (centre + half + scaled[..., 2:] * half).clamp(0, 1)
@@ -171,18 +186,19 @@ def _move_sides(boxes: Tensor, scaled: Tensor) -> Tensor:
 def _mask(
     is_empty: Tensor, group_size: int, num_matched: int, dtype: torch.dtype, hide_empty: bool
 ) -> Tensor:
+    """Additive mask [B, 1, T + N, T + N] whose rows start at multiples of `MASK_PITCH` elements."""
     batch, slots = is_empty.shape
     total = slots + num_matched
-    place = torch.arange(total, device=is_empty.device)
-    is_matched = place >= slots
-    group = torch.where(is_matched, -1, place // max(group_size, 1))
-    visible = (is_matched | (group == group[:, None])).expand(batch, total, total)
+    query = torch.arange(total, device=is_empty.device)
+    is_matched = query >= slots
+    group = torch.where(is_matched, -1, query // max(group_size, 1))
+    allowed = (is_matched | (group == group[:, None])).expand(batch, total, total)
     if hide_empty:
         hidden = torch.nn.functional.pad(is_empty, (0, num_matched))[:, None]  # [B, 1, T + N]
-        visible = (visible & ~hidden) | (place == place[:, None])
+        allowed = (allowed & ~hidden) | (query == query[:, None])
     pitch = -(-total // MASK_PITCH) * MASK_PITCH
     mask = torch.full((batch, 1, total, pitch), -torch.inf, dtype=dtype, device=is_empty.device)
-    mask[..., :total].masked_fill_(visible[:, None], 0)
+    mask[..., :total].masked_fill_(allowed[:, None], 0)
     return mask[..., :total]
 
 
@@ -196,10 +212,10 @@ def _check(
 ) -> None:
     if labels.ndim != 2:
         raise ValueError(f"labels must be [B, M], got {list(labels.shape)}")
-    batch, most = labels.shape
+    batch, max_objects = labels.shape
     for name, tensor, shape in (
-        ("boxes", boxes, (batch, most, 4)),
-        ("is_object", is_object, (batch, most)),
+        ("boxes", boxes, (batch, max_objects, 4)),
+        ("is_object", is_object, (batch, max_objects)),
         ("noise_seeds", noise_seeds, (batch,)),
     ):
         if tensor.shape != shape:
@@ -212,10 +228,10 @@ def _check(
     ):
         if tensor.dtype not in dtypes:
             raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-    if num_groups < 0 or not 0 <= slots_per_group <= most:
+    if num_groups < 0 or not 0 <= slots_per_group <= max_objects:
         raise ValueError(
-            f"num_groups must be >= 0 and slots_per_group in [0, {most}], got {num_groups} and "
-            f"{slots_per_group}"
+            f"num_groups must be >= 0 and slots_per_group in [0, {max_objects}], "
+            f"got {num_groups} and {slots_per_group}"
         )
 
 

@@ -1,6 +1,6 @@
 """Philox4x32-10, a counter-based random generator (Salmon et al., SC 2011), in int64 arithmetic.
 
-The kernels have the same arithmetic in csrc/philox.h.
+The kernels use csrc/philox.h.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ MASK = 0xFFFFFFFF
 
 
 def philox(key: Tensor, counter: tuple[Tensor | int, ...]) -> tuple[Tensor, ...]:
-    """Four random words in [0, 2^32), int64, of the broadcast shape of `key` and the counters.
+    """Generate four random words.
 
-    key: int64, both halves of which are used; counter: four words in [0, 2^32).
+    Args:
+        key: [...] int64; both halves are used.
+        counter: Four words in [0, 2^32), integers or tensors broadcast against key.
+
+    Returns:
+        Four tensors [...] int64 in [0, 2^32).
     """
     zero = key & 0
     c0, c1, c2, c3 = (zero + word for word in counter)
@@ -30,7 +35,7 @@ def philox(key: Tensor, counter: tuple[Tensor | int, ...]) -> tuple[Tensor, ...]
 
 
 def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """(high, low) 32 bits of the product; in 16-bit halves, so that no int64 overflows."""
+    """High and low 32 bits of the product, computed in 16-bit halves to avoid int64 overflow."""
     low = (word & 0xFFFF) * factor
     middle = (word >> 16) * factor + (low >> 16)
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
