@@ -14,7 +14,7 @@ SMALLEST_AREA = 1e-9
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Cast a tensor of any shape to float32; float64 stays float64."""
+    """Cast `x` [...] to float32; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

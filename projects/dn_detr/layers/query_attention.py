@@ -144,7 +144,7 @@ def attention_dtype(content: Tensor) -> torch.dtype:
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a bool mask of any shape to an additive one: 0 where allowed, else -inf."""
+    """Convert a bool mask [...] to an additive one: 0 where allowed, else -inf."""
     zero = torch.zeros((), dtype=dtype, device=allowed.device)
     return torch.where(allowed, zero, float("-inf"))
 

@@ -133,11 +133,11 @@ class IterativeRefinement(nn.Module):
         self.epsilon = epsilon
 
     def start(self, content: Tensor, reference: Tensor) -> LayerOutput:
-        """Return the initial reference; there is no prediction yet."""
+        """Return the initial reference [B, Q, 2 or 4] without a prediction."""
         return LayerOutput(logits=None, boxes=None, reference=reference, base=reference)
 
     def forward(self, layer: int, content: Tensor, previous: LayerOutput) -> LayerOutput:
-        """Refine `previous.base`; see the module docstring for shapes."""
+        """Predict from content [B, Q, C] and refine `previous.base` [B, Q, 2 or 4]."""
         normed = content if self.norm is None else self.norm(content)
         logits = self.heads.classify(layer, normed)
         boxes = refine_box(previous.base, self.heads.delta(layer, normed), self.epsilon)
@@ -164,11 +164,11 @@ class PointOffsetBoxes(nn.Module):
         self.epsilon = epsilon
 
     def start(self, content: Tensor, reference: Tensor) -> LayerOutput:
-        """Return the initial reference; there is no prediction yet."""
+        """Return the initial reference [B, Q, 2 or 4] without a prediction."""
         return LayerOutput(logits=None, boxes=None, reference=reference, base=reference)
 
     def forward(self, layer: int, content: Tensor, previous: LayerOutput) -> LayerOutput:
-        """Predict relative to `previous.base`; see the module docstring for shapes."""
+        """Predict from content [B, Q, C], relative to `previous.base` [B, Q, 2 or 4]."""
         content = content if self.norm is None else self.norm(content)
         return LayerOutput(
             logits=self.heads.classify(layer, content),
@@ -187,11 +187,11 @@ class DirectBoxes(nn.Module):
         self.norm = norm
 
     def start(self, content: Tensor, reference: None) -> LayerOutput:
-        """Return an empty output: no prediction yet, and no reference."""
+        """Return an empty output for content [B, Q, C]: no prediction and no reference."""
         return LayerOutput(logits=None, boxes=None, reference=None, base=None)
 
     def forward(self, layer: int, content: Tensor, previous: LayerOutput) -> LayerOutput:
-        """Predict from the content; see the module docstring for shapes."""
+        """Predict logits [B, Q, K] and boxes [B, Q, 4] from content [B, Q, C]."""
         content = self.norm(content)
         return LayerOutput(
             logits=self.heads.classify(layer, content),

@@ -70,7 +70,7 @@ def deformable_attention_pytorch(
 ) -> Tensor:
     """Reference implementation of `deformable_attention` in PyTorch, also used for ONNX export.
 
-    Arguments, shapes and result are the same. The one difference: an infinite or NaN offset from a
+    Same arguments and result, [B, Q, H * D]. The one difference: an infinite or NaN offset from a
     box makes the gradient of the box NaN.
     """
     return _compose(

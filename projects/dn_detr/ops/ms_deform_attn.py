@@ -50,7 +50,7 @@ def ms_deform_attn_pytorch(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Reference implementation of `ms_deform_attn`, same shapes; also used for ONNX export."""
+    """Reference implementation of `ms_deform_attn`, also for ONNX export: [B, Q, H * D]."""
     _check(value, spatial_shapes, sampling_locations, attention_weights)
     batch, _, heads, channels = value.shape
     cells = value.to(sampling_locations.dtype)

@@ -116,7 +116,7 @@ def noise_objects_pytorch(
     mask_dtype: torch.dtype,
     hide_empty: bool = True,
 ) -> NoisedSlots:
-    """Reference implementation of `noise_objects` in PyTorch, same shapes; bit-equal to kernels."""
+    """Reference implementation of `noise_objects`, for labels [B, M]; bit-equal to the kernels."""
     _check(labels, boxes, is_object, noise_seeds, num_groups, slots_per_group)
     batch = labels.shape[0]
     kinds = 2 if contrastive else 1  # positives, negatives
@@ -156,7 +156,7 @@ def noise_objects_pytorch(
 
 
 def _object_indices(is_object: Tensor, key: Tensor, group: Tensor, slots: int) -> Tensor:
-    """Object index of each query, [B or 1, G, 1, slots]; a random subset if not all objects fit."""
+    """Object index of each query, [B, G, 1, slots]; a random subset if not all objects fit."""
     batch, max_objects = is_object.shape
     order = torch.arange(max_objects, device=is_object.device).view(1, 1, 1, max_objects)
     if slots == max_objects:
