@@ -1,18 +1,15 @@
-// The list of what exists: every operator's schema, and the stub that makes the library
-// importable. Kernels register themselves at the foot of their own files; fake kernels and
-// gradients are Python.
+// Schemas of all operators, and the stub that makes the library importable. Kernels are registered
+// at the end of their own files; fake kernels and gradients are in Python.
 
 #include <Python.h>
 
 #include <torch/library.h>
 
-#include <string>
-
 extern "C" {
 #if defined(_WIN32)
 __declspec(dllexport)
 #else
-__attribute__((query_mask("default")))
+__attribute__((visibility("default")))
 #endif
 PyObject* PyInit__C(void) {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
@@ -21,7 +18,7 @@ PyObject* PyInit__C(void) {
 }
 }
 
-// Sizes are SymInt, though always host integers: with int every image size would compile anew.
+// Sizes are SymInt, although kernels take integers: with int, every image size would recompile.
 TORCH_LIBRARY(dn_detr, m) {
   m.def(
       "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
@@ -37,14 +34,11 @@ TORCH_LIBRARY(dn_detr, m) {
       "Tensor valid_sizes, Tensor reference, Tensor offsets, Tensor logits, Tensor? padding, "
       "bool needs_reference) -> (Tensor grad_value, Tensor grad_reference, Tensor grad_offsets, "
       "Tensor grad_logits)");
-  for (const std::string name : {"noise_objects", "noise_objects_in_old_memory"}) {
-    const std::string schema = name +
-        "(Tensor labels, Tensor boxes, Tensor is_object, Tensor noise_seeds, SymInt num_groups, "
-        "SymInt slots_per_group, SymInt num_classes, float box_noise, float label_noise, "
-        "bool contrastive, SymInt num_matched, ScalarType mask_dtype, bool hide_empty) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor)";
-    m.def(schema.c_str());
-  }
+  m.def(
+      "noise_objects(Tensor labels, Tensor boxes, Tensor is_object, Tensor noise_seeds, "
+      "SymInt num_groups, SymInt slots_per_group, SymInt num_classes, float box_noise, "
+      "float label_noise, bool contrastive, SymInt num_matched, ScalarType mask_dtype, "
+      "bool hide_empty) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "matching_costs(Tensor logits, Tensor boxes, Tensor image_of, Tensor labels, "
       "Tensor object_boxes, float class_cost, float l1, float giou, bool is_softmax, float alpha, "
@@ -55,8 +49,7 @@ TORCH_LIBRARY(dn_detr, m) {
   m.def("has_nonfinite(Tensor values, Tensor? is_empty) -> Tensor");
 }
 
-// Noise has no gradient: without this, PyTorch would prepare a warning in every call.
+// Noise has no gradient. Without the fallthrough, PyTorch would prepare a warning in every call.
 TORCH_LIBRARY_IMPL(dn_detr, Autograd, m) {
   m.impl("noise_objects", torch::CppFunction::makeFallthrough());
-  m.impl("noise_objects_in_old_memory", torch::CppFunction::makeFallthrough());
 }

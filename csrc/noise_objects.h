@@ -35,6 +35,10 @@ struct NoiseOptions {
   DN_DETR_ANYWHERE int64_t pitch() const {
     return (side() + MASK_PITCH - 1) / MASK_PITCH * MASK_PITCH;
   }
+  // Slots of each kind in a group that their group may attend to: the first ones.
+  DN_DETR_ANYWHERE int64_t visible_slots(int64_t num_objects) const {
+    return hide_empty && num_objects < slots ? num_objects : slots;
+  }
 };
 
 DN_DETR_ANYWHERE Words draw(int64_t key, int64_t object, int64_t stream, uint32_t id) {
@@ -220,18 +224,17 @@ class MaskRow {
     const bool is_slot = i < end_;
     first_ = is_slot ? i / size * size : 0;
     size_ = is_slot ? size : 0;
-    const bool hides = o.hide_empty && num_objects < o.slots;
-    shown_ = static_cast<int32_t>(hides ? num_objects : o.slots);
+    visible_ = static_cast<int32_t>(o.visible_slots(num_objects));
   }
 
   DN_DETR_ANYWHERE bool attends_to(int32_t key) const {
     const int32_t place = key - first_; // in the group
     const int32_t slot = place < slots_ ? place : place - slots_; // negatives follow positives
-    return key >= end_ || key == own_ || (place >= 0 && place < size_ && slot < shown_);
+    return key >= end_ || key == own_ || (place >= 0 && place < size_ && slot < visible_);
   }
 
  private:
-  int32_t own_, end_, slots_, first_, size_, shown_;
+  int32_t own_, end_, slots_, first_, size_, visible_;
 };
 
 } // namespace dn_detr

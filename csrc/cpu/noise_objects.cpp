@@ -3,6 +3,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
@@ -10,15 +11,16 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <string>
 #include <type_traits>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "../noise_objects.h"
 #include "../noise_objects_checks.h"
-#include "noise_mask.h"
 
 namespace dn_detr {
 namespace {
@@ -103,67 +105,28 @@ void write_slots(const NoiseOptions& o, const NoiseImage<T>& image) {
   noiser.flush();
 }
 
-using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// Row i of the mask: 0 where query i may attend to a key, else -inf, as in the padding behind it.
+template <typename T>
+void write_mask_row(const NoiseOptions& o, int64_t num_objects, int64_t i, T* row) {
+  const T hidden = -std::numeric_limits<T>::infinity(), visible = 0;
+  const int64_t slots = o.total_slots();
+  std::fill(row, row + slots, hidden);
+  std::fill(row + slots, row + o.side(), visible);
+  std::fill(row + o.side(), row + o.pitch(), hidden);
+  if (i < slots) {
+    T* group = row + i / o.group_size() * o.group_size();
+    for (int64_t kind = 0; kind < o.kinds; ++kind) {
+      std::fill_n(group + kind * o.slots, o.visible_slots(num_objects), visible);
+    }
+    row[i] = visible;
+  }
+}
 
-// old_masks: where the mask may come from and goes to, or null.
-Result build(
-    OldMasks* old_masks,
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> noise_objects(
     const at::Tensor& labels_,
     const at::Tensor& boxes_,
     const at::Tensor& is_object_,
-    const at::Tensor& noise_keys_,
-    const NoiseOptions& o,
-    at::ScalarType mask_dtype) {
-  check_noise_objects(o, labels_, boxes_, is_object_, noise_keys_, mask_dtype);
-  const auto labels = labels_.contiguous(), boxes = boxes_.contiguous();
-  const auto is_object = is_object_.contiguous(), noise_seeds = noise_keys_.contiguous();
-  const int64_t slots = o.total_slots(), most = o.most_objects;
-  const NoisedSlots out = empty_noised_slots(o, labels, boxes);
-  std::optional<NoiseMask> old;
-  if (old_masks != nullptr) {
-    old = old_masks->take(o.batch, o.matched, slots, mask_dtype);
-  }
-  NoiseMask mask = old ? std::move(*old) : new_noise_mask(o.batch, o.matched, slots, mask_dtype);
-
-  // Waking a thread takes as long as noising some hundred slots.
-  const int64_t grain = 1024 / std::max<int64_t>(1, slots) + 1;
-  AT_DISPATCH_FLOATING_TYPES(boxes.scalar_type(), "noise_objects", [&] {
-    using T = scalar_t;
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, mask_dtype, "noise_objects", [&] {
-      at::parallel_for(0, o.batch, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) {
-          const bool* flags = is_object.const_data_ptr<bool>() + b * most;
-          const int64_t count = std::count(flags, flags + most, true);
-          write_slots<T>(
-              o, {labels.const_data_ptr<int64_t>() + b * most,
-                  boxes.const_data_ptr<T>() + b * most * 4,
-                  noise_seeds.const_data_ptr<int64_t>()[b], count,
-                  out.labels.mutable_data_ptr<int64_t>() + b * slots,
-                  out.boxes.mutable_data_ptr<T>() + b * slots * 4,
-                  out.assignment.mutable_data_ptr<int64_t>() + b * slots,
-                  out.is_empty.mutable_data_ptr<bool>() + b * slots});
-          const int64_t shown = o.hide_empty ? std::min(count, o.slots) : o.slots;
-          show<scalar_t>(mask, b, {o.groups, o.kinds, o.slots, shown});
-        }
-      });
-    });
-  });
-  at::Tensor given = mask.of_slots(slots);
-  if (old_masks != nullptr) {
-    old_masks->keep(std::move(mask));
-  }
-  return {out.labels, out.boxes, out.assignment, out.is_empty, std::move(given)};
-}
-
-// IN_OLD_MEMORY: the mask is in the memory of an earlier one if there is one that nobody holds any
-// more. Compiled graphs must not ask for that: they write into the memory of results that they no
-// longer need.
-template <bool IN_OLD_MEMORY>
-Result noise_objects(
-    const at::Tensor& labels,
-    const at::Tensor& boxes,
-    const at::Tensor& is_object,
-    const at::Tensor& noise_seeds,
+    const at::Tensor& noise_seeds_,
     int64_t num_groups,
     int64_t slots_per_group,
     int64_t num_classes,
@@ -173,25 +136,52 @@ Result noise_objects(
     int64_t num_matched,
     at::ScalarType mask_dtype,
     bool hide_empty) {
-  check_ndim(labels, "labels", 2, "[B, M]");
-  const NoiseOptions o{labels.size(0), labels.size(1), num_groups, slots_per_group,
+  check_ndim(labels_, "labels", 2, "[B, M]");
+  const NoiseOptions o{labels_.size(0), labels_.size(1), num_groups, slots_per_group,
                        contrastive ? 2 : 1, num_classes, num_matched, box_noise,
                        label_noise, hide_empty};
-  OldMasks* old_masks = nullptr;
-  if constexpr (IN_OLD_MEMORY) {
-    // Never destroyed: at the end of the process, its tensors would be too late.
-    static auto* const masks = new OldMasks;
-    const bool counts_versions = !c10::InferenceMode::is_enabled();
-    old_masks = counts_versions ? masks : nullptr;
-  }
-  return build(old_masks, labels, boxes, is_object, noise_seeds, o, mask_dtype);
+  check_noise_objects(o, labels_, boxes_, is_object_, noise_seeds_, mask_dtype);
+  const auto labels = labels_.contiguous(), boxes = boxes_.contiguous();
+  const auto is_object = is_object_.contiguous(), noise_seeds = noise_seeds_.contiguous();
+  const int64_t slots = o.total_slots(), most = o.most_objects, side = o.side();
+  const NoisedSlots out = empty_noised_slots(o, labels, boxes);
+  const auto mask = at::empty({o.batch, 1, side, o.pitch()}, boxes.options().dtype(mask_dtype));
+  std::vector<int64_t> num_objects(o.batch);
+
+  // Waking a thread takes as long as noising a few hundred slots.
+  const int64_t grain = 1024 / std::max<int64_t>(1, slots) + 1;
+  AT_DISPATCH_FLOATING_TYPES(boxes.scalar_type(), "noise_objects", [&] {
+    using T = scalar_t;
+    at::parallel_for(0, o.batch, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const bool* flags = is_object.const_data_ptr<bool>() + b * most;
+        num_objects[b] = std::count(flags, flags + most, true);
+        write_slots<T>(
+            o, {labels.const_data_ptr<int64_t>() + b * most,
+                boxes.const_data_ptr<T>() + b * most * 4,
+                noise_seeds.const_data_ptr<int64_t>()[b], num_objects[b],
+                out.labels.mutable_data_ptr<int64_t>() + b * slots,
+                out.boxes.mutable_data_ptr<T>() + b * slots * 4,
+                out.assignment.mutable_data_ptr<int64_t>() + b * slots,
+                out.is_empty.mutable_data_ptr<bool>() + b * slots});
+      }
+    });
+  });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, mask_dtype, "noise_objects", [&] {
+    scalar_t* rows = mask.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, o.batch * side, 256, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        write_mask_row(o, num_objects[row / side], row % side, rows + row * o.pitch());
+      }
+    });
+  });
+  return {out.labels, out.boxes, out.assignment, out.is_empty, mask.narrow(-1, 0, side)};
 }
 
 } // namespace
 
 TORCH_LIBRARY_IMPL(dn_detr, CPU, m) {
-  m.impl("noise_objects", noise_objects<false>);
-  m.impl("noise_objects_in_old_memory", noise_objects<true>);
+  m.impl("noise_objects", noise_objects);
 }
 
 } // namespace dn_detr

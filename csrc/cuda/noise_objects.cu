@@ -88,7 +88,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> noise_obj
     const at::Tensor& labels_,
     const at::Tensor& boxes_,
     const at::Tensor& is_object_,
-    const at::Tensor& noise_keys_,
+    const at::Tensor& noise_seeds_,
     int64_t num_groups,
     int64_t slots_per_group,
     int64_t num_classes,
@@ -102,11 +102,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> noise_obj
   const NoiseOptions o{labels_.size(0), labels_.size(1), num_groups, slots_per_group,
                        contrastive ? 2 : 1, num_classes, num_matched, box_noise,
                        label_noise, hide_empty};
-  check_noise_objects(o, labels_, boxes_, is_object_, noise_keys_, mask_dtype);
+  check_noise_objects(o, labels_, boxes_, is_object_, noise_seeds_, mask_dtype);
   TORCH_CHECK_VALUE(o.batch <= 65535, "expected at most 65535 images, got ", o.batch);
   const c10::cuda::CUDAGuard guard(labels_.device());
   const auto labels = labels_.contiguous(), boxes = boxes_.contiguous();
-  const auto is_object = is_object_.contiguous(), noise_seeds = noise_keys_.contiguous();
+  const auto is_object = is_object_.contiguous(), noise_seeds = noise_seeds_.contiguous();
   const NoisedSlots out = empty_noised_slots(o, labels, boxes);
   const auto mask = at::empty({o.batch, 1, o.side(), o.pitch()}, boxes.options().dtype(mask_dtype));
 

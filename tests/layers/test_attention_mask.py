@@ -82,8 +82,7 @@ def test_only_the_noise_operator_makes_a_tensor_of_all_pairs(assist, device, amp
         pytest.skip(f"no kernels for {device}")
     operators, total = train_forward(assist, device, amp)
     makers = [name for name, made in operators.made if is_of_pairs(made.shape, total)]
-    name = "noise_objects_in_old_memory" if device == "cpu" else "noise_objects"
-    assert makers == [f"dn_detr.{name}.default"]
+    assert makers == ["dn_detr.noise_objects.default"]
 
 
 def is_of_pairs(shape, total):

@@ -19,7 +19,6 @@ OPERATORS = (
     "ms_deform_attn",
     "ms_deform_attn_backward",
     "noise_objects",
-    "noise_objects_in_old_memory",
     "matching_costs",
     "assign_objects",
     "has_nonfinite",

@@ -95,8 +95,6 @@ def noise_objects(
     )  # fmt: skip
     if not use_kernel("noise_objects", labels.device):
         return noise_objects_pytorch(*arguments)
-    if labels.is_cpu and not torch.compiler.is_compiling():
-        return NoisedSlots(*_IN_OLD_MEMORY(*arguments))
     return NoisedSlots(*torch.ops.dn_detr.noise_objects(*arguments))
 
 
@@ -266,5 +264,3 @@ def _fake(
 
 if KERNELS:
     torch.library.register_fake("dn_detr::noise_objects", _fake)
-    torch.library.register_fake("dn_detr::noise_objects_in_old_memory", _fake)
-    _IN_OLD_MEMORY = torch.ops.dn_detr.noise_objects_in_old_memory.default
