@@ -66,8 +66,7 @@ def noise_objects(
     other.
 
     The noise depends on the noise seed, object index and group alone, so it is equal on all
-    devices and for any batch and M. Not differentiable; no host synchronisation. On a CPU, the
-    memory of the last four masks is reused after they are freed.
+    devices and for any batch and M. Not differentiable; no host synchronisation.
 
     Args:
         labels: [B, M] int64.
