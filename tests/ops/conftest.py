@@ -1,4 +1,4 @@
-"""Every operator is tested as plain PyTorch, and as a kernel on each device that has one."""
+"""Every operator is tested in PyTorch, and as a kernel on each device that has one."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
 def _variants(name):
-    return [("plain", device) for device in DEVICES] + [
+    return [("pytorch", device) for device in DEVICES] + [
         ("kernel", device) for device in DEVICES if device in KERNELS.get(name, ())
     ]
 

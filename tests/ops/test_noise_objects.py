@@ -246,12 +246,12 @@ def draw_many(function, device, images=400, groups=50, **changes):
     return call(function, (labels, boxes, is_object, keys), num_groups=groups, **changes)
 
 
-def assert_uniform(config, low, high):
+def assert_uniform(values, low, high):
     """Kolmogorov-Smirnov: one sample in a hundred thousand would fail."""
-    numbers = (config.double().cpu().flatten().sort().values - low) / (high - low)
-    count = config.numel()
-    assert config.min() >= -1e-5 and config.max() <= 1 + 1e-5
-    distance = (numbers - (torch.arange(count) + 0.5) / count).abs().max()
+    scaled = (values.double().cpu().flatten().sort().values - low) / (high - low)
+    count = scaled.numel()
+    assert scaled.min() >= -1e-5 and scaled.max() <= 1 + 1e-5
+    distance = (scaled - (torch.arange(count) + 0.5) / count).abs().max()
     assert distance < 2.5 / count**0.5
 
 
