@@ -1,9 +1,9 @@
-// What the CPU and the CUDA side of deformable_attention share on the host: sizes and checks.
+// Sizes and checks of the fused deformable attention, for CPU and CUDA.
 //
-// In cells of a level of valid size (w, h), minus 0.5 for the centre of a cell, a sample lies at
+// Position of a sample in cells, from the corner of a level of valid size (w, h):
 //   reference * valid + offset                            (a point, coordinates = 2)
 //   (centre + offset * size * 0.5 / points) * valid       (a box, coordinates = 4)
-// and its weight is the softmax of the logits over the levels and points of its head.
+// Its weight is the softmax of the logits over the levels and points of a head.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,8 +19,8 @@ struct DeformableSizes : Sizes {
   int64_t reference_levels; // 1: reference [B, Q, 2 or 4] for all levels, else [B, Q, levels, ...]
 };
 
-// offsets and logits have one type, the value's or that which is computed with; reference and
-// valid_sizes have the latter.
+// offsets and logits have the same type, that of the value or of the computation; reference and
+// valid_sizes have the type of the computation.
 inline DeformableSizes check_deformable_attention(
     const at::Tensor& value,
     at::IntArrayRef spatial_shapes,

@@ -1,4 +1,4 @@
-// What the CPU and the CUDA side of ms_deform_attn share on the host: sizes and checks.
+// Sizes and checks of ms_deform_attn, for CPU and CUDA.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,7 +17,7 @@ struct Level {
   int32_t start; // first token
 };
 
-// Capital letters of the docstrings, spelled out.
+// Sizes, with the letters of the docstrings.
 struct Sizes {
   int64_t batch, tokens, heads, channels; // value [B, S, H, D]
   int64_t queries, points; // sampling_locations or offsets [B, Q, H, levels, P, 2]
@@ -27,17 +27,17 @@ struct Sizes {
     return static_cast<int64_t>(levels.size()) * points;
   }
 
-  int64_t first_token(int64_t level) const { // or, behind the last level, the number of tokens
+  int64_t first_token(int64_t level) const { // after the last level: the number of tokens
     return level < static_cast<int64_t>(levels.size()) ? levels[level].start : tokens;
   }
 };
 
-// Values may be half precision, what is computed with them is not.
+// Type of the computation: values may be half precision, arithmetic is not.
 inline at::ScalarType compute_type(const at::Tensor& value) {
   return value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// Sizes of a value and its levels, which are h, w of each level.
+// Checks a value and its levels; spatial_shapes: h and w of each level.
 inline Sizes check_value(
     const at::Tensor& value,
     at::IntArrayRef spatial_shapes,
@@ -50,7 +50,7 @@ inline Sizes check_value(
       "expected spatial_shapes to be h and w of each level, got ", spatial_shapes.size(),
       " integers");
   Sizes sizes{value.size(0), value.size(1), value.size(2), value.size(3), queries, points, {}};
-  // Offsets inside one image are 32-bit, bases are 64-bit.
+  // Offsets within an image are 32-bit, those of images 64-bit.
   const int64_t elements = sizes.tokens * sizes.heads * sizes.channels;
   TORCH_CHECK_VALUE(
       elements < std::numeric_limits<int32_t>::max(), "expected S * H * D below 2^31, got ",

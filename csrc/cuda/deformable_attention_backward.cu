@@ -1,4 +1,4 @@
-// Fused deformable attention on the GPU, backward: the operator, and sums in floating point.
+// Backward operator of the fused deformable attention on the GPU, with sums in floating point.
 
 #include <ATen/Context.h>
 #include <torch/library.h>
@@ -10,9 +10,9 @@
 namespace dn_detr {
 
 at::Tensor sum_in_floating_point(const DeformableBackward& call) {
-  return sum_gradients(call, call.grad_weights.scalar_type(), [](const auto& numbers, auto t) {
+  return sum_gradients(call, call.grad_weights.scalar_type(), [](const auto& sums, auto t) {
     using T = decltype(t);
-    return FloatingSum<T>{numbers.template mutable_data_ptr<T>()};
+    return FloatingSum<T>{sums.template mutable_data_ptr<T>()};
   });
 }
 
@@ -51,27 +51,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> deformable_attention_
       aligned(value), aligned(valid_sizes), aligned(reference), aligned(offsets), aligned(logits),
       padding ? padding->contiguous() : at::Tensor()};
   const auto grad_output = aligned(grad_output_);
-  const auto grad_offsets = room_for(offsets.sizes(), offsets.options());
-  const auto grad_logits = room_for(logits.sizes(), logits.options());
-  // The gradients of weights are wanted in full precision until those of the logits are known.
+  const auto grad_offsets = empty_aligned(offsets.sizes(), offsets.options());
+  const auto grad_logits = empty_aligned(logits.sizes(), logits.options());
+  // The gradients of the weights are kept in full precision until those of the logits are computed.
   const auto grad_weights = logits.scalar_type() == reference.scalar_type()
       ? grad_logits
-      : room_for(logits.sizes(), options);
+      : empty_aligned(logits.sizes(), options);
   const int64_t parts = sizes.reference_levels == 1 ? 1 : sizes.samples();
   const auto reference_parts = needs_reference
-      ? room_for({sizes.batch, sizes.queries, sizes.heads, parts, sizes.coordinates}, options)
+      ? empty_aligned({sizes.batch, sizes.queries, sizes.heads, parts, sizes.coordinates}, options)
       : at::Tensor();
   DeformableBackward call{
       sizes, inputs, grad_output, grad_offsets, grad_logits, grad_weights, reference_parts, {}};
   if (is_fixed) {
-    // The weights of a query and head add up to 1, and so does what they count in any one cell.
+    // The weights of a query and head sum to 1, so it adds at most 1 * grad_output to a cell.
     const auto [least, most] = at::aminmax(grad_output);
     const auto largest = at::maximum(most, -least).to(at::kDouble) + 0 * logits.amax();
     call.scale = scale_of(largest, sizes.queries, reference.scalar_type());
   }
   const auto grad_value = is_fixed ? sum_in_fixed_point(call) : sum_in_floating_point(call);
   at::Tensor grad_reference = at::empty({0}, options);
-  if (needs_reference) {  // a reference of one level may have an axis for it, or not
+  if (needs_reference) { // references of one level are 3-D or 4-D
     const int64_t levels = sizes.reference_levels;
     const auto parts_of_levels = reference_parts.unflatten(3, {levels, parts / levels});
     grad_reference = parts_of_levels.sum({2, 4}).view(reference.sizes());

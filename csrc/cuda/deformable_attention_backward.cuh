@@ -1,7 +1,8 @@
-// Fused deformable attention on the GPU, backward: the kernel. Only the inputs are kept by the
-// forward: softmax and locations are worked out again.
+// Backward kernel of the fused deformable attention on the GPU. Forward saves only its inputs:
+// softmax and positions are recomputed.
 //
-// The ways to sum are compiled in files of their own, at the same time: compiling takes long.
+// Each way to accumulate is compiled in its own file: compilation is slow, and files are compiled
+// in parallel.
 #pragma once
 
 #include "deformable_attention.cuh"
@@ -13,16 +14,16 @@ namespace {
 
 constexpr int BACKWARD_THREADS = 256;
 
-// Where the gradients go, beside that of the values.
+// Outputs other than the gradient of the values.
 template <typename O, typename T>
 struct Gradients {
   T* reference; // [B, Q, H, 1, coordinates] or, of every level, [B, Q, H, levels * P, coordinates]
   O* offsets; // [B, Q, H, levels, P, 2]
-  T* weights; // [B, Q, H, levels * P], room for what logits need at the end; may be logits
+  T* weights; // [B, Q, H, levels * P], scratch for the gradient of the logits; may be logits
   O* logits; // [B, Q, H, levels * P]
 };
 
-// Where a corner is not used what was read before stays in its place; without branches, see forward.
+// Predicated, see load_if_nonzero of the forward pass.
 template <typename S, int VECTOR>
 __device__ __forceinline__ void load_if(bool is_used, Pack<S, VECTOR>& to, const S* from) {
 #if defined(__CUDA_ARCH__)
@@ -41,7 +42,7 @@ __device__ __forceinline__ void load_if(bool is_used, Pack<S, VECTOR>& to, const
 }
 
 template <typename T>
-__device__ __forceinline__ void multiply_add_if(bool is_used, T& sum, T x, T y) {
+__device__ __forceinline__ void fma_if(bool is_used, T& sum, T x, T y) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(T) == 4) {
     asm("{.reg .pred p; setp.ne.s32 p, %3, 0; @p fma.rn.f32 %0, %1, %2, %0;}"
@@ -55,236 +56,311 @@ __device__ __forceinline__ void multiply_add_if(bool is_used, T& sum, T x, T y) 
   }
 }
 
-// The four dot products of COUNT samples from number j on, summed over lanes so that a lane gets
-// those of sample j + lane % COUNT. `dots(j, result)` gives a lane's own part of one sample. By
-// halves: each gives away the sums of one half, and no more than a few are held at a time.
+// Sums the four dot products of the samples [j, j + COUNT) over lanes; a lane gets those of sample
+// j + lane % COUNT. `dots(j, result)` computes a lane's part for one sample. Recursive halving
+// keeps few partial sums in registers.
 template <int COUNT, typename T, typename F>
-__device__ __forceinline__ void deal_out(int32_t lane, int j, const F& dots, T (&result)[4]) {
+__device__ __forceinline__ void reduce_scatter(int32_t lane, int j, const F& dots, T (&result)[4]) {
   if constexpr (COUNT == 1) {
     dots(j, result);
   } else {
     constexpr int half = COUNT / 2;
     T lower[4] = {}, upper[4] = {};
-    deal_out<half>(lane, j, dots, lower);
-    deal_out<half>(lane, j + half, dots, upper);
+    reduce_scatter<half>(lane, j, dots, lower);
+    reduce_scatter<half>(lane, j + half, dots, upper);
     const bool is_upper = lane & half;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const T given = __shfl_xor_sync(ALL_LANES, is_upper ? lower[i] : upper[i], half);
-      result[i] = (is_upper ? upper[i] : lower[i]) + given;
+      const T received = __shfl_xor_sync(ALL_LANES, is_upper ? lower[i] : upper[i], half);
+      result[i] = (is_upper ? upper[i] : lower[i]) + received;
     }
   }
 }
 
-// STRIDE: 8 * 32 for 8 heads of 32 channels, as in every paper, else 0.
+// A located sample, as its lane passes it on to the others of its group.
+template <typename T>
+struct SampleCorners {
+  int32_t upper, lower; // channels from the image's first one to corners 0 and 2
+  int has; // bits of the corners that exist
+  T weight[4]; // attention weight times bilinear weight
+
+  __device__ __forceinline__ SampleCorners() = default;
+
+  __device__ __forceinline__ SampleCorners(const Sample<T>& sample, T attention)
+      : upper(sample.upper), lower(sample.lower), has(0) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      weight[i] = sample.has[i] ? attention * sample.bilinear(i) : T(0);
+      has |= sample.has[i] ? 1 << i : 0;
+    }
+  }
+
+  template <int LANES>
+  __device__ __forceinline__ SampleCorners of_lane(int source) const {
+    SampleCorners other;
+    other.upper = shuffle<LANES>(upper, source);
+    other.lower = shuffle<LANES>(lower, source);
+    other.has = shuffle<LANES>(has, source);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      other.weight[i] = shuffle<LANES>(weight[i], source);
+    }
+    return other;
+  }
+};
+
+// The channels of a lane. With fewer than 32 lanes a lane has one vector, whose gradient stays in
+// registers; 32 lanes loop over blocks of channels.
+template <typename S, typename T, int VECTOR, int LANES, int STRIDE, typename Sum>
+struct LaneChannels {
+  using Accumulator = typename Sum::Accumulator;
+  static constexpr int UNIT = Sum::unit(VECTOR);
+
+  int32_t channels, stride, channel; // channel: the first; lanes beyond the last repeat the last
+  int32_t step; // between units of the sums
+  bool is_active;
+  const S *values, *grad_output;
+  Accumulator* sums;
+  T grad[VECTOR]; // of the output, zero beyond the last channel
+  Pack<S, VECTOR> corner[4];
+
+  __device__ __forceinline__ void load_grad(int32_t shift, bool is_used) {
+    Pack<S, VECTOR> pack;
+    pack.clear();
+    if (is_used) {
+      pack.load(grad_output + shift);
+    }
+    unpack(pack, grad);
+  }
+
+  // Adds the gradient of the values at the corners of a sample, and to `dots` the products of
+  // grad_output and each corner.
+  template <typename P>
+  __device__ __forceinline__ void visit(
+      const P& params,
+      const Sum& sum,
+      const SampleCorners<T>& sample,
+      T (&dots)[4]) {
+    const int32_t offsets[2] = {sample.upper, sample.lower};
+    const int32_t own_channel = threadIdx.x % LANES * VECTOR;
+    for (int32_t c = 0; c < channels; c += LANES * VECTOR) {
+      const int32_t shift = LANES < 32 ? 0 : min(c, channels - VECTOR - channel);
+      const bool has_channel = STRIDE > 0 || c + own_channel < channels;
+      if (LANES == 32) {
+        load_grad(shift, is_active && has_channel);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const S* from = advance(values, offsets[i / 2], params.value_bytes);
+        load_if(sample.has >> i & 1, corner[i], from + i % 2 * stride + shift);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        Accumulator* to = advance(sums, offsets[i / 2], params.sum_bytes);
+        sum.add(
+            to + i % 2 * stride + shift / VECTOR * UNIT, step,
+            has_channel ? sample.weight[i] : T(0), grad);
+        T element[VECTOR];
+        unpack(corner[i], element);
+#pragma unroll
+        for (int k = 0; k < VECTOR; ++k) {
+          fma_if(sample.has >> i & 1, dots[i], grad[k], element[k]);
+        }
+      }
+      if (LANES < 32) {
+        break;
+      }
+    }
+  }
+};
+
+// Writes the gradients of the offset, weight and reference of a sample; grad_reference sums the
+// last over the samples of a lane. sampled: gradient of the weight; grad_x, grad_y: of the
+// position.
+template <typename S, typename O, typename T>
+__device__ __forceinline__ void write_sample_gradients(
+    const Params<S, O, T>& params,
+    const Gradients<O, T>& gradients,
+    const Sample<T>& sample,
+    const RawSample<T>& raw,
+    int64_t index,
+    T sampled,
+    T grad_x,
+    T grad_y,
+    T (&grad_reference)[4]) {
+  struct alignas(2 * sizeof(O)) OffsetPair {
+    O x, y;
+  };
+  const T offset_x = sample.is_inside ? grad_x * sample.slope_x : T(0);
+  const T offset_y = sample.is_inside ? grad_y * sample.slope_y : T(0);
+  *reinterpret_cast<OffsetPair*>(gradients.offsets + 2 * index) = {
+      static_cast<O>(offset_x), static_cast<O>(offset_y)};
+  gradients.weights[index] = sampled;
+  if (gradients.reference == nullptr) {
+    return;
+  }
+  const T to_size = params.half_by_points;
+  const T by_coordinate[4] = {
+      grad_x * sample.valid.x, grad_y * sample.valid.y,
+      sample.is_inside ? grad_x * sample.valid.x * raw.offset_x * to_size : T(0),
+      sample.is_inside ? grad_y * sample.valid.y * raw.offset_y * to_size : T(0)};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    grad_reference[i] += by_coordinate[i];
+    if (params.reference_levels > 1 && i < params.coordinates) {
+      gradients.reference[index * params.coordinates + i] = by_coordinate[i];
+    }
+  }
+}
+
+// Writes the gradients that are sums over the samples of a query and head. expected: this lane's
+// part of the mean gradient of the weights.
+template <int LANES, typename S, typename O, typename T>
+__device__ __forceinline__ void write_query_gradients(
+    const Params<S, O, T>& params,
+    const Gradients<O, T>& gradients,
+    const QueryInputs<O, T>& q,
+    int32_t lane,
+    int32_t samples,
+    T largest,
+    T factor,
+    T expected,
+    const T (&grad_reference)[4]) {
+  const int64_t first = q.row * samples;
+  expected = sum_over_lanes<LANES>(expected);
+  for (int32_t s = lane; s < samples && q.is_active; s += LANES) {
+    const T weight = exp_shifted(static_cast<T>(q.logits[s]), largest) * factor;
+    gradients.logits[first + s] =
+        static_cast<O>(weight * (gradients.weights[first + s] - expected));
+  }
+  if (gradients.reference != nullptr && params.reference_levels == 1) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const T sum = sum_over_lanes<LANES>(grad_reference[i]);
+      if (lane == 0 && i < params.coordinates && q.is_active) {
+        gradients.reference[q.row * params.coordinates + i] = sum;
+      }
+    }
+  }
+}
+
+// STRIDE: 8 * 32 for 8 heads of 32 channels, as in all papers, else 0.
 template <typename S, typename O, typename T, int VECTOR, int LANES, int STRIDE, typename Sum>
 __global__ void __launch_bounds__(BACKWARD_THREADS, 3) backward_kernel(
-    const Problem<S, O, T> problem,
+    const Params<S, O, T> params,
     const S* __restrict__ grad_output,
     Sum grad_value,
     const Gradients<O, T> gradients) {
   grad_value.begin();
-  // With fewer than 32 lanes one vector per lane is all there is, and stays in registers.
-  constexpr bool is_single = LANES < 32;
-  using Number = typename Sum::Number;
-  constexpr int UNIT = Sum::unit(VECTOR);
-  // Samples whose dot products are summed at once. Adding to 64 bits is much code: fewer.
-  constexpr int MOST = sizeof(Number) == 8 ? 2 : 8, TURN = LANES < MOST ? LANES : MOST;
-  const Geometry& g = problem.g;
-  const int32_t lane = threadIdx.x % LANES, samples = problem.samples;
-  const int32_t stride = STRIDE > 0 ? STRIDE : g.stride();
-  const int32_t step = STRIDE > 0 ? LANES * UNIT : g.channels / VECTOR * UNIT; // between units
-  const int32_t image = problem.first_image + blockIdx.z;
-  const Spot spot = find_spot<LANES>(problem.order);
-  const int64_t query = static_cast<int64_t>(image) * g.queries + spot.query;
-  const int64_t row = query * g.heads + spot.head;
-  const T* valid_sizes = problem.valid_sizes + static_cast<int64_t>(image) * 2 * g.levels;
-  const T* reference =
-      problem.reference + query * (problem.reference_levels * problem.coordinates);
-  const O* logits = problem.logits + row * samples;
-  const T largest = largest_logit<LANES, T>(logits, samples, lane);
-  const T factor = T(1) / sum_of_powers<LANES>(logits, samples, lane, largest);
+  // Samples whose dot products are reduced together; 64-bit accumulation needs more code per
+  // sample.
+  constexpr int MOST = sizeof(typename Sum::Accumulator) == 8 ? 2 : 8;
+  constexpr int CHUNK = LANES < MOST ? LANES : MOST;
+  const Geometry& g = params.g;
+  const int32_t lane = threadIdx.x % LANES, samples = params.samples;
+  QueryInputs<O, T> q = find_query<LANES>(params);
+  const T largest = max_logit<LANES, T>(q.logits, samples, lane);
+  const T factor = T(1) / sum_of_exps<LANES>(q.logits, samples, lane, largest);
 
-  // Lanes beyond the last channel have gradients of zero for the last one.
-  const int32_t channel = min(lane * VECTOR, g.channels - VECTOR);
-  const bool has_channel = spot.exists && lane * VECTOR < g.channels;
-  const int64_t base = static_cast<int64_t>(image) * g.tokens * stride + spot.head * g.channels;
-  const S* values = problem.value + base + channel;
-  Number* sums = grad_value.sums + base + channel / VECTOR * UNIT;
-  const S* grads = grad_output + row * g.channels + channel;
-  Pack<S, VECTOR> pack, corner[4];
-  T grad[VECTOR];
-  pack.clear();
-  if (has_channel) {
-    pack.load(grads);
-  }
-  unpack(pack, grad);
+  LaneChannels<S, T, VECTOR, LANES, STRIDE, Sum> own;
+  own.channels = g.channels;
+  own.stride = STRIDE > 0 ? STRIDE : g.stride();
+  own.step = (STRIDE > 0 ? LANES : g.channels / VECTOR) * own.UNIT;
+  own.channel = min(lane * VECTOR, g.channels - VECTOR);
+  own.is_active = q.is_active;
+  const int64_t base =
+      static_cast<int64_t>(q.image) * g.tokens * own.stride + q.head * g.channels;
+  own.values = params.value + base + own.channel;
+  own.sums = grad_value.sums + base + own.channel / VECTOR * own.UNIT;
+  own.grad_output = grad_output + q.row * g.channels + own.channel;
+  own.load_grad(0, q.is_active && lane * VECTOR < g.channels);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    corner[i].clear();
+    own.corner[i].clear();
   }
-  int64_t at_sample = row * samples + lane;
-  keep(valid_sizes);
-  keep(reference);
-  keep(values);
-  keep(sums);
+  int64_t index = q.row * samples + lane;
+  pin_in_register(q.valid_sizes);
+  pin_in_register(q.reference);
+  pin_in_register(own.values);
+  pin_in_register(own.sums);
 
-  T expected = 0; // sum of weight times its gradient, this lane's samples
+  T expected = 0; // sum of weight times its gradient over this lane's samples
   T grad_reference[4] = {};
 #pragma unroll 1
-  for (int32_t first = 0; first < samples; first += LANES, at_sample += LANES) {
+  for (int32_t first = 0; first < samples; first += LANES, index += LANES) {
     const int32_t s = first + lane;
-    const bool exists = spot.exists && s < samples;
-    Raw<T> raw{};
+    const bool exists = q.is_active && s < samples;
+    RawSample<T> raw{};
     if (s < samples) {
-      raw = read_sample<T>(problem.offsets + 2 * at_sample, problem.logits + at_sample);
+      raw = read_sample<T>(params.offsets + 2 * index, params.logits + index);
     }
-    const Sample<T> own =
-        locate(problem, valid_sizes, reference, image, stride, min(s, samples - 1), raw, exists);
-    const T weight = exists ? power_of(raw.logit, largest) * factor : T(0);
-    T own_share[4], dot[4] = {}; // dot: of grad_output with each corner
-    int own_has = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      own_share[i] = own.has[i] ? weight * own.bilinear(i) : T(0);
-      own_has |= own.has[i] ? 1 << i : 0;
-    }
+    const Sample<T> sample = locate(params, q, own.stride, min(s, samples - 1), raw, exists);
+    const T weight = exists ? exp_shifted(raw.logit, largest) * factor : T(0);
+    const SampleCorners<T> corners(sample, weight);
+    T dot[4] = {}; // of grad_output and each corner
 #pragma unroll 1
-    for (int turn = 0; turn < LANES && first + turn < samples; turn += TURN) {
-      T sums_of_turn[4] = {};
-      const auto dots_of = [&](int from, T(&dots)[4]) {
-        const int32_t at[2] = {tell<LANES>(own.upper, from), tell<LANES>(own.lower, from)};
-        const int has = tell<LANES>(own_has, from);
-        T share[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          share[i] = tell<LANES>(own_share[i], from);
-        }
-        for (int32_t c = 0; c < g.channels; c += LANES * VECTOR) {
-          // Of further blocks, which only 32 lanes have, some lanes have no channels either.
-          const int32_t shift = is_single ? 0 : min(c, g.channels - VECTOR - channel);
-          const bool here = STRIDE > 0 || c + lane * VECTOR < g.channels;
-          if (!is_single) {
-            pack.clear();
-            if (spot.exists && here) {
-              pack.load(grads + shift);
-            }
-            unpack(pack, grad);
-          }
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const S* from_here = advance(values, at[i / 2], problem.size_of_value);
-            load_if(has >> i & 1, corner[i], from_here + i % 2 * stride + shift);
-          }
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            Number* to_here = advance(sums, at[i / 2], problem.size_of_sum);
-            grad_value.add(
-                to_here + i % 2 * stride + shift / VECTOR * UNIT, step, here ? share[i] : T(0),
-                grad);
-            T number[VECTOR];
-            unpack(corner[i], number);
-#pragma unroll
-            for (int k = 0; k < VECTOR; ++k) {
-              multiply_add_if(has >> i & 1, dots[i], grad[k], number[k]);
-            }
-          }
-          if (is_single) {
-            break;
-          }
-        }
-      };
-      deal_out<TURN>(lane, turn, dots_of, sums_of_turn);
+    for (int chunk = 0; chunk < LANES && first + chunk < samples; chunk += CHUNK) {
+      T dots[4] = {};
+      reduce_scatter<CHUNK>(
+          lane, chunk,
+          [&](int source, T(&result)[4]) {
+            own.visit(params, grad_value, corners.template of_lane<LANES>(source), result);
+          },
+          dots);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
-        for (int distance = TURN; distance < LANES; distance *= 2) {
-          sums_of_turn[i] += __shfl_xor_sync(ALL_LANES, sums_of_turn[i], distance);
+        for (int distance = CHUNK; distance < LANES; distance *= 2) {
+          dots[i] += __shfl_xor_sync(ALL_LANES, dots[i], distance);
         }
-        dot[i] = TURN == LANES || lane / TURN * TURN == turn ? sums_of_turn[i] : dot[i];
+        dot[i] = CHUNK == LANES || lane / CHUNK * CHUNK == chunk ? dots[i] : dot[i];
       }
     }
-    const T upper = dot[0] + own.x * (dot[1] - dot[0]);
-    const T lower = dot[2] + own.x * (dot[3] - dot[2]);
-    const T sampled = upper + own.y * (lower - upper);
-    const T along_x = dot[1] - dot[0] + own.y * (dot[3] - dot[2] - (dot[1] - dot[0]));
-    // A sample outside gets no gradient, even if its weight is NaN.
-    const T grad_x = own.is_inside ? weight * along_x : T(0);
-    const T grad_y = own.is_inside ? weight * (lower - upper) : T(0);
+    const T upper = dot[0] + sample.x * (dot[1] - dot[0]);
+    const T lower = dot[2] + sample.x * (dot[3] - dot[2]);
+    const T sampled = upper + sample.y * (lower - upper);
+    const T along_x = dot[1] - dot[0] + sample.y * (dot[3] - dot[2] - (dot[1] - dot[0]));
+    // Samples outside get no gradient, even if their weight is NaN.
+    const T grad_x = sample.is_inside ? weight * along_x : T(0);
+    const T grad_y = sample.is_inside ? weight * (lower - upper) : T(0);
     expected += weight * sampled;
-    if (!exists) {
-      continue;
-    }
-    struct alignas(2 * sizeof(O)) Two {
-      O x, y;
-    };
-    const T offset_x = own.is_inside ? grad_x * own.slope_x : T(0);
-    const T offset_y = own.is_inside ? grad_y * own.slope_y : T(0);
-    *reinterpret_cast<Two*>(gradients.offsets + 2 * at_sample) = {
-        static_cast<O>(offset_x), static_cast<O>(offset_y)};
-    gradients.weights[at_sample] = sampled;
-    if (gradients.reference != nullptr) {
-      const T to_size = problem.half_by_points;
-      const T by_coordinate[4] = {
-          grad_x * own.valid.x, grad_y * own.valid.y,
-          own.is_inside ? grad_x * own.valid.x * raw.offset_x * to_size : T(0),
-          own.is_inside ? grad_y * own.valid.y * raw.offset_y * to_size : T(0)};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        grad_reference[i] += by_coordinate[i];
-        if (problem.reference_levels > 1 && i < problem.coordinates) {
-          gradients.reference[at_sample * problem.coordinates + i] = by_coordinate[i];
-        }
-      }
+    if (exists) {
+      write_sample_gradients(
+          params, gradients, sample, raw, index, sampled, grad_x, grad_y, grad_reference);
     }
   }
-
-  expected = sum_of_lanes<LANES>(expected);
-  at_sample = row * samples;
-  for (int32_t s = lane; s < samples && spot.exists; s += LANES) {
-    const T weight = power_of(static_cast<T>(logits[s]), largest) * factor;
-    gradients.logits[at_sample + s] =
-        static_cast<O>(weight * (gradients.weights[at_sample + s] - expected));
-  }
-  if (gradients.reference != nullptr && problem.reference_levels == 1) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const T sum = sum_of_lanes<LANES>(grad_reference[i]);
-      if (lane == 0 && i < problem.coordinates && spot.exists) {
-        gradients.reference[row * problem.coordinates + i] = sum;
-      }
-    }
-  }
+  write_query_gradients<LANES>(
+      params, gradients, q, lane, samples, largest, factor, expected, grad_reference);
 }
 
 } // namespace
 
-// What is given and asked for, all of it aligned and checked.
+// Inputs and outputs of a backward pass, checked and aligned.
 struct DeformableBackward {
   const DeformableSizes& sizes;
   const DeformableInputs& inputs;
   at::Tensor grad_output;
   at::Tensor grad_offsets, grad_logits, grad_weights;
-  at::Tensor grad_reference; // undefined where none is wanted, see `Gradients`
+  at::Tensor grad_reference; // undefined if not needed, see `Gradients`
   at::Tensor scale; // of fixed point, else undefined
 };
 
-// Fills the gradients, and returns that of the values; defined in the files that compile them.
+// Write the gradients and return that of the values; each is defined in its own file.
 at::Tensor sum_in_floating_point(const DeformableBackward& call);
 at::Tensor sum_in_fixed_point(const DeformableBackward& call);
 
-// make_sum(numbers, T()) -> FloatingSum<T> or FixedPointSum<T>.
+// make_sum(sums, T()) -> FloatingSum<T> or FixedPointSum<T>.
 template <typename F>
-at::Tensor sum_gradients(const DeformableBackward& call, at::ScalarType number, const F& make_sum) {
+at::Tensor sum_gradients(const DeformableBackward& call, at::ScalarType dtype, const F& make_sum) {
   const at::Tensor &value = call.inputs.value, &reference = call.grad_reference;
   const at::Tensor sums =
-      room_for(value.sizes(), call.grad_weights.options().dtype(number)).zero_();
+      empty_aligned(value.sizes(), call.grad_weights.options().dtype(dtype)).zero_();
   at::Tensor grad_value;
   choose_types(value, call.inputs.offsets, [&](auto s, auto o, auto t) {
     using S = decltype(s);
     using O = decltype(o);
     using T = decltype(t);
-    auto problem = call.inputs.problem<S, O, T>(call.sizes);
+    auto params = call.inputs.params<S, O, T>(call.sizes);
     const Gradients<O, T> gradients{
         reference.defined() ? reference.mutable_data_ptr<T>() : nullptr,
         call.grad_offsets.mutable_data_ptr<O>(), call.grad_weights.mutable_data_ptr<T>(),
@@ -292,21 +368,22 @@ at::Tensor sum_gradients(const DeformableBackward& call, at::ScalarType number, 
     const S* grads = call.grad_output.const_data_ptr<S>();
     const auto sum = make_sum(sums, t);
     using Sum = std::decay_t<decltype(sum)>;
-    problem.size_of_sum = sizeof(typename Sum::Number);
+    params.sum_bytes = sizeof(typename Sum::Accumulator);
     choose_tiling<S>(call.sizes.channels, [&](auto vector, auto lanes) {
       constexpr int V = vector.value, N = lanes.value;
-      problem.order = order_of(problem.g, N, call.sizes.channels * sizeof(S), BACKWARD_THREADS);
+      params.schedule =
+          make_schedule(params.g, N, call.sizes.channels * sizeof(S), BACKWARD_THREADS);
       const auto launch = [&](auto stride) {
         launch_on_images(
-            backward_kernel<S, O, T, V, N, stride.value, Sum>, problem, grads, sum, gradients);
+            backward_kernel<S, O, T, V, N, stride.value, Sum>, params, grads, sum, gradients);
       };
       constexpr int usual = V > 1 && V * N == 32 ? 8 * 32 : 0; // stride
-      if (usual > 0 && problem.g.channels == 32 && problem.g.heads == 8) {
+      if (usual > 0 && params.g.channels == 32 && params.g.heads == 8) {
         launch(Number<usual>());
       } else {
         launch(Number<0>());
       }
-      grad_value = finish<S, T, V>(sum, sums, problem.g, value.scalar_type());
+      grad_value = finish<S, T, V>(sum, sums, params.g, value.scalar_type());
     });
   });
   return grad_value;

@@ -1,4 +1,4 @@
-// Fused deformable attention on the GPU, forward.
+// Forward pass of the fused deformable attention on the GPU.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -10,134 +10,126 @@ namespace {
 
 constexpr int FORWARD_THREADS = 512;
 
-// A corner that counts nothing may be no cell at all, or hold NaN. It is neither read nor added,
-// what was read before stays in its place. By predicates, not branches: all four corners of a
-// sample are on their way at the same time.
+// A corner of weight zero may not exist, or hold NaN: it is neither loaded nor added. Predicates
+// instead of branches keep the loads of all four corners of a sample in flight.
 template <typename S, int VECTOR, typename T>
-__device__ __forceinline__ void load_if_counted(Pack<S, VECTOR>& to, const S* from, T share) {
+__device__ __forceinline__ void load_if_nonzero(Pack<S, VECTOR>& to, const S* from, T weight) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(to) == 16 && sizeof(T) == 4) {
     uint32_t* word = reinterpret_cast<uint32_t*>(&to);
     asm("{.reg .pred p; setp.neu.f32 p, %5, 0f00000000;\n\t"
         "@p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
         : "+r"(word[0]), "+r"(word[1]), "+r"(word[2]), "+r"(word[3])
-        : "l"(from), "f"(share));
+        : "l"(from), "f"(weight));
     return;
   }
 #endif
-  if (share != T(0)) {
+  if (weight != T(0)) {
     to.load(from);
   }
 }
 
 template <typename T>
-__device__ __forceinline__ void add_if_counted(T& sum, T share, T x) {
+__device__ __forceinline__ void fma_if_nonzero(T& sum, T weight, T x) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(T) == 4) {
     asm("{.reg .pred p; setp.neu.f32 p, %1, 0f00000000; @p fma.rn.f32 %0, %1, %2, %0;}"
         : "+f"(sum)
-        : "f"(share), "f"(x));
+        : "f"(weight), "f"(x));
     return;
   }
 #endif
-  if (share != T(0)) {
-    sum += share * x;
+  if (weight != T(0)) {
+    sum += weight * x;
   }
 }
 
-// STRIDE: channels from token to token, if the compiler is to know it, else 0.
+// STRIDE: channels from token to token if known at compile time, else 0.
 template <typename S, typename O, typename T, int VECTOR, int LANES, int STRIDE>
 __global__ void __launch_bounds__(FORWARD_THREADS, 2)
-    forward_kernel(const Problem<S, O, T> problem, S* __restrict__ output) {
-  const Geometry& g = problem.g;
-  const int32_t lane = threadIdx.x % LANES, samples = problem.samples;
+    forward_kernel(const Params<S, O, T> params, S* __restrict__ output) {
+  const Geometry& g = params.g;
+  const int32_t lane = threadIdx.x % LANES, samples = params.samples;
   const int32_t stride = STRIDE > 0 ? STRIDE : g.stride();
-  const int32_t image = problem.first_image + blockIdx.z;
-  const Spot spot = find_spot<LANES>(problem.order);
-  const int64_t query = static_cast<int64_t>(image) * g.queries + spot.query;
-  const int64_t row = query * g.heads + spot.head;
-  const T* valid_sizes = problem.valid_sizes + static_cast<int64_t>(image) * 2 * g.levels;
-  const T* reference =
-      problem.reference + query * (problem.reference_levels * problem.coordinates);
-  const O* logits = problem.logits + row * samples;
-  const T largest = largest_logit<LANES, T>(logits, samples, lane);
-  keep(valid_sizes);
-  keep(reference);
+  QueryInputs<O, T> q = find_query<LANES>(params);
+  const T largest = max_logit<LANES, T>(q.logits, samples, lane);
+  pin_in_register(q.valid_sizes);
+  pin_in_register(q.reference);
   for (int32_t block = 0; block < g.channels; block += LANES * VECTOR) {
-    // Lanes beyond the last channel do as the last one does, and write nothing.
+    // Lanes beyond the last channel repeat the last vector, and write nothing.
     const int32_t channel = block + lane * VECTOR;
-    const S* left = problem.value + static_cast<int64_t>(image) * g.tokens * stride +
-        spot.head * g.channels + min(channel, g.channels - VECTOR);
+    const S* left = params.value + static_cast<int64_t>(q.image) * g.tokens * stride +
+        q.head * g.channels + min(channel, g.channels - VECTOR);
     const S* right = left + stride;
-    const O* offset = problem.offsets + 2 * (row * samples + lane);
-    const O* logit = logits + lane;
-    keep(left);
-    keep(right);
-    keep(offset);
-    keep(logit);
-    T sum[VECTOR] = {}, powers = 0;
+    const O* offset = params.offsets + 2 * (q.row * samples + lane);
+    const O* logit = q.logits + lane;
+    pin_in_register(left);
+    pin_in_register(right);
+    pin_in_register(offset);
+    pin_in_register(logit);
+    T sum[VECTOR] = {}, exp_sum = 0;
     Pack<S, VECTOR> corner[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       corner[i].clear();
     }
-    Raw<T> next{};
+    RawSample<T> next{};
     if (lane < samples) {
       next = read_sample<T>(offset, logit);
     }
 #pragma unroll 1
     for (int32_t first = 0; first < samples; first += LANES) {
       const int32_t s = first + lane;
-      const Raw<T> raw = next;
+      const RawSample<T> raw = next;
       offset += 2 * LANES;
       logit += LANES;
       if (s + LANES < samples) {
         next = read_sample<T>(offset, logit);
       }
-      // Lanes beyond the last sample weigh theirs with 0.
-      const T power = s < samples ? power_of(raw.logit, largest) : T(0);
-      powers += power;
-      const Sample<T> own = locate(
-          problem, valid_sizes, reference, image, stride, min(s, samples - 1), raw, spot.exists);
-      T own_share[4];
+      // Lanes beyond the last sample have weight 0.
+      const T exp_logit = s < samples ? exp_shifted(raw.logit, largest) : T(0);
+      exp_sum += exp_logit;
+      const Sample<T> own = locate(params, q, stride, min(s, samples - 1), raw, q.is_active);
+      T own_weight[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        own_share[i] = own.has[i] ? power * own.bilinear(i) : T(0);
+        own_weight[i] = own.has[i] ? exp_logit * own.bilinear(i) : T(0);
       }
-      const int many = min(LANES, samples - first);
+      const int count = min(LANES, samples - first);
 #pragma unroll 1
-      for (int from = 0; from < many; ++from) {
-        const int32_t at[2] = {tell<LANES>(own.upper, from), tell<LANES>(own.lower, from)};
-        T share[4];
+      for (int source = 0; source < count; ++source) {
+        const int32_t offsets[2] = {
+            shuffle<LANES>(own.upper, source), shuffle<LANES>(own.lower, source)};
+        T weight[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          share[i] = tell<LANES>(own_share[i], from);
-          const S* here = advance(
-              STRIDE == 0 && i % 2 ? right : left, at[i / 2], problem.size_of_value);
-          load_if_counted(corner[i], here + i % 2 * STRIDE, share[i]);
+          weight[i] = shuffle<LANES>(own_weight[i], source);
+          const S* from = advance(
+              STRIDE == 0 && i % 2 ? right : left, offsets[i / 2], params.value_bytes);
+          load_if_nonzero(corner[i], from + i % 2 * STRIDE, weight[i]);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          T number[VECTOR];
-          unpack(corner[i], number);
+          T element[VECTOR];
+          unpack(corner[i], element);
 #pragma unroll
           for (int k = 0; k < VECTOR; ++k) {
-            add_if_counted(sum[k], share[i], number[k]);
+            fma_if_nonzero(sum[k], weight[i], element[k]);
           }
         }
       }
     }
-    const T factor = T(1) / sum_of_lanes<LANES>(powers);
-    if (spot.exists && channel < g.channels) {
+    const T factor = T(1) / sum_over_lanes<LANES>(exp_sum);
+    if (q.is_active && channel < g.channels) {
       Pack<S, VECTOR> result;
 #pragma unroll
       for (int k = 0; k < VECTOR; ++k) {
-        result.number[k] = static_cast<S>(sum[k] * factor);
+        result.element[k] = static_cast<S>(sum[k] * factor);
       }
-      result.store(output + row * g.channels + channel);
+      result.store(output + q.row * g.channels + channel);
     }
     if (LANES < 32) {
-      break; // with fewer lanes one block of channels is all there is
+      break; // fewer lanes have one block of channels
     }
   }
 }
@@ -171,19 +163,18 @@ at::Tensor deformable_attention(
     using S = decltype(s);
     using O = decltype(o);
     using T = decltype(t);
-    auto problem = inputs.problem<S, O, T>(sizes);
+    auto params = inputs.params<S, O, T>(sizes);
     choose_tiling<S>(sizes.channels, [&](auto vector, auto lanes) {
       constexpr int V = vector.value, N = lanes.value;
-      problem.order =
-          order_of(problem.g, N, sizes.channels * sizeof(S), FORWARD_THREADS);
+      params.schedule = make_schedule(params.g, N, sizes.channels * sizeof(S), FORWARD_THREADS);
       S* out = output.mutable_data_ptr<S>();
       if constexpr (V > 1 && V * N == 32) {
-        // 8 heads of 32 channels, as in every paper: their addresses are half as many.
-        if (problem.g.stride() == 256) {
-          return launch_on_images(forward_kernel<S, O, T, V, N, 256>, problem, out);
+        // 8 heads of 32 channels, as in all papers: half as many addresses.
+        if (params.g.stride() == 256) {
+          return launch_on_images(forward_kernel<S, O, T, V, N, 256>, params, out);
         }
       }
-      launch_on_images(forward_kernel<S, O, T, V, N, 0>, problem, out);
+      launch_on_images(forward_kernel<S, O, T, V, N, 0>, params, out);
     });
   });
   return output;

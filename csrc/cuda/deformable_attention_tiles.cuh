@@ -1,9 +1,9 @@
-// Which block of threads does which queries and heads of the fused deformable attention.
+// Assignment of queries and heads to thread blocks, for the fused deformable attention.
 //
-// The queries of a block lie beside each other in the image, so that they read the same cells, from
-// the L1 cache. Where the queries are the cells (encoder), a block is a tile of a level, for a few
-// heads; else (decoder) all queries are one row, as they come. The order of queries changes no
-// result.
+// The queries of a block are neighbours in the image, so that their samples hit the same cells in
+// the L1 cache. In an encoder, where queries are cells, a block is a tile of a level, for a few
+// heads. In a decoder, the queries form one row, in their order. The schedule does not change
+// results.
 #pragma once
 
 #include <ATen/cuda/CUDAContextLight.h>
@@ -12,19 +12,19 @@
 
 namespace dn_detr {
 
-// A level whose cells are queries, or the row of all queries.
-struct Field {
-  int32_t height, width, start; // start: its first query
+// The tiles of one level whose cells are queries, or of the row of all queries.
+struct TileGrid {
+  int32_t height, width, start; // start: first query
   int32_t first_tile, columns; // columns of tiles
 };
 
-// Sizes of a tile and of its heads are powers of two.
-struct Order {
-  int32_t fields, tiles, threads;
+// Tile sizes and heads of a block are powers of two.
+struct TileSchedule {
+  int32_t num_grids, tiles, threads;
   int32_t log_width, log_height, log_heads;
-  Field field[MAX_LEVELS];
+  TileGrid grids[MAX_LEVELS];
 
-  dim3 grid(const Geometry& g) const {
+  dim3 launch_grid(const Geometry& g) const {
     const int32_t heads = ((g.heads - 1) >> log_heads) + 1;
     TORCH_CHECK_VALUE(heads <= 65535, "expected H below 65536, got ", g.heads);
     return dim3(tiles, heads, std::min(g.batch, 65535));
@@ -39,7 +39,7 @@ inline int32_t floor_log2(int64_t x) {
   return log;
 }
 
-// The largest power of two that divides heads, at most 2^most: log2 of it.
+// log2 of the largest power of two that divides heads, at most `most`.
 inline int32_t log_heads_of_block(int64_t heads, int32_t most) {
   int32_t log = 0;
   while (log < most && heads % (int64_t{2} << log) == 0) {
@@ -48,63 +48,68 @@ inline int32_t log_heads_of_block(int64_t heads, int32_t most) {
   return log;
 }
 
-// For groups of `lanes` threads, and rows of `row_bytes` of a cell and head. Tiles are for the cache:
-// as many heads as fill its lines of 128 bytes, and else as many queries as a block can hold. A
-// decoder has few queries, and small blocks spread them over the GPU.
-inline Order order_of(const Geometry& g, int lanes, int64_t row_bytes, int most_threads) {
-  Order order{};
+// For groups of `lanes` threads; row_bytes: size of a cell and head. A tile has as many heads as
+// fill a cache line of 128 bytes, and as many queries as then fit in a block. Decoders have few
+// queries: smaller blocks spread them over the GPU.
+inline TileSchedule make_schedule(
+    const Geometry& g,
+    int lanes,
+    int64_t row_bytes,
+    int most_threads) {
+  TileSchedule schedule{};
   const bool is_tiled = g.queries == g.tokens;
-  order.threads = most_threads;
+  schedule.threads = most_threads;
   if (!is_tiled) {
     const int64_t all = static_cast<int64_t>(g.batch) * g.queries * g.heads * lanes;
     const int64_t wanted = 4 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
-    order.threads = std::min(most_threads, 256);
-    while (order.threads > 64 && all / order.threads < wanted) {
-      order.threads /= 2;
+    schedule.threads = std::min(most_threads, 256);
+    while (schedule.threads > 64 && all / schedule.threads < wanted) {
+      schedule.threads /= 2;
     }
   }
-  const int32_t log_groups = floor_log2(order.threads / lanes);
+  const int32_t log_groups = floor_log2(schedule.threads / lanes);
   const int32_t most_heads = is_tiled ? floor_log2(std::max<int64_t>(128 / row_bytes, 1)) : 31;
-  order.log_heads = log_heads_of_block(g.heads, std::min(log_groups, most_heads));
-  const int32_t log_cells = log_groups - order.log_heads;
-  order.log_width = is_tiled ? (log_cells + 1) / 2 : log_cells;
-  order.log_height = log_cells - order.log_width;
-  order.fields = is_tiled ? g.levels : 1;
-  for (int32_t i = 0; i < order.fields; ++i) {
-    Field& field = order.field[i];
-    field = is_tiled ? Field{g.level[i].height, g.level[i].width, g.level[i].start, 0, 0}
-                     : Field{1, g.queries, 0, 0, 0};
-    field.first_tile = order.tiles;
-    field.columns = (field.width + (1 << order.log_width) - 1) >> order.log_width;
-    order.tiles += field.columns * ((field.height + (1 << order.log_height) - 1) >> order.log_height);
+  schedule.log_heads = log_heads_of_block(g.heads, std::min(log_groups, most_heads));
+  const int32_t log_cells = log_groups - schedule.log_heads;
+  schedule.log_width = is_tiled ? (log_cells + 1) / 2 : log_cells;
+  schedule.log_height = log_cells - schedule.log_width;
+  schedule.num_grids = is_tiled ? g.levels : 1;
+  for (int32_t i = 0; i < schedule.num_grids; ++i) {
+    TileGrid& grid = schedule.grids[i];
+    grid = is_tiled ? TileGrid{g.level[i].height, g.level[i].width, g.level[i].start, 0, 0}
+                    : TileGrid{1, g.queries, 0, 0, 0};
+    grid.first_tile = schedule.tiles;
+    grid.columns = (grid.width + (1 << schedule.log_width) - 1) >> schedule.log_width;
+    const int32_t rows = (grid.height + (1 << schedule.log_height) - 1) >> schedule.log_height;
+    schedule.tiles += grid.columns * rows;
   }
-  return order;
+  return schedule;
 }
 
-// The query and head of a group of lanes. Groups beyond the end of a tile stay, as all lanes of a
-// warp do, but exist not: they read nothing that is not there, and write nothing.
-struct Spot {
+// The query and head of a group of lanes. Groups outside the tile's grid stay in the warp for
+// shuffles but are inactive: they read only valid addresses and write nothing.
+struct QuerySlot {
   int32_t query, head;
-  bool exists;
+  bool is_active;
 };
 
 template <int LANES>
-__device__ __forceinline__ Spot find_spot(const Order& order) {
-  const int32_t tile = blockIdx.x, group = threadIdx.x / LANES, cell = group >> order.log_heads;
+__device__ __forceinline__ QuerySlot find_query_slot(const TileSchedule& schedule) {
+  const int32_t tile = blockIdx.x, group = threadIdx.x / LANES, cell = group >> schedule.log_heads;
   int32_t i = 0;
-  while (i + 1 < order.fields && tile >= order.field[i + 1].first_tile) {
+  while (i + 1 < schedule.num_grids && tile >= schedule.grids[i + 1].first_tile) {
     ++i;
   }
-  const Field field = order.field[i];
-  const int32_t row = (tile - field.first_tile) / field.columns;
-  const int32_t column = tile - field.first_tile - row * field.columns;
-  const int32_t y = (row << order.log_height) + (cell >> order.log_width);
-  const int32_t x = (column << order.log_width) + (cell & ((1 << order.log_width) - 1));
-  Spot spot;
-  spot.head = (blockIdx.y << order.log_heads) + (group & ((1 << order.log_heads) - 1));
-  spot.exists = x < field.width && y < field.height;
-  spot.query = field.start + min(y, field.height - 1) * field.width + min(x, field.width - 1);
-  return spot;
+  const TileGrid grid = schedule.grids[i];
+  const int32_t row = (tile - grid.first_tile) / grid.columns;
+  const int32_t column = tile - grid.first_tile - row * grid.columns;
+  const int32_t y = (row << schedule.log_height) + (cell >> schedule.log_width);
+  const int32_t x = (column << schedule.log_width) + (cell & ((1 << schedule.log_width) - 1));
+  QuerySlot slot;
+  slot.head = (blockIdx.y << schedule.log_heads) + (group & ((1 << schedule.log_heads) - 1));
+  slot.is_active = x < grid.width && y < grid.height;
+  slot.query = grid.start + min(y, grid.height - 1) * grid.width + min(x, grid.width - 1);
+  return slot;
 }
 
 } // namespace dn_detr

@@ -1,8 +1,8 @@
-// What the forward and the backward of deformable attention share on the GPU.
+// Device code shared by all kernels of deformable attention.
 //
-// A group of LANES neighbouring lanes does one (image, query, head); each lane has VECTOR channels
-// of it, 16 bytes of the stored type S, and computes in T. With 32 channels that is 8 groups in a
-// warp for half precision and 4 for float32. Neighbouring groups are heads of one query.
+// A group of LANES neighbouring lanes handles one (image, query, head). Each lane loads VECTOR
+// channels, 16 bytes of the stored type S, and computes in T. With 32 channels, a warp has 8 groups
+// in half precision and 4 in float32. Neighbouring groups are heads of one query.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "../ms_deform_attn.h"
@@ -21,7 +22,7 @@ namespace dn_detr {
 constexpr int MAX_LEVELS = 64;
 constexpr int THREADS = 256;
 
-// Passed by value: nothing waits for sizes to arrive on the device.
+// Passed to kernels by value, so no copy to the device is needed.
 struct Geometry {
   int32_t batch, tokens, heads, channels, queries, points, levels;
   Level level[MAX_LEVELS];
@@ -44,7 +45,7 @@ inline Geometry geometry_of(const Sizes& sizes) {
   return g;
 }
 
-// Contiguous and on a 16-byte boundary, which a slice of a tensor need not be.
+// Contiguous and aligned to 16 bytes; a slice of a tensor may not be.
 inline at::Tensor aligned(const at::Tensor& x) {
   const auto y = x.contiguous();
   return reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 == 0 ? y : y.clone();
@@ -60,18 +61,18 @@ inline dim3 grid_of(const Geometry& g, int lanes) {
 template <int N>
 using Number = std::integral_constant<int, N>;
 
-// Half precision is read in whole vectors only. Other numbers of channels, which no model has, take
-// the way of float32: so there is less to compile.
+// Half precision is loaded in whole vectors only. Other numbers of channels, which no known model
+// has, are computed in float32, which saves compile time.
 inline bool must_be_widened(const at::Tensor& value) {
   return value.element_size() == 2 && value.size(3) % 8 != 0;
 }
 
-// Calls launch(VECTOR, LANES), both std::integral_constant, for channels of type S: whole vectors
-// where the channels divide into them, else single channels.
+// Calls launch(VECTOR, LANES), both std::integral_constant: whole vectors where they divide the
+// channels, else single channels.
 template <typename S, typename F>
 void choose_tiling(int64_t channels, const F& launch) {
   constexpr int vector = 16 / sizeof(S);
-  if constexpr (sizeof(S) < 8) { // float64 is for checking gradients
+  if constexpr (sizeof(S) < 8) { // float64 is for gradient checks
     if (channels % vector == 0) {
       const int64_t vectors = channels / vector;
       if (vectors <= 4) {
@@ -94,15 +95,15 @@ void choose_tiling(int64_t channels, const F& launch) {
   }
 }
 
-// VECTOR stored numbers, read and written at once. Zero where nothing was read.
+// VECTOR stored values, loaded and stored with one instruction.
 template <typename S, int VECTOR>
 struct alignas(sizeof(S) * VECTOR) Pack {
-  S number[VECTOR];
+  S element[VECTOR];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) {
-      number[i] = S(0);
+      element[i] = S(0);
     }
   }
 
@@ -124,7 +125,7 @@ struct Pair {
   T x, y;
 };
 
-// Two numbers in a word.
+// Two half-precision values of a 32-bit word.
 __device__ __forceinline__ Pair<float> unpack(uint32_t word, c10::BFloat16) {
   return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
 }
@@ -135,19 +136,19 @@ __device__ __forceinline__ Pair<float> unpack(uint32_t word, c10::Half) {
 }
 
 template <typename S, int VECTOR, typename T>
-__device__ __forceinline__ void unpack(const Pack<S, VECTOR>& pack, T (&number)[VECTOR]) {
+__device__ __forceinline__ void unpack(const Pack<S, VECTOR>& pack, T (&element)[VECTOR]) {
   if constexpr (sizeof(S) == 2 && VECTOR % 2 == 0) {
     const uint32_t* word = reinterpret_cast<const uint32_t*>(&pack);
 #pragma unroll
     for (int k = 0; k < VECTOR; k += 2) {
       const Pair<float> two = unpack(word[k / 2], S());
-      number[k] = two.x;
-      number[k + 1] = two.y;
+      element[k] = two.x;
+      element[k + 1] = two.y;
     }
   } else {
 #pragma unroll
     for (int k = 0; k < VECTOR; ++k) {
-      number[k] = static_cast<T>(pack.number[k]);
+      element[k] = static_cast<T>(pack.element[k]);
     }
   }
 }
@@ -159,19 +160,31 @@ __device__ __forceinline__ Pair<T> load_pair(const T* from) {
   return {raw.x, raw.y};
 }
 
-// The four corners around a sample: 0 upper left, 1 upper right, 2 lower left, 3 lower right.
-template <typename T>
-struct Place {
-  T x, y; // from the upper left corner
-  bool is_inside; // of the map, or less than a cell away
-  int32_t offset, right, down; // of that corner in its image, and from it to the others
-  bool has[4]; // corners outside are not read: they could hold NaN
+constexpr unsigned ALL_LANES = 0xffffffffu;
 
-  // NaN is inside of nothing. Only what lies inside is converted to an integer: none overflows.
-  __device__ __forceinline__ Place(const Level& level, Pair<T> location, int32_t stride) {
+// Sum over a group of lanes, in all of them. mask: lanes of the warp that take part.
+template <int LANES, typename T>
+__device__ __forceinline__ T sum_over_lanes(T x, unsigned mask = ALL_LANES) {
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2) {
+    x += __shfl_xor_sync(mask, x, distance);
+  }
+  return x;
+}
+
+// A sample and the four cells around it: 0 upper left, 1 upper right, 2 lower left, 3 lower right.
+template <typename T>
+struct SamplePosition {
+  T x, y; // from the centre of the upper left cell, in cells
+  bool is_inside; // the level, or less than a cell outside; false for NaN and infinity
+  bool has[4]; // cells that exist; the others are not read, they could hold NaN
+  int32_t token; // of the upper left cell
+
+  // px, py: from the centre of the level's first cell, in cells.
+  __device__ __forceinline__ SamplePosition(const Level& level, T px, T py, bool exists = true) {
     const T width = static_cast<T>(level.width), height = static_cast<T>(level.height);
-    T px = location.x * width - T(0.5), py = location.y * height - T(0.5);
-    is_inside = px > T(-1) && px < width && py > T(-1) && py < height;
+    // False for NaN. Only positions inside are converted to integers, so none overflows.
+    is_inside = exists && px > T(-1) && px < width && py > T(-1) && py < height;
     px = is_inside ? px : T(0);
     py = is_inside ? py : T(0);
     const T left_edge = floor(px), top_edge = floor(py);
@@ -184,16 +197,22 @@ struct Place {
     has[1] = has_right && has_top;
     has[2] = has_left && has_bottom;
     has[3] = has_right && has_bottom;
-    offset = (level.start + top * level.width + left) * stride;
-    right = stride;
-    down = level.width * stride;
+    token = level.start + top * level.width + left;
   }
 
-  __device__ __forceinline__ int32_t corner(int i) const {
-    return offset + (i % 2 ? right : 0) + (i / 2 ? down : 0);
+  // location: in [0, 1], of the level.
+  __device__ __forceinline__ SamplePosition(const Level& level, Pair<T> location)
+      : SamplePosition(
+            level,
+            location.x * static_cast<T>(level.width) - T(0.5),
+            location.y * static_cast<T>(level.height) - T(0.5)) {}
+
+  // Channels from the image's first one to cell i.
+  __device__ __forceinline__ int32_t offset(int i, const Level& level, int32_t stride) const {
+    return token * stride + (i % 2 ? stride : 0) + (i / 2 ? level.width * stride : 0);
   }
 
-  __device__ __forceinline__ T weight(int i) const {
+  __device__ __forceinline__ T bilinear(int i) const {
     return (i % 2 ? x : T(1) - x) * (i / 2 ? y : T(1) - y);
   }
 };

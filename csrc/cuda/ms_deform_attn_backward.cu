@@ -1,4 +1,4 @@
-// Deformable attention on the GPU, backward.
+// Backward pass of ms_deform_attn on the GPU.
 
 #include <ATen/Context.h>
 #include <ATen/Dispatch.h>
@@ -15,16 +15,6 @@
 namespace dn_detr {
 namespace {
 
-// Sum over the lanes of a group, on all of them.
-template <int LANES, typename T>
-__device__ __forceinline__ T sum_lanes(T x, unsigned mask) {
-#pragma unroll
-  for (int distance = LANES / 2; distance > 0; distance /= 2) {
-    x += __shfl_xor_sync(mask, x, distance);
-  }
-  return x;
-}
-
 template <typename S, typename T, int VECTOR, int LANES, typename Sum>
 __global__ void __launch_bounds__(THREADS) backward_kernel(
     const Geometry g,
@@ -36,11 +26,11 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(
     T* __restrict__ grad_locations,
     T* __restrict__ grad_weights) {
   grad_value.begin();
-  // With fewer than 32 lanes one vector per lane is all there is, and stays in registers.
+  // With fewer than 32 lanes, each lane has one vector, which stays in registers.
   constexpr bool is_single = LANES < 32;
   const int32_t group = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES;
   if (group >= g.queries * g.heads) {
-    return; // a whole group: the others shuffle among themselves
+    return; // the whole group; the others shuffle only within their group
   }
   const int32_t head = group % g.heads, stride = g.stride();
   const int32_t samples = g.levels * g.points;
@@ -65,9 +55,9 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(
       const Level level = g.level[l];
 #pragma unroll 1
       for (int32_t p = 0; p < g.points; ++p, ++sample) {
-        const Place<T> place(level, load_pair(locations + 2 * sample), stride);
+        const SamplePosition<T> position(level, load_pair(locations + 2 * sample));
         const T weight = __ldg(weights + sample);
-        T dot[4] = {}; // of grad_output with each corner, this lane's channels
+        T dot[4] = {}; // of grad_output and each corner, over this lane's channels
         for (int32_t c = first; c < g.channels; c += LANES * VECTOR) {
           if (!is_single) {
             pack.load(grads + c);
@@ -77,37 +67,39 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             corner[i].clear();
-            if (place.has[i]) {
-              corner[i].load(value + base + place.corner(i) + c);
+            if (position.has[i]) {
+              corner[i].load(value + base + position.offset(i, level, stride) + c);
             }
           }
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const T share = place.has[i] ? weight * place.weight(i) : T(0);
+            const T corner_weight = position.has[i] ? weight * position.bilinear(i) : T(0);
             grad_value.add(
-                grad_value.sums + base + place.corner(i) + c / VECTOR * UNIT, step, share, grad);
-            T number[VECTOR];
-            unpack(corner[i], number);
+                grad_value.sums + base + position.offset(i, level, stride) + c / VECTOR * UNIT,
+                step, corner_weight, grad);
+            T element[VECTOR];
+            unpack(corner[i], element);
 #pragma unroll
             for (int k = 0; k < VECTOR; ++k) {
-              dot[i] += grad[k] * number[k];
+              dot[i] += grad[k] * element[k];
             }
           }
           if (is_single) {
             break;
           }
         }
-        const T upper = dot[0] + place.x * (dot[1] - dot[0]);
-        const T lower = dot[2] + place.x * (dot[3] - dot[2]);
-        const T along_x = (dot[1] - dot[0]) * (1 - place.y) + (dot[3] - dot[2]) * place.y;
-        const T along_y = sum_lanes<LANES>(lower - upper, mask);
-        const T sampled = sum_lanes<LANES>(upper + place.y * (lower - upper), mask);
-        const T sum_along_x = sum_lanes<LANES>(along_x, mask);
+        const T upper = dot[0] + position.x * (dot[1] - dot[0]);
+        const T lower = dot[2] + position.x * (dot[3] - dot[2]);
+        const T along_x = (dot[1] - dot[0]) * (1 - position.y) + (dot[3] - dot[2]) * position.y;
+        const T along_y = sum_over_lanes<LANES>(lower - upper, mask);
+        const T sampled = sum_over_lanes<LANES>(upper + position.y * (lower - upper), mask);
+        const T sum_along_x = sum_over_lanes<LANES>(along_x, mask);
         if (lane == 0) {
-          // A sample outside gets no gradient, even if its weight is NaN.
+          // Samples outside get no gradient, even if their weight is NaN.
           grad_weights[sample] = sampled;
-          grad_locations[2 * sample] = place.is_inside ? weight * sum_along_x * level.width : T(0);
-          grad_locations[2 * sample + 1] = place.is_inside ? weight * along_y * level.height : T(0);
+          const bool is_inside = position.is_inside;
+          grad_locations[2 * sample] = is_inside ? weight * sum_along_x * level.width : T(0);
+          grad_locations[2 * sample + 1] = is_inside ? weight * along_y * level.height : T(0);
         }
       }
     }
@@ -134,9 +126,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward(
         grad_output_.to(at::kFloat), value_.to(at::kFloat), spatial_shapes, locations_, weights_);
     return {grad_value.to(value_.scalar_type()), grad_locations, grad_weights};
   }
-  auto sums = room_for(value_.sizes(), is_fixed ? options.dtype(at::kLong) : options).zero_();
-  auto grad_locations = room_for(locations_.sizes(), options);
-  auto grad_weights = room_for(weights_.sizes(), options);
+  auto sums = empty_aligned(value_.sizes(), is_fixed ? options.dtype(at::kLong) : options).zero_();
+  auto grad_locations = empty_aligned(locations_.sizes(), options);
+  auto grad_weights = empty_aligned(weights_.sizes(), options);
   at::Tensor grad_value;
   const Geometry g = geometry_of(sizes);
   const auto grad_output = aligned(grad_output_), value = aligned(value_);

@@ -1,4 +1,4 @@
-// Deformable attention on the GPU, forward.
+// Forward pass of ms_deform_attn on the GPU.
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
@@ -36,25 +36,25 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(
         const Level level = g.level[l];
 #pragma unroll 2
         for (int32_t p = 0; p < g.points; ++p, location += 2, ++attention) {
-          const Place<T> place(level, load_pair(location), stride);
-          // A sample outside adds nothing, even if its weight is NaN.
-          const T weight = place.is_inside ? __ldg(attention) : T(0);
+          const SamplePosition<T> position(level, load_pair(location));
+          // Samples outside add nothing, even if their weight is NaN.
+          const T weight = position.is_inside ? __ldg(attention) : T(0);
           Pack<S, VECTOR> corner[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             corner[i].clear();
-            if (place.has[i]) {
-              corner[i].load(values + place.corner(i) + c);
+            if (position.has[i]) {
+              corner[i].load(values + position.offset(i, level, stride) + c);
             }
           }
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const T share = weight * place.weight(i);
-            T number[VECTOR];
-            unpack(corner[i], number);
+            const T corner_weight = weight * position.bilinear(i);
+            T element[VECTOR];
+            unpack(corner[i], element);
 #pragma unroll
             for (int k = 0; k < VECTOR; ++k) {
-              sum[k] += share * number[k];
+              sum[k] += corner_weight * element[k];
             }
           }
         }
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(
       Pack<S, VECTOR> result;
 #pragma unroll
       for (int k = 0; k < VECTOR; ++k) {
-        result.number[k] = static_cast<S>(sum[k]);
+        result.element[k] = static_cast<S>(sum[k]);
       }
       result.store(output + row * g.channels + c);
     }

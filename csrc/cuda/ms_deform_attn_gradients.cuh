@@ -1,11 +1,11 @@
-// How gradients of values are summed on the GPU, where many samples meet in one cell: by atomics of
-// floating point, four float32 at a time where the GPU can; or, where deterministic algorithms are
-// asked for, of 64-bit integers, whose sum is the same in any order.
+// Accumulation of the gradient of the values on the GPU, where many samples meet in one cell:
+// atomics in floating point, four float32 at a time from sm_90 on; or, with deterministic
+// algorithms, atomics on 64-bit integers, whose sum does not depend on the order.
 //
-// A lane has VECTOR neighbouring channels of a cell and head, and adds `unit(VECTOR)` of them with one
-// instruction. That all lanes together then add to whole sectors of memory, the sums of a row stand
-// in another order than its channels: the first unit of every lane, the second of every lane, and so
-// on. `finish` puts them in order.
+// A lane has VECTOR neighbouring channels of a cell and head, and adds `unit(VECTOR)` of them with
+// one instruction. So that a group of lanes adds to whole sectors of memory, the sums of a row are
+// interleaved: the first unit of every lane, the second of every lane, and so on. `finish` restores
+// the order of channels.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -21,23 +21,23 @@
 
 namespace dn_detr {
 
-// Adds x to what lies in global memory, if it is to be used. Of a pointer that a kernel worked out
-// itself the compiler knows not that it is global: its own atomics would wait for an answer, and ask
-// for shared memory. No "memory" clobber: nothing in the kernels reads the sums, loads may move past.
+// Adds x to global memory if is_used. The compiler cannot tell that a computed pointer is global:
+// its own atomics would be generic, with a return value and a check for shared memory. No "memory"
+// clobber: kernels never read the sums, so loads may be reordered.
 template <typename T>
 __device__ __forceinline__ void add_if(bool is_used, T* to, T x) {
 #if defined(__CUDA_ARCH__)
-  const auto place = __cvta_generic_to_global(to);
+  const auto address = __cvta_generic_to_global(to);
   const int used = is_used;
   if constexpr (std::is_same_v<T, float>) {
     asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0;\n\t"
-                 "@p red.relaxed.gpu.global.add.f32 [%0], %1;}" ::"l"(place), "f"(x), "r"(used));
+                 "@p red.relaxed.gpu.global.add.f32 [%0], %1;}" ::"l"(address), "f"(x), "r"(used));
   } else if constexpr (std::is_same_v<T, double>) {
     asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0;\n\t"
-                 "@p red.relaxed.gpu.global.add.f64 [%0], %1;}" ::"l"(place), "d"(x), "r"(used));
+                 "@p red.relaxed.gpu.global.add.f64 [%0], %1;}" ::"l"(address), "d"(x), "r"(used));
   } else {
     asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0;\n\t"
-                 "@p red.relaxed.gpu.global.add.u64 [%0], %1;}" ::"l"(place), "l"(x), "r"(used));
+                 "@p red.relaxed.gpu.global.add.u64 [%0], %1;}" ::"l"(address), "l"(x), "r"(used));
   }
 #else
   if (is_used) {
@@ -49,16 +49,20 @@ __device__ __forceinline__ void add_if(bool is_used, T* to, T x) {
 // Sums in floating point.
 template <typename T>
 struct FloatingSum {
-  using Number = T;
+  using Accumulator = T;
   T* sums;
 
   static constexpr int unit(int vector) { return sizeof(T) == 4 && vector % 4 == 0 ? 4 : 1; }
 
   __device__ __forceinline__ void begin() {}
 
-  // Adds weight * grad, unless the weight is zero. step: from one unit to the next.
+  // Adds weight * grad unless the weight is zero. step: distance between units.
   template <int VECTOR>
-  __device__ __forceinline__ void add(T* to, int32_t step, T weight, const T (&grad)[VECTOR]) const {
+  __device__ __forceinline__ void add(
+      T* to,
+      int32_t step,
+      T weight,
+      const T (&grad)[VECTOR]) const {
     constexpr int UNIT = unit(VECTOR);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if constexpr (UNIT == 4) {
@@ -84,13 +88,13 @@ struct FloatingSum {
   __device__ __forceinline__ T finished(T sum) const { return sum; }
 };
 
-// Sums in units of 1 / scale, see `scale_of`.
+// Sums in fixed point, in units of 1 / scale; see `scale_of`.
 template <typename T>
 struct FixedPointSum {
-  using Number = int64_t;
+  using Accumulator = int64_t;
   int64_t* sums;
   const T* scale;
-  T factor; // the scale, once it is read
+  T factor; // *scale, loaded by begin()
 
   static constexpr int unit(int) { return 1; }
 
@@ -104,7 +108,7 @@ struct FixedPointSum {
       const T (&grad)[VECTOR]) const {
 #pragma unroll
     for (int k = 0; k < VECTOR; ++k) {
-      // Scaled last: grad may be too small, weight times scale too large for T.
+      // Multiply by the scale last: weight * scale could overflow T.
       const T scaled = weight * grad[k] * factor;
       int64_t units;
       if constexpr (sizeof(T) == 4) {
@@ -119,10 +123,10 @@ struct FixedPointSum {
   __device__ __forceinline__ T finished(int64_t sum) const { return static_cast<T>(sum) / *scale; }
 };
 
-// How many units one is in fixed point, a tensor on the device: nothing waits for it. If no cell
-// gets more than `count` contributions, none larger than `largest`, then all of them together stay
-// below 2^62; 2^45 units are left for the largest one where a hundred thousand meet. If there is an
-// infinity or NaN, scale is 0, and the result, divided by it, NaN: loud, as in floating point.
+// The scale of fixed point, a tensor on the device, so that the host does not wait for it. With at
+// most `count` contributions to a cell, none larger than `largest`, sums stay below 2^62; with
+// 100,000 contributions the largest one still has 2^45 units. If a value is infinite or NaN, the
+// scale is 0, and the result, divided by it, NaN as in floating point.
 inline at::Tensor scale_of(const at::Tensor& largest, int64_t count, at::ScalarType dtype) {
   const double most = dtype == at::kDouble ? 1000 : 120; // of the exponent
   const double spare = 62 - std::ceil(std::log2(static_cast<double>(count)));
@@ -130,13 +134,13 @@ inline at::Tensor scale_of(const at::Tensor& largest, int64_t count, at::ScalarT
   return at::where(largest.isfinite(), exponent.exp2(), 0.0).to(dtype);
 }
 
-// Room that will be written in full. PyTorch's own `empty` fills it where deterministic algorithms
-// are asked for, which takes as long as all the rest in a decoder.
-inline at::Tensor room_for(at::IntArrayRef sizes, const at::TensorOptions& options) {
+// Uninitialized memory that will be written in full. at::empty fills it if deterministic algorithms
+// are on, which takes as long as all other work of a decoder.
+inline at::Tensor empty_aligned(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return at::Tensor(at::detail::empty_cuda(sizes, options));
 }
 
-// blockIdx.y: image. A thread does a vector of channels; each cell and head has `row` of them.
+// blockIdx.y: image. A thread handles a vector of channels; each cell and head has `row` vectors.
 template <typename S, typename T, int VECTOR, typename Sum>
 __global__ void __launch_bounds__(THREADS) finish_kernel(
     const Sum sum,
@@ -144,23 +148,23 @@ __global__ void __launch_bounds__(THREADS) finish_kernel(
     uint32_t vectors, // of an image
     uint32_t row,
     S* __restrict__ result) {
-  using Number = typename Sum::Number;
+  using Accumulator = typename Sum::Accumulator;
   constexpr int UNIT = Sum::unit(VECTOR);
-  const uint32_t i = blockIdx.x * THREADS + threadIdx.x, place = i % row;
+  const uint32_t i = blockIdx.x * THREADS + threadIdx.x, column = i % row;
   if (i >= vectors) {
     return;
   }
   for (int32_t image = blockIdx.y; image < batch; image += gridDim.y) {
     const int64_t first = static_cast<int64_t>(image) * vectors;
-    const Number* from = sum.sums + (first + (i - place)) * VECTOR + place * UNIT;
+    const Accumulator* from = sum.sums + (first + (i - column)) * VECTOR + column * UNIT;
     Pack<S, VECTOR> pack;
 #pragma unroll
     for (int k = 0; k < VECTOR; k += UNIT) {
-      Pack<Number, UNIT> unit;
+      Pack<Accumulator, UNIT> unit;
       unit.load(from + static_cast<int64_t>(k) * row);
 #pragma unroll
       for (int j = 0; j < UNIT; ++j) {
-        pack.number[k + j] = static_cast<S>(sum.finished(unit.number[j]));
+        pack.element[k + j] = static_cast<S>(sum.finished(unit.element[j]));
       }
     }
     pack.store(result + (first + i) * VECTOR);
@@ -170,10 +174,10 @@ __global__ void __launch_bounds__(THREADS) finish_kernel(
 // The gradient of the values [B, S, H, D], of type S, from their sums.
 template <typename S, typename T, int VECTOR, typename Sum>
 at::Tensor finish(const Sum& sum, const at::Tensor& sums, const Geometry& g, at::ScalarType dtype) {
-  if constexpr (std::is_same_v<S, typename Sum::Number>) {
-    return sums; // one unit is a whole vector
+  if constexpr (std::is_same_v<S, typename Sum::Accumulator>) {
+    return sums; // a unit is a whole vector: nothing is interleaved
   } else {
-    auto result = room_for(sums.sizes(), sums.options().dtype(dtype));
+    auto result = empty_aligned(sums.sizes(), sums.options().dtype(dtype));
     const auto vectors = static_cast<uint32_t>(sums.numel() / g.batch / VECTOR);
     if (vectors > 0) {
       const dim3 grid((vectors - 1) / THREADS + 1, std::min(g.batch, 65535));
