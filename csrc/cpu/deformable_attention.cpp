@@ -1,5 +1,5 @@
-// deformable_attention on the CPU: the loops of ms_deform_attn with softmax, references and padding
-// inside of them. Nothing of the size of the samples is stored but their gradients.
+// deformable_attention on the CPU: the loops of ms_deform_attn with fused softmax, references and
+// padding. Except for gradients, no tensor of the size of the samples is stored.
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -32,20 +32,21 @@ struct Inputs {
   const T* reference;
   const O* offsets;
   const O* logits;
-  const bool* const* padding; // of each image, null where it has none
+  const bool* const* padding; // of each image, null if it has none
 };
 
 template <typename T, typename O>
 struct Gradients {
-  T* reference; // null where it is not asked for
+  T* reference; // null if not needed
   O* offsets;
   O* logits;
 };
 
 #define KERNELS "deformable_attention_kernels.h"
 #include "instruction_sets.h"
+#include "sampling_operators.h"
 
-// The inputs as the kernels want them: contiguous, float16 (which few CPUs widen) as float32.
+// Checked inputs as the kernels need them.
 struct Prepared {
   Prepared(
       const at::Tensor& value_,
@@ -85,20 +86,6 @@ struct Prepared {
   std::vector<const bool*> padding_of_images;
 };
 
-// Calls f with a number of each type: that of the computation, of the value and of the offsets.
-template <typename F>
-void with_types(const Prepared& p, const F& f) {
-  if (p.value.scalar_type() == at::kDouble) {
-    f(double(), double(), double());
-  } else if (p.value.scalar_type() == at::kFloat) {
-    f(float(), float(), float());
-  } else if (p.offsets.scalar_type() == at::kFloat) {
-    f(float(), at::BFloat16(), float());
-  } else {
-    f(float(), at::BFloat16(), at::BFloat16());
-  }
-}
-
 at::Tensor deformable_attention(
     const at::Tensor& value,
     at::IntArrayRef spatial_shapes,
@@ -110,15 +97,9 @@ at::Tensor deformable_attention(
   const Prepared p(value, spatial_shapes, valid_sizes, reference, offsets, logits, padding);
   const auto& z = p.sizes;
   auto output = at::empty({z.batch, z.queries, z.heads * z.channels}, p.value.options());
-  with_types(p, [&](auto t, auto s, auto o) {
+  with_types(p.value, p.offsets, [&](auto t, auto s, auto o) {
     using T = decltype(t);
-    using S = decltype(s);
-    using O = decltype(o);
-    const auto kernel = KERNEL_FOR_THIS_CPU(forward<T, S, O>);
-    const auto in = p.inputs<T, O>();
-    const S* from = p.value.const_data_ptr<S>();
-    S* to = output.mutable_data_ptr<S>();
-    for_rows(z, [&](int64_t begin, int64_t end) { kernel(z, in, from, to, begin, end); });
+    run_forward<T, decltype(s)>(z, p.inputs<T, decltype(o)>(), p.value, output);
   });
   return output.to(value.scalar_type());
 }
@@ -141,36 +122,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> deformable_attention_
   auto grad_reference =
       needs_reference ? at::empty_like(p.reference) : at::empty({0}, reference.options());
   auto grad_offsets = at::empty_like(p.offsets), grad_logits = at::empty_like(p.logits);
-  with_types(p, [&](auto t, auto s, auto o) {
+  with_types(p.value, p.offsets, [&](auto t, auto s, auto o) {
     using T = decltype(t);
-    using S = decltype(s);
     using O = decltype(o);
-    const auto in = p.inputs<T, O>();
-    const S* from = p.value.const_data_ptr<S>();
-    const S* grad_from = grad.const_data_ptr<S>();
     const Gradients<T, O> out{
         needs_reference ? grad_reference.mutable_data_ptr<T>() : nullptr,
         grad_offsets.mutable_data_ptr<O>(), grad_logits.mutable_data_ptr<O>()};
-    S* to = grad_value.mutable_data_ptr<S>();
-    const auto order = order_of_queries(z);
-    if (has_heads_for_all_threads(z) && !needs_reference) {
-      const auto backward = KERNEL_FOR_THIS_CPU(backward<T, S, O>);
-      for_heads(z, [&](int64_t begin, int64_t end) {
-        backward(z, in, from, grad_from, to, out, order.data(), begin, end);
-      });
-      return;
-    }
-    const auto differentiate = KERNEL_FOR_THIS_CPU(differentiate<T, S, O>);
-    const auto scatter = KERNEL_FOR_THIS_CPU(scatter<T, S, O>);
-    for_rows(z, [&](int64_t begin, int64_t end) {
-      differentiate(z, in, from, grad_from, out, begin, end);
-    });
-    for_parts(z, [&](int64_t parts, int64_t begin, int64_t end) {
-      scatter(z, in, grad_from, to, order.data(), parts, begin, end);
-    });
+    run_backward<T, decltype(s)>(
+        z, p.inputs<T, O>(), out, p.value, grad, grad_value, needs_reference);
   });
-  return {grad_value.to(value.scalar_type()), grad_reference, grad_offsets.to(offsets.scalar_type()),
-          grad_logits.to(logits.scalar_type())};
+  return {grad_value.to(value.scalar_type()), grad_reference,
+          grad_offsets.to(offsets.scalar_type()), grad_logits.to(logits.scalar_type())};
 }
 
 } // namespace

@@ -1,11 +1,11 @@
-// The kernels of deformable_attention on the CPU, compiled once per instruction set: softmax,
-// references and offsets as a source of the shared loops, and the entries. No include guard.
-// O is the type in which offsets and logits are stored.
+// The kernels of deformable_attention on the CPU: logits, references and offsets as a source of the
+// shared loops. No include guard: compiled once per instruction set. O is the stored type of
+// offsets and logits.
 
 #include "sampling_kernels.h"
 #include "sampling_gradients.h"
 
-// exp(x[i]) over their sum, of n numbers; behind them must be room for a vector.
+// Softmax of n values in place; x must have space for one more vector.
 template <typename T>
 void softmax(T* x, int64_t n) {
   using V = typename Simd<T>::vector;
@@ -35,8 +35,8 @@ template <typename T, typename O>
 struct Offsets {
   Offsets(const DeformableSizes& z, const Inputs<T, O>& in) : z(z), in(in) {}
 
-  // In cells, a sample is at offset * scale + shift.
-  void start(Samples<T>& s, int64_t row) const {
+  // The position of a sample in cells is offset * scale + shift.
+  void start_query(Samples<T>& s, int64_t row) const {
     const auto levels = static_cast<int64_t>(z.levels.size());
     for (int64_t level = s.first_level, i = 0; level < s.last_level; ++level) {
       const T* valid = in.valid_sizes + (row / z.queries * levels + level) * 2;
@@ -55,7 +55,7 @@ struct Offsets {
     }
   }
 
-  void put(Samples<T>& s, int64_t row, int64_t head) const {
+  void load_head(Samples<T>& s, int64_t row, int64_t head) const {
     const int64_t first = (row * z.heads + head) * z.samples();
     const O* offsets = in.offsets + 2 * (first + s.first);
     for (int64_t i = 0; i < s.count; ++i) {
@@ -79,7 +79,7 @@ struct Offsets {
     return shared * z.coordinates;
   }
 
-  // A box's offsets are in half sizes over the number of points.
+  // Offsets from a box are in units of half its size, divided by the number of points.
   T of_size() const {
     return T(0.5) / static_cast<T>(z.points);
   }
@@ -88,7 +88,7 @@ struct Offsets {
   const Inputs<T, O>& in;
 };
 
-// Offsets whose gradients are asked for.
+// Offsets with gradients.
 template <typename T, typename O>
 struct OffsetGradients : Offsets<T, O> {
   using Offsets<T, O>::z;
@@ -101,8 +101,8 @@ struct OffsetGradients : Offsets<T, O> {
     }
   }
 
-  void start(Samples<T>& s, int64_t row) {
-    Offsets<T, O>::start(s, row);
+  void start_query(Samples<T>& s, int64_t row) {
+    Offsets<T, O>::start_query(s, row);
     if (out.reference == nullptr) {
       return;
     }
@@ -111,7 +111,7 @@ struct OffsetGradients : Offsets<T, O> {
     }
   }
 
-  void take(const Samples<T>& s, int64_t row, int64_t head) {
+  void store_head(const Samples<T>& s, int64_t row, int64_t head) {
     const int64_t first = (row * z.heads + head) * s.count;
     T mean = 0;
     for (int64_t i = 0; i < s.count; ++i) {
@@ -126,14 +126,14 @@ struct OffsetGradients : Offsets<T, O> {
       for (int64_t i = 0; i < s.count; ++i) {
         shift_x[i] += s.grad_x[i];
         shift_y[i] += s.grad_y[i];
-        // An impossible offset has no gradient: 0 times it may be NaN.
+        // Samples outside add nothing: 0 * x may be NaN.
         scale_x[i] += s.corners[i] != 0 ? s.grad_x[i] * s.x[i] : 0;
         scale_y[i] += s.corners[i] != 0 ? s.grad_y[i] * s.y[i] : 0;
       }
     }
   }
 
-  void finish(const Samples<T>& s, int64_t row) const {
+  void finish_query(const Samples<T>& s, int64_t row) const {
     if (out.reference == nullptr) {
       return;
     }
@@ -168,55 +168,17 @@ struct OffsetGradients : Offsets<T, O> {
   std::vector<T> shift_x, shift_y, scale_x, scale_y; // gradients, summed over heads
 };
 
-template <typename T, typename S, typename O>
-void forward(
-    const DeformableSizes& z,
-    const Inputs<T, O>& in,
-    const S* value,
-    S* output,
-    int64_t begin,
-    int64_t end) {
-  sample_rows<T>(z, Offsets<T, O>(z, in), value, output, begin, end);
+template <typename T, typename O>
+Offsets<T, O> source_of(const DeformableSizes& z, const Inputs<T, O>& in) {
+  return {z, in};
 }
 
-template <typename T, typename S, typename O>
-void differentiate(
+template <typename T, typename O>
+OffsetGradients<T, O> source_of(
     const DeformableSizes& z,
     const Inputs<T, O>& in,
-    const S* value,
-    const S* grad_output,
-    const Gradients<T, O>& out,
-    int64_t begin,
-    int64_t end) {
-  differentiate_rows<T>(
-      z, OffsetGradients<T, O>(z, in, out), value, grad_output, begin, end);
+    const Gradients<T, O>& out) {
+  return {z, in, out};
 }
 
-template <typename T, typename S, typename O>
-void scatter(
-    const DeformableSizes& z,
-    const Inputs<T, O>& in,
-    const S* grad_output,
-    S* grad_value,
-    const int32_t* order,
-    int64_t parts,
-    int64_t begin,
-    int64_t end) {
-  scatter_parts<T>(z, Offsets<T, O>(z, in), grad_output, grad_value, order, parts, begin, end);
-}
-
-// Without the gradient of the reference, which is a sum over heads.
-template <typename T, typename S, typename O>
-void backward(
-    const DeformableSizes& z,
-    const Inputs<T, O>& in,
-    const S* value,
-    const S* grad_output,
-    S* grad_value,
-    const Gradients<T, O>& out,
-    const int32_t* order,
-    int64_t begin,
-    int64_t end) {
-  differentiate_heads<T>(
-      z, OffsetGradients<T, O>(z, in, out), value, grad_output, grad_value, order, begin, end);
-}
+#include "sampling_entries.h"

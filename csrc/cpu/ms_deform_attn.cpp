@@ -1,5 +1,5 @@
-// ms_deform_attn on the CPU: vectorised over channels, threaded over queries or, for the gradient of
-// the value, over disjoint parts of it; deterministic.
+// ms_deform_attn on the CPU: vectorized over channels; multithreaded over queries or, for the
+// gradient of the value, over disjoint parts of it. Deterministic.
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -24,17 +24,23 @@
 namespace dn_detr {
 namespace {
 
-template <typename T, typename S>
+template <typename T>
 struct Inputs {
-  const S* value;
   const T* locations;
   const T* weights;
 };
 
+template <typename T>
+struct Gradients {
+  T* locations;
+  T* weights;
+};
+
 #define KERNELS "ms_deform_attn_kernels.h"
 #include "instruction_sets.h"
+#include "sampling_operators.h"
 
-// The inputs as the kernels want them: contiguous, float16 (which few CPUs widen) as float32.
+// Checked inputs as the kernels need them.
 struct Prepared {
   Prepared(
       const at::Tensor& value_,
@@ -46,52 +52,14 @@ struct Prepared {
         locations(locations_.contiguous()),
         weights(weights_.contiguous()) {}
 
-  template <typename T, typename S>
-  Inputs<T, S> inputs() const {
-    return {value.const_data_ptr<S>(), locations.const_data_ptr<T>(), weights.const_data_ptr<T>()};
+  template <typename T>
+  Inputs<T> inputs() const {
+    return {locations.const_data_ptr<T>(), weights.const_data_ptr<T>()};
   }
 
   Sizes sizes;
   at::Tensor value, locations, weights;
 };
-
-template <typename T, typename S>
-void run_forward(const Prepared& p, const at::Tensor& output) {
-  const auto kernel = KERNEL_FOR_THIS_CPU(forward<T, S>);
-  const auto in = p.inputs<T, S>();
-  S* out = output.mutable_data_ptr<S>();
-  for_rows(p.sizes, [&](int64_t begin, int64_t end) { kernel(p.sizes, in, out, begin, end); });
-}
-
-template <typename T, typename S>
-void run_backward(
-    const Prepared& p,
-    const at::Tensor& grad_output,
-    const at::Tensor& grad_value,
-    const at::Tensor& grad_locations,
-    const at::Tensor& grad_weights) {
-  const auto in = p.inputs<T, S>();
-  const S* grad = grad_output.const_data_ptr<S>();
-  S* value = grad_value.mutable_data_ptr<S>();
-  T* locations = grad_locations.mutable_data_ptr<T>();
-  T* weights = grad_weights.mutable_data_ptr<T>();
-  const auto order = order_of_queries(p.sizes);
-  if (has_heads_for_all_threads(p.sizes)) {
-    const auto backward = KERNEL_FOR_THIS_CPU(backward<T, S>);
-    for_heads(p.sizes, [&](int64_t begin, int64_t end) {
-      backward(p.sizes, in, grad, value, locations, weights, order.data(), begin, end);
-    });
-    return;
-  }
-  const auto differentiate = KERNEL_FOR_THIS_CPU(differentiate<T, S>);
-  const auto scatter = KERNEL_FOR_THIS_CPU(scatter<T, S>);
-  for_rows(p.sizes, [&](int64_t begin, int64_t end) {
-    differentiate(p.sizes, in, grad, locations, weights, begin, end);
-  });
-  for_parts(p.sizes, [&](int64_t parts, int64_t begin, int64_t end) {
-    scatter(p.sizes, in, grad, value, order.data(), parts, begin, end);
-  });
-}
 
 at::Tensor ms_deform_attn(
     const at::Tensor& value,
@@ -101,16 +69,10 @@ at::Tensor ms_deform_attn(
   const Prepared p(value, spatial_shapes, locations, weights);
   const auto& z = p.sizes;
   auto output = at::empty({z.batch, z.queries, z.heads * z.channels}, p.value.options());
-  switch (p.value.scalar_type()) {
-    case at::kDouble:
-      run_forward<double, double>(p, output);
-      break;
-    case at::kBFloat16:
-      run_forward<float, at::BFloat16>(p, output);
-      break;
-    default:
-      run_forward<float, float>(p, output);
-  }
+  with_types(p.value, p.locations, [&](auto t, auto s, auto) {
+    using T = decltype(t);
+    run_forward<T, decltype(s)>(z, p.inputs<T>(), p.value, output);
+  });
   return output.to(value.scalar_type());
 }
 
@@ -125,16 +87,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward(
   const auto grad = without_half(grad_output);
   auto grad_value = at::empty_like(p.value);
   auto grad_locations = at::empty_like(p.locations), grad_weights = at::empty_like(p.weights);
-  switch (p.value.scalar_type()) {
-    case at::kDouble:
-      run_backward<double, double>(p, grad, grad_value, grad_locations, grad_weights);
-      break;
-    case at::kBFloat16:
-      run_backward<float, at::BFloat16>(p, grad, grad_value, grad_locations, grad_weights);
-      break;
-    default:
-      run_backward<float, float>(p, grad, grad_value, grad_locations, grad_weights);
-  }
+  with_types(p.value, p.locations, [&](auto t, auto s, auto) {
+    using T = decltype(t);
+    const Gradients<T> out{
+        grad_locations.mutable_data_ptr<T>(), grad_weights.mutable_data_ptr<T>()};
+    run_backward<T, decltype(s)>(
+        p.sizes, p.inputs<T>(), out, p.value, grad, grad_value, false);
+  });
   return {grad_value.to(value.scalar_type()), grad_locations, grad_weights};
 }
 

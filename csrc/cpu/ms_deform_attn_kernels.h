@@ -1,5 +1,5 @@
-// The kernels of ms_deform_attn on the CPU, compiled once per instruction set: its inputs as a
-// source of the shared loops, and the entries. No include guard.
+// The kernels of ms_deform_attn on the CPU: its inputs as a source of the shared loops. No include
+// guard: compiled once per instruction set.
 
 #include "sampling_kernels.h"
 #include "sampling_gradients.h"
@@ -12,8 +12,8 @@ struct GivenSamples {
   T* grad_locations;
   T* grad_weights;
 
-  // A location in [0, 1] is in the middle of the first cell at half a cell.
-  void start(Samples<T>& s, int64_t) const {
+  // Locations are in [0, 1]; the centre of the first cell is at half a cell.
+  void start_query(Samples<T>& s, int64_t) const {
     for (int64_t i = 0; i < s.count; ++i) {
       s.scale_x[i] = s.width[i];
       s.scale_y[i] = s.height[i];
@@ -21,7 +21,7 @@ struct GivenSamples {
     }
   }
 
-  void put(Samples<T>& s, int64_t row, int64_t head) const {
+  void load_head(Samples<T>& s, int64_t row, int64_t head) const {
     const int64_t at = first_of(s, row, head);
     for (int64_t i = 0; i < s.count; ++i) {
       s.x[i] = locations[2 * (at + i)];
@@ -30,7 +30,7 @@ struct GivenSamples {
     }
   }
 
-  void take(Samples<T>& s, int64_t row, int64_t head) const {
+  void store_head(Samples<T>& s, int64_t row, int64_t head) const {
     const int64_t at = first_of(s, row, head);
     for (int64_t i = 0; i < s.count; ++i) {
       grad_locations[2 * (at + i)] = s.grad_x[i] * s.scale_x[i];
@@ -39,7 +39,7 @@ struct GivenSamples {
     }
   }
 
-  void finish(Samples<T>&, int64_t) const {}
+  void finish_query(Samples<T>&, int64_t) const {}
 
   void prefetch_head(int64_t row, int64_t head) const {
     const int64_t n = z.samples(), first = (row * z.heads + head) * n;
@@ -58,50 +58,14 @@ struct GivenSamples {
   }
 };
 
-template <typename T, typename S>
-void forward(const Sizes& z, const Inputs<T, S>& in, S* output, int64_t begin, int64_t end) {
-  const GivenSamples<T> source{z, in.locations, in.weights, nullptr, nullptr};
-  sample_rows<T>(z, source, in.value, output, begin, end);
+template <typename T>
+GivenSamples<T> source_of(const Sizes& z, const Inputs<T>& in) {
+  return {z, in.locations, in.weights, nullptr, nullptr};
 }
 
-template <typename T, typename S>
-void differentiate(
-    const Sizes& z,
-    const Inputs<T, S>& in,
-    const S* grad_output,
-    T* grad_locations,
-    T* grad_weights,
-    int64_t begin,
-    int64_t end) {
-  const GivenSamples<T> source{z, in.locations, in.weights, grad_locations, grad_weights};
-  differentiate_rows<T>(z, source, in.value, grad_output, begin, end);
+template <typename T>
+GivenSamples<T> source_of(const Sizes& z, const Inputs<T>& in, const Gradients<T>& out) {
+  return {z, in.locations, in.weights, out.locations, out.weights};
 }
 
-template <typename T, typename S>
-void scatter(
-    const Sizes& z,
-    const Inputs<T, S>& in,
-    const S* grad_output,
-    S* grad_value,
-    const int32_t* order,
-    int64_t parts,
-    int64_t begin,
-    int64_t end) {
-  const GivenSamples<T> source{z, in.locations, in.weights, nullptr, nullptr};
-  scatter_parts<T>(z, source, grad_output, grad_value, order, parts, begin, end);
-}
-
-template <typename T, typename S>
-void backward(
-    const Sizes& z,
-    const Inputs<T, S>& in,
-    const S* grad_output,
-    S* grad_value,
-    T* grad_locations,
-    T* grad_weights,
-    const int32_t* order,
-    int64_t begin,
-    int64_t end) {
-  const GivenSamples<T> source{z, in.locations, in.weights, grad_locations, grad_weights};
-  differentiate_heads<T>(z, source, in.value, grad_output, grad_value, order, begin, end);
-}
+#include "sampling_entries.h"

@@ -1,12 +1,12 @@
-// The gradients of what sampling_kernels.h computes. No include guard: compiled once per instruction
-// set, after it. Here a source has besides
-//   source.take(samples, row, head) the gradients of x, y and attention of the samples of a head
-//   source.finish(samples, row)     all heads are taken
-//   source.prefetch_head(row, head) it will be put and taken soon
+// Gradients of sampling_kernels.h. No include guard: compiled once per instruction set, after it.
+// For gradients, a source also has
+//   source.store_head(samples, row, head)  stores the gradients of x, y and attention of a head
+//   source.finish_query(samples, row)      called when all heads are stored
+//   source.prefetch_head(row, head)        prefetches what load_head and store_head will need
 //
-// With as many heads as threads, each thread owns heads and makes all their gradients in one pass.
-// With fewer, or where a gradient is a sum over heads, there are two passes: over rows, and over heads
-// or levels of heads for the gradient of the value. The sums are the same, number by number.
+// With at least as many heads as threads, each thread owns heads and computes all their gradients
+// in one pass. With fewer, or if a gradient is a sum over heads, there are two passes: over rows,
+// and over heads or their levels for the gradient of the value. The results are bit-identical.
 
 // Adds to `dots` the products of the output's gradient and the corners' values.
 template <typename T, typename V, int N, typename S>
@@ -43,7 +43,8 @@ inline void multiply_samples(Samples<T>& s, const S* value, int64_t stride, cons
   }
 }
 
-// Adds the output's gradient, weighted, to the corners in grad_value, which begins at first_token.
+// Adds the weighted gradient of the output to the corners in grad_value, which starts at
+// first_token.
 template <typename T, typename V, int N, typename S>
 inline void scatter_samples(
     const Samples<T>& s,
@@ -75,7 +76,7 @@ inline void scatter_samples(
   }
 }
 
-// Does both at once for cells that hold their value and, `channels` further, its gradient.
+// Both at once, for cells stored as their value followed by its gradient, `channels` values each.
 template <typename T, typename V, int N, typename S>
 inline void multiply_and_scatter_samples(
     Samples<T>& s,
@@ -92,7 +93,7 @@ inline void multiply_and_scatter_samples(
     T* first = cells + s.token[i] * stride;
     const int64_t down = s.columns[i] * stride;
     T* const corner_cells[4] = {first, first + stride, first + down, first + down + stride};
-    // Read before anything is written, which for all the compiler knows could change them.
+    // Read before any store, which could alias them as far as the compiler knows.
     const T weights[4] = {s.weight[0][i], s.weight[1][i], s.weight[2][i], s.weight[3][i]};
     const auto corners = s.corners[i];
     V products[4] = {};
@@ -162,7 +163,7 @@ struct MultiplyAndScatterSamples {
   }
 };
 
-// The gradients of everything but the value, of rows [begin, end) of B * Q.
+// Gradients of all inputs but the value, for rows [begin, end) of B * Q.
 template <typename T, typename S, typename Source>
 void differentiate_rows(
     const Sizes& z,
@@ -175,9 +176,9 @@ void differentiate_rows(
   Samples<T> samples(z, 0, z.levels.size());
   for (int64_t row = begin; row < end; ++row) {
     const int64_t image = row / z.queries;
-    source.start(samples, row);
+    source.start_query(samples, row);
     for (int64_t head = 0; head < z.heads; ++head) {
-      source.put(samples, row, head);
+      source.load_head(samples, row, head);
       samples.locate(source.padding_of(image));
       std::fill(samples.dots.begin(), samples.dots.end(), T(0));
       const int64_t channel = head * z.channels;
@@ -186,16 +187,16 @@ void differentiate_rows(
           MultiplySamples<T, S>{samples, value + image * z.tokens * stride + channel, stride,
                                 grad_output + row * stride + channel});
       samples.differentiate();
-      source.take(samples, row, head);
+      source.store_head(samples, row, head);
     }
-    source.finish(samples, row);
+    source.finish_query(samples, row);
   }
 }
 
-// The gradient of the value, of tasks [begin, end) of B * H * parts, where a part is levels / parts
-// levels. A task owns its head and levels of grad_value and scans all queries in the given order: no
-// atomics, and the same result for any number of parts and threads. It adds up in a buffer, where the
-// tokens of its head lie side by side: as far apart as in grad_value, they would share few cache lines.
+// Gradient of the value, for tasks [begin, end) of B * H * parts, where a part is levels / parts
+// levels. A task owns its head and levels of grad_value and scans all queries in the given order:
+// no atomics, and the same result for any number of parts and threads. It accumulates in a buffer
+// where the tokens of its head are contiguous, for locality in the cache.
 template <typename T, typename S, typename Source>
 void scatter_parts(
     const Sizes& z,
@@ -218,8 +219,8 @@ void scatter_parts(
     buffer.assign(tokens * z.channels, T(0));
     for (int64_t i = 0; i < z.queries; ++i) {
       const int64_t row = image * z.queries + order[i];
-      source.start(samples, row);
-      source.put(samples, row, head);
+      source.start_query(samples, row);
+      source.load_head(samples, row, head);
       samples.locate(source.padding_of(image));
       for_channels<T>(
           z.channels,
@@ -233,8 +234,8 @@ void scatter_parts(
   }
 }
 
-// All gradients, of tasks [begin, end) of B * H. In its buffer the values of a task's head lie side
-// by side, each with its gradient.
+// All gradients, for tasks [begin, end) of B * H. The buffer of a task holds the values of its
+// head, each followed by its gradient.
 template <typename T, typename S, typename Source>
 void differentiate_heads(
     const Sizes& z,
@@ -245,11 +246,11 @@ void differentiate_heads(
     const int32_t* order,
     int64_t begin,
     int64_t end) {
-  // How many queries ahead it asks for what it will read and write: of each row it touches only the
-  // part of one head, and no CPU foresees which.
+  // Prefetch distance in queries: a task touches only one head of each row, an access pattern that
+  // hardware prefetchers miss.
   constexpr int64_t ahead = 3;
   const int64_t stride = z.heads * z.channels;
-  const std::unique_ptr<T[]> buffer(new T[2 * z.tokens * z.channels]); // written to below
+  const std::unique_ptr<T[]> buffer(new T[2 * z.tokens * z.channels]);
   Samples<T> samples(z, 0, z.levels.size());
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / z.heads, head = task % z.heads, channel = head * z.channels;
@@ -266,8 +267,8 @@ void differentiate_heads(
         source.prefetch_head(later, head);
         prefetch(grad_output + later * stride + channel, z.channels);
       }
-      source.start(samples, row);
-      source.put(samples, row, head);
+      source.start_query(samples, row);
+      source.load_head(samples, row, head);
       samples.locate(source.padding_of(image));
       std::fill(samples.dots.begin(), samples.dots.end(), T(0));
       for_channels<T>(
@@ -275,7 +276,7 @@ void differentiate_heads(
           MultiplyAndScatterSamples<T, S>{
               samples, buffer.get(), z.channels, grad_output + row * stride + channel});
       samples.differentiate();
-      source.take(samples, row, head);
+      source.store_head(samples, row, head);
     }
     for (int64_t token = 0; token < z.tokens; ++token) {
       const T* cell = buffer.get() + 2 * token * z.channels;

@@ -1,11 +1,10 @@
-// The loops that the operators of deformable attention share on the CPU. No include guard: compiled
-// once per instruction set, after simd.h. T is the type that is computed with, S the one in which
-// values are stored.
+// Loops shared by the operators of deformable attention on the CPU. No include guard: compiled once
+// per instruction set, after simd.h. T is the type of the computation, S the stored type of values.
 //
-// What is sampled comes from a source, an operator's inputs:
-//   source.start(samples, row)      the query: sets how `samples` turns its x and y into cells
-//   source.put(samples, row, head)  x, y and attention of the samples of a head
-//   source.padding_of(image)        which of its tokens are padding, or null
+// A source provides the samples, from the inputs of an operator:
+//   source.start_query(samples, row)      sets scale and shift, from x and y to cells
+//   source.load_head(samples, row, head)  sets x, y and attention of the samples of a head
+//   source.padding_of(image)              mask of its tokens that are padding, or null
 
 // The samples of one query and head, on the levels [first_level, last_level).
 template <typename T>
@@ -19,12 +18,12 @@ struct Samples {
         last_level(last_level),
         first(first_level * z.points),
         count((last_level - first_level) * z.points) {
-    // The last vector may be partly beyond: its further samples are of a level without cells.
+    // The last vector may be partly filled: the extra samples belong to a level without cells.
     const int64_t n = count + lanes_of<T>();
-    for (auto* numbers :
+    for (auto* values :
          {&scale_x, &scale_y, &shift_x, &shift_y, &width, &height, &x, &y, &right, &below, &grad_x,
           &grad_y, &grad_attention, weight, weight + 1, weight + 2, weight + 3}) {
-      numbers->resize(n);
+      values->resize(n);
     }
     dots.resize(4 * n);
     for (auto* integers : {&columns, &rows, &start, &token, &corners}) {
@@ -41,7 +40,7 @@ struct Samples {
     }
   }
 
-  // From x, y and attention to tokens, corners and weights. padding: of the image, or null.
+  // Computes tokens, corners and weights from x, y and attention. padding: of the image, or null.
   void locate(const bool* padding) {
     for (int64_t i = 0; i < count; i += lanes_of<T>()) {
       V px, py, factor_x, factor_y, term_x, term_y, w, h, a;
@@ -60,7 +59,7 @@ struct Samples {
       load(start_, &start[i]);
       px = px * factor_x + term_x;
       py = py * factor_y + term_y;
-      // False for NaN. Only what lies inside is converted to an integer, so none overflows.
+      // False for NaN. Only positions inside are converted to integers, so none overflows.
       const I is_inside = LESS(V{} - 1, px) & LESS(px, w) & LESS(V{} - 1, py) & LESS(py, h);
       px = WHERE(is_inside, px);
       py = WHERE(is_inside, py);
@@ -83,12 +82,12 @@ struct Samples {
       store(&weight[3][i], lower_right);
     }
     if (padding != nullptr) {
-      hide(padding);
+      remove_padding(padding);
     }
   }
 
-  // Takes away the corners that are padding.
-  void hide(const bool* padding) {
+  // Clears the bits of corners that are padding.
+  void remove_padding(const bool* padding) {
     for (int64_t i = 0; i < count; ++i) {
       for (int corner = 0; corner < 4; ++corner) {
         if (corners[i] >> corner & 1) {
@@ -99,7 +98,7 @@ struct Samples {
     }
   }
 
-  // From `dots` to the gradients of the cells' x and y and of attention.
+  // Computes the gradients of positions in cells and of attention from `dots`.
   void differentiate() {
     for (int64_t i = 0; i < count; i += lanes_of<T>()) {
       V d[4], px, py, a;
@@ -118,7 +117,7 @@ struct Samples {
       const V along_top = d[1] - d[0], along_bottom = d[3] - d[2];
       const V upper = d[0] + px * along_top, along_y = d[2] + px * along_bottom - upper;
       const V along_x = along_top + py * (along_bottom - along_top);
-      // Where nothing is sampled, an infinite or NaN weight must not matter.
+      // Samples outside get no gradient, even if their weight is infinite or NaN.
       const I is_inside = LESS(I{}, corners_);
       store(&grad_attention[i], upper + py * along_y);
       store(&grad_x[i], WHERE(is_inside, a * along_x));
@@ -127,19 +126,19 @@ struct Samples {
   }
 
   int64_t first_level, last_level, first, count; // first: of the head's samples
-  // In cells, minus the half cell to the centre of the first: x * scale + shift.
+  // Position in cells, from the centre of the first: x * scale + shift.
   std::vector<T> scale_x, scale_y, shift_x, shift_y;
   std::vector<T> width, height; // of the sample's level
-  std::vector<Integer> columns, rows, start; // width and height again; first token
-  std::vector<T> x, y; // as they are put
+  std::vector<Integer> columns, rows, start; // width, height and first token as integers
+  std::vector<T> x, y; // as the source set them
   std::vector<T> attention; // of all samples of the head
-  std::vector<T> right, below; // from the upper left of the four corners
+  std::vector<T> right, below; // distance from the upper left of the four corners
   std::vector<Integer> token; // of that corner
-  // Bits of the corners to read: 1 upper left, 2 upper right, 4 lower left, 8 lower right. The
-  // others could hold NaN, which a weight of zero would not remove.
+  // Bits of the corners to read: 1 upper left, 2 upper right, 4 lower left, 8 lower right. Others
+  // could hold NaN, which a weight of zero does not remove.
   std::vector<Integer> corners;
   std::vector<T> weight[4]; // bilinear times attention
-  std::vector<T> dots; // of the value of each sample's four corners and the output's gradient
+  std::vector<T> dots; // products of the output's gradient and each of the four corners
   std::vector<T> grad_x, grad_y, grad_attention;
 };
 
@@ -181,8 +180,8 @@ inline void sum_samples(const Samples<T>& s, const S* value, int64_t stride, S* 
   }
 }
 
-// Calls f.template run<V, N>(first channel) until all channels are covered: any D is a sum of
-// 8, 4, 2 and 1 vectors and single numbers.
+// Calls f.template run<V, N>(first channel) until all channels are covered, in blocks of 8, 4, 2
+// and 1 vectors and single values.
 template <typename T, typename F>
 inline void for_channels(int64_t channels, const F& f) {
   using V = typename Simd<T>::vector;
@@ -234,9 +233,9 @@ void sample_rows(
   Samples<T> samples(z, 0, z.levels.size());
   for (int64_t row = begin; row < end; ++row) {
     const int64_t image = row / z.queries;
-    source.start(samples, row);
+    source.start_query(samples, row);
     for (int64_t head = 0; head < z.heads; ++head) {
-      source.put(samples, row, head);
+      source.load_head(samples, row, head);
       samples.locate(source.padding_of(image));
       const int64_t channel = head * z.channels;
       for_channels<T>(

@@ -1,4 +1,4 @@
-// How the CPU's kernels of deformable attention share out their work, and how they take tensors.
+// How the CPU kernels of deformable attention distribute work over threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -12,13 +12,8 @@
 
 namespace dn_detr {
 
-// Contiguous; float16, which few CPUs widen, as float32.
-inline at::Tensor without_half(const at::Tensor& x) {
-  return (x.scalar_type() == at::kHalf ? x.to(at::kFloat) : x).contiguous();
-}
-
-// The order in which a task takes the queries. Where they are the cells (as in encoders), tiles of
-// 16 x 16: neighbours sample the same places, which should still be in the cache.
+// The order in which a task visits the queries. If queries are cells, as in encoders, tiles of
+// 16 x 16: neighbours sample the same cells, which are then still in the cache.
 inline std::vector<int32_t> order_of_queries(const Sizes& z) {
   constexpr int32_t side = 16;
   std::vector<int32_t> order(z.queries);
@@ -41,28 +36,28 @@ inline std::vector<int32_t> order_of_queries(const Sizes& z) {
   return order;
 }
 
-// f(begin, end) on the B * Q rows.
+// Calls f(begin, end) on the B * Q rows.
 template <typename F>
 void for_rows(const Sizes& z, const F& f) {
   // A row is a few microseconds of work.
   at::parallel_for(0, z.batch * z.queries, 16, f);
 }
 
-// Whether there is a head for each thread.
+// Whether there is at least one head for each thread.
 inline bool has_heads_for_all_threads(const Sizes& z) {
   return z.batch * z.heads >= at::get_num_threads();
 }
 
-// f(begin, end) on B * H tasks, heads.
+// Calls f(begin, end) on the B * H heads.
 template <typename F>
 void for_heads(const Sizes& z, const F& f) {
   at::parallel_for(0, z.batch * z.heads, 1, f);
 }
 
-// f(parts, begin, end) on B * H * parts tasks, each of levels / parts levels of one head.
+// Calls f(parts, begin, end) on B * H * parts tasks, each of levels / parts levels of one head.
 template <typename F>
 void for_parts(const Sizes& z, const F& f) {
-  // Levels of one head are done together (they share what is read) if that keeps all threads busy.
+  // One task for all levels of a head, which share their reads, if that keeps all threads busy.
   const int64_t owners = z.batch * z.heads;
   const auto levels = static_cast<int64_t>(z.levels.size());
   const int64_t parts = owners % at::get_num_threads() == 0 ? 1 : std::max<int64_t>(1, levels);
