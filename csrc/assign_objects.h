@@ -1,4 +1,4 @@
-// Checks and outputs of the assignment operators, common to the CPU and CUDA.
+// Checks and outputs of the assignment operators, for CPU and CUDA.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -16,7 +16,7 @@ namespace dn_detr {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
-// One segment: costs [L, T, slots] of its slots, which form equal groups.
+// One segment of queries: costs [L, T, slots], with slots in groups of equal size.
 struct MatchSegment {
   at::Tensor cost; // contiguous
   std::optional<at::Tensor> is_empty; // [B, slots] bool, contiguous
@@ -39,8 +39,9 @@ inline std::vector<MatchSegment> check_assign_objects(
   TORCH_CHECK_VALUE(
       is_empty.size() == costs.size() && num_groups.size() == costs.size() &&
           matches_per_object.size() == costs.size(),
-      "expected is_empty, num_groups and matches_per_object for each of ", costs.size(), " segments, got ",
-      is_empty.size(), ", ", num_groups.size(), " and ", matches_per_object.size());
+      "expected is_empty, num_groups and matches_per_object for each of ", costs.size(),
+      " segments, got ", is_empty.size(), ", ", num_groups.size(), " and ",
+      matches_per_object.size());
   std::vector<MatchSegment> segments;
   for (size_t i = 0; i < costs.size(); ++i) {
     const at::Tensor& cost = costs[i];
@@ -51,8 +52,8 @@ inline std::vector<MatchSegment> check_assign_objects(
     check_device(cost, "costs", image_of);
     TORCH_CHECK_VALUE(
         num_groups[i] > 0 && cost.size(2) % num_groups[i] == 0 && matches_per_object[i] > 0,
-        "expected matches_per_object > 0 and num_groups to divide ", cost.size(2), " slots, got ", matches_per_object[i],
-        " and ", num_groups[i]);
+        "expected matches_per_object > 0 and num_groups to divide ", cost.size(2), " slots, got ",
+        matches_per_object[i], " and ", num_groups[i]);
     TORCH_CHECK_VALUE(
         cost.size(2) < (1 << 30) && image_of.size(0) * matches_per_object[i] < (1 << 30),
         "expected less than 2^30 slots and objects, got ", cost.sizes());

@@ -1,14 +1,14 @@
-// The assignment problem by shortest augmenting paths (Jonker and Volgenant, 1987), common to the
-// CPU and CUDA: rows take columns at the least total cost, each row `capacity` columns of its own.
+// Linear assignment by shortest augmenting paths (Jonker and Volgenant, 1987), for CPU and CUDA:
+// each row gets `capacity` columns of its own, at the least total cost.
 //
-// It exploits that rows are few and columns many. A column that no row has taken yet has price 0,
-// so only the cheapest open column of a row can end a path through it; that one is remembered until
-// it is taken. Paths therefore run through the taken columns alone, at most rows * capacity of
-// them, and the costs are read in full only once. Copies of a row (capacity > 1, H-DETR's matches_per_object)
-// are one node: whoever reaches a row reaches all its columns.
+// Rows are few and columns many. A column that is not taken has price 0, so only the cheapest open
+// column of a row can end a path through that row; it is cached until it is taken. Paths therefore
+// run only through taken columns, at most rows * capacity of them, and costs are read in full only
+// once. Copies of a row (capacity > 1, H-DETR's one-to-many matching) are one node: a path that
+// reaches a row reaches all its columns.
 //
-// Sums are float64 in one fixed order, and ties go to the lower index, so that the answer is the
-// same with any number of threads and on any device.
+// Sums are float64 in a fixed order, and ties go to the lower index, so that the result does not
+// depend on the number of threads or the device.
 #pragma once
 
 #include <cstdint>
@@ -18,33 +18,33 @@
 
 namespace dn_detr {
 
-// A cost or a path's length, and where it is found; index -1: nowhere.
+// A cost or the length of a path, and its column; index -1: none.
 struct Candidate {
   double cost;
   int32_t index;
 };
 
-DN_DETR_ANYWHERE Candidate nowhere() {
+DN_DETR_HOST_DEVICE Candidate no_candidate() {
   return {std::numeric_limits<double>::infinity(), -1};
 }
 
-DN_DETR_ANYWHERE Candidate lesser(const Candidate& a, const Candidate& b) {
+DN_DETR_HOST_DEVICE Candidate lesser(const Candidate& a, const Candidate& b) {
   if (a.index < 0 || b.index < 0) {
     return a.index < 0 ? b : a;
   }
   return b.cost < a.cost || (b.cost == a.cost && b.index < a.index) ? b : a;
 }
 
-// Scratch of one problem. Arrays of rows, then of taken columns; all of size rows * capacity.
+// Workspace of one problem: arrays over rows, then over taken columns, all of size rows * capacity.
 struct Workspace {
   static constexpr int64_t NUM_DOUBLES = 4, NUM_INTEGERS = 6; // arrays of each type
 
   double *row_price, *best_cost, *column_price, *distance;
-  int32_t *best_column, *via; // cheapest open column; number of the taken column on the path
-  int32_t *column, *owner, *previous, *is_scanned; // owner: row; previous: row before on the path
+  int32_t *best_column, *via; // cheapest open column; index of the taken column on the path
+  int32_t *column, *owner, *previous, *is_scanned; // owner: row; previous: row before it
 
-  // The part that starts at `start` of arrays of `size`.
-  DN_DETR_ANYWHERE Workspace(double* doubles, int32_t* integers, int64_t size, int64_t start) {
+  // The part from `start` on of arrays of `size` elements.
+  DN_DETR_HOST_DEVICE Workspace(double* doubles, int32_t* integers, int64_t size, int64_t start) {
     double** d[] = {&row_price, &best_cost, &column_price, &distance};
     for (int64_t i = 0; i < NUM_DOUBLES; ++i) {
       *d[i] = doubles + i * size + start;
@@ -56,14 +56,14 @@ struct Workspace {
   }
 };
 
-// Gives `row` one more column; `taken` columns have owners. What all threads of the team decide
-// together (which row, when to stop) is the same in each of them.
+// Assigns one more column to `first_row`; `taken` columns have owners. Control flow is uniform: all
+// threads of the team choose the same rows and stop together.
 //
-// Team: rank() of size() threads, of which lane() of lanes() work on one row of warp() of warps();
-// sync(); least(), any() over the team and least_of_warp(). Grid: at(row, column), is_open(column),
-// close(column), scan(row, lane, lanes) -> the cheapest of a lane's share of the open columns.
+// Team: rank() of size() threads; in the first scan, lane() of lanes() threads handle a row of
+// warp() of warps(); sync(); reductions least(), any() and least_of_warp(). Grid: at(row, column),
+// is_open(column), close(column), scan(row, lane, lanes) -> the cheapest open column of a lane.
 template <typename Team, typename Grid>
-DN_DETR_ANYWHERE void augment(
+DN_DETR_HOST_DEVICE void augment(
     const Team& team,
     const Grid& grid,
     const Workspace& w,
@@ -77,8 +77,8 @@ DN_DETR_ANYWHERE void augment(
     w.via[first_row] = -1;
   }
   int32_t row = first_row, last_row = -1;
-  Candidate reached{0, -1}; // the row's distance, and the taken column that led to it
-  Candidate end = nowhere(); // the open column where the best path ends
+  Candidate reached{0, -1}; // distance of the row, and the taken column before it
+  Candidate end = no_candidate(); // open column at the end of the best path
   for (int32_t step = 0; step <= taken; ++step) {
     Candidate open{w.best_cost[row], w.best_column[row]};
     if (!grid.is_open(open.index)) {
@@ -93,7 +93,7 @@ DN_DETR_ANYWHERE void augment(
       end = {so_far + open.cost, open.index};
       last_row = row;
     }
-    Candidate nearest = nowhere();
+    Candidate nearest = no_candidate();
     for (int32_t k = team.rank(); k < taken; k += team.size()) {
       if (w.is_scanned[k]) {
         continue;
@@ -120,7 +120,8 @@ DN_DETR_ANYWHERE void augment(
     }
   }
   team.sync();
-  // Prices move so that no pair is cheaper than its prices and the pairs of the new path are equal.
+  // Update prices: no pair costs less than the sum of its prices, pairs of the new path cost just
+  // that.
   for (int32_t k = team.rank(); k < taken; k += team.size()) {
     if (w.is_scanned[k]) {
       const double rise = end.cost - w.distance[k];
@@ -144,11 +145,11 @@ DN_DETR_ANYWHERE void augment(
   team.sync();
 }
 
-// Solves one problem; there must be at least rows * capacity open columns. Then w.owner[k] has
-// w.column[k] for k < rows * capacity. Returns false, in all threads, and solves nothing if a cost
-// of an open column is not finite: so it ends whatever the costs are.
+// Solves one problem, which needs at least rows * capacity open columns: row w.owner[k] gets column
+// w.column[k] for k < rows * capacity. Returns false in all threads, without a solution, if a cost
+// of an open column is not finite; so it always terminates.
 template <typename Team, typename Grid>
-DN_DETR_ANYWHERE bool solve(
+DN_DETR_HOST_DEVICE bool solve(
     const Team& team,
     const Grid& grid,
     const Workspace& w,

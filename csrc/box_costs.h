@@ -1,7 +1,7 @@
-// L1 and GIoU costs of boxes, common to the CPU and CUDA (projects/dn_detr/losses/matching_costs.py is the plain
-// twin). ModelConfig are T or vectors V of T. No include guard: included once per instruction set.
+// L1 and GIoU costs of boxes, for CPU and CUDA; projects/dn_detr/losses/matching_costs.py has them
+// in PyTorch. V is T or a vector of T. No include guard: included once per instruction set.
 
-// Divisors below this are raised to it, as in layers/box_ops.py.
+// Divisors are clamped to at least this, as in layers/box_ops.py.
 constexpr double SMALLEST_AREA = 1e-9;
 
 // A box and its corners.
@@ -11,30 +11,30 @@ struct MatchBox {
 };
 
 template <typename V>
-DN_DETR_ANYWHERE V larger(const V& a, const V& b) {
+DN_DETR_HOST_DEVICE V larger(const V& a, const V& b) {
   return a < b ? b : a;
 }
 
 template <typename V>
-DN_DETR_ANYWHERE V smaller(const V& a, const V& b) {
+DN_DETR_HOST_DEVICE V smaller(const V& a, const V& b) {
   return b < a ? b : a;
 }
 
 template <typename V>
-DN_DETR_ANYWHERE MatchBox<V> match_box(const V& cx, const V& cy, const V& w, const V& h) {
+DN_DETR_HOST_DEVICE MatchBox<V> match_box(const V& cx, const V& cy, const V& w, const V& h) {
   MatchBox<V> box{cx, cy, w, h, cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2, V{}};
   box.area = larger(box.x1 - box.x0, V{}) * larger(box.y1 - box.y0, V{});
   return box;
 }
 
 template <typename V>
-DN_DETR_ANYWHERE V distance(const V& a, const V& b) {
+DN_DETR_HOST_DEVICE V distance(const V& a, const V& b) {
   return a < b ? b - a : a - b;
 }
 
 // Weighted L1 distance minus generalized IoU (1902.09630).
 template <typename T, typename V>
-DN_DETR_ANYWHERE V box_cost(const MatchBox<V>& a, const MatchBox<T>& object, T l1, T giou) {
+DN_DETR_HOST_DEVICE V box_cost(const MatchBox<V>& a, const MatchBox<T>& object, T l1, T giou) {
   const MatchBox<V> b{V{} + object.cx, V{} + object.cy, V{} + object.w,
                       V{} + object.h,  V{} + object.x0, V{} + object.y0,
                       V{} + object.x1, V{} + object.y1, V{} + object.area};

@@ -1,4 +1,4 @@
-// Checks at the door of an operator; their messages say what was expected and what came.
+// Argument checks; their messages name what was expected and what was passed.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,7 +8,7 @@
 
 namespace dn_detr {
 
-// `legend` names the sizes, for people: "[B, S, H, D]".
+// legend: the sizes for the message, such as "[B, S, H, D]".
 inline void check_ndim(const at::Tensor& x, const char* name, int64_t ndim, const char* legend) {
   TORCH_CHECK_VALUE(x.dim() == ndim, "expected ", name, " to be ", legend, ", got ", x.sizes());
 }

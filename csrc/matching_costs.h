@@ -1,5 +1,5 @@
-// Sizes, weights and checks of the matching costs, common to the CPU and CUDA; what they mean stands
-// in projects/dn_detr/ops/matching.py.
+// Sizes, weights and checks of the matching costs, for CPU and CUDA;
+// projects/dn_detr/ops/matching.py documents them.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,6 +1,6 @@
-// The arithmetic of denoising noise, equal to the last bit on the CPU, on CUDA and in the plain
-// twin (projects/dn_detr/ops/noise_objects.py says what it means). No product is fused into a sum:
-// a fused one is rounded once instead of twice.
+// Arithmetic of denoising noise, bit-identical on the CPU, on CUDA and in the PyTorch reference
+// implementation (projects/dn_detr/ops/noise_objects.py, which documents it). Fused multiply-adds
+// are off: they round once instead of twice.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +16,9 @@
 namespace dn_detr {
 
 // Words 0-3 of BOX_DRAW move the four coordinates. Of LABEL_DRAW, word 0 decides whether the label
-// is redrawn, 1 is the new class, the low 4 bits of 2 are the signs, and 3 orders the objects.
+// changes, 1 is the new class, the low 4 bits of 2 are the signs, and 3 orders the objects.
 constexpr uint32_t BOX_DRAW = 0, LABEL_DRAW = 1;
-// Efficient attention wants rows of the additive mask to start at multiples of 16 elements.
+// Memory-efficient attention requires rows of the mask to start at multiples of 16 elements.
 constexpr int64_t MASK_PITCH = 16;
 
 struct NoiseOptions {
@@ -29,26 +29,26 @@ struct NoiseOptions {
   double box_noise, label_noise;
   bool hide_empty;
 
-  DN_DETR_ANYWHERE int64_t group_size() const { return kinds * slots; }
-  DN_DETR_ANYWHERE int64_t total_slots() const { return groups * kinds * slots; } // T
-  DN_DETR_ANYWHERE int64_t side() const { return total_slots() + matched; } // of the mask
-  DN_DETR_ANYWHERE int64_t pitch() const {
+  DN_DETR_HOST_DEVICE int64_t group_size() const { return kinds * slots; }
+  DN_DETR_HOST_DEVICE int64_t total_slots() const { return groups * kinds * slots; } // T
+  DN_DETR_HOST_DEVICE int64_t side() const { return total_slots() + matched; } // of the mask
+  DN_DETR_HOST_DEVICE int64_t pitch() const {
     return (side() + MASK_PITCH - 1) / MASK_PITCH * MASK_PITCH;
   }
   // Slots of each kind in a group that their group may attend to: the first ones.
-  DN_DETR_ANYWHERE int64_t visible_slots(int64_t num_objects) const {
+  DN_DETR_HOST_DEVICE int64_t visible_slots(int64_t num_objects) const {
     return hide_empty && num_objects < slots ? num_objects : slots;
   }
 };
 
-DN_DETR_ANYWHERE Words draw(int64_t key, int64_t object, int64_t stream, uint32_t id) {
+DN_DETR_HOST_DEVICE Words draw(int64_t key, int64_t object, int64_t stream, uint32_t id) {
   return philox(
       static_cast<uint64_t>(key),
       {{static_cast<uint32_t>(object), static_cast<uint32_t>(stream), id, 0}});
 }
 
 template <typename T>
-DN_DETR_ANYWHERE T add(T a, T b) {
+DN_DETR_HOST_DEVICE T add(T a, T b) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(T) == 4) {
     return __fadd_rn(a, b);
@@ -61,7 +61,7 @@ DN_DETR_ANYWHERE T add(T a, T b) {
 }
 
 template <typename T>
-DN_DETR_ANYWHERE T multiply(T a, T b) {
+DN_DETR_HOST_DEVICE T multiply(T a, T b) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(T) == 4) {
     return __fmul_rn(a, b);
@@ -73,20 +73,20 @@ DN_DETR_ANYWHERE T multiply(T a, T b) {
 #endif
 }
 
-// In [0, 1], NaN stays NaN.
+// Clamps to [0, 1]; NaN stays NaN.
 template <typename T>
-DN_DETR_ANYWHERE T clamp01(T x) {
+DN_DETR_HOST_DEVICE T clamp01(T x) {
   return x < T(0) ? T(0) : (x > T(1) ? T(1) : x);
 }
 
-// In [0, 1), a multiple of 2^-24.
+// Uniform in [0, 1), a multiple of 2^-24.
 template <typename T>
-DN_DETR_ANYWHERE T uniform(uint32_t word) {
+DN_DETR_HOST_DEVICE T uniform(uint32_t word) {
   return multiply(static_cast<T>(word >> 8), T(1) / T(1 << 24));
 }
 
 template <typename T>
-DN_DETR_ANYWHERE void move_box(const T* box, const Words& words, T noise, T* out) {
+DN_DETR_HOST_DEVICE void move_box(const T* box, const Words& words, T noise, T* out) {
   for (int i = 0; i < 4; ++i) {
     const T scaled = multiply(add(multiply(uniform<T>(words.word[i]), T(2)), T(-1)), noise);
     out[i] = i < 2 ? clamp01(add(box[i], multiply(scaled, multiply(box[i + 2], T(0.5)))))
@@ -95,7 +95,7 @@ DN_DETR_ANYWHERE void move_box(const T* box, const Words& words, T noise, T* out
 }
 
 template <typename T>
-DN_DETR_ANYWHERE void move_sides(
+DN_DETR_HOST_DEVICE void move_sides(
     const T* box,
     const Words& words,
     uint32_t signs,
@@ -131,9 +131,9 @@ struct NoiseImage {
   bool* is_empty; // [T]
 };
 
-// Slot of object `m` in a group, -1 if it gets none: m itself while all objects fit, else the place
-// of its draw among the draws of all objects.
-DN_DETR_ANYWHERE int64_t slot_of_object(
+// Slot of object `m` in a group, or -1: m itself if all objects fit, else the rank of its draw
+// among those of all objects.
+DN_DETR_HOST_DEVICE int64_t slot_of_object(
     const NoiseOptions& o,
     int64_t key,
     int64_t num_objects,
@@ -151,9 +151,9 @@ DN_DETR_ANYWHERE int64_t slot_of_object(
   return rank < o.slots ? rank : -1;
 }
 
-// Slot t of the image, where there is no object for it.
+// Writes slot t of the image, which has no object.
 template <typename T>
-DN_DETR_ANYWHERE void leave_empty(const NoiseImage<T>& image, int64_t t) {
+DN_DETR_HOST_DEVICE void leave_empty(const NoiseImage<T>& image, int64_t t) {
   image.is_empty[t] = true;
   image.assignment[t] = -1;
   image.out_labels[t] = 0;
@@ -162,9 +162,9 @@ DN_DETR_ANYWHERE void leave_empty(const NoiseImage<T>& image, int64_t t) {
   }
 }
 
-// Slot t of the image, of a kind and made of object `m`, from its two draws.
+// Writes slot t of the image, of a kind, from object `m` and its two draws.
 template <typename T>
-DN_DETR_ANYWHERE void noise_slot(
+DN_DETR_HOST_DEVICE void noise_slot(
     const NoiseOptions& o,
     const NoiseImage<T>& image,
     int64_t t,
@@ -182,14 +182,15 @@ DN_DETR_ANYWHERE void noise_slot(
   if (o.kinds == 1) {
     move_box(image.boxes + 4 * m, moves, noise, image.out_boxes + 4 * t);
   } else {
-    move_sides(image.boxes + 4 * m, moves, other.word[2], kind == 1, noise, image.out_boxes + 4 * t);
+    move_sides(
+        image.boxes + 4 * m, moves, other.word[2], kind == 1, noise, image.out_boxes + 4 * t);
   }
 }
 
-// Writes the slots (of all kinds) that belong to place `m` in [0, M) of a group: those of object m,
-// or where there is no such object, empty slots number m.
+// Writes the slots of a group, of all kinds, for index `m` in [0, M): those of object m or, if
+// there is no such object, the empty slots m.
 template <typename T>
-DN_DETR_ANYWHERE void noise_place(
+DN_DETR_HOST_DEVICE void noise_index(
     const NoiseOptions& o,
     const NoiseImage<T>& image,
     int64_t group,
@@ -216,7 +217,7 @@ DN_DETR_ANYWHERE void noise_place(
 // Which keys query (row) i of the mask may attend to.
 class MaskRow {
  public:
-  DN_DETR_ANYWHERE MaskRow(const NoiseOptions& o, int64_t num_objects, int32_t i)
+  DN_DETR_HOST_DEVICE MaskRow(const NoiseOptions& o, int64_t num_objects, int32_t i)
       : own_(i),
         end_(static_cast<int32_t>(o.total_slots())),
         slots_(static_cast<int32_t>(o.slots)) {
@@ -227,10 +228,10 @@ class MaskRow {
     visible_ = static_cast<int32_t>(o.visible_slots(num_objects));
   }
 
-  DN_DETR_ANYWHERE bool attends_to(int32_t key) const {
-    const int32_t place = key - first_; // in the group
-    const int32_t slot = place < slots_ ? place : place - slots_; // negatives follow positives
-    return key >= end_ || key == own_ || (place >= 0 && place < size_ && slot < visible_);
+  DN_DETR_HOST_DEVICE bool attends_to(int32_t key) const {
+    const int32_t offset = key - first_; // in the group
+    const int32_t slot = offset < slots_ ? offset : offset - slots_; // negatives follow positives
+    return key >= end_ || key == own_ || (offset >= 0 && offset < size_ && slot < visible_);
   }
 
  private:

@@ -1,4 +1,4 @@
-// Checks and outputs of the noise operator, common to the CPU and CUDA.
+// Checks and outputs of the noise operator, for CPU and CUDA.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -44,7 +44,7 @@ inline void check_noise_objects(
       "expected mask_dtype to be a floating point type, got ", mask_dtype);
 }
 
-// Of each slot, all but the mask.
+// All outputs but the mask.
 struct NoisedSlots {
   at::Tensor labels, boxes, assignment, is_empty;
 };

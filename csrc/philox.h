@@ -1,5 +1,5 @@
 // Philox4x32-10, a counter-based random generator (Salmon et al., SC 2011): the same words on every
-// device, and in the plain twin (projects/dn_detr/ops/philox.py).
+// device, and in PyTorch (projects/dn_detr/ops/philox.py).
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct Words {
   uint32_t word[4];
 };
 
-DN_DETR_ANYWHERE Words philox(uint64_t key, Words counter) {
+DN_DETR_HOST_DEVICE Words philox(uint64_t key, Words counter) {
   uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
   uint32_t *c = counter.word;
   for (int round = 0; round < 10; ++round) {

@@ -1,4 +1,4 @@
-// All assignment problems of a batch on the CPU, and the search for numbers that are not finite.
+// All assignment problems of a batch on the CPU, and the check for non-finite values.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Version.h>
@@ -30,8 +30,8 @@ struct Scans {
   decltype(&portable::has_nonfinite<T>) has_nonfinite = KERNEL_FOR_THIS_CPU(has_nonfinite<T>);
 };
 
-// One thread that works alone.
-struct Alone {
+// A team of one thread.
+struct SingleThread {
   int32_t rank() const { return 0; }
   int32_t size() const { return 1; }
   int32_t lane() const { return 0; }
@@ -44,14 +44,14 @@ struct Alone {
   bool any(bool own) const { return own; }
 };
 
-// A matrix of costs; closed [columns]: 0, or infinite where a column is taken or does not exist.
+// A matrix of costs; closed [columns]: 0, or infinity for columns that are taken or do not exist.
 template <typename T>
 struct Matrix {
   const T* cost;
   int64_t pitch; // from one row to the next
   T* closed;
   int32_t columns;
-  bool has_empty; // columns that do not exist, at which costs may be anything
+  bool has_empty; // some columns do not exist; their costs may be non-finite
   Scans<T> scans;
 
   T at(int32_t row, int32_t column) const { return cost[row * pitch + column]; }
@@ -60,7 +60,7 @@ struct Matrix {
 
   Candidate scan(int32_t row, int32_t, int32_t) const {
     const int32_t column = scans.cheapest(cost + row * pitch, closed, columns);
-    return column < 0 ? nowhere() : Candidate{at(row, column), column};
+    return column < 0 ? no_candidate() : Candidate{at(row, column), column};
   }
 
   bool has_bad_cost(int32_t row, int32_t, int32_t) const {
@@ -76,7 +76,7 @@ struct Matrix {
   }
 };
 
-// Scratch that a thread uses for one problem after another.
+// Scratch memory of a thread, reused between problems.
 template <typename T>
 struct Scratch {
   std::vector<double> doubles;
@@ -93,7 +93,7 @@ struct Scratch {
   }
 };
 
-// One layer, image and group: costs of its n objects; is_empty or null; object_of its slots.
+// Solves one layer, image and group. cost: of its n objects; is_empty: null or of its slots.
 template <typename T>
 bool solve_group(
     const MatchSegment& segment,
@@ -117,10 +117,10 @@ bool solve_group(
   }
   const bool has_empty = is_empty != nullptr;
   const int32_t num_open = has_empty ? static_cast<int32_t>(scratch.open.size()) : slots;
-  if (wanted <= num_open) { // objects choose slots
+  if (wanted <= num_open) { // rows are objects
     const Matrix<T> matrix{cost, pitch, scratch.closed.data(), slots, has_empty, scans};
     const Workspace w = scratch.workspace(wanted);
-    if (!solve(Alone{}, matrix, w, n, static_cast<int32_t>(segment.matches_per_object))) {
+    if (!solve(SingleThread{}, matrix, w, n, static_cast<int32_t>(segment.matches_per_object))) {
       return false;
     }
     for (int32_t k = 0; k < wanted; ++k) {
@@ -132,7 +132,7 @@ bool solve_group(
     scratch.open.resize(slots);
     std::iota(scratch.open.begin(), scratch.open.end(), 0);
   }
-  // Slots choose among the copies of the objects.
+  // Rows are slots, columns copies of objects.
   scratch.matrix.resize(static_cast<size_t>(num_open) * wanted);
   for (int32_t row = 0; row < num_open; ++row) {
     for (int32_t column = 0; column < wanted; ++column) {
@@ -144,7 +144,7 @@ bool solve_group(
   const Matrix<T> matrix{scratch.matrix.data(), wanted, scratch.closed.data(), wanted, false,
                          scans};
   const Workspace w = scratch.workspace(num_open);
-  if (!solve(Alone{}, matrix, w, num_open, 1)) {
+  if (!solve(SingleThread{}, matrix, w, num_open, 1)) {
     return false;
   }
   for (int32_t k = 0; k < num_open; ++k) {
@@ -163,7 +163,7 @@ void solve_all(
     ends.push_back((ends.empty() ? 0 : ends.back()) + segment.layers * batch);
   }
   const Scans<T> scans;
-  share_out(ends.empty() ? 0 : ends.back(), [&](int64_t i) {
+  parallel_for_dynamic(ends.empty() ? 0 : ends.back(), [&](int64_t i) {
     const int64_t s = std::upper_bound(ends.begin(), ends.end(), i) - ends.begin();
     const MatchSegment& segment = segments[s];
     const int64_t pair = i - (s == 0 ? 0 : ends[s - 1]), l = pair / batch, b = pair % batch;
@@ -217,7 +217,7 @@ at::Tensor has_nonfinite(const at::Tensor& values_, const std::optional<at::Tens
   AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "has_nonfinite", [&] {
     const auto has_nonfinite = Scans<scalar_t>().has_nonfinite;
     const scalar_t* from = values.const_data_ptr<scalar_t>();
-    share_out(values.size(0) * batch, [&](int64_t i) {
+    parallel_for_dynamic(values.size(0) * batch, [&](int64_t i) {
       const int64_t b = i % batch;
       const scalar_t* image = from + i / batch * values.stride(0) + b * values.stride(1);
       bool is_bad = has_nonfinite(image, slots * width);

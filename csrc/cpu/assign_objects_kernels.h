@@ -1,11 +1,11 @@
-// What looks at every cost or logit on the CPU, vectorised. No include guard: compiled once per
-// instruction set, see instruction_sets.h.
+// Vectorized scans of costs and logits on the CPU. No include guard: compiled once per instruction
+// set.
 
-// Whether a number among n is infinite or NaN.
+// Whether one of n values is infinite or NaN.
 template <typename T>
 bool has_nonfinite(const T* numbers, int64_t n) {
   using V = typename Simd<T>::vector;
-  V sums[4] = {}; // of x - x: 0, or NaN for ever
+  V sums[4] = {}; // of x - x: 0, or NaN
   int64_t i = 0;
   for (; i + 4 * lanes_of<T>() <= n; i += 4 * lanes_of<T>()) {
     for (int64_t part = 0; part < 4; ++part) {
@@ -21,7 +21,7 @@ bool has_nonfinite(const T* numbers, int64_t n) {
   return !(sum == 0);
 }
 
-// The cheapest of n columns, the first of several; closed is 0 or infinite. -1 where all are closed.
+// The first of the cheapest of n columns, or -1 if all are closed; closed is 0 or infinity.
 template <typename T>
 int32_t cheapest(const T* cost, const T* closed, int32_t n) {
   using V = typename Simd<T>::vector;

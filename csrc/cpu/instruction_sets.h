@@ -1,6 +1,6 @@
 // Compiles the file KERNELS once per instruction set, in the namespaces portable, avx2 and avx512,
-// and chooses between them. No include guard: each operator includes this with its own KERNELS,
-// after everything that those need, and inside of an unnamed namespace.
+// and dispatches between them. No include guard: each operator includes it with its own KERNELS,
+// after all other headers and inside an unnamed namespace.
 
 namespace portable {
 #if defined(__GNUC__)
@@ -45,7 +45,7 @@ namespace avx512 {
 #pragma GCC pop_options
 #endif
 
-// ATEN_CPU_CAPABILITY decides, as it does for PyTorch's own kernels.
+// ATEN_CPU_CAPABILITY selects, as for PyTorch's own kernels.
 template <typename F>
 F* choose(F* portable, F* avx2, F* avx512) {
   static const std::string capability = at::get_cpu_capability();

@@ -1,4 +1,4 @@
-// What both matching operators need on the CPU.
+// Helpers of both matching operators on the CPU.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -12,9 +12,9 @@
 
 namespace dn_detr {
 
-// Calls work(i) for every i in [0, n), each thread taking the next one when it is done with another.
+// Calls work(i) for every i in [0, n), dynamically scheduled over threads.
 template <typename Work>
-void share_out(int64_t n, const Work& work) {
+void parallel_for_dynamic(int64_t n, const Work& work) {
   std::atomic<int64_t> next{0};
   const int64_t workers = std::min<int64_t>(n, at::get_num_threads());
   at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
@@ -24,7 +24,7 @@ void share_out(int64_t n, const Work& work) {
   });
 }
 
-// Where the objects of each image start in the list of all, and the end: batch + 1 numbers.
+// Index of the first object of each image, and the number of objects: batch + 1 values.
 inline std::vector<int64_t> first_of_each_image(const at::Tensor& image_of_, int64_t batch) {
   const auto image_of = image_of_.contiguous();
   const int64_t* image = image_of.const_data_ptr<int64_t>();

@@ -1,4 +1,4 @@
-// Matching costs on the CPU: every object with the slots of its own image, all layers in one call.
+// Matching costs of objects and the queries of their image on the CPU, all layers in one call.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Version.h>
@@ -20,12 +20,12 @@
 namespace dn_detr {
 namespace {
 
-// Slots of one image and layer that are worked on together: their arrays stay in the nearest cache.
+// Slots of an image and layer per task; their arrays fit in the L1 cache.
 constexpr int64_t BLOCK = 256;
 
 template <typename T>
 struct MatchObject {
-  int64_t label, row; // row: place in the list of objects
+  int64_t label, row; // row: index in the list of objects
   const T* box;
 };
 
@@ -44,7 +44,7 @@ struct MatchTask {
 #define KERNELS "matching_costs_kernels.h"
 #include "instruction_sets.h"
 
-// The objects of each image, ordered by label, so that those of one class share its costs.
+// The objects of each image, sorted by label, so that objects of a class share its costs.
 template <typename T>
 std::vector<MatchObject<T>> list_objects(
     const MatchSizes& z,
@@ -82,7 +82,7 @@ void run(
   T* cost_at = cost.mutable_data_ptr<T>();
   const auto kernel = KERNEL_FOR_THIS_CPU(match_costs<T>);
   const int64_t blocks = (z.slots + BLOCK - 1) / BLOCK;
-  share_out(z.layers * z.batch * blocks, [&](int64_t i) {
+  parallel_for_dynamic(z.layers * z.batch * blocks, [&](int64_t i) {
     const int64_t l = i / blocks / z.batch, b = i / blocks % z.batch, q = i % blocks * BLOCK;
     MatchTask<T> task;
     task.slots = std::min(BLOCK, z.slots - q);

@@ -1,5 +1,5 @@
-// The loops of the matching costs on the CPU, vectorised over slots. No include guard: compiled once
-// per instruction set, see instruction_sets.h.
+// The loops of the matching costs on the CPU, vectorized over slots. No include guard: compiled
+// once per instruction set.
 
 #include "../box_costs.h"
 
@@ -37,12 +37,12 @@ inline T log_one_plus(T x) {
 
 template <typename T>
 struct Block {
-  alignas(64) T box[9 * BLOCK]; // one MatchBox of vectors after the other
-  std::vector<T> class_cost; // [classes that objects have][BLOCK]; first the logits
+  alignas(64) T box[9 * BLOCK]; // consecutive MatchBoxes of vectors
+  std::vector<T> class_cost; // [classes of the objects][BLOCK]; logits at first
   alignas(64) T largest[BLOCK], total[BLOCK]; // of the softmax: largest logit, sum of exponentials
 };
 
-// alpha (1 - p)^gamma (-log p) - (1 - alpha) p^gamma (-log(1 - p)) of logits, in their place.
+// alpha (1 - p)^gamma (-log p) - (1 - alpha) p^gamma (-log(1 - p)) of logits, in place.
 template <typename T>
 void focal_class_costs(const Block<T>& block, int64_t n, const MatchWeights& weights, T* costs) {
   using V = typename Simd<T>::vector;
@@ -62,7 +62,7 @@ void focal_class_costs(const Block<T>& block, int64_t n, const MatchWeights& wei
   }
 }
 
-// Minus the softmax probability of logits, in their place.
+// Minus the softmax probability of logits, in place.
 template <typename T>
 void softmax_class_costs(const Block<T>& block, int64_t n, const MatchWeights& weights, T* costs) {
   using V = typename Simd<T>::vector;
@@ -85,7 +85,7 @@ void normalise(const T* logits, int64_t classes, T& largest, T& total) {
   for (int64_t k = 0; k < classes; k += lanes_of<T>()) {
     if (classes - k >= lanes_of<T>()) {
       load(part, logits + k);
-    } else { // what fills up adds e^-infinity: nothing
+    } else { // padding adds exp(-infinity) = 0
       T last[lanes_of<T>()];
       std::fill(last, last + lanes_of<T>(), -std::numeric_limits<T>::infinity());
       std::copy(logits + k, logits + classes, last);
@@ -96,7 +96,7 @@ void normalise(const T* logits, int64_t classes, T& largest, T& total) {
   total = fold_lanes<T, Add>(sum);
 }
 
-// Costs of n <= BLOCK slots for the objects of their image, which are ordered by label.
+// Costs of n <= BLOCK slots for the objects of their image, which are sorted by label.
 template <typename T>
 void match_costs(const MatchTask<T>& task, const MatchWeights& weights, bool is_softmax) {
   using V = typename Simd<T>::vector;
@@ -112,7 +112,7 @@ void match_costs(const MatchTask<T>& task, const MatchWeights& weights, bool is_
     for (int64_t part = 0; part < 9; ++part) {
       block.box[(i / lanes * 9 + part) * lanes + i % lanes] = parts[part];
     }
-    // All logits of a slot that are wanted, before those of the next: they share cache lines.
+    // Gather all logits of a slot before the next one: they share cache lines.
     const T* logits = task.logits + i * task.logit_stride;
     T* to = block.class_cost.data() + i;
     for (int64_t j = 0; j < task.count; ++j) {

@@ -1,4 +1,4 @@
-// Noised copies of the ground truth and their attention mask, in one pass on the CPU.
+// Noised copies of the ground truth and their attention mask on the CPU.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -30,7 +30,7 @@ constexpr int DRAWS = 32;
 #define KERNELS "noise_objects_kernels.h"
 #include "instruction_sets.h"
 
-// Slots to be noised, until there are enough to draw for all at once.
+// Collects slots until there are enough to draw random numbers for all of them at once.
 template <typename T>
 class Noiser {
  public:
@@ -70,7 +70,7 @@ class Noiser {
   std::array<uint32_t, DRAWS> object_{}, stream_{};
 };
 
-// The objects of a group's slots: in order while all fit, else those with the smallest draws.
+// Objects of the slots of a group: in order if all fit, else those with the smallest draws.
 void choose_objects(
     const NoiseOptions& o,
     int64_t key,
@@ -105,7 +105,7 @@ void write_slots(const NoiseOptions& o, const NoiseImage<T>& image) {
   noiser.flush();
 }
 
-// Row i of the mask: 0 where query i may attend to a key, else -inf, as in the padding behind it.
+// Row i of the mask: 0 where query i may attend to a key, else and in the padding -inf.
 template <typename T>
 void write_mask_row(const NoiseOptions& o, int64_t num_objects, int64_t i, T* row) {
   const T hidden = -std::numeric_limits<T>::infinity(), visible = 0;

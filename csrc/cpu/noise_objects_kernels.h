@@ -1,5 +1,5 @@
-// Philox for many counters at once (philox.h is the definition), compiled once per instruction set: it
-// takes most of the time of noise. No include guard.
+// Philox (see philox.h) for many counters at once, which takes most of the time of the operator. No
+// include guard: compiled once per instruction set.
 
 // words[i][n]: word i of the draw of each object in its stream.
 void draw_many(

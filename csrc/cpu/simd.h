@@ -1,6 +1,6 @@
-// Vectors of numbers. No include guard: included once per instruction set, inside a namespace and
-// with VECTOR_BYTES set (instruction_sets.h). The vectors are those of GCC and Clang, which become AVX-512, AVX2, SSE2 or
-// NEON; without them (VECTOR_BYTES not set), single numbers.
+// SIMD vectors. No include guard: included once per instruction set, inside a namespace, with
+// VECTOR_BYTES set (instruction_sets.h). They are vector extensions of GCC and Clang, compiled to
+// AVX-512, AVX2, SSE2 or NEON; without them (VECTOR_BYTES not set), scalars.
 
 #undef LESS
 #undef WHERE
@@ -86,7 +86,7 @@ inline void store(c10::BFloat16* to, float number) {
   *to = number;
 }
 
-// Asks for n numbers that will be read, or written, some time later.
+// Prefetches n values, to be read or written later.
 template <typename T>
 inline void prefetch(const T* numbers, int64_t n) {
 #if defined(__GNUC__)
@@ -119,7 +119,7 @@ struct Max {
   }
 };
 
-// The lanes joined to one number, pairwise.
+// Pairwise reduction of the lanes.
 template <typename T, typename F, typename V>
 inline T fold_lanes(const V& vector) {
   if constexpr (sizeof(V) == sizeof(T)) {
@@ -136,7 +136,7 @@ inline T fold_lanes(const V& vector) {
   }
 }
 
-// to[i] += the sum of the lanes of x[i], pairwise as in fold_lanes.
+// to[i] += the sum of the lanes of x[i], in the order of fold_lanes.
 template <typename T, typename V>
 inline void add_sums(T* to, const V (&x)[4]) {
 #if defined(VECTOR_BYTES) && defined(__has_builtin)
@@ -178,11 +178,11 @@ inline typename Simd<T>::vector exp_of_negative(const typename Simd<T>::vector& 
   using I = typename Simd<T>::integers;
   constexpr bool is_single = sizeof(T) == 4;
   constexpr int mantissa = is_single ? 23 : 52, terms = is_single ? 7 : 13;
-  // Added and subtracted again, it rounds to an integer, which is then in the lowest bits.
+  // Adding and subtracting it rounds to an integer, which is then in the lowest bits.
   constexpr T rounder = is_single ? T(12582912) : T(6755399441055744); // 1.5 * 2^mantissa
   const V shifted = x * T(1.4426950408889634) + rounder; // x / log(2)
   const V power = shifted - rounder;
-  // log(2) in two parts, of which the first has zeros at its end: its product is exact.
+  // log(2) in two parts; the first has trailing zeros, so that its product is exact.
   const V rest = x - power * T(is_single ? 0.693359375 : 0.6931471803691238) -
       power * T(is_single ? -2.12194440e-4 : 1.9082149292705877e-10);
   V series = V{} + 1;
@@ -191,7 +191,7 @@ inline typename Simd<T>::vector exp_of_negative(const typename Simd<T>::vector& 
   }
   I exponent;
   std::memcpy(&exponent, &shifted, sizeof(V));
-  exponent = (exponent + (is_single ? 127 : 1023)) << mantissa; // the rounder's own bits fall off
+  exponent = (exponent + (is_single ? 127 : 1023)) << mantissa; // shifts out the bits of rounder
   V scale;
   std::memcpy(&scale, &exponent, sizeof(V));
   return WHERE(~LESS(x, V{} + T(is_single ? -87 : -708)), series * scale);

@@ -1,5 +1,5 @@
-// All assignment problems of a batch on the GPU, a block of threads for each, and the search for
-// numbers that are not finite.
+// All assignment problems of a batch on the GPU, a thread block for each, and the check for
+// non-finite values.
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
@@ -52,7 +52,7 @@ struct BlockTeam {
     for (int32_t i = 0; i < warps(); ++i) {
       own = lesser(own, shared[i]);
     }
-    __syncthreads(); // before anybody writes to `shared` again
+    __syncthreads(); // before `shared` is written again
     return own;
   }
 
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(MOST_THREADS) solve_kernel(const ProblemSet<T>
   solve_problem(BlockTeam{shared}, problems, static_cast<int32_t>(blockIdx.x));
 }
 
-// Reading the costs takes longest where there are many slots.
+// With many slots, reading the costs takes the most time.
 int threads_for(int64_t group_slots) {
   return group_slots <= 512 ? 128 : group_slots <= 2048 ? 256 : MOST_THREADS;
 }

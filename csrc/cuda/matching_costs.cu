@@ -1,5 +1,5 @@
-// Matching costs on the GPU, in one launch: a thread for each slot of a layer and image, which prices
-// all objects of its image.
+// Matching costs on the GPU, in one launch: one thread per slot of a layer and image computes the
+// costs of all objects of its image.
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(THREADS) cost_kernel(
     const MatchWeights weights,
     bool is_softmax) {
   const int64_t b = blockIdx.y, l = blockIdx.z;
-  // The objects of the image stand together; each thread counts a share of those of all images.
+  // The objects of an image are contiguous; the threads count those of all images together.
   int64_t first = 0, end = 0;
   for (int64_t start = 0; start < z.objects; start += THREADS) {
     const int64_t t = start + threadIdx.x;

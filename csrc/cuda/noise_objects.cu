@@ -1,4 +1,4 @@
-// Noised copies of the ground truth and their attention mask, in one launch on the GPU.
+// Noised copies of the ground truth and their attention mask on the GPU, in one launch.
 
 #include <ATen/Dispatch.h>
 #include <c10/cuda/CUDAException.h>
@@ -15,7 +15,7 @@
 namespace dn_detr {
 namespace {
 
-constexpr int THREADS = 256, WARP = 32, ROWS = THREADS / WARP; // rows of the mask a block writes
+constexpr int THREADS = 256, WARP = 32, ROWS = THREADS / WARP; // mask rows of a block
 
 template <typename T>
 struct NoiseBatch {
@@ -32,16 +32,16 @@ struct NoiseBatch {
 template <typename S>
 struct alignas(16) Chunk {
   static constexpr int size = 16 / sizeof(S);
-  S number[size];
+  S element[size];
 };
 
-// blockIdx.y: image. The first `place_blocks` blocks write slots, a thread for each object and
-// group; the others rows of the mask, a warp for each, 16 bytes a lane.
+// blockIdx.y: image. The first `slot_blocks` blocks write slots, one thread per object and group;
+// the others write the mask, one warp per row, 16 bytes per lane.
 template <typename T, typename S>
 __global__ void __launch_bounds__(THREADS) noise_kernel(
     const NoiseOptions o,
     const NoiseBatch<T> batch,
-    unsigned place_blocks,
+    unsigned slot_blocks,
     S hidden,
     S* mask) {
   const int64_t b = blockIdx.y, slots = o.total_slots(), most = o.most_objects;
@@ -50,18 +50,18 @@ __global__ void __launch_bounds__(THREADS) noise_kernel(
     const int64_t m = first + threadIdx.x;
     num_objects += __syncthreads_count(m < most && batch.is_object[b * most + m]);
   }
-  if (blockIdx.x < place_blocks) {
-    const int64_t place = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
-    if (place < o.groups * most) {
+  if (blockIdx.x < slot_blocks) {
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+    if (index < o.groups * most) {
       const NoiseImage<T> image{
           batch.labels + b * most, batch.boxes + b * most * 4, batch.noise_seeds[b], num_objects,
           batch.out_labels + b * slots, batch.out_boxes + b * slots * 4,
           batch.assignment + b * slots, batch.is_empty + b * slots};
-      noise_place(o, image, place / most, place % most);
+      noise_index(o, image, index / most, index % most);
     }
     return;
   }
-  const auto i = static_cast<int32_t>((blockIdx.x - place_blocks) * ROWS + threadIdx.x / WARP);
+  const auto i = static_cast<int32_t>((blockIdx.x - slot_blocks) * ROWS + threadIdx.x / WARP);
   if (i >= o.side()) {
     return;
   }
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(THREADS) noise_kernel(
 #pragma unroll
     for (int k = 0; k < size; ++k) {
       const int32_t key = first + k;
-      keys.number[k] = key < side && row.attends_to(key) ? S(0) : hidden;
+      keys.element[k] = key < side && row.attends_to(key) ? S(0) : hidden;
     }
     *reinterpret_cast<Chunk<S>*>(to + first) = keys;
   }
@@ -110,9 +110,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> noise_obj
   const NoisedSlots out = empty_noised_slots(o, labels, boxes);
   const auto mask = at::empty({o.batch, 1, o.side(), o.pitch()}, boxes.options().dtype(mask_dtype));
 
-  const int64_t place_blocks =
+  const int64_t slot_blocks =
       blocks_for(o.slots == 0 ? 0 : o.groups * o.most_objects, THREADS);
-  const int64_t blocks = place_blocks + blocks_for(o.side(), ROWS);
+  const int64_t blocks = slot_blocks + blocks_for(o.side(), ROWS);
   TORCH_CHECK_VALUE(
       blocks < std::numeric_limits<int32_t>::max(), "expected a smaller mask, got ",
       mask.sizes());
@@ -128,7 +128,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> noise_obj
           out.assignment.mutable_data_ptr<int64_t>(), out.is_empty.mutable_data_ptr<bool>()};
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, mask_dtype, "noise_objects", [&] {
         noise_kernel<<<grid, THREADS, 0, stream>>>(
-            o, batch, static_cast<unsigned>(place_blocks),
+            o, batch, static_cast<unsigned>(slot_blocks),
             -std::numeric_limits<scalar_t>::infinity(), mask.mutable_data_ptr<scalar_t>());
         C10_CUDA_KERNEL_LAUNCH_CHECK();
       });
