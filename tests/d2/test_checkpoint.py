@@ -123,7 +123,7 @@ def test_other_classes_are_refused_in_evaluation_and_on_resuming(model_of, tmp_p
         Checkpointer(model_of(classes=4), str(tmp_path), is_for_training=True).resume_or_load("")
 
 
-def test_a_backbone_alone_starts_a_training_but_is_no_detector(model_of, tmp_path):
+def test_a_backbone_alone_starts_a_training_but_is_no_detector(model_of, tmp_path, caplog):
     source, model = model_of(seed=1), model_of(seed=2)
     path = tmp_path / "backbone.pth"
     saved = {k: v for k, v in source.state_dict().items() if k.startswith("backbone.")}
@@ -131,6 +131,9 @@ def test_a_backbone_alone_starts_a_training_but_is_no_detector(model_of, tmp_pat
     with pytest.raises(InputError, match="lacks"):
         load(model_of(seed=2), str(path))
     load(model, str(path), is_for_training=True)
+    assert not [
+        r for r in caplog.records if r.levelname == "WARNING"
+    ]  # of all the other parameters
     for name, value in model.state_dict().items():
         assert name.startswith("backbone.") == (name in saved)
         assert name not in saved or torch.equal(value, saved[name])

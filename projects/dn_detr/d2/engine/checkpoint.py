@@ -257,6 +257,10 @@ class Checkpointer(DetectionCheckpointer):
         self.logger.info(summary)
         return incompatible
 
+    def _log_incompatible_keys(self, incompatible) -> None:
+        """Log nothing, e.g. no warning for each parameter beside a backbone: `_load_model` refuses or
+        logs all that differs."""
+
     def _load_backbone(self, checkpoint: dict):
         """Load all parameters of the backbone, under the names of any library."""
         backbone = self.model.backbone
