@@ -231,6 +231,11 @@ class Checkpointer(DetectionCheckpointer):
             converted = self._converted(state)
             if converted is None and self.may_initialize:
                 return self._load_backbone(checkpoint)
+            if converted is None and self._is_backbone_alone(state):
+                raise InputError(
+                    f"{self.path!r} holds a backbone alone and no detector: it can start a training, "
+                    "but not be evaluated or resumed."
+                )
             state = checkpoint["model"] = state if converted is None else converted
         has_other_classes = self.may_initialize and self._has_other_classes(checkpoint)
         reinitialized = CLASS_DEPENDENT if has_other_classes else ()
@@ -261,13 +266,20 @@ class Checkpointer(DetectionCheckpointer):
         """Log nothing, e.g. no warning for each parameter beside a backbone: `_load_model` refuses or
         logs all that differs."""
 
-    def _load_backbone(self, checkpoint: dict):
-        """Load all parameters of the backbone, under the names of any library."""
+    def _is_backbone_alone(self, state: dict) -> bool:
+        """Whether a file has parameters of this backbone, by whatever names, and of nothing else."""
+        others = [k for k in self.model.state_dict() if not k.startswith("backbone.")]
+        if not hasattr(self.model, "backbone") or any(key in state for key in others):
+            return False
+        match, _, _ = self._match_backbone(state)
+        return bool(match.found or match.wrong)
+
+    def _match_backbone(self, state: dict) -> tuple[BackboneMatch, nn.Module, str]:
+        """What a file holds of the backbone, the network without pyramid, and its prefix."""
         backbone = self.model.backbone
         prefix = "backbone.bottom_up." if hasattr(backbone, "bottom_up") else "backbone."
         body = getattr(backbone, "bottom_up", backbone)
-        known = body.state_dict()
-        expected = {name: value.shape for name, value in known.items()}
+        expected = {name: value.shape for name, value in body.state_dict().items()}
         library = {}
         if isinstance(body, NamedBackbone):
             names, normalisation = body.library_names(), body.normalisation
@@ -276,7 +288,12 @@ class Checkpointer(DetectionCheckpointer):
                 "library_names": names,
                 "library_normalisation": normalisation,
             }
-        match = match_backbone(checkpoint["model"], expected, **library)
+        return match_backbone(state, expected, **library), body, prefix
+
+    def _load_backbone(self, checkpoint: dict):
+        """Load all parameters of the backbone, under the names of any library."""
+        match, body, prefix = self._match_backbone(checkpoint["model"])
+        expected = body.state_dict()
         if not match.found and not match.wrong:
             raise InputError(
                 f"{self.path!r} holds none of the parameters of this model's backbone under any "
@@ -298,7 +315,7 @@ class Checkpointer(DetectionCheckpointer):
                     f"{len(expected)} parameters and statistics: {fault}, {len(names)} in all, "
                     f"e.g. {names[0]}.{hint}"
                 )
-        self._check_floats(match.found, known)
+        self._check_floats(match.found, expected)
         broken = [name for name, v in match.found.items() if not v.float().isfinite().all()]
         if broken:
             raise InputError(f"{self.path!r} has NaN or infinity in {broken[0]}.")
