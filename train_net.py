@@ -49,6 +49,12 @@ def setup(args) -> CfgNode:
     """Return the frozen configuration of this run; register datasets and set up logging."""
     read = read_evaluation_config if args.eval_only else read_config
     cfg = read(args.config_file, args.opts)
+    is_resumed = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if args.eval_only and not cfg.MODEL.WEIGHTS and not is_resumed:
+        raise InputError(
+            "--eval-only needs the weights of a detector: set MODEL.WEIGHTS, e.g. MODEL.WEIGHTS "
+            f"{os.path.join(cfg.OUTPUT_DIR, 'model_final.pth')}."
+        )
     if args.num_gpus == 0 or not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     prepare(cfg, eval_only=args.eval_only)

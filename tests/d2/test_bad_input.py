@@ -220,6 +220,12 @@ def test_weights_that_cannot_be_downloaded(answer, monkeypatch):
     assert "copy the file to this machine" in said
 
 
+def test_an_evaluation_without_weights(answer):
+    """Random weights were evaluated, with exit status 0."""
+    for flags in (["--eval-only"], ["--eval-only", "--resume"]):  # there is none to resume
+        assert "--eval-only needs the weights of a detector" in answer(flags=flags)
+
+
 def test_a_checkpoint_of_another_architecture(answer, run, tmp_path):
     run("MODEL.DN_DETR.DECODER_LAYERS", 1)
     said = answer("MODEL.WEIGHTS", tmp_path / "run" / "model_final.pth")
