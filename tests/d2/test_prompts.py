@@ -160,7 +160,7 @@ def test_a_perfect_detector_has_ap_100_with_and_without_prompts(evaluate_prompts
         def __init__(self, finds_others):
             self.finds_others = finds_others
 
-        def __call__(self, path, _threshold, prompts):
+        def __call__(self, path, threshold, prompts):  # noqa: ARG002 - passed by name
             objects = records[int(Path(path).stem)]["annotations"]
             x, y, w, h = np.array([one["bbox"] for one in objects], np.float32).T
             boxes, labels = np.stack((x, y, x + w, y + h), 1), [o["category_id"] for o in objects]
