@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dn_detr.methods.mask2former import level_of, where_to_look
+from dn_detr.methods.mask2former import level_of, masked_attention_mask
 
 
 def test_a_query_looks_inside_of_its_mask_and_everywhere_if_that_is_nowhere():
@@ -16,7 +16,7 @@ def test_a_query_looks_inside_of_its_mask_and_everywhere_if_that_is_nowhere():
         ]
     )
     padding = torch.tensor([[False, False, False, True]])
-    seen = where_to_look(mask[None], padding, torch.float32)[0, 0] == 0
+    seen = masked_attention_mask(mask[None], padding, torch.float32)[0, 0] == 0
     assert seen.tolist() == [[True, False, True, False], [True] * 4, [True] * 4]
 
 

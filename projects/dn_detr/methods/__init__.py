@@ -1,7 +1,8 @@
-"""One file per paper: a function (config, in_channels, strides, content) -> DETR.
+"""One file per paper. It defines a builder (config, in_channels, strides, content) -> DETR.
 
-The annotation of `config` is the dataclass of the hyper-parameters that the method reads. To add a
-method, write its file and name it here.
+The annotation of `config` is the dataclass of the hyper-parameters that the method reads; in_channels
+and strides (in pixels) describe the backbone features, fine to coarse; content embeds labels and
+query content. To add a method, write such a file and list its builder in METHODS.
 """
 
 from dataclasses import fields

@@ -1,21 +1,21 @@
-"""Anchor DETR: queries are anchor points, each asked with several patterns.
+"""Anchor DETR: queries are anchor points, each combined with several learned patterns.
 
 Yingming Wang et al., "Anchor DETR: Query Design for Transformer-Based Object Detection",
 2109.07107.
 
 What differs from DETR:
- - a query is a learned point, used as it is (never moved, no sigmoid), together with one of a few
-   learned patterns, its content (`num_patterns`, 3); boxes are offsets from the point;
- - positions are MLPs of sines: of the point in self-attention, of x and y alone elsewhere, by one
-   MLP for queries, columns and rows;
- - encoder and cross-attention choose a column and a row (`layers.row_column`) instead of a cell;
- - a norm of the projected feature, none before the heads.
+ - each query pairs a learned anchor point (no sigmoid, never refined) with one of a few learned
+   patterns as its content (`num_patterns`, 3); boxes are predicted as offsets from the point;
+ - positions are MLPs of sines: of the point in self-attention, of x and y separately elsewhere,
+   where queries, columns and rows share one MLP;
+ - the encoder and cross-attention use row-column attention (`layers.row_column_attention`);
+ - the projected feature is normalised; no norm precedes the heads.
 
-Denoising (2203.01305, on Anchor DETR, whose code was not released): only the centre of a noised box
-is used, which is noise of the centre alone; the label is the content, in place of a pattern.
+Denoising (2203.01305 applies it to Anchor DETR, code not released): only the centre of the noised
+box is used, so only centre noise has an effect; the label embedding replaces the pattern.
 
-Deviation from the authors' code: the means over rows and columns leave out padded cells, so that an
-image's result does not depend on its batch partners.
+Deviation from the authors' code: row and column means exclude padded cells, so that the result for
+an image does not depend on the other images in the batch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TEMPERATURE = 10000.0
 
 
 class AxisPosition(nn.Module):
-    """MLP of the sines of one coordinate: [...] in [0, 1] -> [..., C] (sec. 3.2)."""
+    """Position of one coordinate: an MLP of its sines (sec. 3.2)."""
 
     def __init__(self, *, channels: int):
         super().__init__()
@@ -52,10 +52,11 @@ class AxisPosition(nn.Module):
         self.mlp = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=2)
 
     def forward(self, coordinate: Tensor, dtype: torch.dtype) -> Tensor:
+        """Encode [...] in [0, 1] -> [..., C] of the given dtype."""
         return self.mlp(sine(coordinate, self.channels, TEMPERATURE).to(dtype))
 
     def of_map(self, memory: Memory) -> tuple[Tensor, Tensor]:
-        """Of the columns [B, w, C] and the rows [B, h, C] of the map, by their centres."""
+        """Encode the centres of the columns [B, w, C] and rows [B, h, C] of a single-level map."""
         height, width = memory.shapes[0]
         valid = memory.valid_sizes[:, 0]
         x = torch.arange(width, device=valid.device, dtype=valid.dtype) + 0.5
@@ -64,16 +65,20 @@ class AxisPosition(nn.Module):
         return self(x / valid[:, :1], dtype), self(y / valid[:, 1:], dtype)
 
 
-class PointPlace(NamedTuple):
-    """For cross-attention: positions of the queries' x and y, [B, Q, C] each, and of the map's
-    columns [B, w, C] and rows [B, h, C]."""
+class RowColumnPosition(NamedTuple):
+    """Positions for cross-attention: x and y of the queries, [B, Q, C] each; columns [B, w, C] and
+    rows [B, h, C] of the map."""
 
     query: tuple[Tensor, Tensor]
     axes: tuple[Tensor, Tensor]
 
 
 class PointPosition(nn.Module):
-    """Positions from the anchor point. axis: shared with the encoder, which owns it as well."""
+    """Query positions from the anchor points.
+
+    Args:
+        axis: shared with the encoder.
+    """
 
     def __init__(self, *, channels: int, axis: AxisPosition):
         super().__init__()
@@ -82,30 +87,32 @@ class PointPosition(nn.Module):
         self.point_mlp = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=2)
 
     def forward(
-        self, _layer: int, content: Tensor, reference: Tensor, _learned: None, memory: Memory
-    ) -> tuple[Tensor, PointPlace]:
+        self, layer: int, content: Tensor, reference: Tensor, learned: None, memory: Memory
+    ) -> tuple[Tensor, RowColumnPosition]:
+        """Encode references [B, Q, 2] -> self-attention position [B, Q, C], cross-attention one."""
         encoded = sine_of_reference(reference, self.channels // 2, TEMPERATURE)
         x, y = (self.axis(axis, content.dtype) for axis in reference.unbind(-1))
         for_self = self.point_mlp(encoded.to(content.dtype))
-        return for_self, PointPlace(query=(x, y), axes=self.axis.of_map(memory))
+        return for_self, RowColumnPosition(query=(x, y), axes=self.axis.of_map(memory))
 
 
 class RowColumnCrossAttention(nn.Module):
-    """Row-column attention of the stock decoder layer."""
+    """Row-column cross-attention for `DecoderLayer`."""
 
     def __init__(self, attention: RowColumnAttention):
         super().__init__()
         self.attention = attention
 
     def forward(
-        self, content: Tensor, position: PointPlace, _reference: Tensor, memory: Memory
+        self, content: Tensor, position: RowColumnPosition, reference: Tensor, memory: Memory
     ) -> Tensor:
+        """Attend from content [B, Q, C] to memory -> update [B, Q, C]; reference is unused."""
         tokens, padding = as_map(memory)
         return self.attention(content, position.query, tokens, position.axes, padding)
 
 
 class RowColumnEncoder(nn.Module):
-    """Row-column self-attention of the cells, then feed-forward, layer after layer."""
+    """Encoder layers of row-column self-attention and feed-forward."""
 
     def __init__(self, c: ModelConfig, *, axis: AxisPosition):
         super().__init__()
@@ -113,6 +120,7 @@ class RowColumnEncoder(nn.Module):
         self.layers = nn.ModuleList(RowColumnEncoderLayer(c) for _ in range(c.encoder_layers))
 
     def forward(self, memory: Memory) -> Memory:
+        """Encode the tokens [B, h * w, C] of a single-level memory."""
         axes = self.axis.of_map(memory)
         for layer in self.layers:
             memory = replace(memory, tokens=layer(memory, axes))
@@ -120,6 +128,8 @@ class RowColumnEncoder(nn.Module):
 
 
 class RowColumnEncoderLayer(nn.Module):
+    """Row-column self-attention and feed-forward, each with a residual and a norm."""
+
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.attention = row_column_attention(c)
@@ -128,7 +138,7 @@ class RowColumnEncoderLayer(nn.Module):
         self.feed_forward = feed_forward(c)
 
     def forward(self, memory: Memory, axes: tuple[Tensor, Tensor]) -> Tensor:
-        """axes: positions of columns [B, w, C] and rows [B, h, C] -> tokens [B, h * w, C]."""
+        """Update the tokens [B, h * w, C]; axes: positions of columns [B, w, C], rows [B, h, C]."""
         tokens, padding = as_map(memory)
         columns, rows = axes
         x = columns[:, None].expand_as(tokens).flatten(1, 2)
@@ -138,25 +148,24 @@ class RowColumnEncoderLayer(nn.Module):
 
 
 def as_map(memory: Memory) -> tuple[Tensor, Tensor]:
-    """Tokens [B, h, w, C] and padding [B, h, w] of a memory with one level."""
+    """Reshape a single-level memory to tokens [B, h, w, C] and padding [B, h, w]."""
     size = memory.shapes[0]
     return memory.tokens.unflatten(1, size), memory.padding.unflatten(1, size)
 
 
 class PointQueries(SharedBoxQueries):
-    """A learned point for each query, in [0, 1] at the start; of a box, its centre."""
+    """Learned anchor points, drawn from [0, 1]; boxes are reduced to their centres."""
 
-    def new_parameters(
-        self,
-        num_queries: int,
-        own_head: bool = True,
-    ) -> AnchorParameters:
+    def new_parameters(self, num_queries: int, own_head: bool = True) -> AnchorParameters:
+        """Make the parameters of extra queries: points [N, 2]."""
         return AnchorParameters(torch.rand(num_queries, 2))
 
     def references(self, anchors: Tensor) -> Tensor:
+        """Return the points [N, 2] unchanged."""
         return anchors
 
     def reference_of(self, boxes: Tensor) -> Tensor:
+        """Take the clamped centres [B, T, 2] of boxes [B, T, 4]."""
         return boxes[..., :2].clamp(self.epsilon, 1 - self.epsilon)
 
 
@@ -177,7 +186,7 @@ def decoder_layer(c: ModelConfig) -> DecoderLayer:
 def anchor_detr(
     config: PatternConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
-    """Neck, encoder, queries and decoder of Anchor DETR."""
+    """Build Anchor DETR."""
     c = config
     projection = nn.Conv2d(in_channels[-1], c.channels, kernel_size=1)
     nn.init.xavier_uniform_(projection.weight)

@@ -1,20 +1,20 @@
-"""Conditional DETR: decoder layers look at a place that their own content chooses.
+"""Conditional DETR: cross-attention with a spatial query conditioned on the decoder content.
 
 Depu Meng et al., "Conditional DETR for Fast Training Convergence", 2108.06152.
 
 What differs from DETR:
- - content and place stay apart in decoder attention: added in self-attention after projections of
-   their own, concatenated in every head of cross-attention;
- - a query is a learned slot, from which its reference point follows; the point never moves, and all
-   boxes are offsets from it;
- - cross-attention compares the sines of the point, scaled by an MLP of the content (from the second
-   layer on), with those of the tokens;
- - focal loss with as many queries as boxes may be (300).
+ - decoder attention separates content and position: self-attention adds them after separate
+   projections, cross-attention concatenates them in every head;
+ - the reference point is predicted from the learned position of a query; it is never refined, and
+   all layers predict boxes as offsets from it;
+ - the spatial query of cross-attention is the sine encoding of the point, scaled from the second
+   layer on by an MLP of the content; its keys are the sine encodings of the tokens;
+ - focal loss with 300 queries.
 
-Denoising (not in the paper): the noised centre is the point, a linear embedding of the noised box
-takes the place of the learned slot, the label is the content.
+Denoising (not in the paper): the reference point is the noised centre, the position a linear
+embedding of the noised box, the content the label embedding.
 
-As in the authors' code, one head and one norm before it serve all layers.
+As in the authors' code, all layers share one pair of heads and one norm before them.
 """
 
 from __future__ import annotations
@@ -40,20 +40,21 @@ from dn_detr.models.single_scale import (
 from dn_detr.structures import Memory
 
 
-class SlotPoint(nn.Module):
-    """The reference point of a slot, as logits: an MLP of its position alone (sec. 3.3)."""
+class ReferencePointHead(nn.Module):
+    """Predict the reference point of a query from its position by an MLP (sec. 3.3)."""
 
     def __init__(self, *, channels: int):
         super().__init__()
         self.query_mlp = MLP(in_dim=channels, hidden_dim=channels, out_dim=2, num_layers=2)
         xavier_(self)
 
-    def forward(self, _content: Tensor, position: Tensor) -> Tensor:
+    def forward(self, content: Tensor, position: Tensor) -> Tensor:
+        """Map position [..., C] to point logits [..., 2]; content is unused."""
         return self.query_mlp(position)
 
 
 class ConditionalPointPosition(nn.Module):
-    """The spatial query: sines of the point times an MLP of the content (sec. 3.3)."""
+    """Spatial query: sines of the reference point times an MLP of the content (sec. 3.3)."""
 
     def __init__(self, *, channels: int):
         super().__init__()
@@ -64,6 +65,13 @@ class ConditionalPointPosition(nn.Module):
     def forward(
         self, layer: int, content: Tensor, reference: Tensor, learned: Tensor, _memory: Memory
     ) -> tuple[Tensor, ConditionalPosition]:
+        """Return the positions for self-attention [B, Q, C] and for cross-attention.
+
+        Args:
+            content: [B, Q, C].
+            reference: points [B, Q, 2] in [0, 1].
+            learned: [B, Q, C].
+        """
         spatial = sine_of_reference(reference, self.channels // 2).to(content.dtype)
         if layer > 0:
             spatial = spatial * self.scale(content)
@@ -73,7 +81,7 @@ class ConditionalPointPosition(nn.Module):
 def conditional_detr(
     config: BoxConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
-    """Neck, encoder, queries and decoder of Conditional DETR."""
+    """Build Conditional DETR."""
     c = config
     return single_scale_detector(
         c,
@@ -81,7 +89,7 @@ def conditional_detr(
         strides,
         temperature=10000.0,
         encoder=DenseEncoder(dense_encoder_layers(c)),
-        query_design=zero_content_queries(c, content, SlotPoint(channels=c.channels)),
+        query_design=zero_content_queries(c, content, ReferencePointHead(channels=c.channels)),
         decoder=Decoder(
             layers=conditional_decoder_layers(c),
             position=ConditionalPointPosition(channels=c.channels),

@@ -5,14 +5,14 @@ appendix C; with denoising it is the DN-Deformable-DETR (v2) of 2203.01305.
 
 What differs from DETR:
  - several feature levels, deformable attention in encoder and decoder (2010.04159);
- - a query is a learned box (the reference, moved by every layer) and learned content;
- - its position is an MLP of the sines of the box, from the second layer on scaled by the content;
- - every layer has heads of its own; no norm stands before them, so that a layer's predicted box is
-   the reference of the next; that reference is detached (look forward once).
+ - a query is a learned box (the reference, refined by every layer) with learned content;
+ - its position is an MLP of the sines of the box, scaled by the content from the second layer on;
+ - every layer has its own heads without a norm before them, so that the predicted box of a layer is
+   the reference of the next; the reference is detached (look forward once).
 
-Deviations from the authors' code: they scale the box by the share of the finest map that is not
-padding before its sines (`scales_with_canvas`, off unless their weights are loaded); they leave
-empty denoising slots visible (see `auxiliary.denoising`).
+Deviations from the authors' code: theirs scales the box by the unpadded fraction of the finest map
+before taking sines (`scales_with_canvas`, enabled only for their weights), and leaves empty
+denoising queries visible (see `auxiliary.denoising`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dn_detr.models.query_positions import BoxPosition
 def dab_deformable(
     config: CanvasScaledConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
-    """Neck, encoder, queries and decoder of the fully deformable DAB-DETR."""
+    """Build DAB-Deformable-DETR with deformable encoder and decoder."""
     c = config
     return deformable_detector(
         c,

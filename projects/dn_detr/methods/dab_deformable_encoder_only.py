@@ -1,17 +1,17 @@
-"""DAB-Deformable-DETR with a deformable encoder alone: the multi-scale model of the DN-DETR paper.
+"""DAB-Deformable-DETR, deformable in the encoder only: the multi-scale model of the DN-DETR paper.
 
 Feng Li et al., "DN-DETR: Accelerate DETR Training by Introducing Query DeNoising", 2203.01305,
 table 4 (there "DN-Deformable-DETR").
 
 What differs from DAB-DETR:
  - several feature levels, deformable attention in the encoder (2010.04159);
- - the decoder attends densely to each level on its own, with the same projections, and mixes the
-   levels by a softmax that it reads from the query of its self-attention;
- - ReLU in the feed-forward blocks; the encoder does not scale the positions of tokens.
-The published models ask every query with 3 patterns, and all share one content vector.
+ - the decoder attends densely to each level separately, with shared projections, and mixes the
+   results with softmax weights predicted from the self-attention query;
+ - ReLU in the feed-forward blocks; the encoder does not scale the token positions.
+The published models use 3 patterns for every query and one content vector for all.
 
-Deviations from the authors' code: those of DAB-DETR. The levels are mixed before the common output
-projection instead of after it, which is the same, as the weights add up to 1.
+Deviations from the authors' code: those of DAB-DETR. Levels are mixed before the shared output
+projection instead of after it, which is equivalent because the weights sum to 1.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from dn_detr.structures import Memory
 
 
 class LevelMixingLayer(nn.Module):
-    """A decoder layer whose cross-attention mixes what it finds in each level."""
+    """Decoder layer whose cross-attention is a weighted sum over feature levels."""
 
     def __init__(
         self,
@@ -72,6 +72,7 @@ class LevelMixingLayer(nn.Module):
         memory: Memory,
         query_mask: QueryAttentionMask,
     ) -> Tensor:
+        """Update content [B, Q, C]; position: for self-attention [B, Q, C], for cross-attention."""
         for_self, for_cross = position
         weights = self.level_weights(self.self_attention.query(content, for_self)).softmax(-1)
         content = self.self_attention(content, for_self, query_mask)
@@ -81,7 +82,7 @@ class LevelMixingLayer(nn.Module):
     def attend_to_levels(
         self, content: Tensor, position: ConditionalPosition, memory: Memory, weights: Tensor
     ) -> Tensor:
-        """weights [B, Q, levels] of the levels -> update [B, Q, C]."""
+        """Attend from content [B, Q, C] to each level; weights [B, Q, levels] -> [B, Q, C]."""
         attention = self.cross_attention
         q, k, v = attention.project(content, position, memory)
         sizes = [height * width for height, width in memory.shapes]
@@ -110,7 +111,7 @@ class EncoderOnlyConfig(SharedContentConfig, MultiScaleConfig):
 def dab_deformable_encoder_only(
     config: EncoderOnlyConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
-    """Neck, encoder, queries and decoder of the encoder-only DAB-Deformable-DETR."""
+    """Build DAB-Deformable-DETR with a deformable encoder and a dense decoder."""
     c = config
     return DETR(
         neck=multi_scale_neck(c, in_channels, strides),

@@ -1,26 +1,26 @@
-"""DAB-DETR: queries are dynamic anchor boxes; with denoising it is DN-DETR itself.
+"""DAB-DETR: queries are dynamic anchor boxes. With denoising, this is DN-DETR.
 
 Shilong Liu et al., "DAB-DETR: Dynamic Anchor Boxes are Better Queries for DETR", 2201.12329.
 Feng Li et al., "DN-DETR: Accelerate DETR Training by Introducing Query DeNoising", 2203.01305.
 
 What differs from DETR:
- - a query is a learned box (the reference, moved by every layer) without content of its own: it
-   starts from zero, in DN-DETR from one vector that all share (`shares_content`), which the paper
-   calls the label "unknown"; optionally several patterns ask each box (`num_patterns`);
- - in self-attention its position is an MLP of the sines of the box; in cross-attention the sines of
-   its centre, from the second layer on scaled by the content, are compared with those of the
-   tokens, apart from the content (2108.06152), in proportion to a width and a height that the
-   content asks for;
- - PReLU in the feed-forward blocks, sines of temperature 20 for the image;
- - one head for all layers; it predicts from normed content and moves the reference by un-normed
-   content, and the predicted box is an offset from a reference with gradient (looking forward
-   twice, before 2203.03605 named it). All three as in the authors' code.
+ - a query is a learned box (the reference, refined by every layer) without its own content: the
+   content is zero, or in DN-DETR one shared vector (`shares_content`), the label "unknown" in the
+   paper; optionally, several learned patterns are combined with each box (`num_patterns`);
+ - in self-attention the position is an MLP of the sines of the box; cross-attention compares the
+   sines of its centre with those of the tokens, separately from the content (2108.06152), scaled by
+   the content from the second layer on and modulated by the box size and a size predicted from
+   the content;
+ - PReLU in the feed-forward blocks, sine temperature 20 for the image;
+ - all layers share one pair of heads; predictions use normalised content, the reference update
+   unnormalised content, and the predicted box is an offset from a reference with gradient (look
+   forward twice, before 2203.03605 named it). All three follow the authors' code.
 
-As in the code, not in the paper: the encoder scales the position of the tokens by an MLP of them.
+As in the code but not the paper, the encoder scales token positions by an MLP of the tokens.
 
-Deviations from the authors' code: the vector that all queries share is a row of its own, not the
-last row of the label table, so that a denoised checkpoint loads into a plain model that shares
-content (and into one for other classes); empty denoising slots are hidden (`auxiliary.denoising`).
+Deviations from the authors' code: the shared content vector is a separate parameter, not the last
+row of the label embedding, so that a checkpoint trained with denoising loads into a model without
+it (and into one for other classes); empty denoising queries are masked (`auxiliary.denoising`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from dn_detr.structures import Memory
 
 
 class ScaledDenseEncoder(DenseEncoder):
-    """A dense encoder that scales the tokens' position by an MLP of the tokens in every layer."""
+    """Dense encoder whose layers scale the token positions by a shared MLP of the tokens."""
 
     def __init__(self, layers: Sequence[nn.Module], *, channels: int):
         super().__init__(layers)
@@ -57,6 +57,7 @@ class ScaledDenseEncoder(DenseEncoder):
         xavier_(self.scale)
 
     def forward(self, memory: Memory) -> Memory:
+        """Encode the tokens [B, S, C] of the memory."""
         for layer in self.layers:
             position = memory.position * self.scale(memory.tokens)
             memory = replace(memory, tokens=layer(replace(memory, position=position)))
@@ -66,7 +67,7 @@ class ScaledDenseEncoder(DenseEncoder):
 def dab_detr(
     config: SharedContentConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
-    """Neck, encoder, queries and decoder of DAB-DETR and DN-DETR."""
+    """Build DAB-DETR or, with denoising, DN-DETR."""
     c = config
     return single_scale_detector(
         c,

@@ -1,23 +1,23 @@
-"""Deformable DETR: attention that samples few points of several feature levels.
+"""Deformable DETR: attention to a few sampled points of several feature levels.
 
 Xizhou Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection",
 2010.04159; its three variants: plain, with iterative box refinement, and two-stage.
 
 What differs from DETR:
- - several feature levels; encoder and decoder attend to a few sampled points around a reference
-   instead of to all cells;
- - a query is a learned slot: content, and a position from which its reference point follows; boxes
-   are offsets from that point;
- - with refinement, every layer has heads of its own and moves the reference, which is detached; from
-   the second layer on it is a box, whose size the sampling follows;
- - two-stage: every token proposes a box and says whether it is an object; the best become queries,
-   and their position and content follow from the box alone.
+ - several feature levels; encoder and decoder attend to a few points sampled around a reference
+   instead of to all tokens;
+ - a query has learned content and a learned position; its reference point is predicted from the
+   position, and boxes are predicted as offsets from the point;
+ - with refinement, every layer has its own heads and updates the reference, which is detached; from
+   the second layer on the reference is a box whose size scales the sampling offsets;
+ - two-stage: every token predicts a box and an objectness score; the best become queries, whose
+   position and content are computed from the box alone.
 
-Denoising (not in the paper): the noised centre is the reference, a linear embedding of the noised
-box the position, the label the content; two-stage models take their own transform of the box.
+Denoising (not in the paper): the reference is the noised centre, the position a linear embedding of
+the noised box, the content the label embedding; two-stage models use their own box transform.
 
-Deviations from the authors' code: padding tokens and those at the very border neither become queries
-nor enter the loss of the proposals (theirs can, as negatives).
+Deviations from the authors' code: padding tokens and tokens at the image border neither become
+queries nor enter the proposal loss (theirs can, as negatives).
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from dn_detr.models.query_positions import LearnedPosition
 def deformable_detr(
     config: DeformableConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
-    """All layers share their heads; boxes are offsets from the slot's point."""
+    """Build Deformable DETR with shared heads and boxes relative to the reference point."""
     c = config
     return deformable_detector(
         c,
         in_channels,
         strides,
         image_position=image_position(c),
-        query_design=slots(c, content),
+        query_design=learned_queries(c, content),
         position=LearnedPosition(),
         predictor=PointOffsetBoxes(
             heads=shared_heads(c, size_bias=-2.0), norm=None, epsilon=c.epsilon
@@ -61,23 +61,23 @@ def deformable_detr(
 def deformable_detr_refine(
     config: DeformableConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
-    """With iterative box refinement (sec. 4.2 and appendix A.4)."""
+    """Build Deformable DETR with iterative box refinement (sec. 4.2 and appendix A.4)."""
     c = config
     return deformable_detector(
         c,
         in_channels,
         strides,
         image_position=image_position(c),
-        query_design=slots(c, content),
+        query_design=learned_queries(c, content),
         position=LearnedPosition(),
-        predictor=refined(c, size_bias=-2.0),
+        predictor=iterative_refinement(c, size_bias=-2.0),
     )
 
 
 def deformable_detr_two_stage(
     config: DeformableConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
-    """Refinement from proposals of the encoder (sec. 4.2 and appendix A.4)."""
+    """Build two-stage Deformable DETR with box refinement (sec. 4.2 and appendix A.4)."""
     c = config
     return deformable_detector(
         c,
@@ -94,12 +94,12 @@ def deformable_detr_two_stage(
             epsilon=c.epsilon,
         ),
         position=LearnedPosition(),
-        predictor=refined(c, size_bias=0.0),
+        predictor=iterative_refinement(c, size_bias=0.0),
     )
 
 
 class LinearPoint(nn.Module):
-    """The reference point of a slot: a linear layer of its position, as logits (sec. 4.1)."""
+    """Predict the reference point of a query from its position by a linear layer (sec. 4.1)."""
 
     def __init__(self, *, channels: int):
         super().__init__()
@@ -107,11 +107,12 @@ class LinearPoint(nn.Module):
         nn.init.xavier_uniform_(self.reference_points.weight)
         nn.init.zeros_(self.reference_points.bias)
 
-    def forward(self, _content: Tensor, position: Tensor) -> Tensor:
+    def forward(self, content: Tensor, position: Tensor) -> Tensor:
+        """Map position [..., C] to point logits [..., 2]; content is unused."""
         return self.reference_points(position)
 
 
-def slots(c: DeformableConfig, content: QueryContent) -> LearnedQueries:
+def learned_queries(c: DeformableConfig, content: QueryContent) -> LearnedQueries:
     return LearnedQueries(
         content=content,
         num_queries=c.num_queries,
@@ -125,7 +126,7 @@ def image_position(c: DeformableConfig) -> SinePosition:
     return SinePosition(channels=c.channels, temperature=10000.0, cell_offset=-0.5)
 
 
-def refined(c: DeformableConfig, *, size_bias: float) -> IterativeRefinement:
+def iterative_refinement(c: DeformableConfig, *, size_bias: float) -> IterativeRefinement:
     return IterativeRefinement(
         heads=own_heads(c, size_bias),
         norm=None,

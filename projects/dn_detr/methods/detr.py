@@ -3,14 +3,15 @@
 Nicolas Carion et al., "End-to-End Object Detection with Transformers", 2005.12872.
 
 What it is:
- - a transformer between the last feature map and a fixed set of learned queries;
- - a query is a learned vector, added as a position; its content starts from zero, and there is no
-   reference: the heads say boxes outright;
+ - a transformer maps the last feature map and a fixed set of learned queries to predictions;
+ - a query is a learned position with zero initial content; there is no reference, and the heads
+   regress boxes directly;
  - a softmax over the classes and "no object" (LOSS.KIND "softmax"); focal loss also works;
- - predictions of all layers are matched and trained, by one head and one norm.
+ - the predictions of all layers are matched and trained; all layers share one pair of heads and one
+   norm.
 
-Denoising (2203.01305, on vanilla DETR, whose code was not released): a linear embedding of the
-noised box is the position, the label is the content.
+Denoising (2203.01305 applies it to vanilla DETR, code not released): the position is a linear
+embedding of the noised box, the content the label embedding.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from dn_detr.models.single_scale import (
 def detr(
     config: BoxConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
-    """Neck, encoder, queries and decoder of DETR."""
+    """Build DETR."""
     c = config
     return single_scale_detector(
         c,
@@ -53,10 +54,12 @@ def detr(
 
 
 def heads(c: BoxConfig) -> Heads:
-    """Boxes start anywhere, since there is no base for them to start at; and so do the classes of a
-    softmax, which needs no prior against a flood of negatives."""
-    made = shared_heads(c)
-    made.box_heads[0].layers[-1].reset_parameters()  # type: ignore[index, union-attr]
+    """Make shared heads with default initialization.
+
+    There is no reference to start boxes at, and a softmax needs no class prior.
+    """
+    shared = shared_heads(c)
+    shared.box_heads[0].layers[-1].reset_parameters()  # type: ignore[index, union-attr]
     if c.has_no_object:
-        made.class_heads[0].reset_parameters()  # type: ignore[operator]
-    return made
+        shared.class_heads[0].reset_parameters()  # type: ignore[operator]
+    return shared

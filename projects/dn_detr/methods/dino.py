@@ -4,19 +4,19 @@ Hao Zhang et al., "DINO: DETR with Improved DeNoising Anchor Boxes for End-to-En
 2203.03605.
 
 What differs from DAB-Deformable-DETR:
- - mixed query selection (sec. 3.4): the boxes of queries are the best proposals of the encoder,
-   their content is learned; proposals have heads of their own and are trained with their classes,
-   but only the chosen ones;
- - look forward twice (sec. 3.5): the next box is an offset from a moved reference with gradient;
- - all layers share their heads, a norm stands before them, and the reference moves by what the
-   heads say without that norm; positions are not scaled by the content;
- - contrastive denoising (sec. 3.3, `auxiliary.denoising`): of every object a positive copy and a
-   negative one; no indicator beside the label.
+ - mixed query selection (sec. 3.4): query boxes are the best encoder proposals, query content is
+   learned; proposals have their own heads, and only the selected ones are trained, with their
+   classes;
+ - look forward twice (sec. 3.5): a box is an offset from the updated reference with gradient;
+ - all layers share their heads and a norm before them, which the reference update skips; positions
+   are not scaled by the content;
+ - contrastive denoising (sec. 3.3, `auxiliary.denoising`): a positive and a negative copy of every
+   object; no indicator is appended to the label embedding.
 
-Deviations from the authors' code: padding tokens and those at the very border never become queries
-(theirs can); positions do not depend on the canvas unless `scales_with_canvas`; empty denoising
-slots are hidden and no negatives; of images with more objects than the budget, a random subset
-is noised. Learned content starts from a standard normal instead of Xavier's uniform distribution.
+Deviations from the authors' code: padding tokens and tokens at the image border never become
+queries (theirs can); positions ignore the padded canvas unless `scales_with_canvas`; empty
+denoising queries are masked and are not negatives; images with more objects than the budget noise a
+random subset. Learned content is drawn from a standard normal, not Xavier uniform.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dn_detr.models.query_positions import BoxPosition
 def dino(
     config: CanvasScaledConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
-    """Neck, encoder, queries and decoder of DINO."""
+    """Build DINO."""
     c = config
     return deformable_detector(
         c,

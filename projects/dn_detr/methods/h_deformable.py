@@ -1,13 +1,14 @@
-"""H-Deformable-DETR: one-to-one matching helped by one-to-many matching in training.
+"""H-Deformable-DETR: one-to-one matching, plus an auxiliary one-to-many branch in training.
 
 Ding Jia et al., "DETRs with Hybrid Matching", 2207.13080.
 
 What differs from two-stage Deformable DETR:
- - hybrid matching (sec. 3.2, `auxiliary.extra_queries`): in training, the next best proposals become further
-   queries, and each object is matched to several of them; the two parts do not see each other;
- - its "tricks" (sec. 4.2): content is learned instead of coming from the box (mixed query
-   selection); the next box is an offset from a moved reference with gradient (look forward twice);
-   wider feed-forward blocks and no dropout (in the configuration).
+ - hybrid matching (sec. 3.2, `auxiliary.extra_queries`): in training, the next best proposals
+   become extra queries, and each object is matched to several of them; the two sets do not attend
+   to each other;
+ - its "tricks" (sec. 4.2): content is learned instead of computed from the box (mixed query
+   selection); a box is an offset from the updated reference with gradient (look forward twice);
+   wider feed-forward blocks and no dropout (set in the configuration).
 
 Denoising (not in the paper): as in two-stage Deformable DETR.
 
@@ -29,7 +30,7 @@ from dn_detr.models.query_positions import LearnedPosition
 def h_deformable(
     config: DeformableConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
-    """Neck, encoder, queries and decoder of H-Deformable-DETR."""
+    """Build H-Deformable-DETR."""
     c = config
     return deformable_detector(
         c,

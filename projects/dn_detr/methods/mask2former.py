@@ -1,24 +1,25 @@
 """Mask2Former: masked-attention mask transformer, for instance segmentation.
 
-Bowen Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", 2112.01527.
+Bowen Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation",
+2112.01527.
 
 What differs from DETR:
- - no boxes: a query says a class and an embedding, whose product with a fine map of the image is its
-   mask (`models.masks`); what evaluation calls its box is that of its mask;
- - masked attention (sec. 3.2.1): a query looks only where its last mask is, everywhere if it has
-   none;
- - each decoder layer looks at one level of a deformable encoder, coarse to fine in turn (3.2.2);
- - cross-attention comes before self-attention, content is learned, and predictions are made and
-   trained before the first layer too (3.2.3);
- - losses and matching costs of masks are taken at random points (3.3, `losses.mask_points`).
+ - no boxes: a query predicts a class and a mask embedding; its mask is the product of the embedding
+   and the mask features (`models.mask_head`), and evaluation uses the box around that mask;
+ - masked attention (sec. 3.2.1): a query attends only to the region of its previous mask, or to all
+   tokens if that mask is empty;
+ - each decoder layer attends to one level of a deformable encoder, cycling coarse to fine (3.2.2);
+ - cross-attention precedes self-attention, content is learned, and predictions are also made and
+   trained before the first layer (3.2.3);
+ - mask losses and matching costs are computed at random points (3.3, `losses.mask_points`).
 
-Denoising (2203.01305, TPAMI version, whose code was not released; `auxiliary.denoising`): the mask
-that a denoising query first looks at is that of its object, shifted; later ones it predicts itself.
-The paper leaves open what else the query is: here its content is the label embedding, and it has no
-position, for it has looked at its place before it first meets other queries.
+Denoising (2203.01305, TPAMI version, code not released; `auxiliary.denoising`): the first attention
+mask of a denoising query is the shifted mask of its object; later ones are its own predictions. The
+paper does not specify content and position: here the content is the label embedding, and the
+position is zero, as masked cross-attention precedes self-attention and already localises the query.
 
-Deviations from the authors' code: padding is neither looked at nor interpolated with; see also
-`losses.mask_points`.
+Deviations from the authors' code: padding is masked in attention and excluded from interpolation;
+see also `losses.mask_points`.
 """
 
 from __future__ import annotations
@@ -45,14 +46,13 @@ from dn_detr.models.neck import Flatten
 from dn_detr.structures import Memory, Predictions, Queries, QueryState, Segment
 
 POINTS_PER_SIDE = 4
-"""A cell counts as part of a shifted mask if any of 4 x 4 points in it does."""
+"""A cell belongs to a shifted mask if any of 4 x 4 points in it does."""
 
 
 def mask2former(
     config: MultiScaleConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
-    """Neck, encoder, mask features, queries and decoder of Mask2Former. The first feature is only for
-    the mask features."""
+    """Build Mask2Former. The first backbone feature is used for the mask features only."""
     c = config
     position = SinePosition(channels=c.channels, temperature=10000.0, cell_offset=0.0)
     heads = MaskHeads(channels=c.channels, num_classes=c.num_classes, has_no_object=c.has_no_object)
@@ -78,21 +78,23 @@ def mask2former(
 
 
 def level_of(layer: int, num_levels: int) -> int:
-    """The level that a decoder layer looks at: the coarsest first, the finest after the others."""
+    """Return the level a decoder layer attends to, cycling from the coarsest to the finest."""
     return num_levels - 1 - layer % num_levels
 
 
-def map_at_level(memory: Memory, level: int) -> Tensor:
-    """the mask features at the size of a level [B, C, h, w]. A mask of it is the mask at that size, since
+def mask_features_at(memory: Memory, level: int) -> Tensor:
+    """Resize the mask features to a level: [B, C, h, w]. Their masks are the resized masks, as
     interpolation and product commute."""
     return F.interpolate(memory.mask_features.features, memory.shapes[level], mode="bilinear")
 
 
 class MaskQueries(nn.Module):
-    """Learned content and position for each query; its mask is the reference, as logits at the
-    level that the first decoder layer looks at.
+    """Queries with learned content and position; the reference is the mask, as logits at the level
+    of the first decoder layer.
 
-    heads: those of the decoder, which stand twice in a checkpoint.
+    Args:
+        heads: shared with the decoder; a checkpoint contains them twice.
+        first_level: index of the level that the first decoder layer attends to.
     """
 
     starts_from_masks = True
@@ -106,24 +108,20 @@ class MaskQueries(nn.Module):
         self.heads = heads
         self.learned = self.new_parameters(num_queries)
 
-    def new_parameters(
-        self,
-        num_queries: int,
-        own_head: bool = True,
-    ) -> LearnedQueryParameters:
-        """Rows for further queries, owned by whoever asks; there are no proposals to head."""
+    def new_parameters(self, num_queries: int, own_head: bool = True) -> LearnedQueryParameters:
+        """Make the parameters of extra queries (no proposal head in this design)."""
         return LearnedQueryParameters(
             position=nn.Parameter(torch.randn(num_queries, self.content.channels)),
             content=self.content.new_rows(num_queries),
         )
 
     def bind(self, memory: Memory) -> MaskSource:
-        """A source of queries for this memory; it lives for one forward."""
+        """Return the source of queries for one forward pass."""
         return MaskSource(self, memory)
 
 
 class MaskSource:
-    """The queries of one forward of `MaskQueries`."""
+    """Queries of `MaskQueries` for one forward pass."""
 
     def __init__(self, design: MaskQueries, memory: Memory):
         self.design = design
@@ -135,14 +133,16 @@ class MaskSource:
         learned: LearnedQueryParameters | None = None,
         first_rank: int = 0,
     ) -> Queries:
-        """One "match" segment of the rows of `learned` (default: the design's own)."""
+        """Make one "match" segment from `learned` (default: the parameters of the design)."""
         design, batch = self.design, self.memory.tokens.shape[0]
         learned = design.learned if learned is None else learned
         content = design.content.matched(learned.content).expand(batch, -1, -1)
-        # Not under no_grad: autocast of torch 2.8 would keep the heads' weights without gradient.
+        # Not under no_grad: autocast in torch 2.8 would cache the head weights without gradient.
         embeddings = design.heads(content)[1].detach()
         with torch.no_grad():
-            reference = mask_logits(embeddings, map_at_level(self.memory, self.level)).flatten(2)
+            reference = mask_logits(embeddings, mask_features_at(self.memory, self.level)).flatten(
+                2
+            )
         position = learned.position.expand(batch, -1, -1)
         state = QueryState(content, position, reference)
         return Queries(state, (Segment("match", content.shape[1]),))
@@ -150,8 +150,14 @@ class MaskSource:
     def from_masks(
         self, labels: Tensor, masks: tuple[Tensor, ...], object_of: Tensor, shift: Tensor
     ) -> QueryState:
-        """Queries of labels [B, T] at the masks of objects [B, T], moved by shift [B, T, 2] in shares
-        of the image. masks: as in `Targets`."""
+        """Make denoising queries from shifted masks.
+
+        Args:
+            labels: [B, T] int64.
+            masks: ground truth, as in `Targets`.
+            object_of: [B, T] int64, the object whose mask is shifted.
+            shift: [B, T, 2], x and y as fractions of the image size.
+        """
         content = self.design.content.labels(labels)
         height, width = self.memory.shapes[self.level]
         points = self._points(height, width)
@@ -162,7 +168,7 @@ class MaskSource:
         return QueryState(content, torch.zeros_like(content), is_on.to(content.dtype) * 2 - 1)
 
     def _points(self, height: int, width: int) -> Tensor:
-        """Points in every cell of the level, in [0, 1] of the unpadded image: [B, h * w * 16, 2]."""
+        """Points in all cells of the level, [B, h * w * 16, 2] in [0, 1] of the unpadded image."""
         valid = self.memory.valid_sizes[:, self.level]  # w, h
         inner = (torch.arange(POINTS_PER_SIDE, device=valid.device) + 0.5) / POINTS_PER_SIDE
         x = torch.arange(width, device=valid.device)[None, :, None, None] + inner[None, None, None]
@@ -172,7 +178,7 @@ class MaskSource:
 
 
 class MaskedLayer(nn.Module):
-    """Masked cross-attention, self-attention, feed-forward, each with its residual and a norm."""
+    """Masked cross-attention, self-attention and feed-forward, each with a residual and a norm."""
 
     def __init__(
         self,
@@ -200,8 +206,17 @@ class MaskedLayer(nn.Module):
         mask: Tensor,
         query_mask: QueryAttentionMask,
     ) -> Tensor:
-        """content, position [B, Q, C]; key, value [B, S, C] and padding [B, S] of one level; mask
-        [B, 1, Q, S], additive -> content [B, Q, C]."""
+        """Update the content.
+
+        Args:
+            content, position: [B, Q, C].
+            key, value: [B, S, C] of one level.
+            padding: [B, S] bool.
+            mask: additive attention mask [B, 1, Q, S].
+
+        Returns:
+            Content [B, Q, C].
+        """
         update = self.cross_attention(content + position, key, value, padding, prior=mask)
         content = self.norm(content + self.dropout(update))
         return self.feed_forward(self.self_attention(content, position, query_mask))
@@ -222,18 +237,22 @@ def masked_layer(config: ModelConfig) -> MaskedLayer:
     )
 
 
-def where_to_look(mask: Tensor, padding: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mask logits [B, Q, S] to an additive attention mask [B, 1, Q, S]: a query sees where its mask
-    is not negative, and everything if that is nowhere. padding [B, S]."""
-    is_seen = (mask >= 0) & ~padding[:, None]
-    is_seen = is_seen | ~is_seen.any(-1, keepdim=True)
-    return additive(is_seen, dtype)[:, None]
+def masked_attention_mask(mask: Tensor, padding: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn mask logits [B, Q, S] into an additive attention mask [B, 1, Q, S] (sec. 3.2.1).
+
+    A query attends where its logits are >= 0 outside the padding [B, S], or everywhere if there is
+    no such token.
+    """
+    is_visible = (mask >= 0) & ~padding[:, None]
+    is_visible = is_visible | ~is_visible.any(-1, keepdim=True)
+    return additive(is_visible, dtype)[:, None]
 
 
 class MaskedDecoder(nn.Module):
-    """Queries and memory to predictions: those of the queries themselves, then of every layer.
+    """Decoder with masked attention; predicts from the initial queries and after every layer.
 
-    position: of the cells of a level, from its padding.
+    Args:
+        position: padding of a level [B, h, w] -> positions [B, h, w, C].
     """
 
     def __init__(
@@ -253,6 +272,7 @@ class MaskedDecoder(nn.Module):
         self.level_embedding = nn.Parameter(torch.randn(num_levels, channels))
 
     def forward(self, queries: Queries, memory: Memory) -> Predictions:
+        """Decode to `decoder_layers` + 1 predictions with mask embeddings and without boxes."""
         content, position = queries.state.content, queries.state.position
         dtype = attention_dtype(content)
         query_mask = QueryAttentionMask(
@@ -260,7 +280,7 @@ class MaskedDecoder(nn.Module):
         )
         levels = self.keys_and_values(memory)
         with torch.no_grad():
-            maps = [map_at_level(memory, level) for level in range(self.num_levels)]
+            maps = [mask_features_at(memory, level) for level in range(self.num_levels)]
         predictions, mask = [self.heads(content)], queries.state.reference
         for index, layer in enumerate(self.layers):
             level = level_of(index, self.num_levels)
@@ -268,7 +288,7 @@ class MaskedDecoder(nn.Module):
                 with torch.no_grad():
                     mask = mask_logits(predictions[-1][1], maps[level]).flatten(2)
             key, value, padding = levels[level]
-            mask = where_to_look(mask, padding, dtype)
+            mask = masked_attention_mask(mask, padding, dtype)
             content = layer(content, position, key, value, padding, mask, query_mask)
             predictions.append(self.heads(content))
         logits, embeddings = zip(*predictions, strict=True)
@@ -283,7 +303,7 @@ class MaskedDecoder(nn.Module):
         )
 
     def keys_and_values(self, memory: Memory) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Keys [B, s, C], values [B, s, C] and padding [B, s] of every level."""
+        """Return keys [B, s, C], values [B, s, C] and padding [B, s] of every level."""
         sizes = [height * width for height, width in memory.shapes]
         tokens, paddings = memory.tokens.split(sizes, dim=1), memory.padding.split(sizes, dim=1)
         levels = []

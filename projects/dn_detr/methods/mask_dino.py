@@ -4,20 +4,20 @@ Feng Li et al., "Mask DINO: Towards A Unified Transformer-based Framework for Ob
 Segmentation", 2206.02777.
 
 What differs from DINO:
- - a mask branch (sec. 3.2): every query also says an embedding, whose product with a fine map of the
-   image is its mask (`models.masks`);
- - unified query selection (3.3): the tokens that propose best give the content of the queries as
-   well as their boxes, and their masks are trained; the heads are those of the decoder;
- - mask-enhanced box initialisation (3.3): the box of a query is the one around its first mask;
- - predictions are made and trained before the first layer too;
- - hybrid matching (3.4): costs of classes, boxes and masks;
- - unified denoising (3.3): plain denoising of boxes and labels, in which masks are rebuilt too.
+ - a mask branch (sec. 3.2): every query also predicts a mask embedding; its mask is the product of
+   the embedding and the mask features (`models.mask_head`);
+ - unified query selection (3.3): the best encoder tokens give content and boxes of the queries, and
+   their masks are trained; they share the heads of the decoder;
+ - mask-enhanced box initialisation (3.3): the initial box of a query encloses its first mask;
+ - predictions are also made and trained before the first layer;
+ - hybrid matching (3.4): matching costs of classes, boxes and masks;
+ - unified denoising (3.3): non-contrastive noise on boxes and labels; masks are reconstructed too.
 
-Deviations from the authors' code: padding tokens, and those at the very border, never become queries
-(theirs can); a query whose first mask is empty keeps the box that its token proposed; empty
-denoising slots are hidden and no negatives; of images with more objects than the budget, a random
-subset is noised (theirs are then not denoised at all); see also `losses.mask_points`. As in their
-code, but not their paper, the coarsest level proposes the smallest boxes.
+Deviations from the authors' code: padding tokens and tokens at the image border never become
+queries (theirs can); a query whose first mask is empty keeps its proposed box; empty denoising
+queries are masked and are not negatives; images with more objects than the budget noise a random
+subset (theirs skips denoising); see also `losses.mask_points`. As in their code but not their
+paper, the coarsest level proposes the smallest boxes.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ from dn_detr.structures import LayerOutput, Memory, Predictions, Queries, QueryS
 def mask_dino(
     config: CanvasScaledConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
-    """Neck, encoder, mask features, queries and decoder of Mask DINO. The first feature is only for the
-    mask features."""
+    """Build Mask DINO. The first backbone feature is used for the mask features only."""
     c = config
     heads = Heads(c)
     return DETR(
@@ -82,7 +81,7 @@ def mask_dino(
 
 
 class Heads(MaskHeads):
-    """What a query or a proposing token says: class, mask embedding and move of its box."""
+    """Heads for class, mask embedding and box, shared by decoder queries and proposals."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(
@@ -93,12 +92,12 @@ class Heads(MaskHeads):
         self.box_head = box_head(config.channels)
 
     def delta(self, content: Tensor) -> Tensor:
-        """The move [B, Q, 4] of a box, as logits."""
+        """Predict box offsets [B, Q, 4] in logit space from content [B, Q, C]."""
         return at_least_float32(self.box_head(content))
 
 
 class TokenHead(nn.Module):
-    """Tokens as they propose: behind a layer of their own. Class and box are said by the heads."""
+    """Project encoder tokens to proposals, which the heads then classify and refine."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -106,7 +105,7 @@ class TokenHead(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
-        """-> tokens [B, S, C]; the box [B, S, 4] around each token's place; is_empty [B, S]."""
+        """Return tokens [B, S, C], their anchor boxes [B, S, 4] and is_empty [B, S] bool."""
         levels = [level for level, _ in enumerate(memory.shapes)]
         anchors, is_empty = token_boxes(memory, levels[::-1])
         tokens = memory.tokens.masked_fill(is_empty[..., None], 0)
@@ -114,10 +113,12 @@ class TokenHead(nn.Module):
 
 
 class TokenQueries(nn.Module):
-    """The best proposing tokens become queries, content and box, without gradient.
+    """Unified query selection (sec. 3.3): the best encoder tokens become queries, without gradient.
 
-    heads: those of the decoder, which stand twice in a checkpoint. has_no_object: must be False, see
-    `check_ranking`. Boxes that an auxiliary query module brings are clamped to [epsilon, 1 - epsilon].
+    Args:
+        heads: shared with the decoder; a checkpoint contains them twice.
+        has_no_object: must be False, see `check_ranking`.
+        epsilon: boxes of auxiliary queries are clamped to [epsilon, 1 - epsilon].
     """
 
     starts_from_masks = False
@@ -139,17 +140,17 @@ class TokenQueries(nn.Module):
         self.learned = self.new_parameters(num_queries)
 
     def new_parameters(self, num_queries: int, own_head: bool = True) -> ProposalParameters:
-        """What further queries need, owned by whoever asks."""
+        """Make the parameters of extra queries."""
         head = TokenHead(self.content.channels) if own_head else None
         return ProposalParameters(num_queries=num_queries, content=None, head=head)
 
     def bind(self, memory: Memory) -> TokenSource:
-        """A source of queries for this memory; it lives for one forward."""
+        """Return the source of queries for one forward pass."""
         return TokenSource(self, memory)
 
 
 class TokenSource:
-    """The queries of one forward of `TokenQueries`."""
+    """Queries of `TokenQueries` for one forward pass."""
 
     def __init__(self, design: TokenQueries, memory: Memory):
         self.design = design
@@ -157,8 +158,15 @@ class TokenSource:
         self.found = design.learned.head(memory)
 
     def queries(self, learned: ProposalParameters | None = None, first_rank: int = 0) -> Queries:
-        """One "match" segment of the tokens ranked first_rank and below, by the head of `learned`
-        (default: the design's own). Proposals come with the queries whose head they are."""
+        """Make one "match" segment from the tokens ranked `first_rank` and below.
+
+        Args:
+            learned: parameters whose head ranks the tokens (default: those of the design).
+            first_rank: rank of the first token to take.
+
+        Returns:
+            The queries; with proposals only if `learned` has its own head.
+        """
         heads = self.design.heads
         learned = self.design.learned if learned is None else learned
         found = self.found
@@ -181,13 +189,13 @@ class TokenSource:
             mask_features=self.memory.mask_features,
         )
         return Queries(
-            state=QueryState(tokens.detach(), None, self._around_masks(embeddings, boxes)),
+            state=QueryState(tokens.detach(), None, self._boxes_around_masks(embeddings, boxes)),
             segments=proposals.segments,
             proposals=None if learned.head is None else proposals,
         )
 
-    def _around_masks(self, embeddings: Tensor, boxes: Tensor) -> Tensor:
-        """The box [B, Q, 4] around each mask; `boxes` where there is none. Without gradient."""
+    def _boxes_around_masks(self, embeddings: Tensor, boxes: Tensor) -> Tensor:
+        """Boxes [B, Q, 4] around the masks, `boxes` for empty masks, without gradient."""
         mask_features, epsilon = self.memory.mask_features, self.design.epsilon
         with torch.no_grad():
             masks = mask_logits(embeddings, mask_features.features)
@@ -196,7 +204,7 @@ class TokenSource:
             return around.clamp(epsilon, 1 - epsilon)
 
     def from_boxes(self, labels: Tensor, boxes: Tensor) -> QueryState:
-        """Queries of labels [B, T] at boxes [B, T, 4]."""
+        """Make queries from labels [B, T] int64 and boxes [B, T, 4]."""
         epsilon = self.design.epsilon
         return QueryState(
             self.design.content.labels(labels), None, boxes.clamp(epsilon, 1 - epsilon)
@@ -204,11 +212,10 @@ class TokenSource:
 
 
 class IterativeRefinementWithMasks(nn.Module):
-    """The box rule of DINO (`models.predictor.IterativeRefinement` behind a norm, looking forward twice), with
-    masks, and with a prediction before the first layer, whose box is the reference itself.
+    """Box refinement of DINO with masks and a prediction before the first layer.
 
-    As in the authors' code, what classes and masks are said by is normed twice behind a layer, with
-    the same norm.
+    Follows `models.prediction_heads.IterativeRefinement` with a norm, looking forward twice. As in
+    the authors' code, the features for class and mask heads pass through the same norm twice.
     """
 
     def __init__(self, *, heads: Heads, epsilon: float):
@@ -217,10 +224,12 @@ class IterativeRefinementWithMasks(nn.Module):
         self.epsilon = epsilon
 
     def start(self, content: Tensor, reference: Tensor) -> LayerOutput:
+        """Predict from content [B, Q, C]; the boxes are the references [B, Q, 4]."""
         logits, embeddings = self.heads(content)
         return LayerOutput(logits, reference, reference, reference, mask_embeddings=embeddings)
 
-    def forward(self, _layer: int, content: Tensor, previous: LayerOutput) -> LayerOutput:
+    def forward(self, layer: int, content: Tensor, previous: LayerOutput) -> LayerOutput:
+        """Predict from the content [B, Q, C] of a decoder layer."""
         heads, normed = self.heads, self.heads.norm(content)
         logits, embeddings = heads(normed)
         moved = refine_box(previous.reference, heads.delta(content), self.epsilon)

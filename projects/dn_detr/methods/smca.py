@@ -1,25 +1,25 @@
-"""SMCA: decoder attention under a Gaussian whose place and size the query chooses.
+"""SMCA: cross-attention modulated by a Gaussian whose centre and scale the query predicts.
 
 Peng Gao et al., "Fast Convergence of DETR with Spatially Modulated Co-Attention", 2101.07448;
 single and multi-scale.
 
 What differs from DETR:
- - before anything else, a layer reads from content and slot where each head looks (an offset from
-   the query's centre) and how narrowly, for width and height apart; the logarithm of that Gaussian
-   is added to the logits of cross-attention;
- - the centre follows from the slot once, before the first layer; all boxes are offsets from it;
+ - before self-attention, a layer predicts from content and position, for each head, an offset from
+   the query centre and separate horizontal and vertical scales; the logarithm of that Gaussian is
+   added to the cross-attention logits;
+ - the centre is predicted once, before the first layer; all boxes are offsets from it;
  - focal loss with 300 queries;
- - multi-scale (`smca_multiscale`): the encoder attends within each scale, in its middle layer
-   across all; in the decoder, each query weighs the scales, which are attended to one by one.
+ - multi-scale (`smca_multiscale`): the encoder attends within each scale, and across all scales in
+   its middle layer; the decoder attends to each scale separately and weights them per query.
 
-Denoising (not in the paper): the noised centre is the centre, a linear embedding of the noised box
-takes the place of the learned slot, the label is the content.
+Denoising (not in the paper): the noised centre is the centre, the position a linear embedding of
+the noised box, the content the label embedding.
 
-Deviations from the paper, as in the authors' code: the Gaussian's scale is an inverse width (the
-squared distance is multiplied by its square), and the centre has an MLP of three layers. From the
-code: centres and offsets are in cells of the map, counted by whole cells; theirs counts the image
-in steps of 32 pixels, whatever the stride. The multi-scale model follows the paper; the code that
-was released under this name is another network, with depthwise convolutions as its encoder.
+Deviations from the paper, as in the authors' code: the scale of the Gaussian is an inverse width
+(the squared distance is multiplied by its square), and the centre comes from a three-layer MLP.
+Deviations from the code: centres and offsets are in cells of the feature map, at integer
+coordinates; theirs assumes a stride of 32 pixels. The multi-scale model follows the paper; the code
+released under this name is a different network, whose encoder uses depthwise convolutions.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SMOOTHNESS = 8.0
 
 
 class GaussianAttention(nn.Module):
-    """Cross-attention with a Gaussian prior for each head and scale (sec. 3.2 and 3.3)."""
+    """Cross-attention with a Gaussian prior for each head and level (sec. 3.2 and 3.3)."""
 
     def __init__(self, c: ModelConfig, *, num_levels: int):
         super().__init__()
@@ -74,8 +74,16 @@ class GaussianAttention(nn.Module):
         nn.init.ones_(self.scale.bias)
 
     def forward(self, query: Tensor, guide: Tensor, reference: Tensor, memory: Memory) -> Tensor:
-        """query [B, Q, C]: what asks; guide [B, Q, C]: what says where; reference [B, Q, 2]: the
-        centre in [0, 1] -> update [B, Q, C]."""
+        """Attend to the memory.
+
+        Args:
+            query: [B, Q, C].
+            guide: [B, Q, C], predicts offsets, scales and level weights.
+            reference: centres [B, Q, 2] in [0, 1].
+
+        Returns:
+            Update [B, Q, C].
+        """
         heads = (self.num_levels, self.num_heads, 2)
         offset = self.offset(guide).unflatten(-1, heads)
         scale = self.scale(guide).unflatten(-1, heads)
@@ -108,10 +116,15 @@ class GaussianAttention(nn.Module):
 
 
 def gaussian(centre: Tensor, scale: Tensor, height: int, width: int) -> Tensor:
-    """Logarithm of a Gaussian over the cells of a map, [B, heads, Q, height * width].
+    """Compute the logarithm of a Gaussian over the cells of a map.
 
-    centre [B, Q, heads, 2] in cells, a cell's own coordinate being its index; scale [B, Q, heads,
-    2]: inverse widths.
+    Args:
+        centre: [B, Q, heads, 2], x and y in cells; the coordinate of a cell is its index.
+        scale: [B, Q, heads, 2], inverse widths.
+        height, width: of the map in cells.
+
+    Returns:
+        [B, heads, Q, height * width].
     """
     x, y = (
         torch.arange(size, device=centre.device, dtype=centre.dtype) for size in (width, height)
@@ -124,7 +137,7 @@ def gaussian(centre: Tensor, scale: Tensor, height: int, width: int) -> Tensor:
 
 
 class GaussianDecoderLayer(nn.Module):
-    """The stock layer, except that where to look is read before self-attention."""
+    """`DecoderLayer` with Gaussian cross-attention, guided by the content before self-attention."""
 
     def __init__(self, c: ModelConfig, *, num_levels: int):
         super().__init__()
@@ -145,6 +158,7 @@ class GaussianDecoderLayer(nn.Module):
         memory: Memory,
         query_mask: QueryAttentionMask,
     ) -> Tensor:
+        """Update content [B, Q, C]; position: [B, Q, C] for self- and for cross-attention."""
         for_self, for_cross = position
         guide = self.guide_norm(content + for_self)
         content = self.self_attention(content, for_self, query_mask)
@@ -153,8 +167,11 @@ class GaussianDecoderLayer(nn.Module):
 
 
 class GuidedPoint(nn.Module):
-    """The centre of a query, as logits: an MLP of normed content and slot. norm: that of the first
-    decoder layer, which owns it as well."""
+    """Predict the centre of a query by an MLP of its normalised content and position.
+
+    Args:
+        norm: shared with the first decoder layer.
+    """
 
     def __init__(self, *, channels: int, norm: nn.LayerNorm):
         super().__init__()
@@ -163,17 +180,19 @@ class GuidedPoint(nn.Module):
         xavier_(self.mlp)
 
     def forward(self, content: Tensor, position: Tensor) -> Tensor:
+        """Map content and position [..., C] to point logits [..., 2]."""
         return self.mlp(self.norm(content + position))
 
 
 class ScaleEncoder(DenseEncoder):
-    """Attention within each scale, in the middle layer across all of them (sec. 3.3)."""
+    """Self-attention within each scale, and across all scales in the middle layer (sec. 3.3)."""
 
     def __init__(self, layers: Sequence[nn.Module]):
         super().__init__(layers)
         self.across = len(layers) // 2
 
     def forward(self, memory: Memory) -> Memory:
+        """Encode the tokens [B, S, C] of the memory."""
         sizes = [height * width for height, width in memory.shapes]
         for index, layer in enumerate(self.layers):
             if index == self.across:
@@ -187,9 +206,10 @@ class ScaleEncoder(DenseEncoder):
         return memory
 
 
-def slots_and_decoder(
+def queries_and_decoder(
     c: BoxConfig, content: QueryContent, *, num_levels: int
 ) -> tuple[LearnedQueries, Decoder]:
+    """Build both together: the centre of a query uses a norm of the first decoder layer."""
     layers = [GaussianDecoderLayer(c, num_levels=num_levels) for _ in range(c.decoder_layers)]
     point = GuidedPoint(channels=c.channels, norm=layers[0].guide_norm)
     decoder = Decoder(
@@ -205,9 +225,9 @@ def slots_and_decoder(
 def smca(
     config: BoxConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
-    """SMCA on the last feature."""
+    """Build single-scale SMCA on the last backbone feature."""
     c = config
-    design, decoder = slots_and_decoder(c, content, num_levels=1)
+    design, decoder = queries_and_decoder(c, content, num_levels=1)
     return single_scale_detector(
         c,
         in_channels,
@@ -229,9 +249,9 @@ class SMCAMultiScaleConfig(BoxConfig):
 def smca_multiscale(
     config: SMCAMultiScaleConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
-    """SMCA on several scales (strides 16, 32 and 64 in the paper)."""
+    """Build multi-scale SMCA (strides 16, 32 and 64 in the paper)."""
     c = config
-    design, decoder = slots_and_decoder(c, content, num_levels=c.num_levels)
+    design, decoder = queries_and_decoder(c, content, num_levels=c.num_levels)
     return DETR(
         neck=multi_scale_neck(c, in_channels, strides),
         flatten=Flatten(
