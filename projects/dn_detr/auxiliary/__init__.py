@@ -1,1 +1,1 @@
-"""Training-only segments: an auxiliary query module is a module (queries, source, targets) -> queries."""
+"""Auxiliary queries, used in training only: modules (queries, source, targets) -> queries."""

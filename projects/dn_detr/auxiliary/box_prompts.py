@@ -1,15 +1,15 @@
-"""Prompted objects: some boxes of an image are given, the queries find the others (2203.01305, TPAMI
+"""Box prompts: some objects are given, the matched queries detect the others (2203.01305, TPAMI
 version, sec. 5.7).
 
-Given boxes with their labels become queries as noised ones do, but nothing hides them: the matched
-queries see them in every layer. In training a random subset of the objects of some images is given.
-As in the paper these are not to be found again: a matched query that is assigned to one of them must
-say nothing. (There whole classes are given or not; here single objects are.)
+Prompted boxes and labels become queries like noised ones, but the matched queries attend to them in
+every layer. Training prompts a random subset of the objects of some images. As in the paper, these
+are excluded from detection: a matched query assigned to one is trained as background. (The paper
+prompts whole classes, this module single objects.)
 
-Denoising queries see the matched ones, and through them, in training, what is given; the paper has no
-mask between the parts either.
+Denoising queries attend to the matched queries, and so indirectly to the prompts in training; the
+paper does not mask this either.
 
-Boxes may come without a label: their query has that of the label table's last row, "unknown".
+A box without a label uses the last row of the label embedding, "unknown".
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ from dn_detr.ops.philox import philox
 from dn_detr.protocols import QuerySource
 from dn_detr.structures import Queries, QueryState, Segment, Targets
 
-KNOWN_DRAW = 2  # of the generator: `ops.noise_objects` has 0 and 1
-OTHER_NOISE = 0x2545F491  # changes a noise key, so that given boxes are not those of denoising
+PROMPT_DRAW = 2  # random stream; `ops.noise_objects` uses 0 and 1
+PROMPT_NOISE = 0x2545F491  # XORed with the noise seed, so that prompts differ from denoising boxes
 
 
 @dataclass(frozen=True, eq=False)
 class PromptedObjects:
-    """labels [B, M] int64 (the number of classes: unknown); boxes [B, M, 4]; is_given [B, M] bool,
-    False where the slot has none."""
+    """Prompts of a batch, padded to M.
+
+    labels: [B, M] int64 in [0, K], where K means unknown.
+    boxes: [B, M, 4] cxcywh in [0, 1].
+    is_given: [B, M] bool, False for padding.
+    """
 
     labels: Tensor
     boxes: Tensor
@@ -39,9 +43,10 @@ class PromptedObjects:
 
 
 def add_prompts(queries: Queries, source: QuerySource, given: PromptedObjects) -> Queries:
-    """`queries` behind a "prompt" segment of the given objects, which they see.
+    """Prepend a "prompt" segment of the given objects, visible to the matched queries.
 
-    source: has `from_boxes(labels [B, M], boxes [B, M, 4]) -> QueryState`.
+    Args:
+        source: provides `from_boxes(labels [B, M], boxes [B, M, 4]) -> QueryState`.
     """
     most = given.labels.shape[1]
     objects = torch.arange(most, device=given.labels.device)
@@ -86,7 +91,7 @@ class BoxPrompting:
 
 
 class RandomBoxPrompts(nn.Module):
-    """In training, gives random objects of random images to the queries.
+    """Prompt random objects of random images in training, determined by `targets.noise_seeds`.
 
     Everything random follows from `targets.noise_seeds`.
     """
@@ -99,27 +104,28 @@ class RandomBoxPrompts(nn.Module):
         self.num_classes = num_classes
 
     def forward(self, queries: Queries, source: QuerySource, targets: Targets) -> Queries:
-        """source: see `add_prompts`."""
+        """Add the prompts of a training batch; see `add_prompts`."""
         return add_prompts(queries, source, self.choose(targets))
 
     @torch.no_grad()
     def choose(self, targets: Targets) -> PromptedObjects:
-        """What is given of the objects of a batch, in their places."""
+        """Choose the prompts of a batch, [B, M], at the positions of their objects."""
         most = targets.labels.shape[1]
         key = targets.noise_seeds[:, None]
         index = torch.arange(most, device=key.device)[None]
-        is_asked, share, *_ = (
-            word.double() * 2.0**-32 for word in philox(key, (index[:, :1] * 0, 0, KNOWN_DRAW, 1))
+        image_draw, share, *_ = (
+            word.double() * 2.0**-32 for word in philox(key, (index[:, :1] * 0, 0, PROMPT_DRAW, 1))
         )
-        chance, hiding, *_ = (
-            word.double() * 2.0**-32 for word in philox(key, (index, 0, KNOWN_DRAW, 0))
+        object_draw, label_draw, *_ = (
+            word.double() * 2.0**-32 for word in philox(key, (index, 0, PROMPT_DRAW, 0))
         )
-        is_given = targets.is_object & (is_asked < self.config.probability) & (chance < share)
+        is_prompted = image_draw < self.config.probability
+        is_given = targets.is_object & is_prompted & (object_draw < share)
         noised = noise_objects(
             targets.labels,
             targets.boxes,
             targets.is_object,
-            targets.noise_seeds ^ OTHER_NOISE,
+            targets.noise_seeds ^ PROMPT_NOISE,
             num_groups=1,
             slots_per_group=most,
             num_classes=self.num_classes,
@@ -129,5 +135,7 @@ class RandomBoxPrompts(nn.Module):
             num_matched=0,
             mask_dtype=torch.float32,
         )
-        labels = torch.where(hiding < self.config.hidden_labels, self.num_classes, targets.labels)
+        labels = torch.where(
+            label_draw < self.config.hidden_labels, self.num_classes, targets.labels
+        )
         return PromptedObjects(labels, noised.boxes, is_given)

@@ -1,12 +1,13 @@
 """Query denoising: DN-DETR (2203.01305) and its contrastive form (2203.03605, sec. 3.3).
 
-Noised copies of the ground truth enter the decoder as further queries that must rebuild their
-object. Each object has one slot in every group (two when contrastive: one near enough to be
-rebuilt, one that must say nothing); groups see themselves and the matched queries, which in turn
-never see a denoising slot, so that no ground truth leaks into the predictions.
+Noised copies of the ground truth enter the decoder as extra queries that must reconstruct their
+object. Each object has one query in every group (two with contrastive denoising: a positive that
+reconstructs it and a negative that predicts background). A group attends to itself and to the
+matched queries, which never attend to denoising queries, so that no ground truth leaks.
 
-Deviation from the published code: slots of images with fewer objects than the fullest one are no
-keys (`hides_empty`), so that an image's result does not depend on its batch partners.
+Deviation from the published code: the empty queries of images with fewer objects than the largest
+in the batch are masked out as keys (`hides_empty`), so that the result for an image does not depend
+on the other images in the batch.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from dn_detr.structures import NoisedObjects, Queries, QueryState, Segment, Targ
 
 @dataclass(frozen=True, kw_only=True)
 class FixedGroups:
-    """`num_groups` groups whatever the number of objects (2203.01305: 5).
+    """A fixed number of denoising groups (2203.01305: 5).
 
-    At most `max_objects` noised objects an image in all: in crowded images each group then holds a
-    random subset of the objects, so that memory is bounded.
+    At most `max_objects` noised objects per image bound the memory: in crowded images, each group
+    contains a random subset of the objects.
     """
 
     num_groups: int = 5
@@ -50,7 +51,7 @@ class FixedGroups:
 class ObjectBudget:
     """As many groups as fit into `max_objects` noised objects, at least one (2203.03605: 100).
 
-    An image with more objects than that gets a random subset of them.
+    Images with more objects use a random subset of them.
     """
 
     max_objects: int = 100
@@ -96,7 +97,7 @@ class Denoising:
 
 
 class DenoisingQueries(nn.Module):
-    """Prepends a "dn" segment of noised ground truth to the queries.
+    """Prepend a "dn" segment of noised ground truth, determined by `targets.noise_seeds`.
 
     The noise depends on `targets.noise_seeds` alone.
     """
@@ -112,7 +113,7 @@ class DenoisingQueries(nn.Module):
             self.groups = FixedGroups(num_groups=config.num_groups, max_objects=config.max_objects)
 
     def forward(self, queries: Queries, source: QuerySource, targets: Targets) -> Queries:
-        """source: has `from_boxes(labels [B, T], boxes [B, T, 4]) -> QueryState`."""
+        """Prepend the denoising queries."""
         match = next(segment for segment in queries.segments if segment.name == "match")
         noised, mask = self.noise(
             targets, num_matched=match.size, mask_dtype=attention_dtype(queries.state.content)
@@ -134,22 +135,26 @@ class DenoisingQueries(nn.Module):
             state=QueryState.cat([state, queries.state]),
             segments=(segment, *queries.segments),
             proposals=queries.proposals,
-            mask=mask if match.is_empty is None else hide_last(mask, match.is_empty),
+            mask=mask if match.is_empty is None else hide_empty_matched(mask, match.is_empty),
         )
 
     def noise(
         self, targets: Targets, *, num_matched: int, mask_dtype: torch.dtype
     ) -> tuple[NoisedObjects, Tensor]:
-        """T noised objects for each image, and the additive mask of their slots and the matched ones
-        after them, [B or 1, 1, T + num_matched, T + num_matched]; see `ops.noise_objects`."""
-        num_groups, slots = self.groups(targets.labels.shape[1])
+        """Noise the targets, see `ops.noise_objects`.
+
+        Returns:
+            T noised objects per image, and the additive mask
+            [B or 1, 1, T + num_matched, T + num_matched] of the denoising and matched queries.
+        """
+        num_groups, group_size = self.groups(targets.labels.shape[1])
         labels, boxes, assignment, is_empty, mask = noise_objects(
             targets.labels,
             targets.boxes,
             targets.is_object,
             targets.noise_seeds,
             num_groups=num_groups,
-            slots_per_group=slots,
+            slots_per_group=group_size,
             num_classes=self.num_classes,
             box_noise=self.config.box_noise,
             label_noise=self.config.label_noise,
@@ -161,25 +166,25 @@ class DenoisingQueries(nn.Module):
         return NoisedObjects(labels, boxes, assignment, is_empty, num_groups), mask
 
     def describe(self, noised: NoisedObjects, source: QuerySource, targets: Targets) -> QueryState:
-        """The queries of noised objects."""
+        """Make the state of the denoising queries, with content [B, T, C]."""
         return source.from_boxes(noised.labels, noised.boxes)
 
 
 class MaskDenoisingQueries(DenoisingQueries):
-    """`DenoisingQueries` for queries that start from a mask (2203.01305, TPAMI version, on Mask2Former).
+    """Denoising for queries that start from a mask (2203.01305, TPAMI version, on Mask2Former).
 
-    Masks of the ground truth, shifted, must be rebuilt: a mask keeps its shape and size, and moves
-    as the centre of its box does in box denoising. Targets must have masks.
-
-    source: has `from_masks(labels [B, T], masks, object_of [B, T], shift [B, T, 2]) -> QueryState`,
-    see `Targets.masks`; shift in shares of the image.
+    Shifted ground-truth masks must be reconstructed: a mask keeps its shape and size, and shifts
+    like the box centre in box denoising. Targets must have masks. The source provides
+    `from_masks(labels [B, T], masks, object_of [B, T], shift [B, T, 2]) -> QueryState`, with masks
+    as in `Targets` and shift as a fraction of the image size.
     """
 
     def describe(
         self, noised: NoisedObjects, source: MaskQuerySource, targets: Targets
     ) -> QueryState:
+        """See the base class."""
         if targets.masks is None:
-            raise ValueError("denoising of masks needs targets with masks, got None")
+            raise ValueError("mask denoising needs targets with masks, got None")
         object_of = noised.assignment.clamp(min=0)
         boxes = targets.boxes.gather(1, object_of[..., None].expand(-1, -1, 4))
         shift = noised.boxes[..., :2] - boxes[..., :2]
@@ -187,9 +192,13 @@ class MaskDenoisingQueries(DenoisingQueries):
         return source.from_masks(noised.labels, targets.masks, object_of, shift)
 
 
-def hide_last(mask: Tensor, is_empty: Tensor) -> Tensor:
-    """The additive mask [B, 1, n, n] in which nobody but themselves sees the empty ones among the
-    last slots, is_empty [B, N]. In place, because the rows of the mask are aligned."""
+def hide_empty_matched(mask: Tensor, is_empty: Tensor) -> Tensor:
+    """Hide empty matched queries, the last N, from all queries but themselves.
+
+    Args:
+        mask: additive [B, 1, n, n], changed in place because its rows are aligned.
+        is_empty: [B, N] bool.
+    """
     size = mask.shape[-1]
     hidden = F.pad(is_empty, (size - is_empty.shape[1], 0))[:, None, None]
     itself = torch.eye(size, dtype=torch.bool, device=mask.device)

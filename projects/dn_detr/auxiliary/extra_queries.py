@@ -1,15 +1,15 @@
 """Extra matched queries in training: Group DETR (2207.13085) and H-DETR (2207.13080).
 
-Group DETR: K - 1 extra groups of learned queries go through the same decoder. GroupQueries do not see each
-other, and each is matched one-to-one on its own; the loss is the mean over the groups. In two-stage
-models each group selects among proposals of its own head.
+Group DETR: extra groups of learned queries pass through the same decoder. Groups do not attend to
+each other, and each is matched one-to-one separately; the loss is the mean over the groups. In
+two-stage models, each group selects among the proposals of its own head.
 
-H-DETR (sec. 3.2): T extra queries go through the same decoder; neither set sees the other. In the
-second set each object is matched to `matches_per_object` queries. In two-stage models it takes the proposals
-that rank next after those of the first set.
+H-DETR (sec. 3.2): a second set of queries passes through the same decoder; the two sets do not
+attend to each other. Each object is matched to `matches_per_object` queries of the second set; in
+two-stage models that set takes the proposals ranked after those of the first.
 
-Inference uses the first group, or set, alone. The extra parameters belong to the modules here, so that
-the plain model has none of them.
+Inference uses only the first group or set. The modules here own the extra parameters, so that the
+model without them has none.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from dn_detr.structures import Predictions, Queries, QueryState, Segment, Target
 
 
 class GroupQueries(nn.Module):
-    """Appends a "group" segment of num_groups - 1 groups of `num_queries` (11 groups in the paper).
+    """Append a "group" segment of num_groups - 1 groups of `num_queries` queries.
 
-    Owns what these groups learn (`query_design.new_parameters`), so that the plain model has none of it.
+    Args:
+        query_design: makes the parameters of the extra groups (`new_parameters`).
+        num_groups: groups in all; 11 in the paper.
     """
 
     hides_labels = False
@@ -41,11 +43,11 @@ class GroupQueries(nn.Module):
         )
 
     def forward(self, queries: Queries, source: QuerySource, targets: Targets) -> Queries:
-        """source: has `queries(learned) -> Queries`."""
-        further = [source.queries(learned) for learned in self.learned]
-        share = 1 / (1 + len(further))
-        segment = Segment("group", 0, positives_per_object=len(further), weight=1 - share)
-        return append(weigh_match(queries, share), further, segment)
+        """Append the extra groups."""
+        extra = [source.queries(learned) for learned in self.learned]
+        share = 1 / (1 + len(extra))
+        segment = Segment("group", 0, positives_per_object=len(extra), weight=1 - share)
+        return append_segment(scale_match_weight(queries, share), extra, segment)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class HybridMatching:
 
 
 class HybridQueries(nn.Module):
-    """Appends a "hybrid" segment of T queries with several matches an object.
+    """Append a "hybrid" segment of T queries with several matches an object.
 
     Owns the parameters of these queries (`query_design.new_parameters`).
     """
@@ -78,9 +80,9 @@ class HybridQueries(nn.Module):
         self.learned = query_design.new_parameters(config.num_queries, own_head=False)
 
     def forward(self, queries: Queries, source: QuerySource, targets: Targets) -> Queries:
-        """source: has `queries(learned, first_rank) -> Queries`."""
+        """Append the one-to-many queries."""
         match = next(segment for segment in queries.segments if segment.name == "match")
-        further = source.queries(self.learned, first_rank=match.size)
+        extra = source.queries(self.learned, first_rank=match.size)
         segment = Segment(
             "hybrid",
             0,
@@ -88,43 +90,44 @@ class HybridQueries(nn.Module):
             positives_per_object=self.config.matches_per_object,
             weight=self.config.weight,
         )
-        return append(queries, [further], segment)
+        return append_segment(queries, [extra], segment)
 
 
-def append(queries: Queries, further: list[Queries], segment: Segment) -> Queries:
-    """`queries`, then those of `further` as groups of one new segment.
+def append_segment(queries: Queries, extra: list[Queries], segment: Segment) -> Queries:
+    """Append `extra` to `queries` as the groups of one new segment.
 
-    segment: its name, weight, copies and matches_per_object; size, groups and empty slots follow from
-    `further`. Proposals, where `further` has any, become a segment of the same kind.
+    Args:
+        extra: queries with one segment each; their proposals, if any, are appended likewise.
+        segment: name and loss settings; size, groups and empty queries are taken from `extra`.
     """
     proposals = queries.proposals
-    new = [one.proposals for one in further if one.proposals is not None]
+    new = [one.proposals for one in extra if one.proposals is not None]
     if new:
         proposals = _join([proposals, *new], (*proposals.segments, _merge(new, segment)))
     return Queries(
-        state=QueryState.cat([queries.state, *(one.state for one in further)]),
-        segments=(*queries.segments, _merge(further, segment)),
+        state=QueryState.cat([queries.state, *(one.state for one in extra)]),
+        segments=(*queries.segments, _merge(extra, segment)),
         proposals=proposals,
         mask=queries.mask,
     )
 
 
-def weigh_match(queries: Queries, weight: float) -> Queries:
-    """`queries` with the losses of their "match" segment, and of its proposals, times `weight`."""
+def scale_match_weight(queries: Queries, weight: float) -> Queries:
+    """Multiply the loss weight of the "match" segment, and of its proposals, by `weight`."""
 
-    def weighed(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+    def scaled(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
         return tuple(
             replace(s, weight=s.weight * weight) if s.name == "match" else s for s in segments
         )
 
     proposals = queries.proposals
     if proposals is not None:
-        proposals = replace(proposals, segments=weighed(proposals.segments))
-    return replace(queries, segments=weighed(queries.segments), proposals=proposals)
+        proposals = replace(proposals, segments=scaled(proposals.segments))
+    return replace(queries, segments=scaled(queries.segments), proposals=proposals)
 
 
 def _merge(parts: list[Queries] | list[Predictions], segment: Segment) -> Segment:
-    """The segment of equal groups whose slots are those of `parts`, each with one segment."""
+    """Complete `segment` with one group for each of `parts`, which have one segment each."""
     groups = [part.segments[0] for part in parts]
     return replace(
         segment,
