@@ -1,1 +1,1 @@
-"""Matching and losses: readers of `Predictions` that know no model."""
+"""Matching and losses, computed from `Predictions` independently of the model."""

@@ -1,13 +1,13 @@
-"""The loss: every term on every layer of every segment, under keys that never depend on the data.
+"""The criterion: every loss term for every layer of every segment.
 
-    loss_ce             classes, last layer of the matched queries (also loss_bbox, loss_giou, ...)
+    loss_ce             classification, last layer of the matched queries (also loss_bbox, ...)
     loss_ce_0           their first layer, and so on up to the last but one
-    loss_ce_dn_3        another segment: denoising queries
-    loss_ce_enc         the proposals of the encoder
-    loss_ce_teacher     of a criterion with a suffix
+    loss_ce_dn_3        fourth layer of the denoising queries, another segment
+    loss_ce_enc         encoder proposals
+    loss_ce_teacher     a criterion with a suffix
 
-The same keys come from every process, also where no image has an object, as gathering metrics over
-processes demands.
+The keys do not depend on the data: every process has the same ones, even without objects, so that
+metrics can be reduced over processes.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from dn_detr.structures import Assignment, Assignments, Matched, Predictions, Ta
 class Criterion:
     """Weighted losses of the assigned predictions.
 
-    terms: name (lower-case letters, part of the key) -> (term, weight); suffix: of all keys, tells
-    apart several criteria over the same predictions; segments: names of the segments served
-    ("encoder/<name>" for proposals), None = all. masks: further terms, of masks; None = no masks.
+    Args:
+        terms: name (lower-case letters, part of the key) -> (term, weight).
+        suffix: appended to all keys, to distinguish criteria over the same predictions.
+        segments: names of the segments to train ("encoder/<name>" for proposals), None for all.
+        masks: mask terms, or None.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class Criterion:
     ):
         for name in terms:
             if not re.fullmatch("[a-z]+", name):
-                raise ValueError(f"names of terms must be lower-case letters, got {name!r}")
+                raise ValueError(f"term names must be lower-case letters, got {name!r}")
         self.terms = dict(terms)
         self.suffix = suffix
         self.segments = segments
@@ -57,11 +59,15 @@ class Criterion:
         assignments: Assignments,
         num_objects: float | Tensor,
     ) -> dict[str, Tensor]:
-        """Scalar losses, times the weights of term and segment, in float32 whatever autocast says.
+        """Compute all losses in float32 regardless of autocast.
 
-        num_objects: of the batch, averaged over the processes and at least 1. Terms without any
-        object are 0 and still part of the graph. Layers whose matching is bad have the loss NaN:
-        so whoever reads the losses learns of it without another wait for the device.
+        Args:
+            num_objects: objects in the batch, averaged over processes and at least 1.
+
+        Returns:
+            Scalars [], weighted by term and segment. Terms without objects are 0 and stay in the
+            graph. Layers with non-finite predictions or costs (`Assignment.is_bad`) are NaN, which
+            reports them without another device synchronisation.
         """
         losses = {}
         with torch.autocast(predictions.logits.device.type, enabled=False):
@@ -90,20 +96,20 @@ class Criterion:
 
 
 def _label(segment: str) -> str:
-    """Part of the keys: none for "match", "enc" for "encoder/match", else the name."""
+    """Key part of a segment: "" for "match", "enc" for "encoder/match", otherwise the name."""
     place, _, name = segment.rpartition("/")
     return _joined("enc" if place else "", "" if name == "match" else name)
 
 
 def _joined(*words: str) -> str:
-    """The words that are not empty; without `filter`, which Dynamo of torch 2.8 cannot trace."""
+    """Join the non-empty words; Dynamo in torch 2.8 cannot trace `filter`."""
     return "_".join([word for word in words if word])
 
 
 def gather_targets(part: Predictions, targets: Targets, assignment: Assignment) -> Matched:
-    """The predictions of one segment beside the ground truth that its slots are assigned.
+    """Pair the predictions of one segment with their assigned ground truth, see `Matched`.
 
-    Slots that do not exist get logits 0 and boxes .5 without gradient, whatever stood there.
+    Empty queries get logits 0 and boxes 0.5 without gradient. Tensors are [L, B, Q, ...].
     """
     object_of = assignment.object_of
     layers = object_of.shape[0]
@@ -114,7 +120,7 @@ def gather_targets(part: Predictions, targets: Targets, assignment: Assignment) 
     if boxes is not None:
         boxes = torch.where(is_real[..., None], at_least_float32(boxes), 0.5)
 
-    def pick(values: Tensor) -> Tensor:  # [B, M] -> [L, B, q]
+    def pick(values: Tensor) -> Tensor:  # [B, M] -> [L, B, Q]
         return values.expand(layers, -1, -1).gather(2, index)
 
     target_boxes = torch.stack([pick(side) for side in targets.boxes.unbind(-1)], dim=-1)
@@ -133,18 +139,18 @@ def gather_targets(part: Predictions, targets: Targets, assignment: Assignment) 
 
 
 TERM = r"rpn(?=_cls|_loc)|box_reg|[a-z]+"
-"""A loss term in a key; the first two are Detectron2's, of Faster R-CNN."""
+"""Loss term in a key; the first two are those of Faster R-CNN in Detectron2."""
 
 
 def summarize(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add up the losses of each segment over terms and layers: loss_match, loss_dn, ...
+    """Sum the losses of each segment over terms and layers: loss_match, loss_dn, ...
 
     Args:
-        losses: scalars under the keys of one or more criteria, or of Detectron2's Faster R-CNN
+        losses: scalars [] under the keys of one or more criteria, or of Faster R-CNN in Detectron2
             (whose first stage becomes loss_rpn).
 
     Returns:
-        Scalars under "loss_<segment>".
+        Scalars [] under "loss_<segment>".
 
     Raises:
         ValueError: for any other key.

@@ -1,4 +1,4 @@
-"""What it costs to give a slot an object with a mask: see `losses.costs`."""
+"""Matching costs of masks; see `losses.matching_costs`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,14 @@ from dn_detr.structures import Predictions
 
 @dataclass(frozen=True, kw_only=True)
 class MaskCosts:
-    """Costs of class and box, as `others` has them, plus those of the mask: cross-entropy and Dice
-    at `num_points` uniform points, the same for all slots and layers (2112.01527, sec. 3.3)."""
+    """Mask costs at uniform random points (2112.01527, sec. 3.3), added to class and box costs.
+
+    Args:
+        others: class and box costs, as `Costs`.
+        cross_entropy: weight of the binary cross-entropy.
+        dice: weight of the Dice cost.
+        num_points: points per image, shared by all queries and layers.
+    """
 
     others: Callable[[Predictions, Objects], Tensor]
     cross_entropy: float = 5.0
@@ -26,9 +32,9 @@ class MaskCosts:
     num_points: int = 12544
 
     def __call__(self, predictions: Predictions, objects: Objects) -> Tensor:
-        """Cost of every slot for every object of its image: [L, T, Q], float32 or float64."""
+        """Compute the cost of each object and query of its image: [L, T, Q]."""
         if predictions.mask_embeddings is None or objects.masks is None:
-            raise ValueError("costs of masks need predictions and targets with masks")
+            raise ValueError("mask costs need predictions and targets with masks")
         others = self.others(predictions, objects)
         with torch.autocast(others.device.type, enabled=False):
             return others + self._of_masks(predictions, objects)
@@ -41,14 +47,14 @@ class MaskCosts:
             for masks, at in zip(objects.masks, points, strict=True)
         ]
         layers = []
-        for embeddings in predictions.mask_embeddings:  # one layer at a time, for memory's sake
+        for embeddings in predictions.mask_embeddings:  # one layer at a time to save memory
             logits = embeddings.to(features.dtype) @ features  # [B, Q, P]
             images = zip(logits, labels, strict=True)
             layers.append(torch.cat([self._of_image(*image) for image in images]))
         return torch.stack(layers)
 
     def _of_image(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits [Q, P] of an image beside its ground truth [n, P] -> [n, Q]."""
+        """Costs [n, Q] of logits [Q, P] and ground truth [n, P] of an image."""
         if labels.shape[0] == 0:
             return logits.new_zeros(0, logits.shape[0])
         # Cross-entropy is softplus(x) - label * x.

@@ -1,4 +1,4 @@
-"""Loss terms of masks: see `losses.terms`. They read `matched.mask_points`, [L, B, n, P]."""
+"""Loss terms of masks at `matched.mask_points` [L, B, n, P]; see `losses.loss_terms`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ from dn_detr.structures import Matched
 
 @dataclass(frozen=True, kw_only=True)
 class MaskTerms:
-    """What a criterion needs for masks: terms, name -> (term, weight); points: where they look;
-    without: names of the segments whose masks are not trained."""
+    """Mask losses of a criterion.
+
+    Args:
+        terms: name -> (term, weight).
+        points: point sampling.
+        without: names of the segments whose masks are not trained.
+    """
 
     terms: Mapping[str, tuple[LossTerm, float]]
     points: PointSampling
@@ -25,7 +30,7 @@ class MaskTerms:
 
 
 def _mean_over_objects(loss: Tensor, matched: Matched, num_objects: float | Tensor) -> Tensor:
-    """Losses [L, B, n] of the masks -> [L]."""
+    """Average the losses [L, B, n] of masks over the objects: [L]."""
     points = matched.mask_points
     loss = torch.where(points.is_positive, loss * points.scores, 0)
     return loss.sum(dim=(1, 2)) / (matched.positives_per_object * num_objects)
@@ -33,7 +38,7 @@ def _mean_over_objects(loss: Tensor, matched: Matched, num_objects: float | Tens
 
 @dataclass(frozen=True, kw_only=True)
 class MaskCrossEntropy:
-    """Binary cross-entropy, averaged over the points of a mask."""
+    """Binary cross-entropy, averaged over the points of a mask: [L]."""
 
     def __call__(self, matched: Matched, num_objects: float | Tensor) -> Tensor:
         points = matched.mask_points
@@ -43,8 +48,10 @@ class MaskCrossEntropy:
 
 @dataclass(frozen=True, kw_only=True)
 class Dice:
-    """One minus the overlap coefficient of Dice over the points of a mask, with one added to both
-    parts of the fraction (1606.04797, eq. 3; 2112.01527, code)."""
+    """Dice loss over the points of a mask (1606.04797, eq. 3): [L].
+
+    One is added to numerator and denominator (2112.01527, code).
+    """
 
     def __call__(self, matched: Matched, num_objects: float | Tensor) -> Tensor:
         points = matched.mask_points

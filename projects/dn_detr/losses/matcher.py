@@ -1,7 +1,7 @@
-"""Who rebuilds what: bipartite matching (2005.12872, sec. 3.1) of all layers and segments at once.
+"""Hungarian matching (2005.12872, sec. 3.1) of all layers and segments at once.
 
-Nothing here waits for a GPU: costs, assignments and the places where numbers are not finite stay on
-the device. Only without the compiled operators the costs travel to the host, in one copy.
+With the compiled operators nothing synchronises with the GPU: costs, assignments and flags for
+non-finite values stay on the device. Without them, costs are copied to the host once.
 """
 
 from __future__ import annotations
@@ -29,16 +29,23 @@ def assign(
     costs: MatchingCosts,
     only: Collection[str] | None = None,
 ) -> Assignments:
-    """Assign the objects of each image to its slots, for every layer and segment on its own.
+    """Assign the objects of each image to queries, separately for every layer and segment.
 
-    Segments with a fixed assignment get that; in the others each group of slots takes each object
-    at most `matches_per_object` times at the least total cost. Empty slots are never matched; objects that
-    find no slot stay without. Proposals are answered under "encoder/<name>". only: names of the
-    segments wanted, None = all.
+    Segments with a fixed assignment keep it. In the others, each group of queries matches each
+    object at most `matches_per_object` times at minimal total cost; empty queries are not matched,
+    and surplus objects stay unmatched.
 
-    Where logits, boxes or costs are not finite, `Assignment.is_bad` is set. On the CPU that is a
-    FloatingPointError; on a GPU, which nobody waits for here, the losses of such layers become NaN
-    (`Criterion`), and whoever notices may ask `find_nonfinite`.
+    Args:
+        costs: (predictions of one segment, objects) -> costs [L, T, Q], such as `Costs`.
+        only: names of the segments to match, None for all.
+
+    Returns:
+        Assignments by segment name, "encoder/<name>" for proposals. `Assignment.is_bad` marks
+        non-finite logits, boxes or costs; `Criterion` turns their losses into NaN, and
+        `find_nonfinite` describes them.
+
+    Raises:
+        FloatingPointError: on the CPU, if logits, boxes or costs are not finite.
     """
     objects = list_objects(targets)
     parts = split_segments(predictions, only)
@@ -57,33 +64,35 @@ def assign(
     for name, part in parts.items():
         if name in found:
             matches, is_bad = found[name]
-            matches = _leave_out(matches, part.segments[0].ignored_objects)
+            matches = _remove_ignored(matches, part.segments[0].ignored_objects)
             assignment = Assignment(matches, _is_real(part), is_bad | _is_nonfinite(part))
         else:
             fixed = part.segments[0].assignment.expand(part.logits.shape[0], -1, -1)
             assignment = Assignment(fixed, _is_real(part))
         assignments[name] = assignment
-    if predictions.logits.device.type == "cpu" and (sentence := find_nonfinite(assignments)):
-        raise FloatingPointError(sentence)
+    if predictions.logits.device.type == "cpu" and (message := find_nonfinite(assignments)):
+        raise FloatingPointError(message)
     return assignments
 
 
 def find_nonfinite(assignments: Assignments) -> str:
-    """A sentence that names segment, layer and image where `is_bad` is set, else "". Waits for the
-    device."""
+    """Describe the first segment, layer and image with `is_bad` set, or return "".
+
+    Synchronises with the device.
+    """
     for name, assignment in assignments.items():
         places = [] if assignment.is_bad is None else assignment.is_bad.nonzero().tolist()
         if places:
             layer, image = places[0]
             return (
                 f"NaN or infinity in the logits, boxes or matching costs of segment {name!r}, "
-                f"layer {layer}, image {image} of the batch ({len(places)} such places in all)"
+                f"layer {layer}, image {image} of the batch ({len(places)} such places in total)"
             )
     return ""
 
 
-def _leave_out(object_of: Tensor, ignored_objects: Tensor | None) -> Tensor:
-    """object_of [L, B, size], with -1 for the objects that are left out, [B, M] or None."""
+def _remove_ignored(object_of: Tensor, ignored_objects: Tensor | None) -> Tensor:
+    """Replace ignored objects ([B, M] bool or None) in object_of [L, B, Q] by -1."""
     if ignored_objects is None:
         return object_of
     ignored_objects = ignored_objects.expand(object_of.shape[0], -1, -1)
@@ -91,14 +100,14 @@ def _leave_out(object_of: Tensor, ignored_objects: Tensor | None) -> Tensor:
 
 
 def _costs(part: Predictions, objects: Objects, costs: MatchingCosts) -> Tensor:
-    """[L, T, size] of a single segment."""
+    """Costs [L, T, Q] of a single segment."""
     if part.is_class_agnostic:
         objects = replace(objects, labels=torch.zeros_like(objects.labels))
     return costs(part, objects)
 
 
 def _is_real(part: Predictions) -> Tensor:
-    """[B, size] bool: the slots of a single segment that exist."""
+    """[B, Q] bool: the non-empty queries of a single segment."""
     is_empty = part.segments[0].is_empty
     if is_empty is None:
         return torch.ones(part.logits.shape[1:3], dtype=torch.bool, device=part.logits.device)
@@ -106,7 +115,7 @@ def _is_real(part: Predictions) -> Tensor:
 
 
 def _is_nonfinite(part: Predictions) -> Tensor:
-    """[L, B] bool: whether logits or boxes of slots that exist hold NaN or infinity."""
+    """[L, B] bool: whether logits or boxes of non-empty queries contain NaN or infinity."""
     is_bad = torch.zeros(part.logits.shape[:2], dtype=torch.bool, device=part.logits.device)
     for values in (part.logits, part.boxes) if part.boxes is not None else (part.logits,):
         if use_kernel("has_nonfinite", values.device):

@@ -1,7 +1,7 @@
-"""What it costs to give a slot an object: the price that the matcher minimises.
+"""Matching costs of queries and objects.
 
-All objects of a batch stand in one list of T, image after image; T is the true number of objects,
-not the padded one. An object is only compared with the slots of its own image.
+The T objects of a batch are concatenated over images, without padding. Each object is compared only
+with the queries of its own image.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ from dn_detr.structures import Predictions, Targets
 
 @dataclass(frozen=True, eq=False)
 class Objects:
-    """The objects of a batch without padding: image_of [T] int64, ascending; labels [T] int64;
-    boxes [T, 4] cxcywh. masks and noise_seeds [B]: as in `Targets`."""
+    """The objects of a batch without padding.
+
+    image_of: [T] int64, ascending.
+    labels: [T] int64.
+    boxes: [T, 4] cxcywh in [0, 1].
+    masks, noise_seeds: as in `Targets`.
+    """
 
     image_of: Tensor
     labels: Tensor
@@ -32,14 +37,13 @@ class Objects:
 
 
 def list_objects(targets: Targets) -> Objects:
-    """Objects on the device of `targets`; their number comes from the host, nothing waits for a
-    device."""
-    places = targets.is_object.nonzero_static(size=sum(targets.counts))  # [T, 2]
-    image_of, place_of = places.unbind(1)
+    """List the objects of `targets`, without device synchronisation (`counts` is on the host)."""
+    indices = targets.is_object.nonzero_static(size=sum(targets.counts))  # [T, 2]
+    image_of, object_of = indices.unbind(1)
     return Objects(
         image_of=image_of.contiguous(),
-        labels=targets.labels[image_of, place_of],
-        boxes=targets.boxes[image_of, place_of],
+        labels=targets.labels[image_of, object_of],
+        boxes=targets.boxes[image_of, object_of],
         masks=targets.masks,
         noise_seeds=targets.noise_seeds,
     )
@@ -55,48 +59,63 @@ class MatchingCosts(Protocol):
 def focal_cost(
     logits: Tensor, image_of: Tensor, labels: Tensor, alpha: float, gamma: float
 ) -> Tensor:
-    """Focal loss of saying yes minus that of saying no (2010.04159, code): [L, T, Q].
+    """Compute the focal class cost (2010.04159, code): positive minus negative focal loss.
 
-    logits [L, B, Q, K]; image_of, labels [T] int64. With p the object's class probability:
+    With p the probability of the object's class, this is
     alpha (1 - p)^gamma (-log p) - (1 - alpha) p^gamma (-log(1 - p)).
+
+    Args:
+        logits: [L, B, Q, K].
+        image_of, labels: [T] int64.
+
+    Returns:
+        [L, T, Q].
     """
     logits = at_least_float32(logits.transpose(2, 3)[:, image_of, labels])  # [L, T, Q]
     return alpha * focal_penalty(-logits, gamma) - (1 - alpha) * focal_penalty(logits, gamma)
 
 
 def focal_penalty(logits: Tensor, gamma: float) -> Tensor:
-    """p^gamma (-log(1 - p)) for p = sigmoid(logits): the focal loss where the answer is no
-    (1708.02002); with negated logits where it is yes. Exact for logits of any size."""
+    """Compute p^gamma (-log(1 - p)) for p = sigmoid(logits), elementwise: [...] -> [...].
+
+    The focal loss (1708.02002) of negatives, or of positives with negated logits. Numerically
+    stable for logits of any size.
+    """
     return torch.exp(-gamma * F.softplus(-logits)) * F.softplus(logits)
 
 
 def softmax_cost(logits: Tensor, image_of: Tensor, labels: Tensor) -> Tensor:
-    """Minus the softmax probability of the object's class (2005.12872): [L, T, Q].
+    """Compute minus the softmax probability of the object's class (2005.12872): [L, T, Q].
 
-    logits [L, B, Q, K], the last class being "no object"; image_of, labels [T] int64.
+    Args:
+        logits: [L, B, Q, K], the last class being "no object".
+        image_of, labels: [T] int64.
     """
     probabilities = at_least_float32(logits).softmax(-1)
     return -probabilities.transpose(2, 3)[:, image_of, labels]
 
 
 def l1_cost(boxes: Tensor, image_of: Tensor, object_boxes: Tensor) -> Tensor:
-    """L1 distance of boxes [L, B, Q, 4] and object_boxes [T, 4], both cxcywh: [L, T, Q]."""
+    """Compute the L1 distance [L, T, Q] of boxes [L, B, Q, 4] to object_boxes [T, 4], cxcywh."""
     boxes = at_least_float32(boxes)[:, image_of]  # [L, T, Q, 4]
     return (boxes - object_boxes[:, None]).abs().sum(-1)
 
 
 def giou_cost(boxes: Tensor, image_of: Tensor, object_boxes: Tensor) -> Tensor:
-    """Minus the generalized IoU of boxes [L, B, Q, 4] and object_boxes [T, 4]: [L, T, Q]."""
+    """Compute minus the generalized IoU [L, T, Q] of boxes [L, B, Q, 4] and object_boxes [T, 4]."""
     boxes_xyxy = cxcywh_to_xyxy(boxes)[:, image_of]  # [L, T, Q, 4]
     return -elementwise_generalized_iou(boxes_xyxy, cxcywh_to_xyxy(object_boxes)[:, None])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Weighted sum of class, L1 and GIoU costs; any callable of the same form may replace it.
+    """Weighted sum of class, L1 and GIoU costs; any callable of this signature may replace it.
 
-    class_cost, l1, giou: weights (2, 5, 2 with focal loss; 1, 5, 2 in DETR); kind: "focal" (with
-    alpha and gamma) or "softmax". Without l1 and giou (0), predictions need no boxes.
+    Args:
+        class_cost, l1, giou: weights (2, 5, 2 with focal loss; 1, 5, 2 in DETR). If l1 and giou
+            are 0, predictions need no boxes.
+        kind: "focal" or "softmax".
+        alpha, gamma: of the focal cost.
     """
 
     class_cost: float = 2.0
@@ -111,13 +130,13 @@ class Costs:
             raise ValueError(f'kind of class cost must be "focal" or "softmax", got {self.kind!r}')
 
     def __call__(self, predictions: Predictions, objects: Objects) -> Tensor:
-        """Cost of every slot for every object of its image: [L, T, Q], float32 or float64.
+        """Compute the cost of each object and query of its image: [L, T, Q], float32 or float64.
 
-        Not differentiable. Without the compiled operator as `plain`, with the same values.
+        Not differentiable. Falls back to `compute_pytorch` without the compiled operator.
         """
         logits, boxes = predictions.logits.detach(), predictions.boxes
         if boxes is None or not use_kernel("matching_costs", logits.device):
-            return self.plain(logits, boxes, objects)
+            return self.compute_pytorch(logits, boxes, objects)
         boxes = boxes.detach()
         dtype = torch.promote_types(at_least_float32(logits).dtype, boxes.dtype)
         return matching_costs(
@@ -134,8 +153,8 @@ class Costs:
             gamma=self.gamma,
         )
 
-    def plain(self, logits: Tensor, boxes: Tensor | None, objects: Objects) -> Tensor:
-        """The costs in plain PyTorch: logits [L, B, Q, K], boxes [L, B, Q, 4] -> [L, T, Q]."""
+    def compute_pytorch(self, logits: Tensor, boxes: Tensor | None, objects: Objects) -> Tensor:
+        """Reference implementation: logits [L, B, Q, K], boxes [L, B, Q, 4] -> [L, T, Q]."""
         image_of, labels = objects.image_of, objects.labels
         if self.kind == "focal":
             class_cost = focal_cost(logits, image_of, labels, self.alpha, self.gamma)
@@ -145,7 +164,7 @@ class Costs:
             return self.class_cost * class_cost
         if boxes is None:
             raise ValueError(
-                "these predictions have no boxes: the costs of L1 and GIoU must be 0, got "
+                "predictions without boxes need L1 and GIoU costs of 0, got "
                 f"{self.l1} and {self.giou}"
             )
         return (

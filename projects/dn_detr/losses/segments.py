@@ -1,4 +1,4 @@
-"""How matching and losses see predictions: one part for each segment, proposals included."""
+"""Split predictions into segments for matching and losses."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ from dn_detr.structures import Predictions
 def split_segments(
     predictions: Predictions, only: Collection[str] | None = None
 ) -> dict[str, Predictions]:
-    """The predictions of each segment, as views; those of proposals under "encoder/<name>".
+    """Split predictions into views of their segments.
 
-    only: names of the parts wanted; None = all. ValueError where there is no such part.
+    Args:
+        only: names of the segments to return, None for all.
+
+    Returns:
+        Predictions by segment name, "encoder/<name>" for segments of proposals.
+
+    Raises:
+        ValueError: if there is no segment of a name in `only`.
     """
     sources = {"": predictions}
     if predictions.proposals is not None:

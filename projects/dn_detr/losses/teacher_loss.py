@@ -1,4 +1,4 @@
-"""What other detectors saw, as a second set of targets (Teach-DETR, 2211.11953, sec. 3)."""
+"""Boxes of teacher detectors as a second set of targets (Teach-DETR, 2211.11953, sec. 3)."""
 
 from __future__ import annotations
 
@@ -28,27 +28,25 @@ class Teach:
 
 
 class Teaching:
-    """Losses of the matched queries against boxes of a teacher, beside those of the ground truth.
+    """Losses of the matched queries against the boxes of a teacher.
 
-    The same predictions are matched once more, in every layer on its own, now with the teacher's
-    boxes. A box weighs as much as its score s: the class loss of the slot that is matched with it is
-    multiplied by s, those of the others by `unmatched_weight`; L1 by s; GIoU too, s (1 - GIoU).
-    Nothing is added to the model. Keys are "loss_ce_teacher" and so on.
+    The predictions of every layer are matched again, with the teacher's boxes. A box is weighted by
+    its score s: the class loss of the matched query and the L1 loss are multiplied by s, the GIoU
+    loss is s (1 - GIoU), and the class loss of unmatched queries is multiplied by
+    `unmatched_weight`. The model does not change. Keys are "loss_ce_teacher" and so on.
 
-    The authors' code has 1 - s GIoU in the last term, whose gradient is the same; here a box with
-    score 0 costs nothing, as in the other terms. Of several teachers the paper adds up the losses,
-    its code merges their boxes to one set; here the latter, before the training
-    (`tools/make_teacher_boxes.py`). Proposals of two-stage pages, which the authors' code teaches
-    too, learn from the ground truth alone.
+    Deviations from the authors' code: theirs has 1 - s GIoU, with the same gradient; here a box of
+    score 0 has loss 0, as in the other terms. Theirs also teaches the proposals of two-stage
+    methods. With several teachers, the paper sums the losses; as in the code, their boxes are
+    merged before training (`tools/make_teacher_boxes.py`).
 
     Args:
-        config: the weights.
-        costs: of the matching, for boxes alone; their kind is that of the class loss, too.
+        config: weights of the terms.
+        costs: matching costs for boxes; their kind selects the class loss.
         no_object_weight: with softmax, of queries without object; multiplied by
             `config.unmatched_weight`.
-        segments: names of those that learn from the teacher; the others, and proposals, only learn
-            from the ground truth. With Group DETR these are all groups, over which losses are a
-            mean; of H-DETR's the authors teach the one-to-one queries alone.
+        segments: names of the segments to teach: with Group DETR all groups, whose losses are
+            averaged; with H-DETR the authors teach only the one-to-one queries.
     """
 
     def __init__(
@@ -60,7 +58,7 @@ class Teaching:
         segments: Collection[str] = ("match",),
     ):
         if costs.l1 == costs.giou == 0:
-            raise ValueError("a teacher's boxes can only teach a detector that predicts boxes")
+            raise ValueError("teacher boxes can only teach a detector that predicts boxes")
         self.costs = costs
         self.segments = tuple(segments)
         weight = config.weight
@@ -86,7 +84,11 @@ class Teaching:
     def __call__(
         self, predictions: Predictions, boxes: Targets, num_boxes: float | Tensor
     ) -> dict[str, Tensor]:
-        """Scalar losses, as `Criterion` says. boxes: the teacher's, with scores. num_boxes: of the
-        batch, averaged over the processes and at least 1."""
+        """Compute the teacher losses, scalars []; see `Criterion`.
+
+        Args:
+            boxes: teacher boxes with scores [B, M].
+            num_boxes: teacher boxes in the batch, averaged over processes and at least 1.
+        """
         assignments = assign(predictions, boxes, self.costs, only=self.segments)
         return self.criterion(predictions, boxes, assignments, num_boxes)
