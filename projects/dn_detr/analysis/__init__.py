@@ -1,1 +1,1 @@
-"""Instruments that explain training; they never take part in it."""
+"""Training diagnostics; they do not affect training."""

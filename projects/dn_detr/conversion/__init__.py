@@ -1,4 +1,5 @@
-"""Checkpoints from elsewhere: safe reading, and tables that give their parameters our names.
+"""Conversion of checkpoints of other projects: safe loading, and tables of parameter names.
 
-Imports torch alone. `convert` is the door; `tables/` has one file per page.
+Needs only torch and numpy. The entry point is `convert_weights.convert`; `tables/` has one file per
+method.
 """

@@ -1,7 +1,7 @@
-"""Pretrained backbones: which library a file comes from, and its parameters under our names.
+"""Pretrained backbones: recognise the source of a file and rename its parameters.
 
-RandomBoxPrompts are the names of Detectron2 and of this project, ResNets of torchvision and timm, of Hugging Face
-and of Caffe2 (Detectron2's MSRA files), and for a backbone that a library built, that library's names.
+Supports names of Detectron2 and of this project; ResNets of torchvision, timm, Hugging Face and
+Caffe2 (MSRA files of Detectron2); and for a backbone built by a library, names of that library.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dn_detr.conversion.name_table import IGNORED, Rule, Table, resnet
 from dn_detr.conversion.safe_load import is_same
 
 Normalisation = tuple[str, tuple[float, ...], tuple[float, ...]]
-"""Channel order, mean and standard deviation of the pixels in 0..255 that weights were trained with."""
+"""Channel order, mean and standard deviation of the pixels (0 to 255) that weights expect."""
 
 IMAGENET: Normalisation = ("RGB", (123.675, 116.280, 103.530), (58.395, 57.120, 57.375))
 CAFFE: Normalisation = ("BGR", (103.530, 116.280, 123.675), (1.0, 1.0, 1.0))
@@ -33,7 +33,7 @@ WRAPPERS = re.compile(r"((module|model|backbone|bottom_up|resnet)\.)*")
 CLASSIFIER = re.compile(
     rf"^{WRAPPERS.pattern}(stem\.fc|fc|classifier|heads?|linear|fc1000(_\w)?|pred_\w)(\.|$)"
 )
-"""What a classifier has behind its backbone. Left out, by name."""
+"""Classification heads, which are dropped."""
 
 PREFIXES = ("backbone.bottom_up.", "backbone.", "bottom_up.")
 LAST_STAGE = 5
@@ -47,19 +47,22 @@ CAFFE_NORM_LEAVES = {
     **dict.fromkeys(("rm", "running_mean"), "running_mean"),
     **dict.fromkeys(("riv", "running_var"), "running_var"),
 }
-"""Detectron's own files have the short names, Detectron2's MSRA files the long ones."""
+"""Short names in Detectron files, long names in the MSRA files of Detectron2."""
 
 
 @dataclass(frozen=True)
 class BackboneMatch:
-    """What a file holds of a backbone.
+    """The backbone parameters of a file.
 
-    source: in words; found: parameters by the backbone's names; missing: names that the file lacks;
-    surplus: names in the file that belong to nothing; wrong: names with the shapes there and here;
-    depth: see `resnet_depth`; normalisation: what the weights were trained with, or one of `others`;
-    None = unknown;
-    strides_in_1x1: whether the bottlenecks of its network stride in their first convolution, None =
-    unknown; is_affine: its batch norms are an affine map alone.
+    source: description of the source.
+    found: parameters by the names of the backbone.
+    missing: names of the backbone that are not in the file.
+    surplus: names in the file that are not used.
+    wrong: names with mismatched shapes.
+    depth: see `resnet_depth`.
+    normalisation: pixel normalisation in training, or one of `others`; None if unknown.
+    strides_in_1x1: whether bottlenecks stride in their first convolution, None if unknown.
+    is_affine: whether its batch norms have no statistics.
     """
 
     source: str
@@ -75,18 +78,22 @@ class BackboneMatch:
 
 
 def check_normalisation(
-    weights: str, wanted: Normalisation, given: Normalisation, *others: Normalisation
+    weights: str, expected: Normalisation, given: Normalisation, *others: Normalisation
 ) -> None:
-    """ValueError, with what to set, unless pixels come as the weights were trained with them, or as
-    one of `others`: to a hundredth of the spread, which rounds what papers write."""
-    for order, mean, std in (wanted, *others):
+    """Check the configured pixel normalisation against that of the weights, or one of `others`.
+
+    Raises:
+        ValueError: if it differs from all by more than 1% of the standard deviation (papers
+            round); the message contains the values to set.
+    """
+    for order, mean, std in (expected, *others):
         pairs = zip((*mean, *std), (*given[1], *given[2]), strict=True)
         tolerance = 0.01 * max(std)
         if given[0] == order and all(abs(a - b) <= tolerance for a, b in pairs):
             return
     (order, mean, std), (given_order, given_mean, given_std) = (
         (order, *([round(v, 3) for v in values] for values in rest))
-        for order, *rest in (wanted, given)
+        for order, *rest in (expected, given)
     )
     raise ValueError(
         f"{weights} were trained with another pixel normalisation: set INPUT.FORMAT {order} "
@@ -103,11 +110,14 @@ def match_backbone(
     library_names: Mapping[str, str] | None = None,
     library_normalisation: Normalisation | None = None,
 ) -> BackboneMatch:
-    """The file's parameters for a backbone, by the names that fit best.
+    """Match the parameters of a file to a backbone, by the naming scheme that fits best.
 
-    state: name -> tensor of the file; wanted: name -> shape of the backbone's parameters and
-    statistics; library_names: the file's names -> the backbone's where `library` built it, "" for
-    what only its classifier has.
+    Args:
+        state: name -> tensor [...] of the file.
+        wanted: name -> shape of the parameters and statistics of the backbone.
+        library: the library that built the backbone, if any.
+        library_names: its names -> names of the backbone, "" for parameters of the classifier.
+        library_normalisation: pixel normalisation of its weights, None if unknown.
     """
     candidates: list[tuple[str, Renamer, Normalisation | None]] = [
         ("the names of Detectron2", _detectron2, None),
@@ -116,9 +126,9 @@ def match_backbone(
         (CAFFE2, _caffe2, CAFFE),
     ]
     if library_names is not None:
-        flat = _by_names(numbered_through(library_names))
+        flat = _by_names(consecutive_block_names(library_names))
         candidates.insert(
-            0, (f"{library}, its blocks numbered through", flat, library_normalisation)
+            0, (f"{library}, with blocks numbered consecutively", flat, library_normalisation)
         )
         candidates.insert(0, (library, _by_names(library_names), library_normalisation))
     matches = [_match(state, wanted, *candidate) for candidate in candidates]
@@ -126,7 +136,7 @@ def match_backbone(
     if match.source in (TORCHVISION, HUGGING_FACE):
         return replace(match, strides_in_1x1=False)
     if match.source == CAFFE2:
-        # ResNeXts stride in 3x3, and were trained with either standard deviation.
+        # ResNeXts stride in 3x3 convolutions; their standard deviation is ambiguous.
         is_resnext = any(
             name.endswith("_branch2b_w") and tensor.shape[1] < tensor.shape[0]
             for name, tensor in state.items()
@@ -142,7 +152,7 @@ def match_backbone(
 
 
 Renamer = Callable[[Mapping[str, Tensor]], Iterator[tuple[str, str | None, Tensor]]]
-"""State of a file -> (name there, name here, tensor); here: None = unknown, "" = not of a backbone."""
+"""State of a file -> (source name, our name, tensor); None if unknown, "" if not of a backbone."""
 
 
 def _match(
@@ -201,7 +211,7 @@ def _detectron2(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str | None, 
 
 
 def _by_table(rules: dict[str, Rule]) -> Renamer:
-    """By rules for names below "x", to ours below "backbone."."""
+    """Rename by rules from names with prefix "x." to names with prefix "backbone."."""
     table = Table("", rules)
 
     def rename(state):
@@ -228,14 +238,14 @@ def _by_names(names: Mapping[str, str]) -> Renamer:
 
 
 def _is_affine(state: Mapping[str, Tensor]) -> bool:
-    """Whether a file of Caffe2 has batch norms, but none of their statistics."""
+    """Whether a Caffe2 file has batch norms without statistics."""
     norms = [name for name in state if "_bn_" in name]
     return bool(norms) and not any(name.endswith(("_rm", "_running_mean")) for name in norms)
 
 
 def _caffe2(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str | None, Tensor]]:
-    """Where norms there are an affine map alone, their statistics are 0 and 1. The bias of the first
-    convolution, which has a norm behind it, is left out, as by Detectron2."""
+    """Affine-only norms get mean 0 and variance 1. The bias of the first convolution is dropped, as
+    in Detectron2, because a norm follows."""
     is_affine = _is_affine(state)
     for name, tensor in state.items():
         match = re.fullmatch(r"(?:(?:res_)?conv1|res(\d)_(\d+)_(branch\w+?))_([bg]n_)?(\w+)", name)
@@ -253,9 +263,9 @@ def _caffe2(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str | None, Tens
                 yield name, f"{conv}.norm.running_var", torch.ones_like(tensor)
 
 
-def numbered_through(library_names: Mapping[str, str]) -> dict[str, str]:
-    """Names of EfficientNets that number their blocks from first to last, to the same as those of
-    timm's: there a block is one of a stage, and a norm is named by what stands before it."""
+def consecutive_block_names(library_names: Mapping[str, str]) -> dict[str, str]:
+    """Derive names of EfficientNets with consecutively numbered blocks from those of timm, which
+    numbers blocks within stages and names norms differently."""
     found = (re.match(r"blocks\.(\d+)\.(\d+)\.", name) for name in library_names)
     blocks = sorted({(int(match[1]), int(match[2])) for match in found if match})
     names = {}

@@ -1,15 +1,15 @@
-"""A table of names: theirs on the left, ours on the right.
+"""Tables of rules that map source parameter names to names of this project.
 
-A name on the left is that of a parameter or of a module (then its weight, bias and running
-statistics follow); "{}" stands for a number and is carried over to the right. On the right stands
+The key of a rule names a parameter, or a module (with weight, bias and running statistics); "{}"
+matches a number, which is inserted into our name. The value is
 
- - a name: the parameter or module is called that here;
- - several names: the parameter is cut into equal parts along its first axis;
- - a list of names: the parameter or module stands here under each of them;
- - None: we have no such parameter, for a reason that the table states;
- - a function from the tensor to {our name: tensor}, in whose names "{}" is the number too.
+ - a name: rename the parameter or module;
+ - a tuple of names: split the parameter into equal parts along its first axis;
+ - a list of names: copy the parameter or module to each of them;
+ - None: drop the parameter, for the reason given in the table;
+ - a function from the tensor to {our name: tensor}, whose names may contain "{}".
 
-Names of ours are those of the core ("encoder.layers.0.norm"), or start with "backbone.".
+Our names are those of the core ("encoder.layers.0.norm") or start with "backbone.".
 """
 
 from __future__ import annotations
@@ -23,20 +23,29 @@ from torch import Tensor
 Rule = str | tuple[str, ...] | list[str] | None | Callable[[Tensor], dict[str, Tensor]]
 
 IGNORED = re.compile(r"(^|\.)num_batches_tracked$")
-"""Counters of batch norm, which a frozen one does not need."""
+"""Batch norm counters, which frozen batch norm does not use."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """source: whose files it is for; rules: see above; optional: names on the left that a file may
-    lack (variants of one architecture)."""
+    """Renaming rules for checkpoints of one source.
+
+    Args:
+        source: project that published the files.
+        rules: see the module docstring.
+        optional: keys of rules that a file may lack (variants of one architecture).
+    """
 
     source: str
     rules: dict[str, Rule]
     optional: frozenset[str] = frozenset()
 
     def apply(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]]:
-        """-> (our parameters, names without a rule, rules of this table that found no name)."""
+        """Rename the parameters [...] of a checkpoint.
+
+        Returns:
+            Our parameters, source names without a rule, and keys of unused rules.
+        """
         patterns = [
             (re.compile(re.escape(name).replace(r"\{\}", r"(\d+)")), name) for name in self.rules
         ]
@@ -59,7 +68,7 @@ class Table:
 def _look_up(
     name: str, patterns: list[tuple[re.Pattern, str]]
 ) -> tuple[str, tuple[str, ...], str] | None:
-    """The rule for `name`, the numbers in it and what follows the name of the module."""
+    """Find the rule for `name`, the numbers in it and the leaf after the module name."""
     module, _, leaf = name.rpartition(".")
     for candidate, rest in ((name, ""), (module, f".{leaf}")):
         for pattern, rule_name in patterns:
@@ -83,7 +92,7 @@ def _rename(rule: Rule, numbers: tuple[str, ...], leaf: str, tensor: Tensor) -> 
 
 
 def attention(theirs: str, ours: str) -> dict[str, Rule]:
-    """An `nn.MultiheadAttention`, whose q, k and v lie below each other."""
+    """Rules for `nn.MultiheadAttention`, whose q, k and v projections are stacked."""
     return {
         f"{theirs}.in_proj_weight": tuple(f"{ours}.{part}.weight" for part in "qkv"),
         f"{theirs}.in_proj_bias": tuple(f"{ours}.{part}.bias" for part in "qkv"),
@@ -92,12 +101,12 @@ def attention(theirs: str, ours: str) -> dict[str, Rule]:
 
 
 def below(prefix: str, ours: str, names: dict[str, str]) -> dict[str, Rule]:
-    """Modules that lie below `prefix` there and below `ours` here."""
+    """Rules for modules with prefix `prefix` in the source and `ours` here."""
     return {f"{prefix}.{theirs}": f"{ours}.{name}" for theirs, name in names.items()}
 
 
 def resnet(prefix: str) -> dict[str, Rule]:
-    """torchvision's names of a ResNet below `prefix`, to Detectron2's."""
+    """Rules for a ResNet of torchvision with prefix `prefix`, to names of Detectron2."""
     rules: dict[str, Rule] = {
         f"{prefix}.conv1": "backbone.stem.conv1",
         f"{prefix}.bn1": "backbone.stem.conv1.norm",

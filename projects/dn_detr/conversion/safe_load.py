@@ -1,4 +1,4 @@
-"""Reading checkpoints of unknown origin without running anything that stands in them."""
+"""Load untrusted checkpoints without executing code from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAFETENSORS_TYPES = {
 
 
 class StandIn:
-    """Takes the place of every class that a checkpoint names beside tensors: does nothing."""
+    """Inert replacement for every class that a checkpoint references besides tensors."""
 
     def __new__(cls, *_args, **_kwargs):
         return object.__new__(cls)
@@ -44,10 +44,15 @@ class StandIn:
 
 
 def read_parameters(path: str | Path) -> dict[str, Tensor]:
-    """Names and tensors of a model in a .pth, .pt, .bin, .safetensors or Detectron2's .pkl file.
+    """Read the parameters of a .pth, .pt, .bin, .safetensors or Detectron2 .pkl file.
 
-    Looks into "model" and "state_dict" where the file has them, and takes a "module." of
-    distributed training off the names. ValueError where there are no parameters.
+    Unwraps "model" and "state_dict" and removes the prefix "module." of distributed training.
+
+    Returns:
+        Name -> tensor [...] on the CPU.
+
+    Raises:
+        ValueError: if the file contains no parameters.
     """
     if Path(path).suffix == ".safetensors":
         return read_safetensors(path)
@@ -57,11 +62,11 @@ def read_parameters(path: str | Path) -> dict[str, Tensor]:
             content = content[name]
     if not isinstance(content, dict):
         raise ValueError(
-            f"the file must hold a dictionary of parameters, got a {type(content).__name__}"
+            f"the file must contain a dictionary of parameters, got a {type(content).__name__}"
         )
     state = as_parameters({k: v for k, v in content.items() if isinstance(v, Tensor)})
     if not state:
-        raise ValueError(f"the file holds no parameters, only {sorted(map(str, content))[:8]}")
+        raise ValueError(f"the file contains no parameters, only {sorted(map(str, content))[:8]}")
     return state
 
 
@@ -95,29 +100,36 @@ def is_same(one: Tensor, other: Tensor) -> bool:
 
 
 def read_pickle(path: str | Path, *, mmap: bool = False) -> object:
-    """What `torch.save` wrote, tensors and plain containers only. The other classes that the file
-    names, like the command line of its training, are replaced by `StandIn`. mmap: tensors are read
-    when they are first used, in torch's zip format alone."""
-    with open(path, "rb"):  # so that what fails from here on is what stands in the file
+    """Read a file of `torch.save`, restricted to tensors and plain containers.
+
+    Other classes, such as the arguments of its training script, become `StandIn`.
+
+    Args:
+        mmap: read tensors lazily; needs the zip format of torch.
+
+    Raises:
+        ValueError: if the file is damaged or not in this format.
+    """
+    with open(path, "rb"):  # later errors then concern the content, not access to the file
         pass
     try:
         with torch.serialization.safe_globals(_stand_ins(path)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # any may come of a damaged file, of struct and indexing too
-        raise ValueError("the file is damaged, or torch.save did not write it") from error
+    except Exception as error:  # damaged files may raise any exception
+        raise ValueError("the file is damaged or was not written by torch.save") from error
 
 
 def _stand_ins(path: str | Path) -> list:
-    """What `torch.load` takes for the classes that the file names."""
+    """Replacements for the classes that the file references, as `safe_globals` takes them."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    except ValueError:  # written before torch 1.6: the names cannot be listed
+    except ValueError:  # format before torch 1.6, whose references cannot be listed
         return [argparse.Namespace]
     return [(type("StandIn", (StandIn,), {}), name) for name in names]
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays and plain containers; other classes and functions are replaced by `StandIn`."""
+    """Unpickler for arrays and plain containers; other classes and functions become `StandIn`."""
 
     ALLOWED = frozenset(
         [
@@ -135,13 +147,17 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def read_arrays(path: str | Path) -> object:
-    """What `pickle` wrote, as Detectron2's model zoo does; floating-point arrays become tensors."""
+    """Read a pickle file of the Detectron2 model zoo; floating-point arrays become tensors.
+
+    Raises:
+        ValueError: if the file is damaged or not a pickle file.
+    """
     with open(path, "rb") as file:
         try:
             return _to_tensors(ArrayUnpickler(file, encoding="latin1").load(), {})
-        except Exception as error:  # any, as `pickle` says, may come of a damaged file
+        except Exception as error:  # damaged files may raise any exception
             reason = str(error).rstrip(".")
-            raise ValueError(f"the file is damaged, or no pickle file: {reason}") from error
+            raise ValueError(f"the file is damaged or not a pickle file: {reason}") from error
 
 
 def _to_tensors(value, done: dict[int, dict]):
@@ -194,7 +210,7 @@ def _safetensor(
     name: str, data: memoryview, type_name: str, shape: tuple[int, ...], begin: int, end: int
 ) -> Tensor:
     if type_name not in SAFETENSORS_TYPES:
-        raise ValueError(f"{name} has type {type_name}, which is not supported")
+        raise ValueError(f"{name} has unsupported type {type_name}")
     dtype = SAFETENSORS_TYPES[type_name]
     if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"the file is damaged: it does not hold all of {name}")

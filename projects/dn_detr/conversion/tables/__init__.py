@@ -1,4 +1,4 @@
-"""The tables of each page: every page may have several, one for each source of checkpoints."""
+"""Conversion tables of each method, one for each source of checkpoints."""
 
 from dn_detr.conversion.tables import (
     anchor_detr_names,

@@ -14,7 +14,7 @@ FEED_FORWARD = {
 
 
 def row_column(theirs: str, ours: str) -> dict[str, Rule]:
-    """Their five projections lie below each other."""
+    """Rules for row-column attention, whose five projections are stacked in the source."""
     parts = ("x_q", "y_q", "x_k", "y_k", "v")
     return {
         f"{theirs}.in_proj_weight": tuple(f"{ours}.{part}.weight" for part in parts),
@@ -24,7 +24,7 @@ def row_column(theirs: str, ours: str) -> dict[str, Rule]:
 
 
 def axis(layer: int, ours: int) -> dict[str, Rule]:
-    """The MLP of one coordinate, which encoder and decoder share."""
+    """Rules for the coordinate MLP, which encoder and decoder share."""
 
     def shared(leaf: str) -> Rule:
         def both(tensor: Tensor) -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ RULES: dict[str, Rule] = {
     "transformer.adapt_pos2d.2": "decoder.position.point_mlp.layers.1",
     **axis(0, 0),
     **axis(2, 1),
-    # One head for all layers, which their file names once for each.
+    # The source repeats the shared heads for each layer.
     "transformer.class_embed.0": "decoder.predictor.heads.class_heads.0",
     "transformer.class_embed.{}": None,
     "transformer.bbox_embed.0.layers.{}": "decoder.predictor.heads.box_heads.0.layers.{}",

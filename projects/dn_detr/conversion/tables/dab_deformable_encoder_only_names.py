@@ -1,4 +1,4 @@
-"""DN-Deformable-DETR with a deformable encoder alone."""
+"""DN-Deformable-DETR, deformable in the encoder only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RULES: dict[str, Rule] = {
     f"{LAYER}.lvl_attn": "decoder.layers.{}.level_weights",
     **QUERIES_AND_HEADS,
 }
-del RULES[f"{LAYER}.cross_attn.out_proj"]  # its attention has no projections
+del RULES[f"{LAYER}.cross_attn.out_proj"]  # not in this model
 
 TABLES = [
     Table("IDEA-Research/DN-DETR", RULES, optional=frozenset({"transformer.patterns.weight"}))

@@ -11,7 +11,7 @@ from dn_detr.conversion.tables.deformable_names import BODY, OWN_HEADS
 
 
 def content_rows(rows: Tensor) -> dict[str, Tensor]:
-    """Learned content [N, C], of DN-DETR [N, C - 1] without the channel of the indicator."""
+    """Pad learned content to [N, C]; that of DN-DETR is [N, C - 1], without the indicator."""
     return {"query_design.learned.content": F.pad(rows, (0, rows.shape[1] % 2))}
 
 

@@ -11,8 +11,8 @@ from dn_detr.conversion.tables.dense_names import HEADS, conditional_decoder_lay
 
 
 def label_embedding(labels: Tensor) -> dict[str, Tensor]:
-    """DN-DETR's label embeddings [K + 1, C - 1]; the last one, "unknown", is also the content that
-    all matched queries share, with an indicator of zero."""
+    """Convert label embeddings [K + 1, C - 1] of DN-DETR, the last of which, "unknown", is also the
+    shared content of matched queries, with indicator 0."""
     return {
         "query_design.content.label_embedding.weight": labels,
         "query_design.shared.row": F.pad(labels[-1:], (0, 1)),
@@ -25,7 +25,7 @@ QUERIES_AND_HEADS: dict[str, Rule] = {
     "transformer.decoder.ref_point_head.layers.{}": "decoder.position.box_mlp.layers.{}",
     "transformer.decoder.ref_anchor_head.layers.{}": "decoder.position.size.layers.{}",
     **HEADS,
-    "transformer.decoder.bbox_embed.layers.{}": None,  # the box head once more
+    "transformer.decoder.bbox_embed.layers.{}": None,  # duplicate box head
     "refpoint_embed.weight": "query_design.learned.anchors",
     "transformer.patterns.weight": "query_design.shared.patterns",
     "label_enc.weight": label_embedding,
@@ -85,14 +85,14 @@ DETREX: dict[str, Rule] = {
             "norms.2": "feed_forward.norm",
         },
     ),
-    f"{DETREX_ENCODER}.ffns.0.layers.0.1": None,  # the activation once more
+    f"{DETREX_ENCODER}.ffns.0.layers.0.1": None,  # duplicate activation
     f"{DETREX_DECODER}.ffns.0.layers.0.1": None,
     "transformer.decoder.post_norm_layer": "decoder.predictor.norm",
     "transformer.decoder.query_scale.layers.{}": "decoder.position.scale.layers.{}",
     "transformer.decoder.ref_point_head.layers.{}": "decoder.position.box_mlp.layers.{}",
     "transformer.decoder.ref_anchor_head.layers.{}": "decoder.position.size.layers.{}",
     **HEADS,
-    "transformer.decoder.bbox_embed.layers.{}": None,  # the box head once more
+    "transformer.decoder.bbox_embed.layers.{}": None,  # duplicate box head
     "anchor_box_embed.weight": "query_design.learned.anchors",
     "denoising_generator.label_encoder.weight": label_embedding,
 }
@@ -131,7 +131,7 @@ HUGGING_FACE: dict[str, Rule] = {
     ),
     "model.decoder.ref_point_head.layers.{}": "decoder.position.box_mlp.layers.{}",
     "model.decoder.ref_anchor_head.layers.{}": "decoder.position.size.layers.{}",
-    "model.decoder.bbox_embed.layers.{}": None,  # the box head once more
+    "model.decoder.bbox_embed.layers.{}": None,  # duplicate box head
     "class_embed": "decoder.predictor.heads.class_heads.0",
     "model.query_refpoint_embeddings.weight": "query_design.learned.anchors",
     "model.patterns.weight": "query_design.shared.patterns",

@@ -1,4 +1,4 @@
-"""Names that the authors' files of the Deformable DETR family have in common."""
+"""Common rules for the Deformable DETR family, in checkpoints of the authors."""
 
 from __future__ import annotations
 
@@ -44,31 +44,31 @@ BODY: dict[str, Rule] = {
 OWN_HEADS: dict[str, Rule] = {
     "class_embed.{}": "decoder.predictor.heads.class_heads.{}",
     "bbox_embed.{}.layers.{}": "decoder.predictor.heads.box_heads.{}.layers.{}",
-    "transformer.decoder.bbox_embed.{}.layers.{}": None,  # the box heads once more
+    "transformer.decoder.bbox_embed.{}.layers.{}": None,  # duplicate box heads
 }
-"""A pair of heads for every layer."""
+"""Separate heads for every layer."""
 
 SHARED_HEADS: dict[str, Rule] = {
     "class_embed.0": "decoder.predictor.heads.class_heads.0",
-    "class_embed.{}": None,  # the same for every layer
+    "class_embed.{}": None,  # identical for every layer
     "bbox_embed.0.layers.{}": "decoder.predictor.heads.box_heads.0.layers.{}",
     "bbox_embed.{}.layers.{}": None,
 }
-"""One pair of heads, which stands in the file once for every layer."""
+"""Heads shared by all layers; the source repeats them for each layer."""
 
 PROPOSAL_HEAD: dict[str, Rule] = {
     "transformer.enc_output": "query_design.learned.head.project",
     "transformer.enc_output_norm": "query_design.learned.head.norm",
 }
-"""The layers before the heads of the proposals."""
+"""Projection and norm before the proposal heads."""
 
 TWO_STAGE: dict[str, Rule] = {
     **BODY,
     **PROPOSAL_HEAD,
-    "class_embed.6": "query_design.learned.head.class_head",  # behind those of the 6 decoder layers
+    "class_embed.6": "query_design.learned.head.class_head",  # after 6 decoder layers
     "bbox_embed.6.layers.{}": "query_design.learned.head.box_head.layers.{}",
     **OWN_HEADS,
-    "transformer.decoder.class_embed.{}": None,  # the class heads once more
+    "transformer.decoder.class_embed.{}": None,  # duplicate class heads
     "transformer.pos_trans": "query_design.transform.project",
     "transformer.pos_trans_norm": "query_design.transform.norm",
 }

@@ -1,4 +1,4 @@
-"""Names that the authors' files of the single-scale methods have in common."""
+"""Common rules for single-scale methods, in checkpoints of the authors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ FEED_FORWARD = {"linear1": "feed_forward.expand", "linear2": "feed_forward.contr
 
 
 def encoder_layers(theirs: str = "transformer.encoder.layers.{}") -> dict[str, Rule]:
-    """Layers of a dense encoder."""
+    """Rules for the layers of a dense encoder."""
     ours = "encoder.layers.{}"
     return {
         **attention(f"{theirs}.self_attn", f"{ours}.attention"),
@@ -19,7 +19,11 @@ def encoder_layers(theirs: str = "transformer.encoder.layers.{}") -> dict[str, R
 def decoder_layers(
     cross_attention: dict[str, str], theirs: str = "transformer.decoder.layers.{}"
 ) -> dict[str, Rule]:
-    """Decoder layers that add positions to contents. cross_attention: (theirs -> ours)."""
+    """Rules for decoder layers that add position and content.
+
+    Args:
+        cross_attention: source name -> our name.
+    """
     ours = "decoder.layers.{}"
     rules = {
         **attention(f"{theirs}.self_attn", f"{ours}.self_attention"),
@@ -40,7 +44,7 @@ def decoder_layers(
 
 
 def conditional_decoder_layers(theirs: str = "transformer.decoder.layers.{}") -> dict[str, Rule]:
-    """Decoder layers that keep content and place apart."""
+    """Rules for decoder layers with separate content and position (Conditional DETR)."""
     return below(
         theirs,
         "decoder.layers.{}",
@@ -70,4 +74,4 @@ HEADS: dict[str, Rule] = {
     "class_embed": "decoder.predictor.heads.class_heads.0",
     "bbox_embed.layers.{}": "decoder.predictor.heads.box_heads.0.layers.{}",
 }
-"""One pair of heads for all layers."""
+"""Heads shared by all layers."""

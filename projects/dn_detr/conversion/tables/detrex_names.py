@@ -1,4 +1,4 @@
-"""Names in the files of detrex that several tables have in common."""
+"""Common rules for checkpoints of detrex."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BACKBONE: dict[str, Rule] = {
     "backbone.res{}.{}.shortcut": "backbone.res{}.{}.shortcut",
     "backbone.res{}.{}.shortcut.norm": "backbone.res{}.{}.shortcut.norm",
 }
-"""Detectron2's ResNet, whose names are ours."""
+"""ResNet of Detectron2, with unchanged names."""
 
 SAMPLING = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 FEED_FORWARD = {

@@ -8,7 +8,7 @@ from dn_detr.conversion.tables.deformable_names import BODY, PROPOSAL_HEAD, SHAR
 RULES: dict[str, Rule] = {
     **BODY,
     **SHARED_HEADS,
-    # The heads once more.
+    # Duplicate heads.
     "transformer.decoder.class_embed.{}": None,
     "transformer.decoder.bbox_embed.{}.layers.{}": None,
     **PROPOSAL_HEAD,

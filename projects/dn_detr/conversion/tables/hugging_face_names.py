@@ -1,4 +1,4 @@
-"""Names in the files of Hugging Face's transformers, as `save_pretrained` writes them."""
+"""Common rules for checkpoints of Hugging Face transformers (`save_pretrained`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENCODER_LAYER: dict[str, Rule] = below(
         "final_layer_norm": "feed_forward.norm",
     },
 )
-"""A dense encoder layer."""
+"""Dense encoder layers."""
 
 CONDITIONAL: dict[str, Rule] = {
     **ENCODER_LAYER,
@@ -27,7 +27,7 @@ CONDITIONAL: dict[str, Rule] = {
     "model.decoder.query_scale.layers.{}": "decoder.position.scale.layers.{}",
     "bbox_predictor.layers.{}": "decoder.predictor.heads.box_heads.0.layers.{}",
 }
-"""What Conditional DETR and DAB-DETR have in common."""
+"""Common rules of Conditional DETR and DAB-DETR."""
 
 SAMPLING = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 
@@ -65,7 +65,7 @@ DEFORMABLE: dict[str, Rule] = {
 }
 """Backbone, neck, encoder and decoder layers of Deformable DETR."""
 
-# Older files hold the heads of refined models twice, newer ones only below "model.decoder".
+# With box refinement, older files contain the heads twice, newer ones only under "model.decoder".
 DEFORMABLE_BOX_HEADS: dict[str, Rule] = {
     "model.decoder.bbox_embed.{}.layers.{}": "decoder.predictor.heads.box_heads.{}.layers.{}",
     "bbox_embed.{}.layers.{}": None,
@@ -73,7 +73,7 @@ DEFORMABLE_BOX_HEADS: dict[str, Rule] = {
 
 DEFORMABLE_TWO_STAGE: dict[str, Rule] = {
     **DEFORMABLE,
-    # Those of the proposals stand behind those of the 6 decoder layers.
+    # Index 6, after the 6 decoder layers, are the proposal heads.
     "model.decoder.class_embed.6": "query_design.learned.head.class_head",
     "model.decoder.class_embed.{}": "decoder.predictor.heads.class_heads.{}",
     "model.decoder.bbox_embed.6.layers.{}": "query_design.learned.head.box_head.layers.{}",

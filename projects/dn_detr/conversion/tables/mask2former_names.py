@@ -1,4 +1,4 @@
-"""Mask2Former with a ResNet, for instance segmentation. Its levels stand coarse to fine."""
+"""Mask2Former with a ResNet, for instance segmentation. Its levels are ordered coarse to fine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dn_detr.conversion.tables.dense_names import FEED_FORWARD
 from dn_detr.conversion.tables.masks_names import (
     BACKBONE,
     ENCODER,
-    PIXEL_MAP,
+    MASK_FEATURES,
     PIXELS,
     PREDICTOR,
     coarse_first,
@@ -19,8 +19,8 @@ from dn_detr.conversion.tables.masks_names import (
 )
 
 
-def turned(name: str) -> Callable[[Tensor], dict[str, Tensor]]:
-    """Rows of the levels in the opposite order."""
+def flip_levels(name: str) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Make a rule that reverses the level order of an embedding [levels, C]."""
     return lambda rows: {name: rows.flip(0)}
 
 
@@ -29,9 +29,9 @@ ATTENTION = f"{PIXELS}.transformer.encoder.layers.{{}}.self_attn"
 
 RULES: dict[str, Rule] = {
     **BACKBONE,
-    **PIXEL_MAP,
+    **MASK_FEATURES,
     **{f"{PIXELS}.input_proj.{2 - level}.{{}}": f"neck.levels.{level}.{{}}" for level in range(3)},
-    f"{PIXELS}.transformer.level_embed": turned("flatten.level_embedding"),
+    f"{PIXELS}.transformer.level_embed": flip_levels("flatten.level_embedding"),
     **ENCODER,
     **{
         f"{ATTENTION}.{name}": rule
@@ -54,7 +54,7 @@ RULES: dict[str, Rule] = {
     ),
     **heads("query_design.heads", "decoder.heads"),
     f"{PREDICTOR}.query_embed.weight": "query_design.learned.position",
-    f"{PREDICTOR}.level_embed.weight": turned("decoder.level_embedding"),
+    f"{PREDICTOR}.level_embed.weight": flip_levels("decoder.level_embedding"),
 }
 
 CONTENT = "query_design.learned.content"

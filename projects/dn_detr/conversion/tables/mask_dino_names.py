@@ -1,5 +1,5 @@
-"""Mask DINO with a ResNet and features from fine to coarse (FEATURE_ORDER "low2high", all their files
-with a downsampled level). Its decoder has the levels in the opposite order."""
+"""Mask DINO with a ResNet and features from fine to coarse (FEATURE_ORDER "low2high", all published
+checkpoints with a downsampled level). Its decoder reverses the levels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dn_detr.conversion.tables.dense_names import FEED_FORWARD
 from dn_detr.conversion.tables.masks_names import (
     BACKBONE,
     ENCODER,
-    PIXEL_MAP,
+    MASK_FEATURES,
     PIXELS,
     PREDICTOR,
     coarse_first,
@@ -21,7 +21,7 @@ from dn_detr.conversion.tables.masks_names import (
 
 
 def labels(table: Tensor) -> dict[str, Tensor]:
-    """Their table has no row for "unknown", which is never used here either."""
+    """Append the row "unknown", which is unused, to a label embedding [K, C]."""
     return {"query_design.content.label_embedding.weight": F.pad(table, (0, 0, 0, 1))}
 
 
@@ -30,7 +30,7 @@ THEIRS, OURS = f"{PREDICTOR}.decoder.layers.{{}}", "decoder.layers.{}"
 
 RULES: dict[str, Rule] = {
     **BACKBONE,
-    **PIXEL_MAP,
+    **MASK_FEATURES,
     f"{PIXELS}.input_proj.{{}}.{{}}": "neck.levels.{}.{}",
     f"{PIXELS}.transformer.level_embed": "flatten.level_embedding",
     **ENCODER,
@@ -56,7 +56,7 @@ RULES: dict[str, Rule] = {
     ),
     **heads(*OWNERS),
     f"{PREDICTOR}._bbox_embed.layers.{{}}": [f"{owner}.box_head.layers.{{}}" for owner in OWNERS],
-    # The heads once more.
+    # Duplicate heads.
     f"{PREDICTOR}.bbox_embed.{{}}.layers.{{}}": None,
     f"{PREDICTOR}.decoder.bbox_embed.{{}}.layers.{{}}": None,
     f"{PREDICTOR}.decoder.norm": None,

@@ -1,5 +1,5 @@
-"""Names that the authors' files of Mask2Former and Mask DINO have in common. Both are Detectron2
-projects: the backbone's names are ours."""
+"""Common rules for Mask2Former and Mask DINO, in checkpoints of the authors. Both are Detectron2
+projects, so backbone names do not change."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from dn_detr.conversion.tables.deformable_names import SAMPLING
 from dn_detr.conversion.tables.dense_names import FEED_FORWARD
 
 HEADS, POINTS = 8, 4
-"""Of deformable attention, the same in all their files."""
+"""Of deformable attention, equal in all published checkpoints."""
 
 
 def coarse_first(ours: str) -> dict[str, Rule]:
-    """Deformable attention whose levels stand in the opposite order: below one of their modules,
-    {name of its linear layer and leaf: rule}."""
+    """Rules for deformable attention with reversed levels, by names relative to its module."""
 
-    def turned(name: str, coordinates: int) -> Rule:
+    def flip_levels(name: str, coordinates: int) -> Rule:
         def rule(tensor: Tensor) -> dict[str, Tensor]:
             rows = tensor.unflatten(0, (HEADS, -1, POINTS * coordinates))
             return {f"{ours}.{name}": rows.flip(1).flatten(0, 2)}
@@ -26,8 +25,8 @@ def coarse_first(ours: str) -> dict[str, Rule]:
 
     rules: dict[str, Rule] = {}
     for leaf in ("weight", "bias"):
-        rules[f"sampling_offsets.{leaf}"] = turned(f"sampling_offsets.{leaf}", 2)
-        rules[f"attention_weights.{leaf}"] = turned(f"attention_weights.{leaf}", 1)
+        rules[f"sampling_offsets.{leaf}"] = flip_levels(f"sampling_offsets.{leaf}", 2)
+        rules[f"attention_weights.{leaf}"] = flip_levels(f"attention_weights.{leaf}", 1)
     return {**rules, **{name: f"{ours}.{name}" for name in SAMPLING[2:]}}
 
 
@@ -39,11 +38,11 @@ BACKBONE: dict[str, Rule] = {
     },
     "criterion.empty_weight": None,
 }
-"""Detectron2's ResNet, and what is no parameter of a model."""
+"""ResNet of Detectron2, and a buffer of the criterion."""
 
 PIXELS, PREDICTOR = "sem_seg_head.pixel_decoder", "sem_seg_head.predictor"
 
-PIXEL_MAP: dict[str, Rule] = below(
+MASK_FEATURES: dict[str, Rule] = below(
     PIXELS,
     "mask_head",
     {
@@ -60,11 +59,11 @@ ENCODER: dict[str, Rule] = below(
     "encoder.layers.{}",
     {"norm1": "norm", **FEED_FORWARD, "norm2": "feed_forward.norm"},
 )
-"""All but the attention."""
+"""Encoder layers without their attention."""
 
 
 def heads(*owners: str) -> dict[str, Rule]:
-    """Class, mask and norm, which stand under several names here."""
+    """Rules for class head, mask head and norm, which have several owners here."""
     names = {
         "decoder_norm": "norm",
         "class_embed": "class_head",

@@ -9,7 +9,7 @@ from dn_detr.conversion.tables.dense_names import HEADS, decoder_layers, encoder
 
 
 def first_guide(leaf: str) -> Rule:
-    """The norm of the first layer serves the centre of the queries as well."""
+    """Copy the guide norm of the first layer, which the query centres share."""
 
     def both(tensor: Tensor) -> dict[str, Tensor]:
         owners = ("decoder.layers.0.guide_norm", "query_design.point.norm")
