@@ -130,7 +130,7 @@ def test_without_github_it_is_asked_twice_and_then_the_wheels_files_are_taken(
     assert wheel.endswith(f"detectron2-{chooser.LOCAL_VERSION}-py3-none-any.whl")
     said = capsys.readouterr().out
     assert "GitHub cannot be reached (fatal: no route to host)" in said
-    assert "DETECTRON2=github forbids this" in said
+    assert "DETECTRON2=github disables this" in said
 
 
 def test_a_build_that_fails_falls_back_too(world, wheel_of):
@@ -142,7 +142,9 @@ def test_a_build_that_fails_falls_back_too(world, wheel_of):
 def test_the_wheel_can_be_forbidden(world, wheel_of, monkeypatch):
     world.reaches, world.wheel = False, wheel_of()
     monkeypatch.setenv("DETECTRON2", "github")
-    with pytest.raises(SystemExit, match="GitHub cannot be reached.*DETECTRON2=github forbids"):
+    with pytest.raises(
+        SystemExit, match="GitHub cannot be reached.*DETECTRON2=github allows no other"
+    ):
         chooser.main()
     assert not world.pip
 
@@ -201,7 +203,7 @@ def test_of_what_is_installed_the_tested_one_stays_and_that_of_the_user(
     is_installed(monkeypatch, version, origin)
     monkeypatch.setenv("DETECTRON2", source)
     chooser.main()
-    assert ("installed already" in capsys.readouterr().out) == stays
+    assert ("already installed" in capsys.readouterr().out) == stays
     assert len(world.git) == (not stays)
     forced = [arguments for arguments in world.pip if "--force-reinstall" in arguments]
     assert len(forced) == (not stays)
@@ -246,7 +248,7 @@ def test_what_an_installed_detectron2_lacks_is_installed(world, monkeypatch):
     is_installed(monkeypatch, "0.6", of_commit(chooser.COMMIT))
     chooser.main()
     (arguments,) = world.pip
-    assert {*chooser.REQUIREMENTS, *chooser.BESIDES} < set(arguments)
+    assert {*chooser.REQUIREMENTS, *chooser.UNDECLARED} < set(arguments)
 
 
 def test_without_github_the_installed_one_is_not_replaced_by_files_from_pypi(
@@ -256,7 +258,7 @@ def test_without_github_the_installed_one_is_not_replaced_by_files_from_pypi(
     world.reaches = False
     chooser.main()
     assert not installed(world) and not any(a[0] == "download" for a in world.pip)
-    assert "The Detectron2 that is installed stays" in capsys.readouterr().out
+    assert "The installed Detectron2 is kept" in capsys.readouterr().out
 
 
 def test_it_needs_what_detectron2_itself_declares():
@@ -309,11 +311,11 @@ def test_only_the_manifests_files_get_into_the_wheel_that_is_installed(wheel_of,
             "detectron2/__init__.py in .* is not Detectron2's file",
         ),
         ({"files": {"detectron2/engine/loop.py": None}}, "lacks detectron2/engine/loop.py"),
-        ({"manifest": {"detectron2/_C.so": "0" * 40}}, "names detectron2/_C.so, which is no"),
-        ({"manifest": {"../escaped.py": "0" * 40}}, "names ../escaped.py, which is no Python"),
+        ({"manifest": {"detectron2/_C.so": "0" * 40}}, "lists detectron2/_C.so, which is no"),
+        ({"manifest": {"../escaped.py": "0" * 40}}, "lists ../escaped.py, which is no Python"),
         (
             {"manifest": {"detectron2/../../escaped.py": "0" * 40}},
-            "names detectron2/../../escaped.py, which is no Python",
+            "lists detectron2/../../escaped.py, which is no Python",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Trained detectors in Python: images in, boxes with scores and class names out.
+"""Inference with trained detectors: from images to boxes, scores and class names.
 
     from dn_detr import Detector
 
@@ -8,7 +8,7 @@
         ...
     found = detector("street.jpg", prompts=BoxPrompts([[10, 20, 90, 150]], ["dog"]))
 
-Detectron2 is needed; `dn_detr.Detector` says so where it is missing.
+Requires Detectron2; `dn_detr.Detector` explains how to install it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ CHANNEL_ORDERS = ("RGB", "BGR")
 
 @dataclass(frozen=True, eq=False)
 class DetectedObjects:
-    """What was found in one image, best first.
+    """Detections of one image, sorted by score.
 
-    boxes_xyxy_px float32 [N, 4]: left, top, right, bottom in pixels of the image; scores float32
-    [N] in [0, 1]; labels int64 [N]; class_names: the name of each of the N labels; masks bool
-    [N, height, width] of the image, or None where the detector predicts none.
+    boxes_xyxy_px: float32 [N, 4], left, top, right, bottom in pixels of the image.
+    scores: float32 [N] in [0, 1].
+    labels: int64 [N].
+    class_names: names of the N labels.
+    masks: bool [N, height, width], or None if the detector predicts no masks.
     """
 
     boxes_xyxy_px: np.ndarray
@@ -53,10 +55,10 @@ class DetectedObjects:
 
 @dataclass(frozen=True, eq=False)
 class BoxPrompts:
-    """Objects of an image that are already known, so that the detector need not find them.
+    """Known objects of an image, which the detector does not need to find.
 
-    boxes_xyxy_px [N, 4]: as in `DetectedObjects`; class_names: of each, None where it is not known;
-    without them, of none.
+    boxes_xyxy_px: [N, 4], as in `DetectedObjects`.
+    class_names: names of the N objects, None if unknown; None if all are unknown.
     """
 
     boxes_xyxy_px: np.ndarray | Sequence[Sequence[float]]
@@ -79,7 +81,15 @@ class BoxPrompts:
 
 
 class Detector:
-    """A detector that takes images as they come and gives `DetectedObjects`."""
+    """A trained detector: images -> `DetectedObjects`.
+
+    Args:
+        model: in evaluation mode, takes a list of dicts in Detectron2 format.
+        class_names: of all K classes, in the order of the model.
+        input_format: channel order of the model input, "RGB" or "BGR".
+        min_size, max_size: shorter and longer side after resizing, in pixels.
+        threshold: minimum score of detections.
+    """
 
     def __init__(
         self,
@@ -91,10 +101,6 @@ class Detector:
         max_size: int,
         threshold: float = 0.3,
     ):
-        """model: in evaluation mode, takes Detectron2's list of dicts; class_names: of all K
-        classes in the model's order; input_format: the channel order that the model takes;
-        min_size, max_size: sides after resizing, in pixels; threshold: scores below are left out.
-        """
         self.model = model
         self.class_names = class_names
         self.input_format = input_format
@@ -112,12 +118,16 @@ class Detector:
         threshold: float = 0.3,
         device: str | None = None,
     ) -> Detector:
-        """The detector that a training has saved, on `device` (default: a GPU if there is one).
+        """Load a detector from a checkpoint.
 
-        With "@ema" at the end of the path, the moving average of the weights is taken.
-        Checkpoints of `train_net.py` know their configuration and class names. For others, such as
-        converted ones, give `config_file`; class names are then those of its training dataset
-        unless given. `opts`: KEY, VALUE, ... on top of the configuration, as for `train_net.py`.
+        Args:
+            path: checkpoint; append "@ema" to load the moving average of the weights.
+            config_file: configuration. Checkpoints of `train_net.py` contain it; others, such as
+                converted ones, need it.
+            class_names: default: those in the checkpoint, or of the training dataset.
+            opts: KEY, VALUE, ... to override the configuration, as for `train_net.py`.
+            threshold: minimum score of detections.
+            device: default: a GPU if available.
         """
         saved = load_detector(
             os.fspath(path),
@@ -145,19 +155,18 @@ class Detector:
         batch_size: int = 8,
         prompts: BoxPrompts | Sequence[BoxPrompts | None] | None = None,
     ) -> DetectedObjects | list[DetectedObjects]:
-        """Detect objects in one image, or in every image of a list or tuple.
+        """Detect objects in one image, or in each image of a list or tuple.
 
-        An image is a path, a PIL image, or a uint8 array [height, width, 3], whose `channel_order`
-        must be said: "RGB", or "BGR" as OpenCV gives it. Objects scored below `threshold` (default:
-        the detector's) are left out.
-
-        Images that get the same size before the network go through it together, at most
-        `batch_size` of them; none is ever padded because of another, so that a list gives what its
-        images give one by one, up to float rounding.
-
-        prompts: known objects of the image, or of each image of the list. They come first in
-        what is found: boxes as they were given, names too, with a score of 1; a name that was not
-        given is the detector's, with its score.
+        Args:
+            images: paths, PIL images or uint8 arrays [height, width, 3].
+            threshold: minimum score (default: that of the detector).
+            channel_order: of arrays, which need it: "RGB", or "BGR" as in OpenCV.
+            batch_size: most images in a batch. Only images of equal size after resizing are
+                batched, without padding, so that results do not depend on the other images, up to
+                rounding.
+            prompts: known objects of the image, or of each image. They come first in the result,
+                with the given boxes and names and a score of 1; unknown names are predicted, with
+                their score.
         """
         is_many = isinstance(images, (list, tuple))
         threshold = self.threshold if threshold is None else _checked(threshold)
@@ -186,23 +195,24 @@ class Detector:
     def _checked_prompts(
         self, prompts: BoxPrompts | Sequence[BoxPrompts | None] | None, num_images: int
     ) -> list[BoxPrompts | None]:
-        """The prompts of each image; InputError where this detector cannot use them."""
+        """Return the prompts of each image; raise InputError if this detector cannot use them."""
         prompts = [None] * num_images if prompts is None else prompts
         prompts = [prompts] if isinstance(prompts, BoxPrompts) else list(prompts)
         if len(prompts) != num_images:
-            raise InputError(f"there are {num_images} images, but box prompts of {len(prompts)}.")
+            raise InputError(f"there are {num_images} images, but box prompts for {len(prompts)}.")
         given = [one for one in prompts if one is not None]
         names = {name for one in given for name in one.class_names}
         if given:
             check_promptable(self.model, asks_names=None in names)
         if unknown := names - {None, *self.class_names}:
+            unknown = ", ".join(sorted(unknown))
             raise InputError(
-                f"box prompts have classes this detector was not trained on: {', '.join(sorted(unknown))}."
+                f"box prompts have classes this detector was not trained on: {unknown}."
             )
         return prompts
 
     def _prompt(self, prompts: BoxPrompts, transform) -> Instances:
-        """Prompted objects in pixels of the resized image; see `d2.modeling.prompts.prompts_from`."""
+        """Scale prompts to the resized image; see `d2.modeling.prompts.prompts_from`."""
         prompt = Instances((transform.new_h, transform.new_w))
         boxes = (
             transform.apply_box(prompts.boxes_xyxy_px)
@@ -219,10 +229,10 @@ class Detector:
         return prompt
 
     def _with_prompts(
-        self, prompts: BoxPrompts, told: Instances, others: DetectedObjects
+        self, prompts: BoxPrompts, prompted: Instances, others: DetectedObjects
     ) -> DetectedObjects:
-        """Prompted objects, then the others. told: what the model predicts for the prompts."""
-        labels, scores = told.pred_classes.tolist(), told.scores.tolist()
+        """Join the prompts, with predictions `prompted` for unknown names, and other detections."""
+        labels, scores = prompted.pred_classes.tolist(), prompted.scores.tolist()
         for i, name in enumerate(prompts.class_names):
             if name is not None:
                 labels[i], scores[i] = self.class_names.index(name), 1.0
@@ -246,10 +256,17 @@ class Detector:
 
 
 def to_pixels(image, wanted: str, channel_order: str | None = None) -> np.ndarray:
-    """An image as uint8 [height, width, 3] in the channel order `wanted`.
+    """Convert an image to uint8 [height, width, 3].
 
-    image: a path, a PIL image (both are turned as their EXIF orientation says) or a uint8 array of
-    the form of the result, in `channel_order`. InputError for files that are no images.
+    Args:
+        image: a path or PIL image, whose EXIF orientation is applied, or a uint8 array
+            [height, width, 3].
+        wanted: channel order of the result, "RGB" or "BGR".
+        channel_order: of an array, which needs it.
+
+    Raises:
+        InputError: if a file is not a readable image.
+        ValueError: if `image` has another type, dtype or shape.
     """
     if isinstance(image, (str, os.PathLike)):
         try:
@@ -274,25 +291,25 @@ def to_pixels(image, wanted: str, channel_order: str | None = None) -> np.ndarra
         )
     if channel_order not in CHANNEL_ORDERS:
         raise ValueError(
-            "say which channel order the arrays have: channel_order='RGB', or 'BGR' for images "
-            f"from OpenCV; got {channel_order!r}"
+            "image arrays need their channel order: channel_order='RGB', or 'BGR' for images from "
+            f"OpenCV; got {channel_order!r}"
         )
     return image if channel_order == wanted else image[:, :, ::-1]
 
 
 def _sample(original: np.ndarray, resized: np.ndarray) -> dict:
-    """Detectron2's model input; detections come back in pixels of the original."""
+    """Make the model input of Detectron2; detections are scaled to the original size."""
     tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
     return {"image": tensor, "height": original.shape[0], "width": original.shape[1]}
 
 
-def _batches(sizes: list[tuple[int, int]], most: int) -> Iterator[list[int]]:
-    """Positions of equal sizes, at most `most` together."""
+def _batches(sizes: list[tuple[int, int]], batch_size: int) -> Iterator[list[int]]:
+    """Yield indices of equal sizes in batches of at most `batch_size`."""
     positions: dict[tuple[int, int], list[int]] = {}
     for position, size in enumerate(sizes):
         positions.setdefault(size, []).append(position)
     for same in positions.values():
-        yield from (same[i : i + most] for i in range(0, len(same), most))
+        yield from (same[i : i + batch_size] for i in range(0, len(same), batch_size))
 
 
 def _checked(threshold: float) -> float:

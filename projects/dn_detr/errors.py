@@ -1,4 +1,4 @@
-"""The one exception for input that is at fault: data, file names and config values of the user."""
+"""Exceptions for invalid user input: data, file names and configuration values."""
 
 import re
 
@@ -6,20 +6,20 @@ _MARK = re.compile(r"dn_detr\.errors\.\w+: ")
 
 
 def sentence_in(text: str) -> str | None:
-    """The InputError's own sentence inside a formatted traceback; None if there is none.
+    """Extract the message of an InputError from a formatted traceback, None if there is none.
 
-    Errors that cross a process border (DataLoader workers, `launch`) arrive as such text.
+    Errors of other processes (DataLoader workers, `launch`) arrive as such text.
     """
     parts = _MARK.split(text)
     return parts[-1].strip().splitlines()[0] if len(parts) > 1 else None
 
 
 class InputError(ValueError):
-    """The user's input is at fault; the message is one readable sentence that names the fix.
+    """Invalid user input; the message is one readable sentence that names the fix.
 
-    `train_net.py` prints it without a traceback and exits with 1. The message stays that sentence
-    when the error comes out of a DataLoader worker, where torch re-raises it with the worker's
-    whole traceback as its text.
+    `train_net.py` prints the message without a traceback and exits with status 1. When torch
+    re-raises the error of a DataLoader worker with the traceback of the worker as its message, only
+    the sentence is kept.
     """
 
     def __init__(self, sentence: str):
@@ -27,8 +27,8 @@ class InputError(ValueError):
 
 
 class NotFinite(InputError, FloatingPointError):
-    """A loss of a training was not a finite number; the sentence says where, and what to do."""
+    """A training loss is NaN or infinite; the message names the location and the fix."""
 
 
 class RemoteInputError(InputError):
-    """An InputError of another process, which says it: this one only ends."""
+    """Raised when another process reports the error; this one exits silently."""

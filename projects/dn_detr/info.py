@@ -1,4 +1,4 @@
-"""`python -m dn_detr.info`: what is installed, which operators are compiled, and why not if not."""
+"""`python -m dn_detr.info`: report versions and compiled operators, for bug reports."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PACKAGES = ("torchvision", "fvcore", "numpy", "scipy", "pycocotools")
 
 
 def report() -> str:
-    """Lines of a name and a fact, for people and for bug reports.
+    """Collect the report as lines of a name and a value.
 
-    Imports no Detectron2; an extension that does not fit is a fact, not an error.
+    Does not import Detectron2; an incompatible extension is reported, not raised.
     """
     facts = {
         "dn_detr": dn_detr.__version__,
@@ -48,7 +48,7 @@ def _gpus() -> str:
 
 
 def _extension() -> dict[str, str]:
-    """What was built, and each operator's devices."""
+    """Report how the extension was built, and the devices of each operator."""
     try:
         from dn_detr.ops import extension
     except ImportError as error:

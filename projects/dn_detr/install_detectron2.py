@@ -1,15 +1,15 @@
-"""`python -m dn_detr.install_detectron2`: installs the tested Detectron2, which is not on PyPI.
+"""`python -m dn_detr.install_detectron2`: install the tested Detectron2, which is not on PyPI.
 
-From GitHub at the tested commit. Where GitHub cannot be reached: Detectron2's own Python files out of
-a wheel on PyPI that others made, each checked against Detectron2's history; without its compiled
-operators, which dn_detr does not need. Environment variables:
+It is installed from GitHub at the tested commit. If GitHub is unreachable, the Python files of
+Detectron2 are taken from a third-party wheel on PyPI, each verified against the Detectron2 history,
+without compiled operators, which dn_detr does not need. Environment variables:
 
-    DETECTRON2=PATH_OR_ADDRESS  install that instead: whatever pip takes
-    DETECTRON2=github           only from GitHub, or fail
-    PIP_INDEX_URL, ...          as always for pip
+    DETECTRON2=PATH_OR_URL  install this instead: any requirement that pip accepts
+    DETECTRON2=github       install from GitHub only, or fail
+    PIP_INDEX_URL, ...      as usual for pip
 
-With `--files FOLDER` nothing is installed: the wheel's checked files are put into that folder.
-Detectron2 is under the Apache License 2.0, wherever it comes from.
+`--files FOLDER` installs nothing and writes the verified files of the wheel to that folder.
+Detectron2 is licensed under the Apache License 2.0 from either source.
 """
 
 from __future__ import annotations
@@ -29,40 +29,40 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 REPOSITORY = "https://github.com/facebookresearch/detectron2.git"
-COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"  # the only place where this pin stands
+COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"  # pinned only here
 GITHUB = f"detectron2 @ git+{REPOSITORY}@{COMMIT}"
 
 WHEEL = "sal-detectron2==0.7.2"
 WHEEL_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
 WHEEL_TAGS = ("--python-version=3.10", "--implementation=cp", "--abi=none", "--platform=any")
 MANIFEST = Path(__file__).with_name("detectron2_manifest.txt")
-"""Git blob and path of the wheel's files that are taken; `dev/make_detectron2_manifest.py` writes it."""
+"""Git blob and path of each file to take; written by `dev/make_detectron2_manifest.py`."""
 VERSION_FILE = "detectron2/__init__.py"
 VERSIONS = (b'__version__ = "0.7.2"', b'__version__ = "0.6"')
-"""In VERSION_FILE, the wheel's and Detectron2's own."""
+"""Version lines in VERSION_FILE: of the wheel and of Detectron2."""
 LICENCE, WHEELS_LICENCE = "detectron2/LICENSE", "sal_detectron2-0.7.2.dist-info/LICENSE"
 LOCAL_VERSION = "0.6+python.files.of.sal.detectron2.0.7.2"
 
 BUILD = ("setuptools>=70,<82", "wheel", "ninja")
-"""What its build needs; its model zoo imports pkg_resources, which setuptools 82 no longer has."""
-BESIDES = ("opencv-python-headless",)
-"""Its visualizer imports OpenCV without declaring it."""
+"""Build requirements; the model zoo imports pkg_resources, which setuptools 82 removed."""
+UNDECLARED = ("opencv-python-headless",)
+"""The visualizer imports OpenCV without declaring it."""
 REQUIREMENTS = (
     *("Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "termcolor>=1.1", "yacs>=0.1.8"),
     *("tabulate", "cloudpickle", "tqdm>4.29.0", "tensorboard", "fvcore>=0.1.5,<0.1.6"),
     *("iopath>=0.1.7,<0.1.10", "omegaconf>=2.1,<2.4", "hydra-core>=1.1", "packaging"),
 )
-"""What Detectron2 asks for at the tested commit, but for the formatter black."""
+"""Requirements of Detectron2 at the tested commit, except the formatter black."""
 
 PROBE_SECONDS = 30
 
 
 class Failed(Exception):
-    """What could not be done, and why, in words for the user."""
+    """The installation failed; the message explains why."""
 
 
 def describe() -> str:
-    """Which Detectron2 is installed, in a few words, without importing it."""
+    """Describe the installed Detectron2 without importing it."""
     try:
         found = metadata.distribution("detectron2")
     except metadata.PackageNotFoundError:
@@ -100,8 +100,11 @@ def is_installed() -> bool:
 
 
 def is_settled(source: str) -> bool:
-    """Whether the Detectron2 that is installed stays: the tested commit does, and one of the user's own
-    unless DETECTRON2=github. Files from PyPI and an earlier tested commit are replaced."""
+    """Whether to keep the installed Detectron2.
+
+    Keeps the tested commit, and a version of the user unless DETECTRON2=github. Replaces files from
+    PyPI and earlier tested commits.
+    """
     if not is_installed():
         return False
     try:
@@ -116,7 +119,7 @@ def is_settled(source: str) -> bool:
 
 
 def main() -> None:
-    """Install as the environment says; exits with a sentence where that fails."""
+    """Install according to the environment; exits with a message on failure."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__.strip())
         return
@@ -129,10 +132,10 @@ def main() -> None:
             if importlib.util.find_spec(package) is None:
                 raise Failed(f"{package} is missing: run `pip install torch torchvision` first")
         if source not in ("", "github"):
-            install(source, f"as DETECTRON2={source} says")
+            install(source, f"from DETECTRON2={source}")
         elif is_settled(source):
             complete()
-            print(f"Detectron2 is installed already: {describe()}")
+            print(f"Detectron2 is already installed: {describe()}")
         else:
             install_from_github_or_pypi(may_fall_back=not source)
     except Failed as failure:
@@ -140,7 +143,7 @@ def main() -> None:
 
 
 def write_files(arguments: list[str]) -> None:
-    """`--files FOLDER`: the checked files of the wheel, to put on PYTHONPATH."""
+    """`--files FOLDER`: write the verified files of the wheel, for use on PYTHONPATH."""
     if len(arguments) != 2 or arguments[0] != "--files":
         raise Failed(f"the only option is --files FOLDER, got {' '.join(arguments)}")
     if os.environ.get("DETECTRON2") == "github":
@@ -160,23 +163,27 @@ def write_files(arguments: list[str]) -> None:
 
 
 def install_from_github_or_pypi(*, may_fall_back: bool) -> None:
-    """GitHub, asked twice; else the files of the wheel. `Failed` where neither works."""
+    """Install from GitHub (two attempts), or else from the files of the wheel.
+
+    Raises:
+        Failed: if neither works.
+    """
     try:
         check_github()
         install(GITHUB, "from GitHub, at the tested commit")
         return
     except Failed as failure:
         if not may_fall_back:
-            raise Failed(f"{failure}; DETECTRON2=github forbids another source") from failure
+            raise Failed(f"{failure}; DETECTRON2=github allows no other source") from failure
         reason = failure
     if is_installed():
         complete()
-        shout(f"{reason}. The Detectron2 that is installed stays: {describe()}.")
+        print_banner(f"{reason}. The installed Detectron2 is kept: {describe()}.")
         return
-    shout(
-        f"{reason}. Instead, Detectron2's own Python files are taken out of the wheel {WHEEL} on PyPI, "
-        "each one checked against Detectron2's history; no other file of it is used, and nothing in "
-        "it is run. DETECTRON2=github forbids this."
+    print_banner(
+        f"{reason}. Instead, the Python files of Detectron2 are taken from the wheel {WHEEL} on "
+        "PyPI, each verified against the Detectron2 history. No other file of the wheel is used, and "
+        "none of its code is run. DETECTRON2=github disables this."
     )
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -184,13 +191,13 @@ def install_from_github_or_pypi(*, may_fall_back: bool) -> None:
             install(str(wheel), f"Python files of {WHEEL}, without compiled operators")
     except Failed as failure:
         raise Failed(
-            f"{reason}, and {failure}: copy Detectron2 at commit {COMMIT[:8]} to this machine and set "
-            "DETECTRON2 to its folder"
+            f"{reason}, and {failure}: copy Detectron2 at commit {COMMIT[:8]} to this machine and "
+            "set DETECTRON2 to its folder"
         ) from failure
 
 
 def check_github() -> None:
-    """`Failed`, with the reason, unless git reaches the repository at the second try."""
+    """Raise `Failed` unless git reaches the repository in one of two attempts."""
     reason = ""
     for _ in range(2):
         try:
@@ -204,57 +211,59 @@ def check_github() -> None:
             )
             return
         except FileNotFoundError:
-            raise Failed("git, which fetches Detectron2, is not installed") from None
+            raise Failed("git, which is needed to fetch Detectron2, is not installed") from None
         except subprocess.TimeoutExpired:
-            reason = f"no answer in {PROBE_SECONDS} s"
+            reason = f"no response within {PROBE_SECONDS} s"
         except subprocess.CalledProcessError as error:
-            reason = " ".join(error.stderr.split()) or f"git ended with {error.returncode}"
+            reason = " ".join(error.stderr.split()) or f"git exited with {error.returncode}"
     raise Failed(f"GitHub cannot be reached ({reason})")
 
 
 def install(requirement: str, source: str) -> None:
-    """Detectron2 by pip, against the installed torch, and what it needs besides."""
+    """Install Detectron2 against the installed torch, and its undeclared requirements."""
     pip("install", "--quiet", *BUILD, failure=f"pip could not install {', '.join(BUILD)}")
     command = ("install", "--quiet", "--no-build-isolation", requirement)
-    failure = f"pip could not install Detectron2 {source} (its messages are above)"
-    if has_metadata():  # pip alone would keep an equal version, even where its files are gone
+    failure = f"pip could not install Detectron2 {source} (see its messages above)"
+    if has_metadata():  # pip would keep an equal version, even if its files are gone
         pip(*command, "--no-deps", "--force-reinstall", failure=failure)
-    pip(*command, *BESIDES, BUILD[0], failure=failure)
-    shout(f"Detectron2 is installed {source}: {describe()}.")
+    pip(*command, *UNDECLARED, BUILD[0], failure=failure)
+    print_banner(f"Detectron2 is installed {source}: {describe()}.")
 
 
 def complete() -> None:
-    """What an installed Detectron2 needs besides, where that is missing."""
+    """Install missing requirements of an installed Detectron2."""
     pip(
-        *("install", "--quiet", *REQUIREMENTS, *BESIDES, BUILD[0]),
-        failure="pip could not install what Detectron2 needs besides (its messages are above)",
+        *("install", "--quiet", *REQUIREMENTS, *UNDECLARED, BUILD[0]),
+        failure="pip could not install the requirements of Detectron2 (see its messages above)",
     )
 
 
 def pip(*arguments: str, failure: str) -> None:
-    # FORCE_CUDA is dn_detr's: Detectron2's own CUDA operators are not needed.
+    """Run pip; raise `Failed` with the message `failure` if it fails."""
+    # FORCE_CUDA is meant for dn_detr: the CUDA operators of Detectron2 are not needed.
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     print("$ pip " + shlex.join(arguments), flush=True)
     if subprocess.call(command, env={**os.environ, "FORCE_CUDA": "0"}):
         raise Failed(failure)
 
 
-def shout(sentence: str) -> None:
+def print_banner(message: str) -> None:
+    """Print a message between two rules."""
     line = "=" * 100
-    print(f"{line}\n{sentence}\n{line}", flush=True)
+    print(f"{line}\n{message}\n{line}", flush=True)
 
 
 # ----------------------------------------------------------------------- the files of the wheel
 
 
 def download_wheel(folder: Path) -> Path:
-    """The wheel, downloaded without running anything, with the known sha256."""
+    """Download the wheel without running code from it, and verify its sha256."""
     requirement = folder / "requirements.txt"
     requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
     pip(
         *("download", "--no-deps", "--only-binary=:all:", *WHEEL_TAGS, "--require-hashes"),
         *("--dest", str(folder), "--requirement", str(requirement)),
-        failure=f"{WHEEL} cannot be downloaded either (pip's messages are above)",
+        failure=f"{WHEEL} cannot be downloaded either (see the messages of pip above)",
     )
     (wheel,) = folder.glob("*.whl")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -264,23 +273,30 @@ def download_wheel(folder: Path) -> Path:
 
 
 def git_blob(data: bytes) -> str:
-    """The name that git gives to a file's content."""
+    """Compute the git blob hash of file content."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def as_detectron2s(name: str, data: bytes) -> bytes:
-    """A file of the wheel as in Detectron2's repository: the version is not the wheel's."""
+    """Restore the version line of Detectron2 in a file of the wheel."""
     return data.replace(*VERSIONS) if name == VERSION_FILE else data
 
 
 def read_manifest() -> dict[str, str]:
-    """Path in the wheel -> git blob in Detectron2's history."""
+    """Map paths in the wheel to git blobs in the Detectron2 history."""
     lines = (line.split(" ", 1) for line in MANIFEST.read_text().splitlines())
     return {path: blob for blob, path in lines}
 
 
 def checked_files(wheel: Path) -> dict[str, bytes]:
-    """The files that the manifest names, by their paths; `Failed` where one is not Detectron2's."""
+    """Read and verify the files listed in the manifest.
+
+    Returns:
+        Path -> content.
+
+    Raises:
+        Failed: if a file is missing or differs from that of Detectron2.
+    """
     try:
         return _read_checked(wheel)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
@@ -294,7 +310,7 @@ def _read_checked(wheel: Path) -> dict[str, bytes]:
             path = PurePosixPath(name)
             is_source = path.parts[0] == "detectron2" and path.suffix in (".py", ".yaml")
             if not (is_source or name == LICENCE) or ".." in path.parts:
-                raise Failed(f"the manifest names {name}, which is no Python file of Detectron2")
+                raise Failed(f"the manifest lists {name}, which is no Python file of Detectron2")
             try:
                 data = archive.read(WHEELS_LICENCE if name == LICENCE else name)
                 data = as_detectron2s(name, data)
@@ -307,12 +323,12 @@ def _read_checked(wheel: Path) -> dict[str, bytes]:
 
 
 def build_wheel(source: Path, folder: Path) -> Path:
-    """A wheel of the checked files alone, with our own description, for pip to install."""
+    """Build a wheel with only the verified files and new metadata, for pip to install."""
     info = f"detectron2-{LOCAL_VERSION}.dist-info"
     description = [
         *("Metadata-Version: 2.1", "Name: detectron2", f"Version: {LOCAL_VERSION}"),
         *("Home-page: https://github.com/facebookresearch/detectron2", "License: Apache-2.0"),
-        f"Summary: Python files of Detectron2, taken from {WHEEL} by dn_detr; no compiled operators",
+        f"Summary: Python files of Detectron2, from {WHEEL} by dn_detr; no compiled operators",
         *(f"Requires-Dist: {requirement}" for requirement in REQUIREMENTS),
     ]
     tags = [

@@ -51,7 +51,7 @@ def test_a_file_that_was_cut_off_anywhere_is_refused(tmp_path, is_zip):
     whole = path.read_bytes()
     for length in range(0, len(whole), 1 if len(whole) < 1000 else 7):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="the file is damaged or was not write"):
+        with pytest.raises(ValueError, match="the file is damaged or was not written"):
             read_parameters(path)
 
 

@@ -111,8 +111,8 @@ def test_a_converted_folder_is_a_dataset(tool, tmp_path, capsys):
     convert([*common, str(tmp_path / "names.txt")])
     assert "1 images, 1 objects, 1 classes" in capsys.readouterr().out
     assert loaded_boxes(tmp_path / "a.json", tmp_path / "images") == [[(0, 10, 5, 30, 15)]]
-    with pytest.raises(SystemExit, match="convert_dataset.py: .*must hold the folders"):
+    with pytest.raises(SystemExit, match="convert_dataset.py: .*must contain the folders"):
         convert(["voc", str(tmp_path), "--output", str(tmp_path / "b.json")])
-    with pytest.raises(InputError, match="every class needs a name of its own"):
+    with pytest.raises(InputError, match="class names must be unique and not empty"):
         (tmp_path / "names.txt").write_text("cat\ncat")
         tool("convert_dataset").from_yolo(tmp_path / "images", ["cat", "cat"])

@@ -173,8 +173,8 @@ def test_what_is_no_image_is_refused(detector, tmp_path):
     for image, order, words in [
         (tmp_path / "none.png", None, "does not exist"),
         (tmp_path / "text.png", None, "cannot be read .unknown image format"),
-        (pixels, None, "say which channel order"),
-        (pixels, "rgb", "say which channel order"),
+        (pixels, None, "need their channel order"),
+        (pixels, "rgb", "need their channel order"),
         (pixels[0], "RGB", r"must be uint8 \[height, width, 3\], got uint8 \[4, 3\]"),
         (pixels / 255, "RGB", "got float64"),
         (3, None, "got int"),

@@ -82,8 +82,8 @@ def test_yolo_outlines_become_polygons_with_their_box_and_area(yolo):
         ("0 .5 .5 .1 .1\n2 .5 .5 .1 .1", "line 2: the class must be 0 to 1, got 2"),
         ("-1 .5 .5 .1 .1", "the class must be 0 to 1, got -1"),
         ("0.5 .5 .5 .1 .1", "the class must be 0 to 1, got 0.5"),
-        ("0 100 50 50 50", "shares of the image in .0, 1., not pixels"),
-        ("0 nan 0.5 0.1 0.1", "shares of the image"),
+        ("0 100 50 50 50", "fractions of the image in .0, 1., not pixels"),
+        ("0 nan 0.5 0.1 0.1", "fractions of the image"),
         ("cat 0.5 0.5 0.1 0.1", "expected numbers, got 'cat 0.5"),
     ],
 )
@@ -93,7 +93,7 @@ def test_lines_that_are_not_yolos_are_refused_with_their_place(yolo, text, words
 
 
 def test_yolo_folders_that_do_not_fit_are_refused(yolo, tmp_path):
-    with pytest.raises(InputError, match="1 text files .* belong to no image, .*c.txt"):
+    with pytest.raises(InputError, match="1 text files .* have no image, .*c.txt"):
         yolo("", name="c.txt")
     (tmp_path / "labels/train/c.txt").unlink()
     yolo("", name="classes.txt")  # annotation programs leave it there
@@ -102,7 +102,7 @@ def test_yolo_folders_that_do_not_fit_are_refused(yolo, tmp_path):
         yolo("")
     with pytest.raises(InputError, match="there is no image folder"):
         from_yolo(tmp_path / "none", ["cat"])
-    with pytest.raises(InputError, match="text files: say where they are"):
+    with pytest.raises(InputError, match="with text files: specify it"):
         from_yolo(tmp_path / "images" / "train", ["cat"], tmp_path / "none")
 
 
@@ -117,7 +117,7 @@ def test_class_names_come_from_yaml_or_text(tmp_path):
     for name, text, words in [
         ("d.yaml", "names: {1: cat, 2: dog}", "must have 'names'"),
         ("e.yaml", "nc: 2", "must have 'names'"),
-        ("f.yaml", "names: [", "no valid yaml"),
+        ("f.yaml", "names: [", "not valid YAML"),
     ]:
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match=words):
@@ -176,14 +176,14 @@ def test_a_split_of_voc_has_the_classes_of_all(voc):
     assert [i["file_name"] for i in content["images"]] == ["b.jpg"]
     assert [c["name"] for c in content["categories"]] == ["cat", "dog"]
     (voc / "ImageSets/Main/bad.txt").write_text("c\n")
-    for split, words in [("bad", "names 'c', which has no file"), ("none", "cannot be read")]:
+    for split, words in [("bad", "lists 'c', which has no file"), ("none", "cannot be read")]:
         with pytest.raises(InputError, match=words):
             from_voc(voc, split=split)
 
 
 def test_distances_from_the_corner_are_taken_as_they_are_where_it_is_said(voc):
     write_voc(voc, {"a": (50, 40, [("cat", 0, 5, 20, 10, 0)])}, first_pixel=0)
-    with pytest.raises(InputError, match="begins at 0, .* give --first-pixel 0"):
+    with pytest.raises(InputError, match="starts at 0, .* use --first-pixel 0"):
         from_voc(voc)
     assert boxes_by_image(from_voc(voc, first_pixel=0))["a.jpg"] == [("cat", 0, 5, 20, 10, 0)]
 
@@ -191,22 +191,22 @@ def test_distances_from_the_corner_are_taken_as_they_are_where_it_is_said(voc):
 def test_what_is_not_voc_is_refused(voc):
     good = (voc / "Annotations/a.xml").read_text()
     for text, words in [
-        (good[:-20], "a.xml is no valid xml"),
+        (good[:-20], "a.xml is not valid XML"),
         (good.replace("<xmin>1</xmin>", "<xmin>one</xmin>"), "<xmin> must be a number, got 'one'"),
         (good.replace("<xmin>1</xmin>", ""), "a <bndbox> has no <xmin>"),
         (good.replace("bndbox>", "box>"), "an <object> has no <bndbox>"),
-        (good.replace("<width>50", "<width>40"), "says 40x40 pixels, but its image has 50x40"),
+        (good.replace("<width>50", "<width>40"), "a size of 40x40 pixels, but its image has 50x40"),
     ]:
         (voc / "Annotations/a.xml").write_text(text)
         with pytest.raises(InputError, match=words):
             from_voc(voc)
     (voc / "Annotations/a.xml").write_text(good)
-    with pytest.raises(InputError, match="the class 'dog', which is not among the names"):
+    with pytest.raises(InputError, match="the class 'dog', which is not in the class names"):
         from_voc(voc, class_names=["cat"])
     (voc / "JPEGImages/a.jpg").unlink()
     with pytest.raises(InputError, match="has no image 'a'"):
         from_voc(voc)
-    with pytest.raises(InputError, match="must hold the folders"):
+    with pytest.raises(InputError, match="must contain the folders"):
         from_voc(voc / "JPEGImages")
 
 

@@ -1,1 +1,1 @@
-"""The synthetic dataset. Needs numpy and Pillow only."""
+"""Synthetic dataset, and conversion of VOC and YOLO datasets to COCO format."""

@@ -1,4 +1,4 @@
-"""Making annotation files in COCO format."""
+"""Write annotation files in COCO format."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from dn_detr.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
 _EXIF_ORIENTATION = 274
-_EXIF_TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
+_EXIF_ROTATED = (5, 6, 7, 8)  # orientations that swap width and height
 
 
 class CocoFile:
-    """Collects images and their objects; `content` is what the json file holds.
+    """Collect images and objects into `content`, the content of a COCO JSON file.
 
-    Ids count from 1, classes in the order of `class_names`.
+    Ids start at 1; categories follow the order of `class_names`.
     """
 
     def __init__(self, class_names: list[str]):
         repeated = {name for name in class_names if class_names.count(name) > 1}
         if repeated or not class_names:
-            what = f"{min(repeated)!r} is there twice" if repeated else "there is none"
-            raise InputError(f"every class needs a name of its own, but {what}.")
+            reason = f"{min(repeated)!r} is repeated" if repeated else "there are none"
+            raise InputError(f"class names must be unique and not empty, but {reason}.")
         self.content = {
             "images": [],
             "annotations": [],
@@ -31,7 +31,11 @@ class CocoFile:
         }
 
     def add_image(self, file_name: str, size: tuple[int, int]) -> None:
-        """The image to which the objects that follow belong; size: (width, height)."""
+        """Add an image, which the following objects belong to.
+
+        Args:
+            size: (width, height) in pixels.
+        """
         images = self.content["images"]
         width, height = size
         entry = {"id": len(images) + 1, "file_name": file_name, "width": width, "height": height}
@@ -40,8 +44,13 @@ class CocoFile:
     def add_object(
         self, label: int, box_xyxy_px, *, is_crowd: bool = False, polygon: list[float] | None = None
     ) -> None:
-        """An object of the class `label` [0, K), a box (left, top, right, bottom) in pixels, and
-        where known its outline (x, y, x, y, ...) in pixels."""
+        """Add an object to the last image.
+
+        Args:
+            label: class index in [0, K).
+            box_xyxy_px: (left, top, right, bottom) in pixels.
+            polygon: outline (x, y, x, y, ...) in pixels, if known.
+        """
         left, top, right, bottom = map(float, box_xyxy_px)
         annotations = self.content["annotations"]
         annotation = {
@@ -59,30 +68,30 @@ class CocoFile:
 
 
 def _area(polygon: list[float]) -> float:
-    """The shoelace formula."""
+    """Polygon area by the shoelace formula."""
     x, y = polygon[::2], polygon[1::2]
     twice = sum(x[i - 1] * y[i] - x[i] * y[i - 1] for i in range(len(x)))
     return abs(twice) / 2
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All image files below a folder, sorted by their path."""
+    """Find all image files in a folder and its subfolders, sorted by path."""
     if not folder.is_dir():
         raise InputError(f"there is no image folder {str(folder)!r}.")
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
-        raise InputError(f"the folder {str(folder)!r} holds no images.")
+        raise InputError(f"the folder {str(folder)!r} contains no images.")
     return found
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels, turned as the EXIF orientation says."""
+    """Return (width, height) in pixels after applying the EXIF orientation."""
     try:
         with Image.open(path) as image:
             width, height = image.size
-            is_turned = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_TURNED
+            is_rotated = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_ROTATED
     except UnidentifiedImageError:
-        raise InputError(f"the image {path} has no known image format.") from None
+        raise InputError(f"the image {path} has an unknown format.") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"the image {path} cannot be read: {error}.") from error
-    return (height, width) if is_turned else (width, height)
+    return (height, width) if is_rotated else (width, height)

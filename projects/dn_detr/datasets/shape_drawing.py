@@ -1,8 +1,8 @@
-"""Drawing for the synthetic `shapes` dataset: outlines, textures and one whole picture.
+"""Drawing of the synthetic `shapes` dataset.
 
-Classes differ by outline only: colour, texture, size, rotation and stretch are random. Distractors
-(lines, soft blobs, stripes, clouds, pixel noise) belong to no class. Coordinates are pixels with
-the origin in the picture's top left corner; pixel i covers [i, i + 1).
+Classes differ only in outline: colour, texture, size, rotation and aspect ratio are random.
+Distractors (lines, soft blobs, stripes, clouds, pixel noise) belong to no class. Coordinates are
+pixels from the top left corner; pixel i covers [i, i + 1).
 """
 
 import math
@@ -14,34 +14,34 @@ from PIL import Image, ImageDraw, ImageFilter
 CLASSES = ("ellipse", "rectangle", "triangle", "star", "cross", "ring")
 PICTURE_SIZES = ((160, 160), (160, 192), (192, 160), (144, 192), (192, 144))  # (height, width)
 MAX_OBJECTS = 12
-SMALLEST = 10  # longer side of an object's box, in pixels; the largest is half of the picture
-MIN_INSIDE = 0.6  # of an object's area, when the border cuts it
-MIN_VISIBLE = 0.4  # of an object's pixels, when later objects cover it
-MIN_CONTRAST = 70.0  # distance in RGB between an object's colour and what it covers
+SMALLEST = 10  # longer side of the smallest box, in pixels; the largest is half of the picture
+MIN_INSIDE = 0.6  # fraction of an object's area inside the picture
+MIN_VISIBLE = 0.4  # fraction of an object's pixels not covered by later objects
+MIN_CONTRAST = 70.0  # RGB distance between an object and the background it covers
 _SUPERSAMPLING = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Shape:
-    """One object: `kind` indexes CLASSES; `polygon` [n, 2] xy, clipped to the picture."""
+    """An object: `kind` indexes CLASSES; `polygon` [n, 2] xy in pixels, clipped to the picture."""
 
     kind: int
     polygon: np.ndarray
 
 
 def polygon_area(polygon):
-    """Area in square pixels; a hole joined by a slit (ring) counts as a hole."""
+    """Return the area in square pixels, without the hole of a ring (connected by a slit)."""
     x, y = polygon[:, 0], polygon[:, 1]
     return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
 
 
 def polygon_box(polygon):
-    """The tight box x0, y0, x1, y1."""
+    """Return the tight box (x0, y0, x1, y1)."""
     return (*polygon.min(axis=0), *polygon.max(axis=0))
 
 
 def outline(kind, rng):
-    """The polygon [n, 2] of class `kind` around the origin, unrotated, in arbitrary units."""
+    """Make a polygon [n, 2] of class `kind` around the origin, unrotated, in arbitrary units."""
     name = CLASSES[kind]
     if name in ("ellipse", "ring"):
         turn = np.linspace(0, 2 * math.pi, 41)
@@ -49,7 +49,9 @@ def outline(kind, rng):
         if name == "ellipse":
             return circle[:-1]
         inner = circle[::-1] * rng.uniform(0.5, 0.65)
-        return np.concatenate([circle, inner])  # outside, then the hole backwards, over one slit
+        return np.concatenate(
+            [circle, inner]
+        )  # outer circle, then the reversed hole, joined by a slit
     if name == "rectangle":
         return np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
     if name == "cross":
@@ -65,7 +67,7 @@ def outline(kind, rng):
 
 
 def place(polygon, size, centre, rng):
-    """Stretch, rotate, scale the box's longer side to `size`, and move to `centre` (x, y)."""
+    """Stretch, rotate, scale the longer box side to `size`, and move to `centre` (x, y)."""
     polygon = polygon * [1.0, rng.uniform(0.6, 1.0)]
     angle = rng.uniform(0, 2 * math.pi)
     cos, sin = math.cos(angle), math.sin(angle)
@@ -75,7 +77,7 @@ def place(polygon, size, centre, rng):
 
 
 def clip(polygon, height, width):
-    """Cut a polygon at the picture's border (Sutherland-Hodgman); may come back empty."""
+    """Clip a polygon to the picture (Sutherland-Hodgman); the result may be empty."""
     for axis, limit, sign in ((0, 0, 1), (0, width, -1), (1, 0, 1), (1, height, -1)):
         inside = sign * (polygon[:, axis] - limit) >= 0
         kept = []
@@ -91,23 +93,24 @@ def clip(polygon, height, width):
 
 
 def coverage(polygon, height, width):
-    """The share [height, width] of every pixel that lies inside the polygon, 0 to 1."""
+    """Compute the fraction of every pixel inside the polygon, [height, width] in [0, 1]."""
     alpha = np.zeros((height, width), np.float32)
     left, top = np.maximum(np.floor(polygon.min(axis=0)).astype(int) - 1, 0)
     right, bottom = np.minimum(np.ceil(polygon.max(axis=0)).astype(int) + 1, [width, height])
     window = Image.new("L", ((right - left) * _SUPERSAMPLING, (bottom - top) * _SUPERSAMPLING))
-    points = (polygon - [left, top]) * _SUPERSAMPLING - 0.5  # PIL counts from pixel centres
+    points = (polygon - [left, top]) * _SUPERSAMPLING - 0.5  # PIL coordinates are pixel centres
     ImageDraw.Draw(window).polygon([tuple(point) for point in points.tolist()], fill=255)
     alpha[top:bottom, left:right] = np.asarray(window.reduce(_SUPERSAMPLING)) / 255
     return alpha
 
 
 def random_colour(rng):
+    """Draw an RGB colour [3] in [0, 255]."""
     return rng.uniform(0, 255, 3).astype(np.float32)
 
 
 def stripes(rng, height, width):
-    """A wave [height, width, 1] in [-1, 1] with random direction and period."""
+    """Draw a wave [height, width, 1] in [-1, 1] with random direction and period."""
     angle, period = rng.uniform(0, math.pi), rng.uniform(4, 24)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     wave = np.sin((x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period))
@@ -115,7 +118,7 @@ def stripes(rng, height, width):
 
 
 def clouds(rng, height, width, contrast):
-    """Smooth colour [height, width, 3]: a few random colours, `contrast` about their mean."""
+    """Draw a smooth texture [height, width, 3] of colours within `contrast` of a random one."""
     cells = rng.integers(2, 8, 2)
     grid = random_colour(rng) + rng.uniform(-contrast, contrast, (*cells, 3))
     small = Image.fromarray(grid.clip(0, 255).astype(np.uint8))
@@ -123,12 +126,12 @@ def clouds(rng, height, width, contrast):
 
 
 def paint(picture, alpha, colour):
-    """Blend `colour` ([3] or like the picture) over the picture, in place."""
+    """Blend `colour` ([3] or [height, width, 3]) over the picture in place, by `alpha`."""
     picture += alpha[:, :, None] * (colour - picture)
 
 
 def background(rng, height, width):
-    """Clouds with stripes, soft blobs and hard lines: everything that is no object."""
+    """Draw a background [height, width, 3] of clouds, stripes, soft blobs and lines."""
     picture = clouds(rng, height, width, rng.uniform(10, 70))
     if rng.random() < 0.4:
         picture += rng.uniform(5, 30) * stripes(rng, height, width)
@@ -151,7 +154,7 @@ def background(rng, height, width):
 
 
 def fill(rng, height, width, colour):
-    """An object's own texture [height, width, 3] or [3] around `colour`."""
+    """Make the texture of an object, [height, width, 3] or [3], around `colour`."""
     style = rng.integers(3)
     if style == 0:
         return colour
@@ -161,10 +164,13 @@ def fill(rng, height, width, colour):
 
 
 def draw_picture(rng):
-    """Draw one picture. -> (uint8 [height, width, 3] RGB, list of Shape).
+    """Draw one picture.
 
-    Larger objects are drawn first. An object is left out where it would hide more of an earlier one
-    than MIN_VISIBLE allows. Its polygon is the full outline, also where a later object covers it.
+    Larger objects are drawn first. Objects that would cover an earlier one beyond MIN_VISIBLE are
+    dropped. Polygons are full outlines, including parts covered by later objects.
+
+    Returns:
+        RGB picture, uint8 [height, width, 3], and a list of `Shape`.
     """
     height, width = PICTURE_SIZES[rng.integers(len(PICTURE_SIZES))]
     picture = background(rng, height, width)

@@ -1,13 +1,13 @@
-"""The synthetic dataset `shapes_train` / `shapes_val`: COCO format, drawn on first use.
+"""Synthetic dataset `shapes_train` / `shapes_val` in COCO format, generated on first use.
 
-It lets everything be tried without a download: six classes of outlines, 0 to 12 objects a picture,
-see `drawing`. A picture depends on (seed, split, number) only, so a longer dataset begins
-with the pictures of a shorter one. Each split is one folder under DETECTRON2_DATASETS:
+It needs no download: six classes of outlines, 0 to 12 objects per picture, see `shape_drawing`. A
+picture depends only on (seed, split, index), so a larger dataset starts with the pictures of a
+smaller one. Each split is a folder in DETECTRON2_DATASETS:
 
     shapes_train/annotations.json
     shapes_train/images/000001.jpg
 
-Boxes are tight to the full outline clipped to the picture, also where another object covers it.
+Boxes tightly enclose the outline clipped to the picture, including occluded parts.
 
     python -m dn_detr.datasets.shapes --root datasets --num-train 2000 --num-val 200
 """
@@ -25,7 +25,7 @@ from PIL import Image
 from dn_detr.datasets.shape_drawing import CLASSES, draw_picture, polygon_area, polygon_box
 from dn_detr.errors import InputError
 
-VERSION = 1  # of the drawing: raise it when the same seed would give other pictures
+VERSION = 1  # increase when drawing changes the pictures of a seed
 NUM_IMAGES = {"train": 2000, "val": 200}
 _SPLITS = ("train", "val")
 
@@ -45,7 +45,7 @@ def _annotation(shape, image_id, annotation_id):
 
 
 def _draw_split(folder, split, num_images, seed):
-    """Write the pictures and annotations.json of one split into an existing folder."""
+    """Write the pictures and annotations.json of one split to an existing folder."""
     (folder / "images").mkdir()
     images, annotations = [], []
     for image_id in range(1, num_images + 1):
@@ -68,12 +68,20 @@ def _draw_split(folder, split, num_images, seed):
 
 
 def generate(root, split, num_images=None, seed=None):
-    """Make sure that `shapes_<split>` lies under `root`; returns its folder.
+    """Generate `shapes_<split>` in `root` if it does not exist.
 
-    Without `num_images` and `seed` any finished dataset of this VERSION will do, otherwise
-    NUM_IMAGES[split] pictures of seed 0 are drawn. The folder appears complete or not at all, also
-    when several processes start at once: each draws into its own folder, the first to finish wins.
-    Raises InputError where the folder holds something else than asked for.
+    The folder is created atomically, even if several processes start at once: each draws into its
+    own folder, and the first to finish renames it.
+
+    Args:
+        num_images: None accepts any existing dataset of this VERSION, or draws NUM_IMAGES[split].
+        seed: None accepts any existing dataset of this VERSION, or uses 0.
+
+    Returns:
+        Path of the folder.
+
+    Raises:
+        InputError: if the folder contains anything else.
     """
     folder = Path(root) / f"shapes_{split}"
     if not folder.exists():
@@ -81,7 +89,7 @@ def generate(root, split, num_images=None, seed=None):
         draft = Path(tempfile.mkdtemp(prefix=f"shapes_{split}.", dir=folder.parent))
         try:
             _draw_split(draft, split, num_images or NUM_IMAGES[split], seed or 0)
-            draft.chmod(0o755)  # mkdtemp makes it private
+            draft.chmod(0o755)  # mkdtemp creates a private folder
             draft.rename(folder)
         except OSError:
             if not folder.exists():  # otherwise another process was faster
@@ -93,7 +101,7 @@ def generate(root, split, num_images=None, seed=None):
 
 
 def _check_settings(folder, **wanted):
-    """Raise InputError unless the dataset in `folder` was made with the settings that are set."""
+    """Raise InputError unless the dataset in `folder` has the wanted settings that are not None."""
     wanted = {key: value for key, value in wanted.items() if value is not None}
     wanted["version"] = VERSION
     try:
@@ -102,12 +110,13 @@ def _check_settings(folder, **wanted):
         found = {}
     if any(found.get(key) != value for key, value in wanted.items()):
         raise InputError(
-            f"{folder} holds {found or 'no shapes dataset'}, but {wanted} is asked for: "
+            f"{folder} contains {found or 'no shapes dataset'} instead of {wanted}: "
             "delete that folder, or choose another root."
         )
 
 
 def main():
+    """Generate both splits from the command line."""
     parser = argparse.ArgumentParser(description="Draw the synthetic shapes dataset.")
     parser.add_argument("--root", default=os.environ.get("DETECTRON2_DATASETS", "datasets"))
     parser.add_argument("--num-train", type=int, default=NUM_IMAGES["train"])

@@ -1,7 +1,7 @@
-"""Datasets in the format of Pascal VOC: Annotations/*.xml, JPEGImages/, ImageSets/Main/<split>.txt.
+"""Datasets in Pascal VOC format: Annotations/*.xml, JPEGImages/, ImageSets/Main/<split>.txt.
 
-VOC counts pixels from 1 and includes the last one: xmin 1, xmax 500 is an image of 500 pixels. Many
-annotation programs write distances from the corner of the image instead: xmin 0, xmax 500.
+VOC counts pixels from 1 and includes the last one: xmin 1, xmax 500 spans 500 pixels. Many
+annotation tools write distances from the image corner instead: xmin 0, xmax 500.
 """
 
 from __future__ import annotations
@@ -22,13 +22,19 @@ def from_voc(
     class_names: list[str] | None = None,
     first_pixel: int = 1,
 ) -> dict:
-    """The content of a COCO json file for a VOC folder; file_name is relative to JPEGImages.
+    """Convert a VOC folder to the content of a COCO JSON file.
 
-    split: the images that ImageSets/Main/<split>.txt names, None: all that are annotated.
-    class_names: their order, None: the alphabetical one of all annotations in the folder, whatever
-    the split. first_pixel: 1 as in VOC, 0 for distances. Objects marked `difficult` become
-    crowd regions, which are neither trained on nor counted in evaluation. InputError with the file
-    for everything that is not in the format.
+    Objects marked `difficult` become crowd regions, which training and evaluation ignore. Each
+    file_name is relative to JPEGImages.
+
+    Args:
+        split: use the images listed in ImageSets/Main/<split>.txt, None for all annotated images.
+        class_names: class names in order, None for those of all annotations in the folder,
+            sorted.
+        first_pixel: 1 as in VOC, 0 for distances from the corner.
+
+    Raises:
+        InputError: if a file is not in VOC format.
     """
     if first_pixel not in (0, 1):
         raise ValueError(f"first_pixel must be 0 or 1, got {first_pixel}")
@@ -48,16 +54,18 @@ def from_voc(
         size = trees[name].find("size")
         if size is not None:
             stated = (_number(size, "width", file), _number(size, "height", file))
-            if stated not in ((width, height), (0, 0)):  # (0, 0) is what some programs write
+            if stated not in ((width, height), (0, 0)):  # some tools write (0, 0)
                 raise InputError(
-                    f"{file} says {stated[0]:g}x{stated[1]:g} pixels, but its image has "
-                    f"{width}x{height}."
+                    f"{file} gives a size of {stated[0]:g}x{stated[1]:g} pixels, but its image "
+                    f"has {width}x{height}."
                 )
         coco.add_image(images[name].relative_to(folder / "JPEGImages").as_posix(), (width, height))
         for entry in trees[name].iter("object"):
             label = _text(entry, "name", file)
             if label not in class_names:
-                raise InputError(f"{file} has the class {label!r}, which is not among the names.")
+                raise InputError(
+                    f"{file} has the class {label!r}, which is not in the class names."
+                )
             is_crowd = entry.findtext("difficult", "0").strip() == "1"
             coco.add_object(
                 class_names.index(label), _box(entry, file, first_pixel), is_crowd=is_crowd
@@ -68,15 +76,15 @@ def from_voc(
 def _annotated(folder: Path) -> list[str]:
     annotations = folder / "Annotations"
     if not annotations.is_dir() or not (folder / "JPEGImages").is_dir():
-        raise InputError(f"{folder} must hold the folders Annotations and JPEGImages.")
+        raise InputError(f"{folder} must contain the folders Annotations and JPEGImages.")
     names = sorted(path.stem for path in annotations.glob("*.xml"))
     if not names:
-        raise InputError(f"{annotations} holds no xml files.")
+        raise InputError(f"{annotations} contains no XML files.")
     return names
 
 
 def _named(folder: Path, split: str, known: dict) -> list[str]:
-    """The images of a split, one on every line."""
+    """Read the image names of a split, one per line."""
     path = folder / "ImageSets" / "Main" / f"{split}.txt"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -84,15 +92,15 @@ def _named(folder: Path, split: str, known: dict) -> list[str]:
         raise InputError(f"the split {split!r} cannot be read: {error}.") from error
     names = [line.split()[0] for line in lines if line.strip()]
     if not names:
-        raise InputError(f"{path} names no images.")
+        raise InputError(f"{path} lists no images.")
     for name in names:
         if name not in known:
-            raise InputError(f"{path} names {name!r}, which has no file in Annotations.")
+            raise InputError(f"{path} lists {name!r}, which has no file in Annotations.")
     return names
 
 
 def _images(folder: Path) -> dict[str, Path]:
-    """Name without suffix -> image file."""
+    """Map names without suffix to image files."""
     found = (folder / "JPEGImages").iterdir()
     return {path.stem: path for path in sorted(found) if path.suffix.lower() in IMAGE_SUFFIXES}
 
@@ -101,7 +109,7 @@ def _parse(path: Path) -> ElementTree.Element:
     try:
         return ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, OSError) as error:
-        raise InputError(f"{path} is no valid xml: {error}.") from error
+        raise InputError(f"{path} is not valid XML: {error}.") from error
 
 
 def _text(entry: ElementTree.Element, key: str, file: str) -> str:
@@ -120,14 +128,14 @@ def _number(entry: ElementTree.Element, key: str, file: str) -> float:
 
 
 def _box(entry: ElementTree.Element, file: str, first_pixel: int) -> tuple[float, ...]:
-    """left, top, right, bottom as distances from the image's corner."""
+    """Read (left, top, right, bottom) as distances from the image corner."""
     corners = entry.find("bndbox")
     if corners is None:
         raise InputError(f"{file}: an <object> has no <bndbox>.")
     left, top, right, bottom = (_number(corners, key, file) for key in CORNERS)
     if min(left, top) == 0 and first_pixel == 1:
         raise InputError(
-            f"{file} has a box that begins at 0, so pixels are not counted from 1 as in VOC: give "
+            f"{file} has a box that starts at 0, so pixels are not counted from 1 as in VOC: use "
             "--first-pixel 0."
         )
     return left - first_pixel, top - first_pixel, right, bottom

@@ -1,7 +1,7 @@
-"""Datasets in YOLO's text format: for every image a text file, for every object a line.
+"""Datasets in YOLO text format: a text file per image, a line per object.
 
-`class cx cy w h`, or for outlines `class x y x y x y ...`: the class counts from 0, coordinates are
-shares of the image's width and height. An image without a text file has no objects.
+A line is `class cx cy w h`, or `class x y x y x y ...` for outlines. Classes start at 0;
+coordinates are fractions of the image width and height. Images without a text file have no objects.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ import yaml
 from dn_detr.datasets.coco_json import CocoFile, find_images, image_size
 from dn_detr.errors import InputError
 
-_ROUNDING = 1e-3  # by which a share may leave [0, 1]: text files hold few digits
+_ROUNDING = 1e-3  # tolerance beyond [0, 1], as text files have few digits
 
 
 def read_class_names(path: str | Path) -> list[str]:
-    """Class names from a data.yaml (its `names`, a list or a mapping from 0 on) or a text file with
-    a name on every line."""
+    """Read class names from `names` in a data.yaml (a list, or a mapping starting at 0), or from a
+    text file with one name per line.
+
+    Raises:
+        InputError: if the file cannot be read or has no class names.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -30,7 +34,7 @@ def read_class_names(path: str | Path) -> list[str]:
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InputError(f"{path} is no valid yaml: {' '.join(str(error).split())}.") from error
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, dict) and sorted(names) == list(range(len(names))):
         names = [names[i] for i in range(len(names))]
@@ -40,8 +44,10 @@ def read_class_names(path: str | Path) -> list[str]:
 
 
 def label_folder_of(images: Path) -> Path:
-    """Where the text files are, by the usual rule: the last folder `images` in the path is `labels`
-    instead; without one, they lie beside the images."""
+    """Guess the folder of text files: replace the last folder `images` in the path by `labels`.
+
+    Without such a folder, text files are next to the images.
+    """
     parts = list(images.parts)
     for i in reversed(range(len(parts))):
         if parts[i] == "images":
@@ -51,16 +57,23 @@ def label_folder_of(images: Path) -> Path:
 
 
 def from_yolo(images: str | Path, class_names: list[str], labels: str | Path | None = None) -> dict:
-    """The content of a COCO json file for the images of a folder.
+    """Convert a YOLO dataset to the content of a COCO JSON file.
 
-    labels: the folder of text files, None: by `label_folder_of`. file_name is relative to `images`.
-    InputError with file and line for everything that is not in the format.
+    Each file_name is relative to `images`.
+
+    Args:
+        images: folder of images.
+        class_names: class names in order.
+        labels: folder of text files, None for `label_folder_of(images)`.
+
+    Raises:
+        InputError: if a file is not in YOLO format; names the file and line.
     """
     images = Path(images)
     paths = find_images(images)
     labels = label_folder_of(images) if labels is None else Path(labels)
     if not labels.is_dir():
-        raise InputError(f"there is no folder {str(labels)!r} with text files: say where they are.")
+        raise InputError(f"there is no folder {str(labels)!r} with text files: specify it.")
     coco, used = CocoFile(class_names), set()
     for path in paths:
         inside = path.relative_to(images)
@@ -77,7 +90,7 @@ def from_yolo(images: str | Path, class_names: list[str], labels: str | Path | N
                 place = f"{text_file}, line {number}"
                 label, values = _parse(line, place, len(class_names))
                 _add(coco, label, values, width, height)
-    _refuse_texts_without_image(labels, used)
+    _check_text_files_have_images(labels, used)
     return coco.content
 
 
@@ -89,7 +102,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _parse(line: str, place: str, num_classes: int) -> tuple[int, list[float]]:
-    """Class and coordinates of a line."""
+    """Parse the class and coordinates of a line."""
     try:
         label, *values = map(float, line.split())
     except ValueError:
@@ -103,7 +116,7 @@ def _parse(line: str, place: str, num_classes: int) -> tuple[int, list[float]]:
         raise InputError(f"{place}: the class must be 0 to {num_classes - 1}, got {label:g}.")
     if not all(math.isfinite(v) and -_ROUNDING <= v <= 1 + _ROUNDING for v in values):
         raise InputError(
-            f"{place}: coordinates must be shares of the image in [0, 1], not pixels, got "
+            f"{place}: coordinates must be fractions of the image in [0, 1], not pixels, got "
             f"{line.strip()!r}."
         )
     return int(label), values
@@ -125,12 +138,12 @@ def _add(coco: CocoFile, label: int, values: list[float], width: int, height: in
     coco.add_object(label, (min(x), min(y), max(x), max(y)), polygon=outline)
 
 
-def _refuse_texts_without_image(labels: Path, used: set[Path]) -> None:
-    """Text files that no image belongs to show that the folders do not fit."""
+def _check_text_files_have_images(labels: Path, used: set[Path]) -> None:
+    """Raise InputError for text files without an image: the folders do not match."""
     other = ("classes.txt", "train.txt", "val.txt", "test.txt")
-    lost = [p for p in sorted(labels.rglob("*.txt")) if p not in used and p.name not in other]
-    lost = [p for p in lost if not p.name.lower().startswith("readme")]
-    if lost:
+    extra = [p for p in sorted(labels.rglob("*.txt")) if p not in used and p.name not in other]
+    extra = [p for p in extra if not p.name.lower().startswith("readme")]
+    if extra:
         raise InputError(
-            f"{len(lost)} text files in {labels} belong to no image, the first is {lost[0]}."
+            f"{len(extra)} text files in {labels} have no image, the first is {extra[0]}."
         )
