@@ -163,11 +163,7 @@ def write_files(arguments: list[str]) -> None:
 
 
 def install_from_github_or_pypi(*, may_fall_back: bool) -> None:
-    """Install from GitHub (two attempts), or else from the files of the wheel.
-
-    Raises:
-        Failed: if neither works.
-    """
+    """Install from GitHub, or else from the wheel; raise `Failed` if neither works."""
     try:
         check_github()
         install(GITHUB, "from GitHub, at the tested commit")
@@ -182,8 +178,8 @@ def install_from_github_or_pypi(*, may_fall_back: bool) -> None:
         return
     print_banner(
         f"{reason}. Instead, the Python files of Detectron2 are taken from the wheel {WHEEL} on "
-        "PyPI, each verified against the Detectron2 history. No other file of the wheel is used, and "
-        "none of its code is run. DETECTRON2=github disables this."
+        "PyPI, each verified against the Detectron2 history. No other file of the wheel is used, "
+        "and none of its code is run. DETECTRON2=github disables this."
     )
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -289,10 +285,7 @@ def read_manifest() -> dict[str, str]:
 
 
 def checked_files(wheel: Path) -> dict[str, bytes]:
-    """Read and verify the files listed in the manifest.
-
-    Returns:
-        Path -> content.
+    """Read the files listed in the manifest, path -> content.
 
     Raises:
         Failed: if a file is missing or differs from that of Detectron2.

@@ -45,8 +45,7 @@ class PromptedObjects:
 def add_prompts(queries: Queries, source: QuerySource, given: PromptedObjects) -> Queries:
     """Prepend a "prompt" segment of the given objects, visible to the matched queries.
 
-    Args:
-        source: provides `from_boxes(labels [B, M], boxes [B, M, 4]) -> QueryState`.
+    source provides `from_boxes(labels [B, M], boxes [B, M, 4]) -> QueryState`.
     """
     most = given.labels.shape[1]
     objects = torch.arange(most, device=given.labels.device)

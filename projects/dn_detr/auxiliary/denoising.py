@@ -141,12 +141,8 @@ class DenoisingQueries(nn.Module):
     def noise(
         self, targets: Targets, *, num_matched: int, mask_dtype: torch.dtype
     ) -> tuple[NoisedObjects, Tensor]:
-        """Noise the targets, see `ops.noise_objects`.
-
-        Returns:
-            T noised objects per image, and the additive mask
-            [B or 1, 1, T + num_matched, T + num_matched] of the denoising and matched queries.
-        """
+        """Make T noised objects per image, see `ops.noise_objects`, and the additive attention mask
+        [B or 1, 1, T + num_matched, T + num_matched] of denoising and matched queries."""
         num_groups, group_size = self.groups(targets.labels.shape[1])
         labels, boxes, assignment, is_empty, mask = noise_objects(
             targets.labels,

@@ -147,11 +147,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def read_arrays(path: str | Path) -> object:
-    """Read a pickle file of the Detectron2 model zoo; floating-point arrays become tensors.
-
-    Raises:
-        ValueError: if the file is damaged or not a pickle file.
-    """
+    """Read a pickle file of the Detectron2 model zoo; floating-point arrays become tensors."""
     with open(path, "rb") as file:
         try:
             return _to_tensors(ArrayUnpickler(file, encoding="latin1").load(), {})

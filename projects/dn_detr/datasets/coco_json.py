@@ -31,11 +31,7 @@ class CocoFile:
         }
 
     def add_image(self, file_name: str, size: tuple[int, int]) -> None:
-        """Add an image, which the following objects belong to.
-
-        Args:
-            size: (width, height) in pixels.
-        """
+        """Add an image of size (width, height) in pixels; the following objects belong to it."""
         images = self.content["images"]
         width, height = size
         entry = {"id": len(images) + 1, "file_name": file_name, "width": width, "height": height}

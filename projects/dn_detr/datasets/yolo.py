@@ -19,11 +19,7 @@ _ROUNDING = 1e-3  # tolerance beyond [0, 1], as text files have few digits
 
 def read_class_names(path: str | Path) -> list[str]:
     """Read class names from `names` in a data.yaml (a list, or a mapping starting at 0), or from a
-    text file with one name per line.
-
-    Raises:
-        InputError: if the file cannot be read or has no class names.
-    """
+    text file with one name per line."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")

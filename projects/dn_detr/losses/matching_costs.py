@@ -59,7 +59,7 @@ class MatchingCosts(Protocol):
 def focal_cost(
     logits: Tensor, image_of: Tensor, labels: Tensor, alpha: float, gamma: float
 ) -> Tensor:
-    """Compute the focal class cost (2010.04159, code): positive minus negative focal loss.
+    """Compute positive minus negative focal loss (2010.04159, code): [L, T, Q].
 
     With p the probability of the object's class, this is
     alpha (1 - p)^gamma (-log p) - (1 - alpha) p^gamma (-log(1 - p)).
@@ -67,9 +67,6 @@ def focal_cost(
     Args:
         logits: [L, B, Q, K].
         image_of, labels: [T] int64.
-
-    Returns:
-        [L, T, Q].
     """
     logits = at_least_float32(logits.transpose(2, 3)[:, image_of, labels])  # [L, T, Q]
     return alpha * focal_penalty(-logits, gamma) - (1 - alpha) * focal_penalty(logits, gamma)

@@ -65,12 +65,9 @@ class ConditionalPointPosition(nn.Module):
     def forward(
         self, layer: int, content: Tensor, reference: Tensor, learned: Tensor, _memory: Memory
     ) -> tuple[Tensor, ConditionalPosition]:
-        """Return the positions for self-attention [B, Q, C] and for cross-attention.
+        """Make the positions for self- and cross-attention.
 
-        Args:
-            content: [B, Q, C].
-            reference: points [B, Q, 2] in [0, 1].
-            learned: [B, Q, C].
+        content and learned are [B, Q, C]; reference is [B, Q, 2] in [0, 1].
         """
         spatial = sine_of_reference(reference, self.channels // 2).to(content.dtype)
         if layer > 0:

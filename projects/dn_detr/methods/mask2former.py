@@ -206,16 +206,13 @@ class MaskedLayer(nn.Module):
         mask: Tensor,
         query_mask: QueryAttentionMask,
     ) -> Tensor:
-        """Update the content.
+        """Update the content [B, Q, C].
 
         Args:
-            content, position: [B, Q, C].
+            position: [B, Q, C].
             key, value: [B, S, C] of one level.
             padding: [B, S] bool.
             mask: additive attention mask [B, 1, Q, S].
-
-        Returns:
-            Content [B, Q, C].
         """
         update = self.cross_attention(content + position, key, value, padding, prior=mask)
         content = self.norm(content + self.dropout(update))

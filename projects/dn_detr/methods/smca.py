@@ -74,15 +74,11 @@ class GaussianAttention(nn.Module):
         nn.init.ones_(self.scale.bias)
 
     def forward(self, query: Tensor, guide: Tensor, reference: Tensor, memory: Memory) -> Tensor:
-        """Attend to the memory.
+        """Attend from query [B, Q, C] to memory -> update [B, Q, C].
 
         Args:
-            query: [B, Q, C].
             guide: [B, Q, C], predicts offsets, scales and level weights.
             reference: centres [B, Q, 2] in [0, 1].
-
-        Returns:
-            Update [B, Q, C].
         """
         heads = (self.num_levels, self.num_heads, 2)
         offset = self.offset(guide).unflatten(-1, heads)
@@ -116,15 +112,12 @@ class GaussianAttention(nn.Module):
 
 
 def gaussian(centre: Tensor, scale: Tensor, height: int, width: int) -> Tensor:
-    """Compute the logarithm of a Gaussian over the cells of a map.
+    """Compute the logarithm of a Gaussian over a map, [B, heads, Q, height * width].
 
     Args:
         centre: [B, Q, heads, 2], x and y in cells; the coordinate of a cell is its index.
         scale: [B, Q, heads, 2], inverse widths.
         height, width: of the map in cells.
-
-    Returns:
-        [B, heads, Q, height * width].
     """
     x, y = (
         torch.arange(size, device=centre.device, dtype=centre.dtype) for size in (width, height)
