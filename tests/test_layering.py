@@ -23,7 +23,7 @@ MODULES = {
 
 CORE = {
     "structures": {"errors"},
-    "protocols": {"structures"},
+    "protocols": {"layers", "structures"},
     "ops": {"errors"},
     "layers": {"errors", "ops", "structures"},
     "models": {"errors", "layers", "ops", "protocols", "structures"},

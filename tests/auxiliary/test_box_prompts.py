@@ -152,5 +152,5 @@ def test_shares_are_as_asked_and_boxes_are_noised_a_little():
 
 
 def test_masks_cannot_be_prompted():
-    with pytest.raises(ValueError, match="mask2former finds masks"):
+    with pytest.raises(ValueError, match="mask2former predicts masks"):
         tiny_model("mask2former", prompts=ALWAYS)

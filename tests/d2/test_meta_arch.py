@@ -85,7 +85,9 @@ def test_noise_of_images_without_id_differs_between_positions_and_ranks(model_of
     seeds = []
     for rank in (0, 1):
         monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
-        seeds += model.targets(batch, iteration=3).noise_seeds.tolist()
+        seeds += model.make_batch(
+            batch, iteration=3, with_targets=True
+        ).targets.noise_seeds.tolist()
     assert len(set(seeds)) == 4
 
 
