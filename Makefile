@@ -31,7 +31,7 @@ $(VENV)/ready: setup.py pyproject.toml dev/setup_venv.sh projects/dn_detr/instal
 
 PYPI_DETECTRON2 := $(CURDIR)/build/pypi-detectron2
 WITH_DETECTRON2 := $(addprefix tests/d2/test_,$(addsuffix .py,train_net evaluation datasets configs \
-	faster_rcnn masks checkpoint detector loader bad_input without_operators))
+	faster_rcnn masks checkpoint detector loader bad_input operator_checks))
 
 test-pypi-detectron2: $(READY)
 	rm -rf "$(PYPI_DETECTRON2)"

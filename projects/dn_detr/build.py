@@ -65,13 +65,13 @@ def build_model(
         has_labels=denoising is not None or prompts is not None,
         has_indicator=True,
     )
-    model = METHODS[method](config, in_channels, strides, content)
+    model: DETR = METHODS[method](config, in_channels, strides, content)
     design = model.query_design
     if denoising is not None:
         if design.starts_from_masks and denoising.contrastive:
             raise ValueError(
-                f"{method} is denoised by shifted masks; contrastive noise, which moves the sides of "
-                "boxes, has no meaning there"
+                f"{method} is denoised by shifted masks; contrastive noise, which moves the "
+                f"sides of boxes, has no meaning there"
             )
         denoise = MaskDenoisingQueries if design.starts_from_masks else DenoisingQueries
         model.auxiliary.append(denoise(denoising, num_classes=config.num_classes))

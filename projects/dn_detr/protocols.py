@@ -5,7 +5,7 @@ Every nn.Module here is called like a function; parameters belong to the module 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from dn_detr.structures import LayerOutput, Matched, Memory, Queries, QueryState
 class QuerySource(Protocol):
     """The queries of one forward pass: a query design bound to a memory."""
 
-    def queries(self, learned: nn.Module | None = None, first_rank: int = 0) -> Queries:
+    def queries(self, learned: Any = None, first_rank: int = 0) -> Queries:
         """Make one "match" segment.
 
         Args:
@@ -28,22 +28,29 @@ class QuerySource(Protocol):
         """Make queries of labels [B, T] int64 at boxes [B, T, 4] (cxcywh in [0, 1])."""
 
 
-class MaskQuerySource(QuerySource, Protocol):
+class MaskQuerySource(Protocol):
     """The source of a design whose queries start from masks."""
+
+    def queries(self, learned: Any = None, first_rank: int = 0) -> Queries:
+        """See `QuerySource`."""
 
     def from_masks(
         self, labels: Tensor, masks: tuple[Tensor, ...], object_of: Tensor, shift: Tensor
     ) -> QueryState:
         """Make queries of labels [B, T] at the masks (`Targets.masks`) of objects object_of [B, T],
-        shifted by shift [B, T, 2] in fractions of the image."""
+        shifted by shift [B, T, 2] in fractions of the image.
+        """
 
 
 class QueryDesign(Protocol):
     """Where the decoder's queries come from, and how a box becomes a query; an nn.Module."""
 
     content: QueryContent
-    learned: nn.Module
     starts_from_masks: bool
+
+    @property
+    def learned(self) -> nn.Module:
+        """The parameters of the matched queries."""
 
     def new_parameters(self, num_queries: int, own_head: bool = True) -> nn.Module:
         """Make the parameters of extra queries, owned by the caller.
@@ -54,7 +61,7 @@ class QueryDesign(Protocol):
                 own head; otherwise they continue the ranking of the first selection.
         """
 
-    def bind(self, memory: Memory) -> QuerySource:
+    def bind(self, memory: Memory) -> QuerySource | MaskQuerySource:
         """Bind to the memory of one forward pass."""
 
 
@@ -68,7 +75,7 @@ class QueryPosition(Protocol):
         reference: Tensor | None,
         learned: Tensor | None,
         memory: Memory,
-    ) -> tuple:
+    ) -> tuple[Any, Any]:
         """Return (for self-attention, for cross-attention), [B, Q, C] each as a rule.
 
         Args:
@@ -80,7 +87,7 @@ class CrossAttention(Protocol):
     """Cross-attention of a decoder layer; an nn.Module."""
 
     def __call__(
-        self, content: Tensor, position, reference: Tensor | None, memory: Memory
+        self, content: Tensor, position: Any, reference: Tensor | None, memory: Memory
     ) -> Tensor:
         """Return the update [B, Q, C] of content [B, Q, C]; position: of `QueryPosition`."""
 
@@ -88,7 +95,7 @@ class CrossAttention(Protocol):
 class Predictor(Protocol):
     """Prediction heads and the rule that updates the reference; an nn.Module."""
 
-    def start(self, content: Tensor, reference: Tensor | None) -> LayerOutput:
+    def start(self, content: Tensor, reference: Any) -> LayerOutput:
         """The state before the first layer; may already predict."""
 
     def __call__(self, layer: int, content: Tensor, previous: LayerOutput) -> LayerOutput:

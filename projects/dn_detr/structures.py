@@ -1,8 +1,8 @@
 """Data types passed between subpackages: every arrow of ARCHITECTURE.md is one of them.
 
 All are frozen: made in one place and only read afterwards. Constructors check shapes, dtypes and
-devices, but not values, because a value check waits for the GPU and breaks a compiled graph. `Target`
-checks values, while they are still on the host.
+devices, but not values, because a value check waits for the GPU and breaks a compiled graph.
+`Target` checks values, while they are still on the host.
 
 Capital letters mean the same everywhere: B images, Q queries, K classes, C channels, L predictions
 (decoder layers), S memory tokens, R reference width, M most objects in an image.
@@ -18,8 +18,17 @@ import torch
 from torch import Tensor
 
 
-def _check(value: Tensor, name: str, shape: tuple, *, integer: bool = False, boolean: bool = False):
-    """Raise ValueError unless `value` has `shape` (None: any size) and the requested kind of dtype."""
+def _check(
+    value: Tensor,
+    name: str,
+    shape: tuple[int | None, ...],
+    *,
+    integer: bool = False,
+    boolean: bool = False,
+) -> None:
+    """Raise ValueError unless `value` has `shape` (None: any size) and the requested kind of
+    dtype.
+    """
     sizes_fit = len(shape) == value.dim() and all(
         want is None or got == want for got, want in zip(value.shape, shape, strict=True)
     )
@@ -178,7 +187,7 @@ class NoisedObjects:
     is_empty: Tensor
     num_groups: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         batch, queries = self.labels.shape
         _check(self.labels, "labels", (batch, queries), integer=True)
         _check(self.boxes, "boxes", (batch, queries, 4))
@@ -316,8 +325,8 @@ class Segment:
             the matcher decides.
         is_empty: [B, size] bool, True where the query does not exist: no key, no loss, no match.
         matches_per_object: within one group (H-DETR, 2207.13080).
-        positives_per_object: queries of an object in the whole segment, part of the loss normalizer.
-        weight: factor on all its losses.
+        positives_per_object: queries of an object in the whole segment, part of the loss
+        normalizer. weight: factor on all its losses.
         ignored_objects: [B, M] bool; a query matched to one of these is trained as background.
     """
 
@@ -370,9 +379,9 @@ class Queries:
         state: the queries.
         segments: fill the query axis.
         proposals: predictions of a two-stage encoder, or None.
-        mask: [B or 1, 1, n, n], additive attention mask among the first n queries, those of segments
-            that attend to others or are attended to, if the denoising operator has written it; None:
-            it follows from the segments (`layers.query_attention.QueryAttentionMask`).
+        mask: [B or 1, 1, n, n], additive attention mask among the first n queries, those of
+            segments that attend to others or are attended to, if the denoising operator has written
+            it; None: it follows from the segments (`layers.query_attention.QueryAttentionMask`).
     """
 
     state: QueryState
@@ -398,8 +407,8 @@ class LayerOutput:
         logits: [B, Q, K]; None before the first prediction.
         boxes: [B, Q, 4] cxcywh in [0, 1]; None before the first prediction.
         reference: [B, Q, R], what the next layer attends with, detached between layers.
-        base: [B, Q, R], what the next box is an offset from: the reference, or with gradient (DAB-DETR,
-            DINO).
+        base: [B, Q, R], what the next box is an offset from: the reference, or with gradient
+            (DAB-DETR, DINO).
         mask_embeddings: [B, Q, C], or None.
     """
 
@@ -417,8 +426,8 @@ class Predictions:
     Attributes:
         logits: [L, B, Q, K].
         boxes: [L, B, Q, 4] cxcywh in [0, 1], or None.
-        references: L tensors [B, Q, R], detached, or None; the first is the initial one. (Widths may
-            differ between layers, so they are not stacked.)
+        references: L tensors [B, Q, R], detached, or None; the first is the initial one. (Widths
+            may differ between layers, so they are not stacked.)
         segments: divide the query axis.
         proposals: predictions of a two-stage encoder (L = 1), or None.
         is_class_agnostic: all labels count as 0.

@@ -81,7 +81,7 @@ class BoxPrompting:
     # Noise of the given boxes, as in denoising.
     box_noise: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (0 < self.probability <= 1 and 0 <= self.hidden_labels <= 1 and self.box_noise >= 0):
             raise ValueError(
                 "probability must be in (0, 1], hidden_labels in [0, 1] and box_noise >= 0, got "

@@ -88,7 +88,7 @@ class Denoising:
     # Methods with masks: denoising queries also reconstruct masks, not only boxes.
     masks: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.box_noise < 0 or not 0 <= self.label_noise <= 1:
             raise ValueError(
                 "box_noise must be >= 0 and label_noise in [0, 1], got "
@@ -142,7 +142,8 @@ class DenoisingQueries(nn.Module):
         self, targets: Targets, *, num_matched: int, mask_dtype: torch.dtype
     ) -> tuple[NoisedObjects, Tensor]:
         """Make T noised objects per image, see `ops.noise_objects`, and the additive attention mask
-        [B or 1, 1, T + num_matched, T + num_matched] of denoising and matched queries."""
+        [B or 1, 1, T + num_matched, T + num_matched] of denoising and matched queries.
+        """
         num_groups, group_size = self.groups(targets.labels.shape[1])
         labels, boxes, assignment, is_empty, mask = noise_objects(
             targets.labels,
@@ -175,7 +176,7 @@ class MaskDenoisingQueries(DenoisingQueries):
     as in `Targets` and shift as a fraction of the image size.
     """
 
-    def describe(
+    def describe(  # type: ignore[override]
         self, noised: NoisedObjects, source: MaskQuerySource, targets: Targets
     ) -> QueryState:
         """See the base class."""

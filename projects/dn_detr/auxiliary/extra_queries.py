@@ -38,8 +38,7 @@ class GroupQueries(nn.Module):
         if num_groups < 2:
             raise ValueError(f"num_groups must be at least 2, got {num_groups}")
         self.learned = nn.ModuleList(
-            query_design.new_parameters(num_queries)  # type: ignore[operator]
-            for _ in range(num_groups - 1)
+            query_design.new_parameters(num_queries) for _ in range(num_groups - 1)
         )
 
     def forward(self, queries: Queries, source: QuerySource, targets: Targets) -> Queries:

@@ -245,7 +245,8 @@ def _is_affine(state: Mapping[str, Tensor]) -> bool:
 
 def _caffe2(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str | None, Tensor]]:
     """Affine-only norms get mean 0 and variance 1. The bias of the first convolution is dropped, as
-    in Detectron2, because a norm follows."""
+    in Detectron2, because a norm follows.
+    """
     is_affine = _is_affine(state)
     for name, tensor in state.items():
         match = re.fullmatch(r"(?:(?:res_)?conv1|res(\d)_(\d+)_(branch\w+?))_([bg]n_)?(\w+)", name)
@@ -265,7 +266,8 @@ def _caffe2(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str | None, Tens
 
 def consecutive_block_names(library_names: Mapping[str, str]) -> dict[str, str]:
     """Derive names of EfficientNets with consecutively numbered blocks from those of timm, which
-    numbers blocks within stages and names norms differently."""
+    numbers blocks within stages and names norms differently.
+    """
     found = (re.match(r"blocks\.(\d+)\.(\d+)\.", name) for name in library_names)
     blocks = sorted({(int(match[1]), int(match[2])) for match in found if match})
     names = {}

@@ -1,5 +1,6 @@
 """The Detectron2 side: configuration, meta-architecture, data, training. Importing it registers the
-meta-architectures and the synthetic dataset."""
+meta-architectures and the synthetic dataset.
+"""
 
 import warnings
 

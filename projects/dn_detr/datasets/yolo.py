@@ -19,7 +19,8 @@ _ROUNDING = 1e-3  # tolerance beyond [0, 1], as text files have few digits
 
 def read_class_names(path: str | Path) -> list[str]:
     """Read class names from `names` in a data.yaml (a list, or a mapping starting at 0), or from a
-    text file with one name per line."""
+    text file with one name per line.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")

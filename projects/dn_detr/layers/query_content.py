@@ -36,7 +36,8 @@ class QueryContent(nn.Module):
 
     def without_indicator(self) -> QueryContent:
         """Create a copy without indicator, which would overwrite the last channel of content that
-        is not a learned embedding per query."""
+        is not a learned embedding per query.
+        """
         return QueryContent(
             channels=self.channels,
             num_classes=self.num_classes,

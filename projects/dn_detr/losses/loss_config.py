@@ -18,8 +18,8 @@ class LossConfig:
     """Weights of the loss and (cost_*) of the matching, as in DAB-DETR and its descendants."""
 
     # Class loss and matching cost: "focal"; "softmax", with an extra logit for "no object", whose
-    # queries weigh no_object_weight (DETR); or "mal", the matchability-aware loss (DEIM, 2412.04234)
-    # with the exponent mal_gamma, matched as with "focal".
+    # queries weigh no_object_weight (DETR); or "mal", the matchability-aware loss (DEIM,
+    # 2412.04234) with the exponent mal_gamma, matched as with "focal".
     kind: str = "focal"
     mal_gamma: float = 1.5
     no_object_weight: float = 0.1
@@ -43,7 +43,7 @@ class LossConfig:
     mask_oversample: float = 3.0
     mask_importance: float = 0.75
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in ("focal", "mal", "softmax"):
             raise ValueError(
                 f"kind of class loss must be one of ['focal', 'mal', 'softmax'], got {self.kind!r}"

@@ -87,7 +87,7 @@ class Softmax:
 
     unmatched_weight: float = 0.1
 
-    def __call__(self, matched: Matched, _num_objects: float | Tensor) -> Tensor:
+    def __call__(self, matched: Matched, num_objects: float | Tensor) -> Tensor:
         label = torch.where(matched.is_positive, matched.labels, matched.logits.shape[-1] - 1)
         loss = -matched.logits.log_softmax(-1).gather(-1, label[..., None]).squeeze(-1)
         weight = _query_weight(matched, self.unmatched_weight)

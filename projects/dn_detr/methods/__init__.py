@@ -1,12 +1,13 @@
 """One file per paper. It defines a builder (config, in_channels, strides, content) -> DETR.
 
-The annotation of `config` is the dataclass of the hyper-parameters that the method reads; in_channels
-and strides (in pixels) describe the backbone features, fine to coarse; content embeds labels and
-query content. To add a method, write such a file and list its builder in METHODS.
+The annotation of `config` is the dataclass of the hyper-parameters that the method reads;
+in_channels and strides (in pixels) describe the backbone features, fine to coarse; content embeds
+labels and query content. To add a method, write such a file and list its builder in METHODS.
 """
 
+from collections.abc import Callable
 from dataclasses import fields
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from dn_detr.methods.anchor_detr import anchor_detr
 from dn_detr.methods.conditional_detr import conditional_detr
@@ -24,9 +25,10 @@ from dn_detr.methods.h_deformable import h_deformable
 from dn_detr.methods.mask2former import mask2former
 from dn_detr.methods.mask_dino import mask_dino
 from dn_detr.methods.smca import smca, smca_multiscale
+from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.model_config import ModelConfig
 
-METHODS = {
+METHODS: dict[str, Callable[..., DETR]] = {
     "detr": detr,
     "conditional_detr": conditional_detr,
     "anchor_detr": anchor_detr,
@@ -56,7 +58,7 @@ def config_class(method: str) -> type[ModelConfig]:
     return get_type_hints(METHODS[method])["config"]
 
 
-def make_config(method: str, **values) -> ModelConfig:
+def make_config(method: str, **values: Any) -> ModelConfig:
     """Make the hyper-parameters of a method.
 
     Raises:

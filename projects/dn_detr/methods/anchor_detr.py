@@ -67,7 +67,8 @@ class AxisPosition(nn.Module):
 
 class RowColumnPosition(NamedTuple):
     """Positions for cross-attention: x and y of the queries, [B, Q, C] each; columns [B, w, C] and
-    rows [B, h, C] of the map."""
+    rows [B, h, C] of the map.
+    """
 
     query: tuple[Tensor, Tensor]
     axes: tuple[Tensor, Tensor]

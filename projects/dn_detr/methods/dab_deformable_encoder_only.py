@@ -17,6 +17,7 @@ projection instead of after it, which is equivalent because the weights sum to 1
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +132,7 @@ def dab_deformable_encoder_only(
 
 
 def decoder_layer(c: EncoderOnlyConfig, *, is_first: bool) -> LevelMixingLayer:
-    size = {"channels": c.channels, "num_heads": c.num_heads, "dropout": c.dropout}
+    size: dict[str, Any] = {"channels": c.channels, "num_heads": c.num_heads, "dropout": c.dropout}
     return LevelMixingLayer(
         self_attention=SplitSelfAttention(**size),
         cross_attention=ConditionalCrossAttention(**size, is_first=is_first),

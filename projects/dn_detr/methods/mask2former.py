@@ -84,7 +84,8 @@ def level_of(layer: int, num_levels: int) -> int:
 
 def mask_features_at(memory: Memory, level: int) -> Tensor:
     """Resize the mask features to a level: [B, C, h, w]. Their masks are the resized masks, as
-    interpolation and product commute."""
+    interpolation and product commute.
+    """
     return F.interpolate(memory.mask_features.features, memory.shapes[level], mode="bilinear")
 
 

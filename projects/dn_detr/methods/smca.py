@@ -41,7 +41,7 @@ from dn_detr.models.decoder import Decoder
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.encoder import DenseEncoder
 from dn_detr.models.learned_queries import LearnedQueries, zero_content_queries
-from dn_detr.models.model_config import BoxConfig, ModelConfig
+from dn_detr.models.model_config import BoxConfig, LevelsConfig, ModelConfig
 from dn_detr.models.multi_scale import multi_scale_neck
 from dn_detr.models.neck import Flatten
 from dn_detr.models.prediction_heads import PointOffsetBoxes, shared_heads
@@ -233,10 +233,8 @@ def smca(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SMCAMultiScaleConfig(BoxConfig):
+class SMCAMultiScaleConfig(BoxConfig, LevelsConfig):
     """SMCA on several feature levels."""
-
-    num_levels: int = 4
 
 
 def smca_multiscale(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers.attention_blocks import SelfAttention
 from dn_detr.layers.mlp import FeedForward
 from dn_detr.layers.query_attention import QueryAttentionMask, attention_dtype
 from dn_detr.protocols import CrossAttention, Predictor, QueryPosition
@@ -22,7 +23,7 @@ class DecoderLayer(nn.Module):
     def __init__(
         self,
         *,
-        self_attention: SelfAttention,
+        self_attention: nn.Module,
         cross_attention: CrossAttention,
         feed_forward: FeedForward,
         channels: int,
@@ -76,7 +77,9 @@ class Decoder(nn.Module):
         predictor: Prediction heads and reference update, see `models.prediction_heads`.
     """
 
-    def __init__(self, *, layers: list[nn.Module], position: QueryPosition, predictor: Predictor):
+    def __init__(
+        self, *, layers: Sequence[nn.Module], position: QueryPosition, predictor: Predictor
+    ):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.position = position
@@ -91,7 +94,7 @@ class Decoder(nn.Module):
             dtype=attention_dtype(content),
             mask=queries.mask,
         )
-        output = self.predictor.start(content, queries.state.reference)  # type: ignore[operator]
+        output = self.predictor.start(content, queries.state.reference)
         outputs, references = [], []
         if output.logits is not None:
             references.append(output.reference.detach())

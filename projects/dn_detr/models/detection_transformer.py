@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
-from dn_detr.protocols import QueryDesign, QuerySource
+from dn_detr.protocols import QueryDesign
 from dn_detr.structures import Predictions, Queries, Targets
 
 
@@ -50,7 +51,7 @@ class DETR(nn.Module):
         features: list[Tensor],
         padding: Tensor,
         targets: Targets | None = None,
-        prompt: Callable[[Queries, QuerySource], Queries] | None = None,
+        prompt: Callable[[Queries, Any], Queries] | None = None,
     ) -> Predictions:
         """Predict the objects of a batch.
 
@@ -67,7 +68,7 @@ class DETR(nn.Module):
         memory = self.encoder(self.flatten(self.neck(features, padding)))
         if self.mask_head is not None:
             memory = replace(memory, mask_features=self.mask_head(finest, padding, memory))
-        source = self.query_design.bind(memory)  # type: ignore[operator]
+        source = self.query_design.bind(memory)
         queries = source.queries()
         if targets is not None:
             for auxiliary in self.auxiliary:

@@ -26,7 +26,7 @@ class ModelConfig:
     # Whether logits have a last column for "no object", as a softmax over classes needs.
     has_no_object: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_classes", "num_queries", "channels", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -56,20 +56,26 @@ class BoxConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiScaleConfig(ModelConfig):
-    """Methods of the Deformable DETR family."""
+class LevelsConfig(ModelConfig):
+    """Methods with several feature levels."""
 
     # Feature levels: those of the backbone, then strided convolutions of the last.
     num_levels: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_levels < 1:
+            raise ValueError(f"num_levels must be at least 1, got {self.num_levels}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiScaleConfig(LevelsConfig):
+    """Methods of the Deformable DETR family."""
+
     # Sampling points of deformable attention, for each head and level.
     num_points: int = 4
     # Of the encoder's layers; 0: feed_forward_dim.
     encoder_feed_forward_dim: int = 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.num_levels < 1:
-            raise ValueError(f"num_levels must be at least 1, got {self.num_levels}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +104,6 @@ class PatternConfig(BoxConfig):
 class SharedContentConfig(PatternConfig):
     """Methods of DAB-DETR's query design."""
 
-    # Matched queries start from one shared learned vector, as DN-DETR's label "unknown" (2203.01305,
-    # sec. 4.3), instead of zero.
+    # Matched queries start from one shared learned vector, as DN-DETR's label "unknown"
+    # (2203.01305, sec. 4.3), instead of zero.
     shares_content: bool = False

@@ -9,7 +9,7 @@ from dn_detr.layers.mlp import FeedForward
 from dn_detr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.encoder import DeformableEncoder, DeformableEncoderLayer
-from dn_detr.models.model_config import ModelConfig, MultiScaleConfig
+from dn_detr.models.model_config import LevelsConfig, ModelConfig, MultiScaleConfig
 from dn_detr.models.neck import Flatten, MultiScaleNeck
 from dn_detr.protocols import Predictor, QueryDesign, QueryPosition
 
@@ -43,7 +43,9 @@ def deformable_detector(
     )
 
 
-def multi_scale_neck(config: MultiScaleConfig, in_channels: list[int], strides: list[int]):
+def multi_scale_neck(
+    config: LevelsConfig, in_channels: list[int], strides: list[int]
+) -> MultiScaleNeck:
     return MultiScaleNeck(
         in_channels=in_channels,
         strides=strides,

@@ -12,7 +12,8 @@ from dn_detr.conversion.tables.dense_names import HEADS, conditional_decoder_lay
 
 def label_embedding(labels: Tensor) -> dict[str, Tensor]:
     """Convert label embeddings [K + 1, C - 1] of DN-DETR, the last of which, "unknown", is also the
-    shared content of matched queries, with indicator 0."""
+    shared content of matched queries, with indicator 0.
+    """
     return {
         "query_design.content.label_embedding.weight": labels,
         "query_design.shared.row": F.pad(labels[-1:], (0, 1)),

@@ -13,7 +13,8 @@ ONE_TO_ONE = 300
 
 def content_rows(rows: Tensor) -> dict[str, Tensor]:
     """Split learned content [N + T, C] into the one-to-one and the one-to-many branch, which is the
-    first auxiliary module."""
+    first auxiliary module.
+    """
     converted = {"query_design.learned.content": rows[:ONE_TO_ONE]}
     if rows.shape[0] > ONE_TO_ONE:
         converted["auxiliary.0.learned.content"] = rows[ONE_TO_ONE:]

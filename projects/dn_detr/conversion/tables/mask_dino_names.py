@@ -1,5 +1,6 @@
 """Mask DINO with a ResNet and features from fine to coarse (FEATURE_ORDER "low2high", all published
-checkpoints with a downsampled level). Its decoder reverses the levels."""
+checkpoints with a downsampled level). Its decoder reverses the levels.
+"""
 
 from __future__ import annotations
 

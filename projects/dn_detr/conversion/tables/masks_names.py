@@ -1,5 +1,6 @@
 """Common rules for Mask2Former and Mask DINO, in checkpoints of the authors. Both are Detectron2
-projects, so backbone names do not change."""
+projects, so backbone names do not change.
+"""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     if "FLOAT32_PRECISION" not in cfg:  # an older Detectron2: a saved configuration may have it
         cfg.FLOAT32_PRECISION = ""
     # ------------------------------------------------------------------------------------- data
-    # Datasets in COCO format, registered without Python code: a list of [name, json, image_root]. Use
-    # the names in DATASETS.TRAIN and DATASETS.TEST.
+    # Datasets in COCO format, registered without Python code: a list of [name, json, image_root].
+    # Use the names in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_FORMAT = []
     # Boxes of teachers for MODEL.DN_DETR.TEACH: a list of [dataset, json], one for each training
     # dataset, in COCO's result format (tools/make_teacher_boxes.py writes it).
@@ -43,13 +43,14 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.INPUT.SCALE_JITTER.ENABLED = False
     cfg.INPUT.SCALE_JITTER.RANGE = (0.1, 2.0)
     cfg.INPUT.SCALE_JITTER.SIZE = 1024
-    # Dense O2O (DEIM, 2412.04234): more objects in an image, by mosaic and mixup. Iterations [first,
-    # flat, last]: mosaic and mixup from first to flat, crops from first to last; otherwise images are
-    # only flipped and resized. []: everything, always.
+    # Dense O2O (DEIM, 2412.04234): more objects in an image, by mosaic and mixup. Iterations
+    # [first, flat, last]: mosaic and mixup from first to flat, crops from first to last; otherwise
+    # images are only flipped and resized. []: everything, always.
     cfg.INPUT.SCHEDULE = []
     # With this probability, a mosaic replaces an image: four images with a shorter side of SIZE
     # pixels, rotated by up to ROTATION degrees, translated by up to TRANSLATION of its sides and
-    # scaled by a factor from SCALE. Objects with less than MIN_VISIBLE of their box left are dropped.
+    # scaled by a factor from SCALE. Objects with less than MIN_VISIBLE of their box left are
+    # dropped.
     cfg.INPUT.MOSAIC = CfgNode()
     cfg.INPUT.MOSAIC.ENABLED = False
     cfg.INPUT.MOSAIC.PROBABILITY = 0.5
@@ -68,11 +69,11 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # ------------------------------------------------------------------------------- evaluation
     # Write a report on every test dataset: OUTPUT_DIR/inference/report_<name>/report.html.
     cfg.TEST.REPORT = False
-    # Detections per class and image that count: 100 in COCO's AP, and so in published results; 0: all
-    # TEST.DETECTIONS_PER_IMAGE, for datasets with more objects in an image.
+    # Detections per class and image that count: 100 in COCO's AP, and so in published results; 0:
+    # all TEST.DETECTIONS_PER_IMAGE, for datasets with more objects in an image.
     cfg.TEST.COCO_LIMIT = 100
-    # COCO evaluation backend: "detectron2" (its C++), "pycocotools" (slow) or "faster_coco_eval" (pip
-    # install faster-coco-eval); they agree up to rounding.
+    # COCO evaluation backend: "detectron2" (its C++), "pycocotools" (slow) or "faster_coco_eval"
+    # (pip install faster-coco-eval); they agree up to rounding.
     cfg.TEST.COCO_EVAL = "detectron2"
 
     # ------------------------------------------------------------------------------------ model
@@ -81,8 +82,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.METHOD = "dab_deformable"
     # Number of classes; 0: that of the first training dataset (COCO: 80).
     node.NUM_CLASSES = 0
-    # Class names of the model, filled in from the checkpoint for an evaluation: test datasets may have
-    # some of them, in any order.
+    # Class names of the model, filled in from the checkpoint for an evaluation: test datasets may
+    # have some of them, in any order.
     node.CLASS_NAMES = []
     # Hyper-parameters of the methods, each read by those whose dataclass has it.
     for method in METHODS:

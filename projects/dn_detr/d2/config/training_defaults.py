@@ -7,8 +7,8 @@ from detectron2.config import CfgNode
 
 def add_training_config(cfg: CfgNode) -> None:
     """Add the keys of training, with the published 50-epoch values; all options are off."""
-    # "ADAMW", or "SGD" with Detectron2's MOMENTUM and NESTEROV; the published schedule: 50 epochs of
-    # COCO at 16 images, 0.1x after 40.
+    # "ADAMW", or "SGD" with Detectron2's MOMENTUM and NESTEROV; the published schedule: 50 epochs
+    # of COCO at 16 images, 0.1x after 40.
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     cfg.SOLVER.BASE_LR = 1e-4
     cfg.SOLVER.WEIGHT_DECAY = 1e-4
@@ -16,28 +16,29 @@ def add_training_config(cfg: CfgNode) -> None:
     # reference points.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     cfg.SOLVER.SAMPLING_MULTIPLIER = 0.1
-    # Gradient accumulation: the IMS_PER_BATCH images of a step in this many parts. Less memory, same
-    # gradients up to rounding (except for batch norm and dropout, which see the parts).
+    # Gradient accumulation: the IMS_PER_BATCH images of a step in this many parts. Less memory,
+    # same gradients up to rounding (except for batch norm and dropout, which see the parts).
     cfg.SOLVER.ACCUMULATE = 1
     # Mixed precision: "bfloat16" or "float16"; switched on by SOLVER.AMP.ENABLED.
     cfg.SOLVER.AMP.PRECISION = "bfloat16"
     # Layer-wise learning-rate decay of the backbone: the first of n layers (stages, or blocks of a
     # transformer) gets the factor BACKBONE_LAYER_DECAY ** (n - 1). 1: none.
     cfg.SOLVER.BACKBONE_LAYER_DECAY = 1.0
-    # LR_SCHEDULER_NAME is one of Detectron2's, "WarmupMultiStepLR" (0.1x at STEPS) or "WarmupCosineLR"
-    # (to BASE_LR_END), or "WarmupFlatCosineLR" (DEIM, 2412.04234): BASE_LR until FLAT_ITERS, a cosine
-    # to BASE_LR_END, and that for the last FINAL_ITERS. WARMUP_METHOD may then also be "quadratic".
+    # LR_SCHEDULER_NAME is one of Detectron2's, "WarmupMultiStepLR" (0.1x at STEPS) or
+    # "WarmupCosineLR" (to BASE_LR_END), or "WarmupFlatCosineLR" (DEIM, 2412.04234): BASE_LR until
+    # FLAT_ITERS, a cosine to BASE_LR_END, and that for the last FINAL_ITERS. WARMUP_METHOD may then
+    # also be "quadratic".
     cfg.SOLVER.FLAT_ITERS = 0
     cfg.SOLVER.FINAL_ITERS = 0
     # Exponential moving average of the weights, evaluated as well (metrics "ema/bbox/AP", ...) and
-    # saved in every checkpoint: MODEL.WEIGHTS "model_final.pth@ema" loads it. Its decay after update u
-    # is DECAY * (1 - exp(-u / WARMUP)), so that it soon forgets the random start.
+    # saved in every checkpoint: MODEL.WEIGHTS "model_final.pth@ema" loads it. Its decay after
+    # update u is DECAY * (1 - exp(-u / WARMUP)), so that it soon forgets the random start.
     cfg.SOLVER.EMA = CfgNode()
     cfg.SOLVER.EMA.ENABLED = False
     cfg.SOLVER.EMA.DECAY = 0.9997
     cfg.SOLVER.EMA.WARMUP = 2000
-    # Save model_best.pth whenever this metric of the evaluation ("bbox/AP", "ema/bbox/AP", ...) is a
-    # new best: MODE "max" or "min". "": off.
+    # Save model_best.pth whenever this metric of the evaluation ("bbox/AP", "ema/bbox/AP", ...) is
+    # a new best: MODE "max" or "min". "": off.
     cfg.TEST.BEST = CfgNode()
     cfg.TEST.BEST.METRIC = ""
     cfg.TEST.BEST.MODE = "max"
@@ -46,10 +47,11 @@ def add_training_config(cfg: CfgNode) -> None:
     cfg.TEST.EARLY_STOP.METRIC = ""
     cfg.TEST.EARLY_STOP.MODE = "max"
     cfg.TEST.EARLY_STOP.PATIENCE = 5
-    # Metrics of DN-DETR after every evaluation: queries per image that are matched to another object
-    # than at the last evaluation ("matching/instability"), and distances of the initial references
-    # to their matched objects ("matching/anchor_distance", in image sides; not for queries without
-    # reference). NUM_IMAGES of the first dataset of DATASETS.TEST, evenly spaced; 0: all.
+    # Metrics of DN-DETR after every evaluation: queries per image that are matched to another
+    # object than at the last evaluation ("matching/instability"), and distances of the initial
+    # references to their matched objects ("matching/anchor_distance", in image sides; not for
+    # queries without reference). NUM_IMAGES of the first dataset of DATASETS.TEST, evenly spaced;
+    # 0: all.
     cfg.TEST.INSTABILITY = CfgNode()
     cfg.TEST.INSTABILITY.ENABLED = False
     cfg.TEST.INSTABILITY.NUM_IMAGES = 0
@@ -62,8 +64,8 @@ def add_training_config(cfg: CfgNode) -> None:
     # Data order, augmentation and noise follow from the seed and the iteration, so that a resumed
     # training equals an uninterrupted one. -1: random, and kept in checkpoints for resuming.
     cfg.SEED = 42
-    # Deterministic algorithms only (the CPU's always are): slower on a GPU, and an error where PyTorch
-    # has none.
+    # Deterministic algorithms only (the CPU's always are): slower on a GPU, and an error where
+    # PyTorch has none.
     cfg.DETERMINISTIC = False
     # Weights & Biases (pip install wandb) beside metrics.json and TensorBoard, with all that they
     # hold; NAME "": that of the folder. One run for each OUTPUT_DIR, also after resuming.

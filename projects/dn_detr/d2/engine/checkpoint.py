@@ -233,8 +233,8 @@ class Checkpointer(DetectionCheckpointer):
                 return self._load_backbone(checkpoint)
             if converted is None and self._is_backbone_alone(state):
                 raise InputError(
-                    f"{self.path!r} holds a backbone alone and no detector: it can start a training, "
-                    "but not be evaluated or resumed."
+                    f"{self.path!r} holds a backbone alone and no detector: it can start a "
+                    f"training, but not be evaluated or resumed."
                 )
             state = checkpoint["model"] = state if converted is None else converted
         has_other_classes = self.may_initialize and self._has_other_classes(checkpoint)
@@ -263,11 +263,14 @@ class Checkpointer(DetectionCheckpointer):
         return incompatible
 
     def _log_incompatible_keys(self, incompatible) -> None:
-        """Log nothing, e.g. no warning for each parameter beside a backbone: `_load_model` refuses or
-        logs all that differs."""
+        """Log nothing, e.g. no warning for each parameter beside a backbone: `_load_model` refuses
+        or logs all that differs.
+        """
 
     def _is_backbone_alone(self, state: dict) -> bool:
-        """Whether a file has parameters of this backbone, by whatever names, and of nothing else."""
+        """Whether a file has parameters of this backbone, by whatever names, and of nothing
+        else.
+        """
         others = [k for k in self.model.state_dict() if not k.startswith("backbone.")]
         if not hasattr(self.model, "backbone") or any(key in state for key in others):
             return False
@@ -355,7 +358,8 @@ class Checkpointer(DetectionCheckpointer):
         is_of_detectron2 = body is self.model.backbone and not isinstance(body, NamedBackbone)
         if is_of_detectron2 and (match.surplus or not (match.found or match.wrong)):
             return (
-                " (For a network of torchvision or timm, set MODEL.BACKBONE.NAME build_named_backbone "
+                " (For a network of torchvision or timm, set MODEL.BACKBONE.NAME "
+                "build_named_backbone "
                 "and MODEL.DN_DETR.BACKBONE to its name, e.g. timm/resnet50d.)"
             )
         return ""
@@ -372,8 +376,8 @@ class Checkpointer(DetectionCheckpointer):
         modules = list(body.modules())
         if is_affine and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
             yield (
-                f"the batch norms in {self.path!r} are without statistics, so they can only stay as "
-                "they are: set MODEL.RESNETS.NORM FrozenBN"
+                f"the batch norms in {self.path!r} are without statistics, so they can only "
+                f"stay as they are: set MODEL.RESNETS.NORM FrozenBN"
             )
         blocks = (BottleneckBlock, DeformBottleneckBlock)
         strided = next((m for m in modules if isinstance(m, blocks) and m.stride == 2), None)

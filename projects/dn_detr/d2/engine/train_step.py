@@ -1,6 +1,7 @@
 """One training iteration: Detectron2's SimpleTrainer with mixed precision on any device, one copy
-of all losses to the host instead of one each, batches that are computed in parts, and random numbers
-that follow from the iteration."""
+of all losses to the host instead of one each, batches that are computed in parts, and random
+numbers that follow from the iteration.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class TrainStep(SimpleTrainer):
     precision: "bfloat16", "float16" (with loss scaling) or None for float32. seed: random numbers
     drawn on the device (dropout) are seeded by (seed, iteration, rank), so that a resumed training
     draws the same. num_parts: the batch of this process is computed in so many parts, one after the
-    other, with the gradients of the whole. evidence: keeps what reproduces a loss that is not finite.
+    other, with the gradients of the whole. evidence: keeps what reproduces a loss that is not
+    finite.
     """
 
     def __init__(
@@ -112,7 +114,9 @@ class TrainStep(SimpleTrainer):
         return losses
 
     def forward(self, part: list[dict], stats: BatchStats, data: list[dict]) -> dict:
-        """Losses of a part of the batch `data`; NotFinite where matching meets no finite numbers."""
+        """Losses of a part of the batch `data`; NotFinite where matching meets no finite
+        numbers.
+        """
         with self.autocast():
             try:
                 return self.model(part, stats, iteration=self.iter)
@@ -140,7 +144,8 @@ class TrainStep(SimpleTrainer):
         if self.grad_scaler.is_enabled() and broken == ["grad_norm"]:
             broken = []  # gradient scaling skips such a step and takes a smaller scale
         if broken:
-            where = f"{self.bad_matching(data, stats)}{self.whereabouts(data)}; {self.advice(data, stats)}"
+            where = f"{self.bad_matching(data, stats)}{self.whereabouts(data)}"
+            where = f"{where}; {self.advice(data, stats)}"
             if all(map(math.isfinite, own)):
                 where = f"in iteration {self.iter}, but not from rank {comm.get_rank()}"
             raise NotFinite(f"not finite: {', '.join(broken)}, {where}; all losses: {losses}")
@@ -152,7 +157,8 @@ class TrainStep(SimpleTrainer):
 
     def bad_matching(self, data: list[dict], stats: BatchStats) -> str:
         """Where the matcher met numbers that are not finite: on a GPU the losses only show that it
-        did. The forward passes are computed again, with the random numbers of before."""
+        did. The forward passes are computed again, with the random numbers of before.
+        """
         torch.manual_seed(self.device_seed())
         for index, part in enumerate(self.parts(data)):
             with self.autocast():

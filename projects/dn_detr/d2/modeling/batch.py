@@ -90,8 +90,8 @@ def num_parts(cfg) -> int:
         )
     if parts > 1 and cfg.MODEL.DN_DETR.LOSS.KIND == "softmax":
         raise InputError(
-            "SOLVER.ACCUMULATE needs MODEL.DN_DETR.LOSS.KIND 'focal' or 'mal': the softmax loss is a "
-            "mean over the queries of a whole batch, which its parts do not have."
+            "SOLVER.ACCUMULATE needs MODEL.DN_DETR.LOSS.KIND 'focal' or 'mal': the softmax loss "
+            "is a mean over the queries of a whole batch, which its parts do not have."
         )
     if parts > 1 and cfg.MODEL.META_ARCHITECTURE == "DenoisingRCNN":
         raise InputError(

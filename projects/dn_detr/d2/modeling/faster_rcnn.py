@@ -2,8 +2,8 @@
 2203.01305, table 3).
 
 Detectron2's own GeneralizedRCNN and StandardROIHeads. In training, noised boxes of the ground truth
-go through the box head as further regions, beside the sampled proposals, and each must be moved onto
-the object that it was made from, whatever their overlap. Inference is Detectron2's, unchanged.
+go through the box head as further regions, beside the sampled proposals, and each must be moved
+onto the object that it was made from, whatever their overlap. Inference is Detectron2's, unchanged.
 
 The paper leaves open whether these regions are classified. Here they are not: the class of a region
 follows from its overlap with an object, a noised box often has too little of it, and "object" for
@@ -71,8 +71,9 @@ class DenoisingRCNN(GeneralizedRCNN):
         stats: BatchStats | None = None,
         iteration: int | None = None,
     ) -> dict[str, Tensor] | list[dict]:
-        """stats: not needed, as all losses are means over the regions of these images. iteration: as
-        for `DenoisingDETR`."""
+        """stats: not needed, as all losses are means over the regions of these images. iteration:
+        as for `DenoisingDETR`.
+        """
         if not self.training:
             return self.inference(batched_inputs)
         images = self.preprocess_image(batched_inputs)
@@ -111,7 +112,8 @@ class DenoisingRCNN(GeneralizedRCNN):
         self, features: dict[str, Tensor], regions: list[Instances], num_sampled: int
     ) -> Tensor:
         """Box loss of the noised regions. As Detectron2 divides that of proposals by the number of
-        sampled ones, so is this divided: a noised box weighs what a proposal on an object weighs."""
+        sampled ones, so is this divided: a noised box weighs what a proposal on an object weighs.
+        """
         heads, predictor = self.roi_heads, self.roi_heads.box_predictor
         maps = [features[name] for name in heads.box_in_features]
         pooled = heads.box_pooler(maps, [one.proposal_boxes for one in regions])
@@ -129,15 +131,16 @@ def box_denoising(node) -> DenoisingQueries:
     noise = node.DENOISING
     if noise.LABEL_NOISE or noise.CONTRASTIVE:
         raise ValueError(
-            "DenoisingRCNN noises boxes alone: MODEL.DN_DETR.DENOISING must have LABEL_NOISE 0.0 and "
-            f"CONTRASTIVE False, got {noise.LABEL_NOISE} and {noise.CONTRASTIVE}"
+            "DenoisingRCNN noises boxes alone: MODEL.DN_DETR.DENOISING must have LABEL_NOISE "
+            f"0.0 and CONTRASTIVE False, got {noise.LABEL_NOISE} and {noise.CONTRASTIVE}"
         )
     return DenoisingQueries(read_fields(noise, Denoising), num_classes=node.NUM_CLASSES)
 
 
 def regions_of(noised: NoisedObjects, image: int, objects: Instances) -> Instances:
     """The noised boxes of an image inside it and at least a pixel wide and high, as proposal_boxes
-    in pixels, beside gt_boxes and gt_classes of the object that each was made from."""
+    in pixels, beside gt_boxes and gt_classes of the object that each was made from.
+    """
     height, width = objects.image_size
     is_noised = ~noised.is_empty[image]
     boxes = noised.boxes[image, is_noised] * noised.boxes.new_tensor([width, height] * 2)

@@ -9,7 +9,9 @@ from detectron2.modeling import build_backbone
 
 
 def check_features(key: str, names: Iterable[str], available: Iterable[str]) -> None:
-    """Raise ValueError where `names`, the value of the configuration's `key`, are not `available`."""
+    """Raise ValueError where `names`, the value of the configuration's `key`, are not
+    `available`.
+    """
     available = list(available)
     for name in names:
         if name not in available:

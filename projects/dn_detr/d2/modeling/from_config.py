@@ -48,7 +48,9 @@ def model_config_from(node: CfgNode) -> ModelConfig:
 
 
 def losses_from(cfg: CfgNode) -> tuple[MatchingCosts, Criterion, Teaching | None]:
-    """Matching costs, losses, and losses of a teacher's boxes (None without MODEL.DN_DETR.TEACH)."""
+    """Matching costs, losses, and losses of a teacher's boxes (None without
+    MODEL.DN_DETR.TEACH).
+    """
     node = cfg.MODEL.DN_DETR
     loss = read_fields(node.LOSS, LossConfig)
     costs: MatchingCosts = loss.costs()

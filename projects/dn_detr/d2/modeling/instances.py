@@ -20,7 +20,8 @@ def noise_seed(seed: int, iteration: int, image_id: int | str) -> int:
     words = (seed, iteration, zlib.crc32(str(image_id).encode()))
     state = 0x9E3779B97F4A7C15
     for word in words:
-        # The finaliser of SplitMix64 (Steele et al., 2014): every input bit reaches every output bit.
+        # The finaliser of SplitMix64 (Steele et al., 2014): every input bit reaches every output
+        # bit.
         state = (state ^ (int(word) & 0xFFFFFFFFFFFFFFFF)) & 0xFFFFFFFFFFFFFFFF
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
@@ -29,8 +30,9 @@ def noise_seed(seed: int, iteration: int, image_id: int | str) -> int:
 
 
 class IterationCounter:
-    """Gives an iteration to training forwards that are told none, so that noise changes from step to
-    step in anybody's training loop: the number of such forwards before."""
+    """Gives an iteration to training forwards that are told none, so that noise changes from step
+    to step in anybody's training loop: the number of such forwards before.
+    """
 
     def __init__(self):
         self.forwards = 0
@@ -73,8 +75,9 @@ def to_target(
 
 
 def with_image_ids(samples: list[dict]) -> list[dict]:
-    """Samples of this process's whole batch; those without an "image_id" get "rank:position", so that
-    neither parts of the batch nor ranks repeat their noise."""
+    """Samples of this process's whole batch; those without an "image_id" get "rank:position", so
+    that neither parts of the batch nor ranks repeat their noise.
+    """
     rank = comm.get_rank()
     return [
         sample if "image_id" in sample else {**sample, "image_id": f"{rank}:{position}"}
@@ -92,7 +95,8 @@ def to_targets(
     multiple_of: int = 1,
 ) -> Targets:
     """Ground truth of the training samples of a batch, on the host, with the noise keys of an
-    iteration; multiple_of: see `pad_targets`."""
+    iteration; multiple_of: see `pad_targets`.
+    """
     targets = [
         to_target(
             sample["instances"],

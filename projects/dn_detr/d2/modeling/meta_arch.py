@@ -42,9 +42,9 @@ class DenoisingDETR(nn.Module):
     Takes Detectron2's list of dicts: "image" [3, H, W] in 0..255, "instances" in training, and the
     output size "height", "width". Gives a dict of scalar losses in training, and in evaluation a
     list of {"instances": pred_boxes in pixels of the output size, scores, pred_classes}; pages with
-    masks need gt_masks, and give pred_masks bool [N, height, width]. With `teaching`, training needs
-    "teacher_instances" too (gt_boxes, gt_classes, scores). In evaluation a sample may have "prompts",
-    see `prompts_from`; its output then has "prompts" too: their pred_classes and scores.
+    masks need gt_masks, and give pred_masks bool [N, height, width]. With `teaching`, training
+    needs "teacher_instances" too (gt_boxes, gt_classes, scores). In evaluation a sample may have
+    "prompts", see `prompts_from`; its output then has "prompts" too: their pred_classes and scores.
     """
 
     @configurable
@@ -216,7 +216,8 @@ class DenoisingDETR(nn.Module):
 
     def find_nonfinite(self, samples: list[dict], stats: BatchStats, iteration: int) -> str:
         """Compute the forward pass of `losses` again, and tell where the matcher meets numbers that
-        are not finite; "" where it does not. (On a GPU the losses alone do not tell.)"""
+        are not finite; "" where it does not. (On a GPU the losses alone do not tell.)
+        """
         batch = self.make_batch(samples, stats, iteration, with_targets=True)
         with torch.no_grad():
             predictions = self.predict(batch)
@@ -263,7 +264,9 @@ def core_of(model: nn.Module, asked: str) -> DETR:
 
 
 def check_promptable(model: nn.Module, *, asks_names: bool) -> None:
-    """InputError unless objects can be given to this detector; asks_names: also ones without label."""
+    """InputError unless objects can be given to this detector; asks_names: also ones without
+    label.
+    """
     core = core_of(model, "box prompts")
     if core.mask_head is not None:
         raise InputError("box prompts need a detector of boxes: this one finds masks.")
@@ -274,6 +277,6 @@ def check_promptable(model: nn.Module, *, asks_names: bool) -> None:
         )
     if asks_names and not any(auxiliary.hides_labels for auxiliary in core.auxiliary):
         raise InputError(
-            "box prompts without a class name need a detector trained with MODEL.DN_DETR.BOX_PROMPTS: give "
-            "a name for each."
+            "box prompts without a class name need a detector trained with "
+            "MODEL.DN_DETR.BOX_PROMPTS: give a name for each."
         )

@@ -41,8 +41,8 @@ class NamedBackbone(Backbone):
                 outputs = stages.eval()(torch.zeros(1, 3, *PROBE))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"{name} is no backbone for images of any size: it fails on {PROBE[0]} x {PROBE[1]} "
-                f"pixels ({_one_line(error)})"
+                f"{name} is no backbone for images of any size: it fails on {PROBE[0]} x "
+                f"{PROBE[1]} pixels ({_one_line(error)})"
             ) from error
         stages.train()
         for index, output in enumerate(outputs):
