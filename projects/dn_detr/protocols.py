@@ -96,7 +96,10 @@ class Predictor(Protocol):
     """Prediction heads and the rule that updates the reference; an nn.Module."""
 
     def start(self, content: Tensor, reference: Any) -> LayerOutput:
-        """The state before the first layer; may already predict."""
+        """Return the state before the first layer, from content [B, Q, C] and reference [B, Q, R].
+
+        It may already predict.
+        """
 
     def __call__(self, layer: int, content: Tensor, previous: LayerOutput) -> LayerOutput:
         """Predict from content [B, Q, C] after a layer, given the previous layer's output."""

@@ -96,6 +96,7 @@ def as_parameters(state: dict) -> dict[str, Tensor]:
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of any shape are equal, type included."""
     return one.dtype == other.dtype and torch.equal(one, other)
 
 

@@ -111,8 +111,10 @@ class DenoisingRCNN(GeneralizedRCNN):
     def denoising_loss(
         self, features: dict[str, Tensor], regions: list[Instances], num_sampled: int
     ) -> Tensor:
-        """Box loss of the noised regions. As Detectron2 divides that of proposals by the number of
-        sampled ones, so is this divided: a noised box weighs what a proposal on an object weighs.
+        """Return the box loss of the noised regions, a scalar.
+
+        It is divided by the number of sampled proposals, as Detectron2 divides theirs: a noised box
+        weighs as much as a proposal on an object.
         """
         heads, predictor = self.roi_heads, self.roi_heads.box_predictor
         maps = [features[name] for name in heads.box_in_features]
