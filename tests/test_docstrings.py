@@ -1,4 +1,4 @@
-"""Public functions with tensors say the shapes of these, in their docstring or that of their class."""
+"""Docstrings of public functions, or of their class, give the shapes of tensors."""
 
 import ast
 import re
@@ -30,7 +30,8 @@ def tensor_functions():
                 if not isinstance(node, ast.FunctionDef):
                     continue
                 is_public = not node.name.startswith("_") or node.name == "__call__"
-                annotations = [a.annotation for a in ast.walk(node.args) if isinstance(a, ast.arg)]
+                given = [a for a in ast.walk(node.args) if isinstance(a, ast.arg)]
+                annotations = [a.annotation for a in given]
                 texts = [ast.unparse(a) for a in (*annotations, node.returns) if a is not None]
                 if is_public and any(
                     re.search(r"\bTensor\b", STATE.sub("", text)) for text in texts
