@@ -166,14 +166,14 @@ def test_a_training_with_all_that_there_is_resumes_bit_for_bit(
     ("file", "opts", "reason"),
     [
         ("prompted_dn_deformable", TEACH, "TEACH and BOX_PROMPTS exclude each other"),
-        ("mask_dino", KNOWN, "mask_dino finds masks: only boxes can be given"),
+        ("mask_dino", KNOWN, "mask_dino predicts masks: only boxes can be given"),
         ("mask2former", TEACH, "can only teach a detector that predicts boxes"),
         ("faster_rcnn_fpn", KNOWN, "DenoisingRCNN has no queries"),
         ("faster_rcnn_fpn", TEACH, "DenoisingRCNN has no queries"),
         (
             "prompted_dn_deformable",
             ("MODEL.DN_DETR.DENOISING.HIDES_EMPTY", False),
-            "need the empty slots of denoising to be hidden",
+            "need the empty queries of denoising to be hidden",
         ),
         (
             "prompted_dn_deformable",

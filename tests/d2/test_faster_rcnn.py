@@ -285,7 +285,9 @@ def test_it_trains_resumes_and_detects(run, tmp_path):
     ids=lambda options: options[0],
 )
 def test_what_needs_a_decoder_is_refused_in_one_sentence(run, options):
-    with pytest.raises(SystemExit, match=f"{options[0].removesuffix('.ENABLED')}.* works on the"):
+    with pytest.raises(
+        SystemExit, match=f"{options[0].removesuffix('.ENABLED')}.* works with DenoisingDETR"
+    ):
         run(*SMALL, *options, **DENOISED)
 
 

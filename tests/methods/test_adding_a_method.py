@@ -14,6 +14,7 @@ from dn_detr.layers.position_encoding import SinePosition
 from dn_detr.methods import METHODS
 from dn_detr.models.decoder import Decoder
 from dn_detr.models.detection_transformer import DETR
+from dn_detr.models.model_config import DeformableConfig
 from dn_detr.models.multi_scale import decoder_layer, multi_scale_neck
 from dn_detr.models.neck import Flatten
 from dn_detr.models.prediction_heads import IterativeRefinement, shared_heads
@@ -31,7 +32,7 @@ class AddPosition(nn.Module):
         return replace(memory, tokens=memory.tokens + memory.position)
 
 
-def without_encoder(config, in_channels, strides, content) -> DETR:
+def without_encoder(config: DeformableConfig, in_channels, strides, content) -> DETR:
     """A method nobody has published: anchor boxes that look straight at the neck's features."""
     c = config
     sines = SinePosition(channels=c.channels, temperature=20.0, cell_offset=0.0)

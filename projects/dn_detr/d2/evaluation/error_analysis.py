@@ -249,7 +249,7 @@ def images_at(
     return found
 
 
-def confusion_of(images: list[ImageResult], categories: list[int], coco: COCO) -> np.ndarray:  # noqa: ARG001
+def confusion_of(images: list[ImageResult], categories: list[int]) -> np.ndarray:
     """Compute the confusion matrix [K + 1, K + 1] int64 of `Analysis`."""
     row = {category: k for k, category in enumerate(categories)}
     background = len(categories)

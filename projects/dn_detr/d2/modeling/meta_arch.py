@@ -180,7 +180,7 @@ class DenoisingDETR(nn.Module):
             prompts = prompts_from(samples, self.num_classes, self.device)
             return replace(batch, prompts=prompts)
         taught = {}
-        if self.teaching is not None:
+        if self.teaching is not None and self.training:
             taught = {
                 "teacher_boxes": teacher_targets(samples, self.num_classes).to(self.device),
                 "num_teacher_boxes": stats.num_teacher_boxes,
