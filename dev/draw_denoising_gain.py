@@ -35,7 +35,7 @@ def draw(document: str) -> str:
         x, y = where.split(",")
         return f'<text x="{x}" y="{y}" text-anchor="{anchor}"{style}>{content}</text>'
 
-    title = "AP50 on shapes_val, same detector, seed and iterations"
+    title = "AP50 on synthetic images: same detector, same seed"
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 270" width="600" height="270"'
         ' font-family="sans-serif" font-size="13" fill="#222">',
@@ -60,7 +60,8 @@ def draw(document: str) -> str:
         x, y = map(float, points[-1].split(","))
         style = f' fill="{color}" font-weight="bold"'
         parts.append(text(f"{x + 10:.1f},{y - 2:.1f}", values[-1], "start", style))
-        parts.append(text(f"{x + 10:.1f},{y + 14:.1f}", name, "start", style))
+        label = name.replace("denoised", "with denoising")
+        parts.append(text(f"{x + 10:.1f},{y + 14:.1f}", label, "start", style))
     return "\n".join([*parts, "</svg>", ""])
 
 

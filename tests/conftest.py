@@ -1,4 +1,4 @@
-"""Shared by all rooms: what is left out where Detectron2 or real data are missing, and says so."""
+"""Shared by all tests: skips, with a reason, where Detectron2 or real data are missing."""
 
 import importlib.util
 import os

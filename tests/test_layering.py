@@ -1,4 +1,4 @@
-"""The rooms of the package: who may import whom, and what the core must not do.
+"""The subpackages of the package: who may import whom, and what the core must not do.
 
 The rules are read off the syntax trees of the sources, so that an import inside a function counts
 as well; one more test runs the core where Detectron2 cannot be imported.
@@ -19,7 +19,7 @@ MODULES = {
     ".".join((*path.relative_to(PACKAGE).parent.parts, path.stem)): ast.parse(path.read_text())
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-"""Dotted name inside the package -> syntax tree; a folder's own file is <room>.__init__."""
+"""Dotted name inside the package -> syntax tree; a folder's own file is <subpackage>.__init__."""
 
 CORE = {
     "structures": {"errors"},
@@ -33,7 +33,7 @@ CORE = {
     "analysis": {"errors", "structures"},
     "build": {"auxiliary", "errors", "layers", "losses", "methods", "models", "structures"},
 }
-"""Room -> rooms that it may import beside itself: plain PyTorch, with SciPy for the matching."""
+"""Subpackage -> those it may import: plain PyTorch, with SciPy for the matching."""
 
 OTHERS = {
     "__init__": set(),
@@ -54,13 +54,13 @@ OUTSIDE = {
     "conversion": {"numpy", "torch"},
     "detector": {"PIL", "detectron2", "numpy", "torch"},
 }
-"""Room -> packages that it may import beside the standard library; none where it is not named."""
+"""Subpackage -> packages it may import beside the standard library; none if not named."""
 
 TRACED = ("layers", "models", "methods", "auxiliary")
-"""Rooms whose code is compiled and exported, and must not wait for the device."""
+"""Subpackages whose code is compiled and exported, and must not wait for the device."""
 
 
-def room_of(module: str) -> str:
+def subpackage_of(module: str) -> str:
     return module.split(".")[0]
 
 
@@ -74,7 +74,7 @@ def imports(tree: ast.AST):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def own_rooms(tree: ast.AST):
+def own_subpackages(tree: ast.AST):
     """Rooms of the package that are imported; `from dn_detr import __version__` is none."""
     for name in imports(tree):
         parts = name.split(".")
@@ -82,25 +82,25 @@ def own_rooms(tree: ast.AST):
             yield parts[1]
 
 
-def test_every_room_has_a_rule():
-    assert {room_of(module) for module in MODULES} <= {*CORE, *OTHERS}
+def test_every_subpackage_has_a_rule():
+    assert {subpackage_of(module) for module in MODULES} <= {*CORE, *OTHERS}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_rooms_import_only_what_they_may(module):
-    room = room_of(module)
-    allowed = {**CORE, **OTHERS}[room] | {room}
-    assert set(own_rooms(MODULES[module])) <= allowed, module
+def test_subpackages_import_only_what_they_may(module):
+    subpackage = subpackage_of(module)
+    allowed = {**CORE, **OTHERS}[subpackage] | {subpackage}
+    assert set(own_subpackages(MODULES[module])) <= allowed, module
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) != "d2"])
-def test_only_the_detectron2_room_imports_other_packages_than_its_table_says(module):
+@pytest.mark.parametrize("module", [m for m in MODULES if subpackage_of(m) != "d2"])
+def test_only_the_detectron2_subpackage_imports_other_packages_than_its_table_says(module):
     packages = {name.split(".")[0] for name in imports(MODULES[module])}
     foreign = packages - set(sys.stdlib_module_names) - {"dn_detr"}
-    assert foreign <= OUTSIDE.get(room_of(module), set()), module
+    assert foreign <= OUTSIDE.get(subpackage_of(module), set()), module
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) in CORE])
+@pytest.mark.parametrize("module", [m for m in MODULES if subpackage_of(m) in CORE])
 def test_the_core_neither_logs_nor_asks_for_other_processes(module):
     forbidden = ("argparse", "logging", "torch.distributed")
     assert not [n for n in imports(MODULES[module]) if n.startswith(forbidden)], module
@@ -112,10 +112,10 @@ def test_nobody_imports_the_programs_beside_the_package():
         assert programs.isdisjoint(name.split(".")[0] for name in imports(tree)), module
 
 
-def test_pages_do_not_import_each_other():
+def test_methods_do_not_import_each_other():
     for module, tree in MODULES.items():
-        if room_of(module) == "methods" and module != "methods.__init__":
-            assert "methods" not in set(own_rooms(tree)), module
+        if subpackage_of(module) == "methods" and module != "methods.__init__":
+            assert "methods" not in set(own_subpackages(tree)), module
 
 
 # --------------------------------------------------------------------- nothing asks the device
@@ -130,7 +130,7 @@ def called(node: ast.AST) -> str | None:
     return node.func.id if isinstance(node.func, ast.Name) else None
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) in TRACED])
+@pytest.mark.parametrize("module", [m for m in MODULES if subpackage_of(m) in TRACED])
 def test_nothing_copies_tensors_to_the_host_or_makes_sizes_into_tensors(module):
     forbidden = {".item", ".tolist", ".nonzero", ".numpy", ".cpu", ".new_tensor"}
     calls = [(called(n), n.lineno) for n in ast.walk(MODULES[module]) if called(n) in forbidden]
@@ -160,7 +160,7 @@ def container_names(tree: ast.AST) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) in TRACED])
+@pytest.mark.parametrize("module", [m for m in MODULES if subpackage_of(m) in TRACED])
 def test_len_is_asked_of_lists_only(module):
     """The length of a tensor is a constant of an exported model: write x.shape[0]."""
     tree = MODULES[module]
@@ -176,7 +176,7 @@ def test_the_rules_find_what_they_forbid():
         "    import dn_detr.losses.matcher as a\n"
         "    return len(x), len(y), x.item()"
     )
-    assert set(own_rooms(tree)) == {"d2", "losses"}
+    assert set(own_subpackages(tree)) == {"d2", "losses"}
     assert [called(n) for n in ast.walk(tree) if called(n)].count("len") == 2
     assert container_names(tree) == {"y"}
     assert ".item" in [called(n) for n in ast.walk(tree)]
@@ -207,7 +207,7 @@ except ImportError as error:
 """
 
 
-def test_the_core_trains_where_detectron2_is_missing_and_its_room_says_how_to_install_it():
+def test_the_core_trains_where_detectron2_is_missing_and_its_subpackage_says_how_to_install_it():
     paths = [str(Path(__file__).parent), str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(

@@ -22,7 +22,7 @@ from dn_detr.methods import config_class
 from dn_detr.models.model_config import ModelConfig
 from dn_detr.structures import Predictions, Target, Targets, pad_targets
 
-ASSISTS = {
+AUXILIARY = {
     "denoising": {"denoising": Denoising(num_groups=3)},
     "budget": {"denoising": Denoising(num_groups=0, max_objects=9)},
     "contrastive": {"denoising": Denoising(num_groups=3, contrastive=True)},
@@ -34,18 +34,18 @@ ASSISTS = {
         "hybrid": HybridMatching(num_queries=5, matches_per_object=2),
     },
 }
-"""What `tiny_model` is given for each training assist and combination of auxiliary."""
+"""What `tiny_model` is given for each training auxiliary and combination of auxiliary."""
 
 STRIDES = [8, 16, 32]
 WIDTHS = [12, 16, 20]
 
-PAGES_WITH_MASKS = ("mask2former", "mask_dino")
-PAGES_WITHOUT_BOXES = ("mask2former",)
+METHODS_WITH_MASKS = ("mask2former", "mask_dino")
+METHODS_WITHOUT_BOXES = ("mask2former",)
 
 
 def levels_of_features(method: str) -> int:
     """Levels that need no strided convolution, which would read across the border of an image."""
-    return 2 if method in PAGES_WITH_MASKS else 3  # there, the finest feature is for masks alone
+    return 2 if method in METHODS_WITH_MASKS else 3  # there, the finest feature is for masks alone
 
 
 def tiny_model(
@@ -142,12 +142,12 @@ def tiny_targets(*counts: int) -> Targets:
 
 
 def tiny_losses(method: str, predictions: Predictions, targets: Targets, num_objects=None) -> dict:
-    """All losses that a page has, with few points for masks."""
+    """All losses that a method has, with few points for masks."""
     costs, weights, masks = Costs(), {}, None
-    if method in PAGES_WITHOUT_BOXES:
+    if method in METHODS_WITHOUT_BOXES:
         weights = {"l1_weight": 0, "giou_weight": 0}
         costs = Costs(l1=0, giou=0)
-    if method in PAGES_WITH_MASKS:
+    if method in METHODS_WITH_MASKS:
         costs = MaskCosts(others=costs, num_points=40)
         masks = LossConfig(mask_points=32).mask_terms()
     assignments = assign(predictions, targets, costs)

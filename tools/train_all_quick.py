@@ -102,7 +102,7 @@ def train(
 
 
 Results = dict[str, dict[str, dict[int, float]]]
-"""Page -> {"plain", "denoised"} -> iteration -> AP50."""
+"""Method -> {"plain", "denoised"} -> iteration -> AP50."""
 
 
 def read(path: Path) -> Results:

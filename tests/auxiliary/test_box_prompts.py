@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from tiny import (
-    PAGES_WITH_MASKS,
+    METHODS_WITH_MASKS,
     tiny_features,
     tiny_losses,
     tiny_model,
@@ -23,7 +23,7 @@ from dn_detr.losses.matcher import Costs, assign
 from dn_detr.methods import METHODS
 from dn_detr.structures import Predictions, Segment, pad_targets
 
-PAGES = [method for method in METHODS if method not in PAGES_WITH_MASKS]
+NAMES = [method for method in METHODS if method not in METHODS_WITH_MASKS]
 SIZES = [(96, 128), (64, 96)]
 ALWAYS = BoxPrompting(probability=1.0, hidden_labels=0.5)
 
@@ -38,7 +38,7 @@ def matched(model, prompt=None) -> Predictions:
         return model(tiny_features(2), tiny_padding(SIZES), prompt=prompt).of("match")
 
 
-@pytest.mark.parametrize("method", PAGES)
+@pytest.mark.parametrize("method", NAMES)
 def test_matched_queries_see_the_given_objects_of_their_own_image(method):
     """And nothing of slots where none is given."""
     model = tiny_model(method, prompts=ALWAYS)
@@ -51,7 +51,7 @@ def test_matched_queries_see_the_given_objects_of_their_own_image(method):
     assert (told.logits[-1, 1] - alone.logits[-1, 1]).abs().min(dim=0).values.max() > 1e-6
 
 
-@pytest.mark.parametrize("method", PAGES)
+@pytest.mark.parametrize("method", NAMES)
 def test_training_has_finite_losses_under_the_same_names_and_a_gradient_everywhere(method):
     model = tiny_model(method, prompts=ALWAYS, denoising=Denoising(num_groups=2))
     keys = []
@@ -128,19 +128,19 @@ def test_a_query_that_is_matched_with_a_given_object_must_say_nothing():
 
 
 def test_what_is_given_follows_from_the_noise_key_alone():
-    assist = RandomBoxPrompts(BoxPrompting(probability=1.0, hidden_labels=0.5), num_classes=5)
+    auxiliary = RandomBoxPrompts(BoxPrompting(probability=1.0, hidden_labels=0.5), num_classes=5)
     target, other = tiny_target(4, key=7), tiny_target(9, key=8)
-    alone = assist.choose(pad_targets([target]))
-    beside = assist.choose(pad_targets([other, target]))
+    alone = auxiliary.choose(pad_targets([target]))
+    beside = auxiliary.choose(pad_targets([other, target]))
     for name in ("labels", "boxes", "is_given"):
         assert torch.equal(getattr(alone, name)[0], getattr(beside, name)[1, :4]), name
 
 
 def test_shares_are_as_asked_and_boxes_are_noised_a_little():
     """2000 images of 4 objects: half of the images, half of their objects given, on average."""
-    assist = RandomBoxPrompts(BoxPrompting(hidden_labels=0.25), num_classes=5)
+    auxiliary = RandomBoxPrompts(BoxPrompting(hidden_labels=0.25), num_classes=5)
     targets = pad_targets([tiny_target(4, key=key) for key in range(2000)])
-    chosen = assist.choose(targets)
+    chosen = auxiliary.choose(targets)
     share = chosen.is_given.double().mean(dim=1)
     assert share.mean().item() == pytest.approx(0.25, abs=0.02)
     assert (share > 0).double().mean().item() == pytest.approx(0.5 * 4 / 5, abs=0.03)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import (
-    PAGES_WITHOUT_BOXES,
+    METHODS_WITHOUT_BOXES,
     tiny_features,
     tiny_losses,
     tiny_model,
@@ -18,7 +18,7 @@ from dn_detr.methods import METHODS
 from dn_detr.structures import Target, pad_targets
 
 SIZES = [(96, 128), (64, 96)]
-PAGES = [name for name in METHODS if name not in PAGES_WITHOUT_BOXES]
+NAMES = [name for name in METHODS if name not in METHODS_WITHOUT_BOXES]
 
 
 @pytest.mark.parametrize("is_contrastive", [False, True])
@@ -39,7 +39,7 @@ def test_the_loss_is_a_mean_over_groups(method, is_contrastive):
         torch.testing.assert_close(losses[1][key], value, rtol=1e-9, atol=1e-9, msg=key)
 
 
-@pytest.mark.parametrize("method", PAGES)
+@pytest.mark.parametrize("method", NAMES)
 def test_references_have_finite_logits_where_boxes_end_at_the_border(method):
     """Their centres are at 0 and 1, and so, nearly, are their sizes."""
     boxes = torch.tensor([[0.0, 1.0, 1e-9, 1.0], [1.0, 0.0, 1.0, 1e-9]], dtype=torch.float64)

@@ -23,12 +23,12 @@ def losses_of(method, model, targets, num_objects):
 def test_the_loss_is_the_mean_over_groups_that_are_trained_alone(method):
     targets = tiny_targets(2, 3)
     model = tiny_model(method, num_groups=3)
-    assist = model.auxiliary[0]
+    auxiliary = model.auxiliary[0]
     together = losses_of(method, model, targets, 5.0)
     del model.auxiliary[0]
     own = model.query_design.learned
     alone = []
-    for learned in (own, *assist.learned):
+    for learned in (own, *auxiliary.learned):
         model.query_design.learned = learned
         alone.append(losses_of(method, model, targets, 5.0))
     for key, value in alone[0].items():

@@ -16,7 +16,7 @@ CANVAS = SIZES[0]
 
 
 class Probe(torch.nn.Module):
-    """An assist that keeps what it is given."""
+    """An auxiliary that keeps what it is given."""
 
     def forward(self, queries, source, _targets):
         self.queries, self.memory = queries, source.memory
@@ -32,13 +32,13 @@ class Boxes:
 
 def noised_boxes(queries, targets, box_noise):
     """What box denoising makes of the same keys: [B, T, 4]."""
-    assist = DenoisingQueries(
+    auxiliary = DenoisingQueries(
         Denoising(num_groups=3, box_noise=box_noise, label_noise=0.0), num_classes=5
     )
     content = queries.state.content[:, -7:, :1]
     state = QueryState(content, None, torch.zeros(*content.shape[:2], 4, dtype=content.dtype))
     (match,) = (segment for segment in queries.segments if segment.name == "match")
-    return assist(type(queries)(state, (match,)), Boxes(), targets).state.reference[:, :-7]
+    return auxiliary(type(queries)(state, (match,)), Boxes(), targets).state.reference[:, :-7]
 
 
 @pytest.mark.parametrize("box_noise", [0.0, 0.8])

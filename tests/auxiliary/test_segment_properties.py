@@ -1,4 +1,4 @@
-"""The five properties that every training assist keeps, for every method."""
+"""The five properties that every training auxiliary keeps, for every method."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import (
-    ASSISTS,
+    AUXILIARY,
     levels_of_features,
     outputs_of,
     tiny_features,
@@ -26,12 +26,12 @@ SIZES = [(96, 128), (64, 96)]
 
 pytestmark = [
     pytest.mark.parametrize("method", METHODS),
-    pytest.mark.parametrize("assist", ASSISTS),
+    pytest.mark.parametrize("auxiliary", AUXILIARY),
 ]
 
 
 class ContentProbe(torch.nn.Module):
-    """An assist that swaps the content for a leaf tensor, to ask for gradients; `edit` may change
+    """Auxiliary queries whose content becomes a leaf tensor, for gradients; `edit` may change
     the state before."""
 
     def __init__(self, edit=None):
@@ -47,8 +47,8 @@ class ContentProbe(torch.nn.Module):
         return Queries(state, queries.segments, queries.proposals, queries.mask)
 
 
-def forward(method, assist, targets, *, edit=None, sizes=SIZES):
-    model = tiny_model(method, **ASSISTS[assist])
+def forward(method, auxiliary, targets, *, edit=None, sizes=SIZES):
+    model = tiny_model(method, **AUXILIARY[auxiliary])
     probe = ContentProbe(edit)
     model.auxiliary.append(probe)
     predictions = model(tiny_features(len(sizes)), tiny_padding(sizes), targets)
@@ -76,8 +76,8 @@ def existing(segments):
     )
 
 
-def test_no_gradient_flows_from_matched_predictions_to_other_slots(method, assist):
-    predictions, probe = forward(method, assist, tiny_targets(2, 3))
+def test_no_gradient_flows_from_matched_predictions_to_other_slots(method, auxiliary):
+    predictions, probe = forward(method, auxiliary, tiny_targets(2, 3))
     total = sum(value.sum() for value in outputs_of(predictions.of("match")).values())
     (gradient,) = torch.autograd.grad(total, probe.content)
     slots = slots_of(predictions)
@@ -85,8 +85,8 @@ def test_no_gradient_flows_from_matched_predictions_to_other_slots(method, assis
         assert (name == "match") == (gradient[:, where].abs().max() > 0).item()
 
 
-def test_a_group_sees_only_itself_and_what_its_segment_says(method, assist):
-    predictions, probe = forward(method, assist, tiny_targets(2, 3))
+def test_a_group_sees_only_itself_and_what_its_segment_says(method, auxiliary):
+    predictions, probe = forward(method, auxiliary, tiny_targets(2, 3))
     slots = slots_of(predictions)
     for segment in predictions.segments:
         part = predictions.of(segment.name)
@@ -102,17 +102,17 @@ def test_a_group_sees_only_itself_and_what_its_segment_says(method, assist):
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-def test_matched_predictions_are_those_of_the_plain_model(method, assist):
+def test_matched_predictions_are_those_of_the_plain_model(method, auxiliary):
     targets = tiny_targets(2, 3)
-    model = tiny_model(method, **ASSISTS[assist])
+    model = tiny_model(method, **AUXILIARY[auxiliary])
     features, padding = tiny_features(2), tiny_padding(SIZES)
-    with_assist = model(features, padding, targets).of("match")
+    with_auxiliary = model(features, padding, targets).of("match")
     without = model(features, padding)
-    for name, value in outputs_of(with_assist).items():
+    for name, value in outputs_of(with_auxiliary).items():
         torch.testing.assert_close(value, outputs_of(without)[name], rtol=1e-9, atol=1e-9)
 
 
-def test_scribbling_on_empty_slots_changes_nothing(method, assist):
+def test_scribbling_on_empty_slots_changes_nothing(method, auxiliary):
     def scribble(queries):
         exists = existing(queries.segments)
         noise = torch.randn_like(queries.state.content) * 100
@@ -120,8 +120,8 @@ def test_scribbling_on_empty_slots_changes_nothing(method, assist):
         return replace(queries.state, content=content)
 
     targets = tiny_targets(1, 3)
-    plain, probe = forward(method, assist, targets)
-    scribbled, _ = forward(method, assist, targets, edit=scribble)
+    plain, probe = forward(method, auxiliary, targets)
+    scribbled, _ = forward(method, auxiliary, targets, edit=scribble)
     exists = existing(probe.segments)
     if "dn" not in slots_of(plain):
         pytest.skip("only denoising leaves slots empty here")
@@ -131,12 +131,12 @@ def test_scribbling_on_empty_slots_changes_nothing(method, assist):
         torch.testing.assert_close(before[:, exists], after[:, exists], rtol=1e-12, atol=1e-12)
 
 
-def test_an_image_alone_gives_the_result_it_has_in_a_batch(method, assist):
+def test_an_image_alone_gives_the_result_it_has_in_a_batch(method, auxiliary):
     """From the feature maps on: without what reads across borders, and with equal groups."""
-    if assist == "budget":
+    if auxiliary == "budget":
         pytest.skip("the number of groups follows from the fullest image of the batch")
     model = without_group_norm(
-        tiny_model(method, **ASSISTS[assist], num_levels=levels_of_features(method))
+        tiny_model(method, **AUXILIARY[auxiliary], num_levels=levels_of_features(method))
     )
     small = tiny_target(2, key=7)
     targets = pad_targets([tiny_target(3, key=6), small])
@@ -158,8 +158,8 @@ def test_an_image_alone_gives_the_result_it_has_in_a_batch(method, assist):
             torch.testing.assert_close(batched, single, rtol=1e-9, atol=1e-9)
 
 
-def test_the_ready_mask_is_the_one_that_follows_from_the_segments(method, assist):
-    _, probe = forward(method, assist, tiny_targets(1, 3))
+def test_the_ready_mask_is_the_one_that_follows_from_the_segments(method, auxiliary):
+    _, probe = forward(method, auxiliary, tiny_targets(1, 3))
     if probe.queries.mask is None:
         pytest.skip("without denoising there is no ready mask")
     seen = [s for s in probe.segments if s.name in ("dn", "match")]

@@ -148,7 +148,7 @@ def test_a_safetensors_header_that_makes_no_sense_is_refused(tmp_path, header):
         read_parameters(path)
 
 
-def test_a_web_page_named_safetensors_is_no_safetensors_file(tmp_path):
+def test_a_web_method_named_safetensors_is_no_safetensors_file(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(HTML)
     with pytest.raises(ValueError, match="the file is no safetensors file"):
         read_parameters(tmp_path / "model.safetensors")

@@ -49,7 +49,7 @@ def gradients_and_losses(cfg, num_parts, batch=None):
 
 def check_equal(parts, losses_of_parts, whole, losses):
     """Losses are reported in float32: a sum of four has an error below 4 / 2**24 = 2.4e-7.
-    Gradients are float64, whose rounding is 1e-16: 1e-10 of the largest one leaves room for a
+    Gradients are float64, whose rounding is 1e-16: 1e-10 of the largest one leaves subpackage for a
     million sums, and is far below what any weight has that learns."""
     assert losses_of_parts == pytest.approx(losses, rel=1e-6, abs=1e-9)
     assert parts.keys() == whole.keys()

@@ -63,7 +63,7 @@ def test_each_part_gives_the_same_losses_and_gradients_with_less_memory(tiny_con
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("mask")])
-def test_every_page_of_boxes_can_be_computed_again(tiny_config, method):
+def test_every_method_of_boxes_can_be_computed_again(tiny_config, method):
     plain, model = both(
         tiny_config("MODEL.DN_DETR.METHOD", method), ["backbone", "encoder", "decoder"]
     )

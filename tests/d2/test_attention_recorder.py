@@ -20,7 +20,7 @@ def recorded(model):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_page_shows_where_each_of_its_layers_looks(method):
+def test_every_method_shows_where_each_of_its_layers_looks(method):
     model = tiny_model(method).eval()
     with torch.no_grad():
         expected = model(tiny_features(2), tiny_padding(SIZES))

@@ -1,6 +1,6 @@
 """Exported graphs give what the model gives, at batches and sizes that were not traced.
 
-Two pages run by default; `-m slow` runs the others in all formats (minutes), and with -s prints the
+Few methods run by default; `-m slow` runs the others in all formats (minutes), and -s prints the
 table of docs/export.md.
 """
 
@@ -34,20 +34,20 @@ needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxruntime or onnxs
 BY_DEFAULT = {("detr", "torch-export")}
 """ONNX by default: the runner's test."""
 
-PAGES = [*METHODS, "faster_rcnn_fpn"]
+NAMES = [*METHODS, "faster_rcnn_fpn"]
 
 CASES = [
     pytest.param(
-        page,
+        method,
         kind,
         marks=[
-            *([] if (page, kind) in BY_DEFAULT else [pytest.mark.slow]),
+            *([] if (method, kind) in BY_DEFAULT else [pytest.mark.slow]),
             *([needs_onnx] if kind == "onnx" else []),
         ],
     )
-    for page in PAGES
+    for method in NAMES
     for kind in exporter.FORMATS
-    if (page, kind) != ("faster_rcnn_fpn", "torch-export")  # refused
+    if (method, kind) != ("faster_rcnn_fpn", "torch-export")  # refused
 ]
 
 SMALL = """
@@ -104,10 +104,10 @@ if "build_strided_convolutions" not in BACKBONE_REGISTRY:
         )
 
 
-def small_model(page: str, *opts):
-    """The page with random weights everywhere: zero-initialised heads would hide differences."""
-    regions = SMALL_REGIONS if "rcnn" in page else []
-    config_file = str(ROOT / "configs" / "quick" / f"{page}.yaml")
+def small_model(method: str, *opts):
+    """The method with random weights everywhere: zero-initialised heads would hide differences."""
+    regions = SMALL_REGIONS if "rcnn" in method else []
+    config_file = str(ROOT / "configs" / "quick" / f"{method}.yaml")
     cfg = read_config(config_file, [*read_by(config_file, SMALL, opts), *regions, *opts])
     torch.manual_seed(0)
     model = build_model(cfg).eval()
@@ -118,14 +118,14 @@ def small_model(page: str, *opts):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page, kind", CASES)
-def test_an_exported_page_finds_what_the_model_finds(page, kind, tmp_path):
-    model, cfg = small_model(page)
+@pytest.mark.parametrize("method, kind", CASES)
+def test_an_exported_method_finds_what_the_model_finds(method, kind, tmp_path):
+    model, cfg = small_model(method)
     about = exporter.metadata(cfg, ["a", "b", "c"], model)
     path = tmp_path / f"model{exporter.FORMATS[kind]}"
     differences = exporter.export(model, path, kind, about)
     worst = [f"{d.worst:.1e} ({d.num_compared})" for d in differences]
-    print(f"\n| {page} | {kind} | {' | '.join(worst)} |")
+    print(f"\n| {method} | {kind} | {' | '.join(worst)} |")
     for difference in differences:
         assert difference.num_compared >= 5
         assert difference.worst < 1e-4
@@ -136,10 +136,10 @@ def test_an_exported_page_finds_what_the_model_finds(page, kind, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("page", ["detr", "mask2former", "mask_dino"])
-def test_the_graph_of_a_page_is_its_inference(page):
+@pytest.mark.parametrize("method", ["detr", "mask2former", "mask_dino"])
+def test_the_graph_of_a_method_is_its_inference(method):
     """Two images of one canvas, one of them smaller; masks enlarged as docs/export.md says."""
-    model, _ = small_model(page)
+    model, _ = small_model(method)
     images, sizes = exporter.example(2, 128, 160)
     boxes, scores, labels, *masks = graphs.graph_of(model)(images, sizes)
     samples = [
@@ -293,20 +293,20 @@ def runner():
 @needs_onnx
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "page",
+    "method",
     [
         "dino",  # has it all: deformable attention, proposals, empty slots
         pytest.param("mask2former", marks=pytest.mark.slow),
         pytest.param("faster_rcnn_fpn", marks=pytest.mark.slow),
     ],
 )
-def test_the_runner_finds_what_the_model_finds_without_this_project(page, runner, tmp_path):
+def test_the_runner_finds_what_the_model_finds_without_this_project(method, runner, tmp_path):
     """On an image of a size that needs no padding, after resizing."""
     import onnx
     import onnxruntime
     from PIL import Image
 
-    model, cfg = small_model(page)
+    model, cfg = small_model(method)
     about = exporter.metadata(cfg, ["a", "b", "c"], model)
     exporter.export(model, tmp_path / "model.onnx", "onnx", about)
     size = (cfg.INPUT.MIN_SIZE_TEST, 128)
@@ -338,7 +338,7 @@ def test_the_runner_finds_what_the_model_finds_without_this_project(page, runner
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     again = runner.detect(session, about, Image.open(tmp_path / "picture.png"), 0)
     for index, detection in enumerate(again):
-        if page != "mask2former":
+        if method != "mask2former":
             assert detection.mask is None
         else:
             wanted = found.pred_masks[index].numpy()
@@ -422,10 +422,10 @@ def test_metadata_say_how_to_feed_the_model():
 
 
 @pytest.mark.parametrize(
-    "page, side_step, masks", [("mask_dino", 32, True), ("faster_rcnn_fpn", 64, False)]
+    "method, side_step, masks", [("mask_dino", 32, True), ("faster_rcnn_fpn", 64, False)]
 )
-def test_metadata_say_what_differs_from_page_to_page(page, side_step, masks):
-    model, cfg = small_model(page)
+def test_metadata_say_what_differs_from_method_to_page(method, side_step, masks):
+    model, cfg = small_model(method)
     about = exporter.metadata(cfg, ["a", "b", "c"], model)
-    assert about["side_step"] == side_step and about["method"] == page.removesuffix("_fpn")
+    assert about["side_step"] == side_step and about["method"] == method.removesuffix("_fpn")
     assert (about["masks"] == exporter.MASKS) if masks else (about["masks"] is None)

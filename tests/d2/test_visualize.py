@@ -22,14 +22,14 @@ def test_the_noise_that_is_drawn_is_the_noise_of_the_training(
 ):
     cfg = tiny_config("MODEL.DN_DETR.DENOISING.CONTRASTIVE", is_contrastive)
     model = visualize_data.Trainer.build_model(cfg).train()
-    (assist,) = (a for a in model.core.auxiliary if isinstance(a, DenoisingQueries))
+    (auxiliary,) = (a for a in model.core.auxiliary if isinstance(a, DenoisingQueries))
     seen = []
-    assist.register_forward_hook(lambda _module, _args, queries: seen.append(queries))
+    auxiliary.register_forward_hook(lambda _module, _args, queries: seen.append(queries))
     number, batch = next(visualize_data.batches(cfg, iteration=5))
     model(batch, iteration=number)
     targets = model.make_batch(batch, iteration=number, with_targets=True).targets
     assert number == 5
-    noised, _ = assist.noise(targets, num_matched=1, mask_dtype=torch.float32)
+    noised, _ = auxiliary.noise(targets, num_matched=1, mask_dtype=torch.float32)
     segment = next(s for s in seen[0].segments if s.name == "dn")
     assert torch.equal(noised.assignment, segment.assignment)
     assert torch.equal(noised.is_empty, segment.is_empty)
@@ -134,7 +134,7 @@ def test_the_layers_of_a_checkpoint_are_drawn_for_a_picture(tool, trained, tmp_p
         visualize.main(["--input", "none.png", *weights])
 
 
-def test_a_page_that_looks_in_a_way_unknown_here_says_so(tool, trained):
+def test_a_method_that_looks_in_a_way_unknown_here_says_so(tool, trained):
     visualize = tool("visualize")
     saved = visualize.load_detector(str(trained / "model_final.pth"))
     for layer in saved.model.core.decoder.layers:

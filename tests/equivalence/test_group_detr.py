@@ -56,7 +56,7 @@ def their_model(load, features, padding):
 
 
 def our_model(theirs):
-    """The first group is the model's own, the others are the assist's."""
+    """The first group is the model's own, the others are the auxiliary's."""
     first, *others = theirs.query_embed.weight.detach().split(11)
     state = {**theirs.state_dict(), "query_embed.weight": first}
     sizes = {"in_channels": [24], "strides": [32]}

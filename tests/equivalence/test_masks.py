@@ -70,8 +70,8 @@ def fixed_points(monkeypatch):
                 return values.expand(size[0], -1, -1).clone()
         raise AssertionError(f"unexpected random numbers {size}")
 
-    for room in ("mask_points", "mask_costs"):
-        monkeypatch.setattr(f"dn_detr.losses.{room}.random_points", ours)
+    for subpackage in ("mask_points", "mask_costs"):
+        monkeypatch.setattr(f"dn_detr.losses.{subpackage}.random_points", ours)
     monkeypatch.setattr(torch, "rand", theirs)
 
 

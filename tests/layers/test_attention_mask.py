@@ -41,10 +41,10 @@ class Operators(TorchDispatchMode):
         return results
 
 
-def train_forward(assist, device, amp):
+def train_forward(auxiliary, device, amp):
     """The operators of one forward with ground truth, and the number of queries that a mask joins:
     noised and matched ones."""
-    model = tiny.tiny_model("dab_deformable", decoder_layers=LAYERS, **tiny.ASSISTS[assist])
+    model = tiny.tiny_model("dab_deformable", decoder_layers=LAYERS, **tiny.AUXILIARY[auxiliary])
     model = model.float().to(device)
     features = [feature.float().to(device) for feature in tiny.tiny_features(2)]
     padding = tiny.tiny_padding([(96, 128), (64, 80)]).to(device)
@@ -57,9 +57,9 @@ def train_forward(assist, device, amp):
 
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("assist", ["denoising", "contrastive", "denoising and groups"])
-def test_all_layers_take_one_mask_as_it_was_made(assist, device, amp):
-    operators, total = train_forward(assist, device, amp)
+@pytest.mark.parametrize("auxiliary", ["denoising", "contrastive", "denoising and groups"])
+def test_all_layers_take_one_mask_as_it_was_made(auxiliary, device, amp):
+    operators, total = train_forward(auxiliary, device, amp)
     masked = [(query, mask) for query, mask in operators.attended if mask is not None]
     assert len(masked) == LAYERS
     assert len({mask.data_ptr() for _, mask in masked}) == 1
@@ -76,11 +76,11 @@ def assert_aligned(mask):
 
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("assist", ["denoising", "contrastive", "denoising and groups"])
-def test_only_the_noise_operator_makes_a_tensor_of_all_pairs(assist, device, amp):
+@pytest.mark.parametrize("auxiliary", ["denoising", "contrastive", "denoising and groups"])
+def test_only_the_noise_operator_makes_a_tensor_of_all_pairs(auxiliary, device, amp):
     if device not in KERNELS.get("noise_objects", ()):
         pytest.skip(f"no kernels for {device}")
-    operators, total = train_forward(assist, device, amp)
+    operators, total = train_forward(auxiliary, device, amp)
     makers = [name for name, made in operators.made if is_of_pairs(made.shape, total)]
     assert makers == ["dn_detr.noise_objects.default"]
 

@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md says that a page and its name are all that a new method needs. Here is one."""
+"""ARCHITECTURE.md says that a method and its name are all that a new method needs. Here is one."""
 
 from __future__ import annotations
 
@@ -85,6 +85,6 @@ def promises_of(file: str) -> list[tuple[str, dict]]:
         *promises_of("auxiliary/test_segment_properties.py"),
     ],
 )
-def test_a_new_page_keeps_what_every_page_promises(promise, arguments, monkeypatch):
+def test_a_new_method_keeps_what_every_method_promises(promise, arguments, monkeypatch):
     monkeypatch.setitem(METHODS, "without_encoder", without_encoder)
     promise(method="without_encoder", **arguments)

@@ -1,13 +1,13 @@
-"""What every page promises."""
+"""What every method promises."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from tiny import (
-    ASSISTS,
-    PAGES_WITH_MASKS,
-    PAGES_WITHOUT_BOXES,
+    AUXILIARY,
+    METHODS_WITH_MASKS,
+    METHODS_WITHOUT_BOXES,
     levels_of_features,
     outputs_of,
     tiny_features,
@@ -32,34 +32,34 @@ def losses_of(method, model, targets):
 
 def test_predictions_have_a_layer_axis_and_boxes_inside_the_image(method):
     predictions = tiny_model(method)(tiny_features(2), tiny_padding(SIZES))
-    layers = 4 if method in PAGES_WITH_MASKS else 3  # there, also one before the first layer
+    layers = 4 if method in METHODS_WITH_MASKS else 3  # there, also one before the first layer
     assert predictions.logits.shape == (layers, 2, 7, 5)
     assert predictions.logits.isfinite().all()
-    assert (predictions.boxes is None) == (method in PAGES_WITHOUT_BOXES)
+    assert (predictions.boxes is None) == (method in METHODS_WITHOUT_BOXES)
     if predictions.boxes is not None:
         assert predictions.boxes.shape == (layers, 2, 7, 4)
         assert (predictions.boxes > 0).all() and (predictions.boxes < 1).all()
-    assert (predictions.mask_features is not None) == (method in PAGES_WITH_MASKS)
+    assert (predictions.mask_features is not None) == (method in METHODS_WITH_MASKS)
     if predictions.mask_features is not None:
         assert predictions.mask_features.features.shape == (2, 32, 12, 16)
         assert predictions.mask_features.valid_sizes.tolist() == [[16, 12], [12, 8]]
         assert predictions.mask_embeddings.shape == (layers, 2, 7, 32)
 
 
-@pytest.mark.parametrize("assist", [None, *ASSISTS])
+@pytest.mark.parametrize("auxiliary", [None, *AUXILIARY])
 @pytest.mark.parametrize("counts", [(2, 3), (0, 1), (0, 0)])
-def test_every_parameter_gets_a_finite_gradient(method, assist, counts):
+def test_every_parameter_gets_a_finite_gradient(method, auxiliary, counts):
     """Also without any object: a parameter without gradient would stop distributed training."""
-    model = tiny_model(method, **ASSISTS.get(assist, {}))
+    model = tiny_model(method, **AUXILIARY.get(auxiliary, {}))
     sum(losses_of(method, model, tiny_targets(*counts)).values()).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None]
     assert not without
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("assist", [None, *ASSISTS])
-def test_loss_names_do_not_depend_on_the_objects(method, assist):
-    model = tiny_model(method, **ASSISTS.get(assist, {}))
+@pytest.mark.parametrize("auxiliary", [None, *AUXILIARY])
+def test_loss_names_do_not_depend_on_the_objects(method, auxiliary):
+    model = tiny_model(method, **AUXILIARY.get(auxiliary, {}))
     names = [list(losses_of(method, model, tiny_targets(*counts))) for counts in [(2, 3), (0, 0)]]
     assert names[0] == names[1]
 
@@ -96,9 +96,9 @@ def test_permuted_queries_give_permuted_predictions(method):
         torch.testing.assert_close(value[:, :, order], outputs_of(after)[name])
 
 
-@pytest.mark.parametrize("assist", ASSISTS)
-def test_a_checkpoint_with_assists_loads_into_the_plain_model(method, assist):
-    assisted = tiny_model(method, **ASSISTS[assist])
+@pytest.mark.parametrize("auxiliary", AUXILIARY)
+def test_a_checkpoint_with_auxiliary_queries_loads_into_the_plain_model(method, auxiliary):
+    assisted = tiny_model(method, **AUXILIARY[auxiliary])
     content = getattr(assisted.query_design.learned, "content", None)
     if assisted.query_design.content.has_indicator and content is not None:
         content.data[:, -1] = 0  # starts so and is never trained; tiny models are random everywhere

@@ -1,11 +1,11 @@
-"""Every page in one graph: no synchronisation, no Python that depends on values."""
+"""Every method in one graph: no synchronisation, no Python that depends on values."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from tiny import (
-    ASSISTS,
+    AUXILIARY,
     levels_of_features,
     outputs_of,
     tiny_features,
@@ -38,14 +38,14 @@ class Outcome(torch.nn.Module):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_page_compiles_as_one_graph_with_assists(method):
-    check_one_graph(tiny_model(method, **ASSISTS["denoising and groups"], decoder_layers=2))
+def test_a_method_compiles_as_one_graph_with_assists(method):
+    check_one_graph(tiny_model(method, **AUXILIARY["denoising and groups"], decoder_layers=2))
 
 
 def test_known_objects_are_given_in_the_same_graph():
     further = HybridMatching(num_queries=5, matches_per_object=2)
     auxiliary = {
-        **ASSISTS["contrastive"],
+        **AUXILIARY["contrastive"],
         "prompts": BoxPrompting(probability=1.0),
         "hybrid": further,
     }
@@ -62,7 +62,7 @@ def check_one_graph(model):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_page_exports_with_any_batch_and_size(method):
+def test_a_method_exports_with_any_batch_and_size(method):
     model = Outcome(tiny_model(method, decoder_layers=2, num_levels=levels_of_features(method)))
     model.eval()
     batch = torch.export.Dim("batch", min=1, max=8)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import PAGES_WITHOUT_BOXES, tiny_features, tiny_model, tiny_padding
+from tiny import METHODS_WITHOUT_BOXES, tiny_features, tiny_model, tiny_padding
 
 from dn_detr.methods import METHODS
 
@@ -75,7 +75,7 @@ def reach_of(method: str) -> tuple[list[set[int]], bool]:
     return reaches, first_has_gradient[0]
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in PAGES_WITHOUT_BOXES])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in METHODS_WITHOUT_BOXES])
 def test_a_box_reaches_the_offsets_and_references_that_its_paper_says(method):
     reaches, first_has_gradient = reach_of(method)
     back = 1 if REACH[method] == TWO else 0

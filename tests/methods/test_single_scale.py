@@ -1,4 +1,4 @@
-"""What the single-scale pages promise beyond what all pages do."""
+"""What the single-scale methods promise beyond what all methods do."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_denoising_sees_no_empty_queries(method):
 
 
 class Keep(torch.nn.Module):
-    """An assist that keeps the queries as they are."""
+    """An auxiliary that keeps the queries as they are."""
 
     def __init__(self, kept: list):
         super().__init__()

@@ -2,7 +2,7 @@
 2203.01305, table 3).
 
 Detectron2's own GeneralizedRCNN and StandardROIHeads. In training, noised boxes of the ground truth
-go through the box head as further regions, beside the sampled proposals, and each must be moved
+go through the box head as extra regions, beside the sampled proposals, and each must be moved
 onto the object that it was made from, whatever their overlap. Inference is Detectron2's, unchanged.
 
 The paper leaves open whether these regions are classified. Here they are not: the class of a region

@@ -39,12 +39,14 @@ from dn_detr.structures import Predictions
 class DenoisingDETR(nn.Module):
     """Any method of `dn_detr.methods` on a Detectron2 backbone.
 
-    Takes Detectron2's list of dicts: "image" [3, H, W] in 0..255, "instances" in training, and the
-    output size "height", "width". Gives a dict of scalar losses in training, and in evaluation a
-    list of {"instances": pred_boxes in pixels of the output size, scores, pred_classes}; pages with
-    masks need gt_masks, and give pred_masks bool [N, height, width]. With `teaching`, training
-    needs "teacher_instances" too (gt_boxes, gt_classes, scores). In evaluation a sample may have
-    "prompts", see `prompts_from`; its output then has "prompts" too: their pred_classes and scores.
+    Input is Detectron2's list of dicts: "image" [3, H, W] in 0..255, "instances" in training
+    (gt_boxes, gt_classes; gt_masks for methods with masks), the output size "height" and "width",
+    "teacher_instances" with `teaching` (gt_boxes, gt_classes, scores), and in evaluation optionally
+    "prompts" (`prompts_from`).
+
+    Output is a dict of scalar losses in training, and in evaluation a list of {"instances":
+    pred_boxes in pixels of the output size, scores, pred_classes, with masks pred_masks bool
+    [N, height, width]}; with prompts also "prompts": their pred_classes and scores.
     """
 
     @configurable
