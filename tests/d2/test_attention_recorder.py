@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_features, tiny_model, tiny_padding
 
 from dn_detr.d2.inference.attention_recorder import record_attention
-from dn_detr.layers.attention_blocks import DeformableAttention
+from dn_detr.layers.deformable_module import DeformableAttention
 from dn_detr.methods import METHODS
 from dn_detr.ops import ms_deform_attn_pytorch
 

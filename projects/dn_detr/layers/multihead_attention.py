@@ -89,6 +89,29 @@ class DenseCrossAttention(nn.Module):
         return self.attention(content + position, keys, memory.tokens, memory.padding)
 
 
+class SelfAttention(nn.Module):
+    """Post-norm self-attention block; the position is added to queries and keys (2005.12872)."""
+
+    def __init__(self, *, channels: int, num_heads: int, dropout: float):
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"channels {channels} must be a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.out = (nn.Linear(channels, channels) for _ in range(4))
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(channels)
+        xavier_fused_([self.q, self.k, self.v])
+        xavier_fused_([self.out])
+
+    def forward(self, content: Tensor, position: Tensor, query_mask: QueryAttentionMask) -> Tensor:
+        """Return the updated content [B, Q, C] from content and position, both [B, Q, C]."""
+        with_position = content + position
+        q, k, v = self.q(with_position), self.k(with_position), self.v(content)
+        dropout = self.dropout.p if self.training else 0.0
+        update = self.out(attend(q, k, v, self.num_heads, query_mask, dropout=dropout))
+        return self.norm(content + self.dropout(update))
+
+
 class SplitSelfAttention(nn.Module):
     """Post-norm self-attention block that adds separate projections of content and position.
 

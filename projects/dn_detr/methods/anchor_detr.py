@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers.attention_blocks import SelfAttention
 from dn_detr.layers.mlp import MLP
+from dn_detr.layers.multihead_attention import SelfAttention
 from dn_detr.layers.position_encoding import sine, sine_of_reference
 from dn_detr.layers.query_content import QueryContent, SharedContent
 from dn_detr.layers.row_column_attention import RowColumnAttention

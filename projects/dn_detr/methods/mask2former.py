@@ -30,9 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dn_detr.layers.attention_blocks import SelfAttention
 from dn_detr.layers.mlp import FeedForward
-from dn_detr.layers.multihead_attention import DenseAttention
+from dn_detr.layers.multihead_attention import DenseAttention, SelfAttention
 from dn_detr.layers.point_sampling import moved_masks
 from dn_detr.layers.position_encoding import SinePosition
 from dn_detr.layers.query_attention import QueryAttentionMask, additive, attention_dtype

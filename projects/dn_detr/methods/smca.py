@@ -30,10 +30,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers.attention_blocks import SelfAttention
 from dn_detr.layers.initialization import xavier_, xavier_fused_
 from dn_detr.layers.mlp import MLP
-from dn_detr.layers.multihead_attention import attend_densely
+from dn_detr.layers.multihead_attention import SelfAttention, attend_densely
 from dn_detr.layers.position_encoding import SinePosition
 from dn_detr.layers.query_attention import QueryAttentionMask
 from dn_detr.layers.query_content import QueryContent

@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers.attention_blocks import DeformableAttention
 from dn_detr.layers.mlp import FeedForward
 from dn_detr.layers.multihead_attention import DenseAttention
 from dn_detr.structures import Memory
@@ -18,12 +17,12 @@ class DeformableEncoderLayer(nn.Module):
     """Deformable self-attention over all levels, then feed-forward (2010.04159, sec. 4.1)."""
 
     def __init__(
-        self, *, attention: DeformableAttention, feed_forward: FeedForward, dropout: float
+        self, *, attention: nn.Module, feed_forward: FeedForward, channels: int, dropout: float
     ):
         super().__init__()
         self.attention = attention
         self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(attention.output_proj.out_features)
+        self.norm = nn.LayerNorm(channels)
         self.feed_forward = feed_forward
 
     def forward(self, memory: Memory, reference: Tensor) -> Tensor:

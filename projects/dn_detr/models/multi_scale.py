@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from dn_detr.layers.attention_blocks import DeformableAttention, SelfAttention
+from dn_detr.layers.deformable_module import DeformableAttention
 from dn_detr.layers.mlp import FeedForward
+from dn_detr.layers.multihead_attention import SelfAttention
 from dn_detr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.encoder import DeformableEncoder, DeformableEncoderLayer
@@ -61,6 +62,7 @@ def deformable_encoder(config: MultiScaleConfig) -> DeformableEncoder:
             DeformableEncoderLayer(
                 attention=deformable_attention(config),
                 feed_forward=feed_forward(config, hidden_dim),
+                channels=config.channels,
                 dropout=config.dropout,
             )
             for _ in range(config.encoder_layers)

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from dn_detr.layers.attention_blocks import SelfAttention
 from dn_detr.layers.mlp import FeedForward
 from dn_detr.layers.multihead_attention import (
     ConditionalCrossAttention,
     DenseAttention,
     DenseCrossAttention,
+    SelfAttention,
     SplitSelfAttention,
 )
 from dn_detr.layers.position_encoding import SinePosition

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from dn_detr.layers.attention_blocks import DeformableAttention
+from dn_detr.layers.deformable_module import DeformableAttention
 from dn_detr.layers.row_column_attention import RowColumnAttention
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.structures import Memory

@@ -1,37 +1,12 @@
-"""Attention blocks of the encoder and decoder layers."""
+"""Multi-scale deformable attention as a module (2010.04159)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers.initialization import xavier_fused_
-from dn_detr.layers.query_attention import QueryAttentionMask, attend
 from dn_detr.ops.deformable_attention import deformable_attention
 from dn_detr.structures import Memory
-
-
-class SelfAttention(nn.Module):
-    """Post-norm self-attention block; the position is added to queries and keys (2005.12872)."""
-
-    def __init__(self, *, channels: int, num_heads: int, dropout: float):
-        super().__init__()
-        if channels % num_heads:
-            raise ValueError(f"channels {channels} must be a multiple of num_heads {num_heads}")
-        self.num_heads = num_heads
-        self.q, self.k, self.v, self.out = (nn.Linear(channels, channels) for _ in range(4))
-        self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(channels)
-        xavier_fused_([self.q, self.k, self.v])
-        xavier_fused_([self.out])
-
-    def forward(self, content: Tensor, position: Tensor, query_mask: QueryAttentionMask) -> Tensor:
-        """Return the updated content [B, Q, C] from content and position, both [B, Q, C]."""
-        with_position = content + position
-        q, k, v = self.q(with_position), self.k(with_position), self.v(content)
-        dropout = self.dropout.p if self.training else 0.0
-        update = self.out(attend(q, k, v, self.num_heads, query_mask, dropout=dropout))
-        return self.norm(content + self.dropout(update))
 
 
 class DeformableAttention(nn.Module):
