@@ -178,7 +178,7 @@ def read_by(config_file, settings: list[str], opts=()) -> list[str]:
     cfg = get_cfg()
     add_dn_detr_config(cfg)
     try:
-        cfg.merge_from_file(str(config_file))
+        cfg.merge_from_file(str(config_file), allow_unsafe=False)
     except Exception:  # the program under test says what is wrong with the file
         return settings
     keys = [str(part) for part in opts][::2]

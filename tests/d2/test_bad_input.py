@@ -185,6 +185,30 @@ def test_a_missing_or_faulty_configuration_file(answer, tmp_path):
     assert "b.yaml cannot be used: Non-existent config key: MODEL.WIDTH." in said
 
 
+def test_no_code_is_executed_from_a_configuration_file(answer, tmp_path):
+    mark = tmp_path / "executed"
+    code = f"SEED: !!python/object/apply:os.mkdir ['{mark}']\n"
+    (tmp_path / "a.yaml").write_text(code)
+    (tmp_path / "b.yaml").write_text("_BASE_: a.yaml\n")
+    for name in ("a.yaml", "b.yaml"):
+        said = answer(config_file=tmp_path / name)
+        assert "python/object/apply:os.mkdir" in said and not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("", "must be a mapping of keys, got NoneType"),
+        ("- 1\n", "must be a mapping of keys, got list"),
+        ("_BASE_: faulty.yaml\n", "faulty.yaml is its own _BASE_"),
+        ("_BASE_: http://127.0.0.1:9/a.yaml\n", "is an address: download the file"),
+    ],
+)
+def test_a_configuration_file_of_another_form(answer, tmp_path, content, sentence):
+    (tmp_path / "faulty.yaml").write_text(content)
+    assert sentence in answer(config_file=tmp_path / "faulty.yaml")
+
+
 def test_more_gpus_than_there_are(answer):
     available = torch.cuda.device_count()
     said = answer(flags=["--num-gpus", str(available + 2)])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from yaml import YAMLError
 
@@ -130,10 +132,38 @@ def read_config(config_file: str, opts: list[str]) -> CfgNode:
     cfg = get_cfg()
     add_dn_detr_config(cfg)
     default = cfg.clone()
-    merge(f"the configuration {config_file}", cfg.merge_from_file, config_file)
+
+    def merge_file(path: str) -> None:
+        check_file(path)
+        cfg.merge_from_file(path, allow_unsafe=False)
+
+    merge(f"the configuration {config_file}", merge_file, config_file)
     merge("the KEY VALUE pairs of the command line", cfg.merge_from_list, opts)
     check_keys(cfg, default, config_file, opts)
     return cfg
+
+
+def check_file(path: str, seen: tuple[str, ...] = ()) -> None:
+    """Check a configuration file and its bases before Detectron2 reads them.
+
+    Raises:
+        ValueError: for a file that is no mapping, that would execute code (YAML tags of Python
+            objects), or that has an address or itself as a base.
+    """
+    path = os.path.expanduser(path)
+    if path in seen:
+        raise ValueError(f"{path} is its own _BASE_")
+    with open(path) as file:
+        content = yaml.safe_load(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a mapping of keys, got {type(content).__name__}")
+    bases = content.get("_BASE_", [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        if "://" in base:
+            raise ValueError(
+                f"the _BASE_ {base} is an address: download the file, and name its path"
+            )
+        check_file(os.path.join(os.path.dirname(path), os.path.expanduser(base)), (*seen, path))
 
 
 def merge(name: str, into_config: Callable, source) -> None:
