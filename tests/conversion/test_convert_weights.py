@@ -138,3 +138,10 @@ def test_the_tool_says_in_one_line_what_is_wrong(tmp_path, make, words):
     assert words in result.stderr and "Traceback" not in result.stderr
     assert result.stderr.startswith(f"convert_checkpoint.py: {path}")
     assert not (tmp_path / "out.pth").exists()
+
+
+def test_a_stacked_parameter_that_does_not_divide_is_refused():
+    """Anchor DETR with ordinary attention was cut into 154, 154, 154, 154 and 152 rows."""
+    table = Table("a test", {"attn.in_proj_weight": tuple(f"a.{i}.weight" for i in range(5))})
+    with pytest.raises(ValueError, match=r"shape \[768, 256\] cannot be split into 5 equal parts"):
+        table.apply({"attn.in_proj_weight": torch.zeros(768, 256)})

@@ -78,3 +78,19 @@ def test_the_warm_up_rises_from_its_factor(method, power):
 def test_schedules_that_do_not_exist_are_refused(solver, words):
     with pytest.raises(InputError, match=words):
         rates(**solver)
+
+
+def test_another_number_of_processes_scales_everything_that_counts_iterations():
+    cfg = get_cfg()
+    add_dn_detr_config(cfg)
+    cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.MAX_ITER = 8, 1000
+    cfg.SOLVER.FLAT_ITERS, cfg.SOLVER.FINAL_ITERS, cfg.SOLVER.EMA.WARMUP = 600, 100, 200
+    cfg.SOLVER.BASE_LR_END, cfg.INPUT.SCHEDULE = 1e-6, [10, 600, 900]
+    cfg.freeze()
+    assert Trainer.auto_scale_workers(cfg, 8) is cfg
+    scaled = Trainer.auto_scale_workers(cfg, 4)
+    solver = scaled.SOLVER
+    assert (solver.MAX_ITER, solver.FLAT_ITERS, solver.FINAL_ITERS) == (2000, 1200, 200)
+    assert (solver.EMA.WARMUP, solver.BASE_LR_END) == (400, 5e-7)
+    assert scaled.INPUT.SCHEDULE == [20, 1200, 1800] and scaled.is_frozen()
+    assert cfg.SOLVER.FLAT_ITERS == 600  # the original stays

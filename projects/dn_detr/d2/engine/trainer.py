@@ -44,6 +44,29 @@ logger = logging.getLogger(__name__)
 class Trainer(DefaultTrainer):
     """Train any configuration of dn_detr; a resumed run continues exactly where it stopped."""
 
+    @staticmethod
+    def auto_scale_workers(cfg, num_workers: int):
+        """Scale everything that counts iterations, and learning rates, by the number of processes.
+
+        Detectron2's own, and the keys of this project; see SOLVER.REFERENCE_WORLD_SIZE.
+        """
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if scaled is cfg:
+            return cfg
+        factor = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
+        is_frozen = scaled.is_frozen()
+        scaled.defrost()
+        solver = scaled.SOLVER
+        solver.BASE_LR_END *= factor
+        solver.FLAT_ITERS, solver.FINAL_ITERS, solver.EMA.WARMUP = (
+            round(count / factor)
+            for count in (solver.FLAT_ITERS, solver.FINAL_ITERS, solver.EMA.WARMUP)
+        )
+        scaled.INPUT.SCHEDULE = [round(iteration / factor) for iteration in scaled.INPUT.SCHEDULE]
+        if is_frozen:
+            scaled.freeze()
+        return scaled
+
     def __init__(self, cfg):
         # DefaultTrainer's constructor is not called: its steps need CUDA for mixed precision and
         # synchronise at every loss, and its processes need a GPU each.
