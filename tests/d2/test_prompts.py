@@ -41,7 +41,7 @@ def test_a_resumed_training_gives_the_same_objects(prompted):
         if "total_loss" in line
     ]
     assert [line["iteration"] for line in losses] == [0, 1, 2, 3, 2, 3]
-    assert losses[2:4] == losses[4:] and losses[3]["loss_prompt"] > 0
+    assert losses[2:4] == losses[4:] and sum(line["loss_prompt"] for line in losses) > 0
 
 
 def test_known_objects_come_first_as_they_were_given(detector):

@@ -1,8 +1,12 @@
 """The random generator against the vectors that its authors published (Random123, kat_vectors)."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+from dn_detr.ops import philox as generator
 from dn_detr.ops.philox import philox
 
 
@@ -30,3 +34,13 @@ def test_counters_and_keys_broadcast():
         for j in range(5):
             alone = philox(keys[i], (torch.tensor([j]), 1, 2, 3))
             assert all(t[i, j] == a[0] for t, a in zip(together, alone, strict=True))
+
+
+def test_no_two_uses_share_random_words_and_the_kernels_number_them_alike():
+    numbers = {name: value for name, value in vars(generator).items() if name.endswith("_DRAW")}
+    assert len(numbers) == 4 == len(set(numbers.values()))
+    header = Path(__file__).resolve().parents[2] / "csrc/noise_objects.h"
+    found = re.findall(r"\b(\w+_DRAW) = (\d+)", header.read_text())
+    assert {name: int(value) for name, value in found} == {
+        name: numbers[name] for name in ("BOX_DRAW", "LABEL_DRAW")
+    }

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from dn_detr.ops import noise_objects
-from dn_detr.ops.philox import philox
+from dn_detr.ops.philox import PROMPT_DRAW, philox
 from dn_detr.protocols import QuerySource
 from dn_detr.structures import Queries, QueryState, Segment, Targets
 
-PROMPT_DRAW = 2  # random stream; `ops.noise_objects` uses 0 and 1
 PROMPT_NOISE = 0x2545F491  # XORed with the noise seed, so that prompts differ from denoising boxes
 
 

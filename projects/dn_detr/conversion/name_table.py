@@ -89,8 +89,8 @@ def _rename(rule: Rule, numbers: tuple[str, ...], leaf: str, tensor: Tensor) -> 
         return {name.format(*numbers) + leaf: tensor for name in rule}
     if tensor.shape[0] % len(rule):
         raise ValueError(
-            f"a parameter of shape {list(tensor.shape)} cannot be split into {len(rule)} equal parts "
-            f"({', '.join(rule)}): the checkpoint is of another model"
+            f"a parameter of shape {list(tensor.shape)} cannot be split into {len(rule)} equal "
+            f"parts ({', '.join(rule)}): the checkpoint is of another model"
         )
     parts = tensor.chunk(len(rule), dim=0)
     return {n.format(*numbers) + leaf: part for n, part in zip(rule, parts, strict=True)}

@@ -13,11 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dn_detr.layers.box_ops import at_least_float32
-from dn_detr.ops.philox import philox
+from dn_detr.ops.philox import POINT_DRAW, philox
 from dn_detr.structures import MaskFeatures
-
-POINT_DRAW = 2
-"""Third word of the Philox counter; `ops.noise_objects` uses 0 and 1 with the same keys."""
 
 
 def random_points(noise_seeds: Tensor, count: int, stream: int) -> Tensor:

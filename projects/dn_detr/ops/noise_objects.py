@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from dn_detr.ops.extension import KERNELS, use_kernel
-from dn_detr.ops.philox import philox
+from dn_detr.ops.philox import BOX_DRAW, LABEL_DRAW, philox
 
 # Random words: of BOX_DRAW, 0-3 move the four coordinates; of LABEL_DRAW, 0 decides whether the
 # label is redrawn, 1 is the new class, the low 4 bits of 2 are the signs, 3 orders the objects.
-BOX_DRAW, LABEL_DRAW = 0, 1
+
 # Memory-efficient attention requires mask rows that start at multiples of 16 elements.
 MASK_PITCH = 16
 

@@ -12,6 +12,10 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, as 32-bit fractions
 MASK = 0xFFFFFFFF
 
+# Third word of the counter: what the random words of an image are for, each in one place. The
+# kernels have the first two (csrc/noise_objects.h).
+BOX_DRAW, LABEL_DRAW, POINT_DRAW, PROMPT_DRAW = range(4)
+
 
 def philox(key: Tensor, counter: tuple[Tensor | int, ...]) -> tuple[Tensor, ...]:
     """Generate four random words.
