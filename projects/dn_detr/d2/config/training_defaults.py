@@ -12,6 +12,8 @@ def add_training_config(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     cfg.SOLVER.BASE_LR = 1e-4
     cfg.SOLVER.WEIGHT_DECAY = 1e-4
+    # Of label, query and level embeddings; None: WEIGHT_DECAY. Mask2Former and Mask DINO use 0.
+    cfg.SOLVER.WEIGHT_DECAY_EMBED = None
     # Learning-rate factors of the backbone, and of the linear layers for sampling offsets and
     # reference points.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1

@@ -12,6 +12,15 @@ SAMPLING_LAYERS = ("sampling_offsets", "reference_points")
 """Linear layers that predict points; they have a lower rate (2010.04159, appendix A.4)."""
 
 
+EMBEDDINGS = (
+    "query_design.content.label_embedding.weight",
+    "query_design.learned.content",
+    "query_design.learned.position",
+    "decoder.level_embedding",
+)
+"""Ends of the names of what is an nn.Embedding in Mask2Former's code."""
+
+
 def parameter_groups(
     model: nn.Module,
     *,
@@ -20,6 +29,7 @@ def parameter_groups(
     sampling_multiplier: float,
     weight_decay: float,
     weight_decay_norm: float | None,
+    weight_decay_embed: float | None = None,
     backbone_layer_decay: float = 1.0,
 ) -> list[dict]:
     """Group the trainable parameters of a model by learning rate and weight decay.
@@ -31,6 +41,7 @@ def parameter_groups(
         sampling_multiplier: Factor of the rate in SAMPLING_LAYERS.
         weight_decay: Weight decay.
         weight_decay_norm: Weight decay of norms; None uses `weight_decay`.
+        weight_decay_embed: Weight decay of EMBEDDINGS; None uses `weight_decay`.
         backbone_layer_decay: Factor of the rate per layer of the backbone, from the last one.
     """
     depth = backbone_depths(model)
@@ -51,6 +62,8 @@ def parameter_groups(
                 lr *= sampling_multiplier
             if is_norm and weight_decay_norm is not None:
                 decay = weight_decay_norm
+            if weight_decay_embed is not None and f"{module_name}.{name}".endswith(EMBEDDINGS):
+                decay = weight_decay_embed
             groups.setdefault((lr, decay), []).append(parameter)
     return [
         {"params": parameters, "lr": lr, "weight_decay": decay}
@@ -98,6 +111,7 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
         sampling_multiplier=solver.SAMPLING_MULTIPLIER,
         weight_decay=solver.WEIGHT_DECAY,
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        weight_decay_embed=solver.WEIGHT_DECAY_EMBED,
         backbone_layer_decay=solver.BACKBONE_LAYER_DECAY,
     )
     kind, options = torch.optim.AdamW, {"fused": True}
