@@ -96,7 +96,7 @@ def test_in_anybodys_own_loop_the_noise_changes_from_step_to_step(model_of, has_
     """It came from Detectron2's EventStorage, and without one was the same in every step."""
 
     def losses(model, **options) -> list[float]:
-        steps = (float(model([sample(0, 3)], **options)["loss_bbox_dn"]) for _ in range(3))
+        steps = (model([sample(0, 3)], **options)["loss_bbox_dn"].item() for _ in range(3))
         return list(steps)
 
     with EventStorage(7) if has_storage else contextlib.nullcontext():
@@ -104,7 +104,7 @@ def test_in_anybodys_own_loop_the_noise_changes_from_step_to_step(model_of, has_
         assert len(set(counted)) == 3
         assert losses(model_of()) == counted  # the same seed gives the same noise
         model = model_of()
-        told = [float(model([sample(0, 3)], iteration=i)["loss_bbox_dn"]) for i in range(3)]
+        told = [model([sample(0, 3)], iteration=i)["loss_bbox_dn"].item() for i in range(3)]
         assert told == counted
         assert len(set(losses(model, iteration=1))) == 1
 

@@ -169,11 +169,12 @@ class Trainer(DefaultTrainer):
     def build_writers(self) -> list[EventWriter]:
         """Build the writers of the console, metrics.json, TensorBoard and Weights & Biases."""
         output, period = self.cfg.OUTPUT_DIR, self.cfg.LOG_PERIOD
+        wandb = [WandbWriter(self.cfg)] if self.cfg.WANDB.ENABLED else []  # fails without wandb
         return [
             ProgressLines(self.max_iter, period),
             JSONWriter(os.path.join(output, "metrics.json"), period),
             TensorboardXWriter(output, period),
-            *([WandbWriter(self.cfg)] if self.cfg.WANDB.ENABLED else []),
+            *wandb,
         ]
 
     def resume_or_load(self, resume: bool = True) -> None:
