@@ -2,6 +2,7 @@
 # make test: runs the whole test suite.
 # make test-pypi-detectron2: runs the tests that need Detectron2 with its Python files from PyPI, as
 # on a machine that cannot reach GitHub (see projects/dn_detr/install_detectron2.py).
+# make lint: checks style and types; needs no operators, so it takes any .venv as it is.
 # All set up .venv in a fresh clone and reuse it later. PYTHON=... uses an existing interpreter.
 
 VENV := .venv
@@ -20,7 +21,7 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-lint: $(READY)
+lint: $(if $(wildcard $(VENV)/bin/mypy),,$(READY))
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy

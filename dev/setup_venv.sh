@@ -15,7 +15,7 @@ python=$venv/bin/python
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 
 # The tested versions; Detectron2's model zoo needs pkg_resources, which setuptools 82 removed.
-pip install --quiet --upgrade "setuptools>=70,<82" wheel ninja
+pip install --quiet --upgrade "setuptools>=77,<82" wheel ninja
 pip install --quiet torch==2.11.0 torchvision==0.26.0
 
 if [ -z "${FORCE_CUDA:-}" ] &&
