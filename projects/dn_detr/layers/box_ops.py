@@ -21,8 +21,9 @@ def at_least_float32(x: Tensor) -> Tensor:
 def inverse_sigmoid(x: Tensor, epsilon: float) -> Tensor:
     """Compute the logit of `x` [...] clamped to [epsilon, 1 - epsilon], elementwise.
 
-    A single two-sided clamp, because ONNX exporters break two chained one-sided ones; it differs
-    from the published max(x, epsilon) / max(1 - x, epsilon) by at most epsilon.
+    A single two-sided clamp, because ONNX exporters break two chained one-sided ones. It differs
+    from the published log(max(x, epsilon) / max(1 - x, epsilon)) only outside the clamp, by at most
+    -log(1 - epsilon), and in float32 by the rounding of 1 - x there: 2**-24 / epsilon.
     """
     x = at_least_float32(x).clamp(epsilon, 1 - epsilon)
     return torch.log(x / (1 - x))
