@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dn_detr.build import build_model, make_config
 from dn_detr.conversion.convert_weights import COCO_CATEGORIES, convert, keep_coco_classes
 from dn_detr.conversion.name_table import Table, attention
 from dn_detr.conversion.tables import TABLES
+from dn_detr.conversion.tables.conditional_detr_names import position_rows
+from dn_detr.conversion.tables.h_deformable_names import content_rows
 
 TABLE = Table(
     "somewhere",
@@ -81,6 +84,27 @@ def test_no_two_rules_of_a_table_give_the_same_name(method):
             for name in ((rule,) if isinstance(rule, str) else rule)
         ]
         assert len(set(names)) == len(names), table.source
+
+
+@pytest.mark.parametrize(("rows", "own"), [(300, 300), (1800, 300), (900, 900), (2400, 900)])
+def test_h_deformable_has_300_or_900_one_to_one_queries(rows, own):
+    split = content_rows(torch.arange(float(rows))[:, None])
+    assert split.pop("query_design.learned.content").flatten().tolist() == list(range(own))
+    assert [len(part) for part in split.values()] == ([rows - own] if rows > own else [])
+
+
+def test_a_file_of_group_detr_gives_the_first_group_and_ten_auxiliary_ones():
+    """As the groups of `build_model(..., num_groups=11)` are named."""
+    split = position_rows(torch.arange(3300.0)[:, None])
+    assert split["query_design.learned.position"].flatten().tolist() == list(range(300))
+    config = make_config("conditional_detr", num_classes=2, channels=32, num_heads=4)
+    with torch.device("meta"):
+        model = build_model(
+            "conditional_detr", config, in_channels=[8], strides=[32], num_groups=11
+        )
+    assert {n for n, _ in model.named_parameters() if ".learned." in n} == set(split)
+    assert split["auxiliary.0.learned.9.position"][0] == 3000
+    assert list(position_rows(torch.zeros(300, 1))) == ["query_design.learned.position"]
 
 
 def test_the_80_categories_are_taken_out_of_raw_numbers():

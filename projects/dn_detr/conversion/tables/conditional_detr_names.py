@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from dn_detr.conversion.name_table import Rule, Table, below, resnet
 from dn_detr.conversion.tables import hugging_face_names
 from dn_detr.conversion.tables.dense_names import HEADS, conditional_decoder_layers, encoder_layers
+
+QUERIES, GROUPS = 300, 11
+"""Of Group DETR (2207.13085), whose files differ from those without groups only in this."""
+
+
+def position_rows(rows: Tensor) -> dict[str, Tensor]:
+    """Split the learned positions of Group DETR [11 * 300, C]: the first group is the model's own,
+    the others are the first auxiliary module's.
+    """
+    own, *others = rows.split(QUERIES) if rows.shape[0] == GROUPS * QUERIES else [rows]
+    groups = {f"auxiliary.0.learned.{i}.position": group for i, group in enumerate(others)}
+    return {"query_design.learned.position": own, **groups}
+
 
 RULES: dict[str, Rule] = {
     **resnet("backbone.0.body"),
@@ -15,7 +30,7 @@ RULES: dict[str, Rule] = {
     "transformer.decoder.query_scale.layers.{}": "decoder.position.scale.layers.{}",
     "transformer.decoder.ref_point_head.layers.{}": "query_design.point.query_mlp.layers.{}",
     **HEADS,
-    "query_embed.weight": "query_design.learned.position",
+    "query_embed.weight": position_rows,
 }
 
 DECODER_LAYER = below(

@@ -7,17 +7,18 @@ from torch import Tensor
 from dn_detr.conversion.name_table import Rule, Table
 from dn_detr.conversion.tables.deformable_names import TWO_STAGE
 
-ONE_TO_ONE = 300
-"""Queries of the one-to-one branch in all published models; the others are training-only."""
+ONE_TO_MANY = 1500
+"""Queries of the one-to-many branch in all published models, which are training-only."""
 
 
 def content_rows(rows: Tensor) -> dict[str, Tensor]:
-    """Split learned content [N + T, C] into the one-to-one and the one-to-many branch, which is the
-    first auxiliary module.
+    """Split learned content [N + T, C] into the one-to-one branch of N rows, 300 or 900 as
+    published, and the one-to-many branch, which is the first auxiliary module.
     """
-    converted = {"query_design.learned.content": rows[:ONE_TO_ONE]}
-    if rows.shape[0] > ONE_TO_ONE:
-        converted["auxiliary.0.learned.content"] = rows[ONE_TO_ONE:]
+    count = 900 if rows.shape[0] in (900, 900 + ONE_TO_MANY) else 300
+    converted = {"query_design.learned.content": rows[:count]}
+    if rows.shape[0] > count:
+        converted["auxiliary.0.learned.content"] = rows[count:]
     return converted
 
 
