@@ -10,6 +10,7 @@ from dn_detr.losses.loss_config import LossConfig
 from dn_detr.methods import METHODS, config_class, make_config
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.model_config import ModelConfig
+from dn_detr.models.published import set_as_published
 
 __all__ = [
     "BoxPrompting",
@@ -68,18 +69,28 @@ def build_model(
     model: DETR = METHODS[method](config, in_channels, strides, content)
     design = model.query_design
     if denoising is not None:
+        if design.starts_from_masks and config.as_published:
+            raise ValueError(
+                f"{method} with denoising has no published code: as_published must be False"
+            )
         if design.starts_from_masks and denoising.contrastive:
             raise ValueError(
                 f"{method} is denoised by shifted masks; contrastive noise, which moves the "
                 f"sides of boxes, has no meaning there"
             )
         denoise = MaskDenoisingQueries if design.starts_from_masks else DenoisingQueries
-        model.auxiliary.append(denoise(denoising, num_classes=config.num_classes))
+        model.auxiliary.append(
+            denoise(
+                denoising,
+                num_classes=config.num_classes,
+                trains_empty=not design.content.has_indicator,
+            )
+        )
     if prompts is not None:
         if model.mask_head is not None:
             raise ValueError(f"{method} predicts masks: only boxes can be given, not masks")
-        if denoising is not None and not denoising.hides_empty:
-            raise ValueError("box prompts need the empty queries of denoising to be hidden")
+        if denoising is not None and config.as_published:
+            raise ValueError("box prompts need as_published False, which hides empty queries")
         model.auxiliary.append(RandomBoxPrompts(prompts, num_classes=config.num_classes))
     if num_groups > 1:
         model.auxiliary.append(
@@ -87,4 +98,5 @@ def build_model(
         )
     if hybrid is not None:
         model.auxiliary.append(HybridQueries(hybrid, query_design=design))
+    set_as_published(model, config.as_published)
     return model

@@ -172,8 +172,8 @@ def test_a_training_with_all_that_there_is_resumes_bit_for_bit(
         ("faster_rcnn_fpn", TEACH, "DenoisingRCNN has no queries"),
         (
             "prompted_dn_deformable",
-            ("MODEL.DN_DETR.DENOISING.HIDES_EMPTY", False),
-            "need the empty queries of denoising to be hidden",
+            ("MODEL.DN_DETR.AS_PUBLISHED", True),
+            "box prompts need as_published False",
         ),
         (
             "prompted_dn_deformable",

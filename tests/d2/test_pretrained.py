@@ -520,9 +520,13 @@ def as_the_authors_of_detr(state: dict) -> dict:
 
 
 @pytest.mark.parametrize("is_evaluation", [False, True])
-def test_a_detector_of_the_authors_is_read_without_the_tool(tmp_path, caplog, is_evaluation):
-    """With the command line of its training, and rows for COCO's raw numbers."""
-    eighty = {"MODEL__DN_DETR__NUM_CLASSES": 80}
+def test_a_detector_of_the_authors_is_read_without_the_tool(
+    tmp_path, caplog, monkeypatch, is_evaluation
+):
+    """With the command line of its training, and rows for COCO's raw numbers. An evaluation treats
+    padding as they do, a training as we do."""
+    eighty, switched = {"MODEL__DN_DETR__NUM_CLASSES": 80}, []
+    monkeypatch.setattr("dn_detr.d2.engine.checkpoint.set_as_published", switched.append)
     source, model = model_of("detr.yaml", **eighty), model_of("detr.yaml", **eighty)
     source.load_state_dict(random_state(source))
     state = as_the_authors_of_detr(source.state_dict())
@@ -538,6 +542,7 @@ def test_a_detector_of_the_authors_is_read_without_the_tool(tmp_path, caplog, is
     assert "as facebookresearch/detr" in caplog.text
     for name, value in source.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
+    assert switched == [model] * is_evaluation
     other = model_of("detr.yaml", **eighty, INPUT__FORMAT="BGR")
     with pytest.raises(InputError, match="another pixel normalisation"):
         load(other, tmp_path / "a.pth")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from dataclasses import replace
 
-import torch
 from compare import LARGEST
 from peers import GivenFeatures, difference
 from tiny import config_of
@@ -65,13 +63,9 @@ def our_model(method, config=None, **auxiliary):
     )
 
 
-def losses_of(predictions, targets, *, counts_empty=()):
-    """Our unweighted losses. counts_empty: names of segments whose empty slots must say nothing, as
-    in their code, instead of having no loss."""
+def losses_of(predictions, targets):
+    """Our unweighted losses."""
     assignments = assign(predictions, targets, Costs())
-    for name in counts_empty:
-        is_real = torch.ones_like(assignments[name].is_real)
-        assignments[name] = replace(assignments[name], is_real=is_real)
     terms = LossConfig(l1_weight=1.0, giou_weight=1.0).criterion()
     return terms(predictions, targets, assignments, max(1, sum(targets.counts)))
 

@@ -77,8 +77,8 @@ def test_dn_deformable_encoder_only_equals_the_authors(
     output, denoised = theirs.train()(samples, (their_targets, 3, 0.0, 0.0, num_patterns))
     ours = our_model(
         "dab_deformable_encoder_only",
-        {"num_patterns": num_patterns, "shares_content": True},
-        denoising=Denoising(num_groups=3, box_noise=0, label_noise=0, hides_empty=False),
+        {"num_patterns": num_patterns, "shares_content": True, "as_published": True},
+        denoising=Denoising(num_groups=3, box_noise=0, label_noise=0),
     )
     predictions = compare(
         "dab_deformable_encoder_only", ours, theirs, output, features, padding, targets
@@ -94,7 +94,7 @@ def test_dab_deformable_equals_the_authors(authors, inputs, monkeypatch):
         authors("DAB-DETR"), "dab_deformable_detr", features, padding, monkeypatch
     )
     output = theirs(samples)
-    ours = our_model("dab_deformable", {"scales_with_canvas": True})
+    ours = our_model("dab_deformable", {"as_published": True})
     predictions = compare("dab_deformable", ours, theirs, output, features, padding)
     their_targets, targets = objects(3, 5)
     losses = criterion(output, their_targets)
@@ -112,8 +112,8 @@ def test_dn_deformable_equals_the_authors(authors, inputs, monkeypatch, counts):
     output, denoised = theirs.train()(samples, (their_targets, 3, 0.0, 0.0, 0))
     ours = our_model(
         "dab_deformable",
-        {"scales_with_canvas": True},
-        denoising=Denoising(num_groups=3, box_noise=0, label_noise=0, hides_empty=False),
+        {"as_published": True},
+        denoising=Denoising(num_groups=3, box_noise=0, label_noise=0),
     )
     predictions = compare("dab_deformable", ours, theirs, output, features, padding, targets)
     losses = criterion(output, their_targets, denoised)

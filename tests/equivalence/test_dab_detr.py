@@ -92,10 +92,12 @@ def test_dn_detr_equals_the_authors(authors, inputs, num_patterns, counts):
     output, denoised = theirs.train()(nested(padding[:, None].float(), padding), noise)
     ours = build_model(
         "dab_detr",
-        config_of("dab_detr", **NUMBERS, num_patterns=num_patterns, shares_content=True),
+        config_of(
+            "dab_detr", **NUMBERS, num_patterns=num_patterns, shares_content=True, as_published=True
+        ),
         in_channels=[24],
         strides=[32],
-        denoising=Denoising(num_groups=3, box_noise=0, label_noise=0, hides_empty=False),
+        denoising=Denoising(num_groups=3, box_noise=0, label_noise=0),
     )
     predictions = compare("dab_detr", ours, theirs, output, features, padding, targets)
     their_boxes = denoised["output_known_lbs_bboxes"][1]

@@ -120,10 +120,7 @@ def test_smca_equals_the_authors(authors, inputs):
 
 
 def test_anchor_detr_equals_the_authors(authors, inputs):
-    """With images that fill the canvas: theirs counts padded cells in the means over rows and
-    columns."""
     features, padding = inputs
-    padding = torch.zeros_like(padding)
     load = authors("AnchorDETR")
     nested = load("util.misc").NestedTensor
     module = load("models.anchor_detr")
@@ -133,7 +130,7 @@ def test_anchor_detr_equals_the_authors(authors, inputs):
     theirs = module.AnchorDETR(backbone, transformer, 1, aux_loss=True)
     randomize(theirs)
     output = theirs(nested(padding[:, None].float(), padding))
-    ours = our_model("anchor_detr", num_patterns=3)
+    ours = our_model("anchor_detr", num_patterns=3, as_published=True)
     predictions = compare(
         "anchor_detr", ours, theirs, output, features, padding, backbone="backbone.body"
     )

@@ -17,14 +17,14 @@ from peers import difference, objects, randomize
 from dn_detr.build import Denoising
 
 
-def their_model(load, features, padding, monkeypatch):
+def their_model(load, features, padding, monkeypatch, num_queries=11):
     use_fallback(load, "models.dino.ops", monkeypatch)
     nested = load("util.misc").NestedTensor
     position = load("models.dino.position_encoding").build_position_encoding(ARGS)
     transformer = load("models.dino.deformable_transformer").DeformableTransformer(
         d_model=256,
         nhead=8,
-        num_queries=11,
+        num_queries=num_queries,
         num_encoder_layers=2,
         num_decoder_layers=6,
         dim_feedforward=64,
@@ -43,7 +43,7 @@ def their_model(load, features, padding, monkeypatch):
         GivenPyramid(nested, features, padding, position),
         transformer,
         num_classes=91,
-        num_queries=11,
+        num_queries=num_queries,
         aux_loss=True,
         iter_update=True,
         query_dim=4,
@@ -62,29 +62,33 @@ def their_model(load, features, padding, monkeypatch):
     return model.train(), criterion.train(), nested(padding[:, None].float(), padding)
 
 
-@pytest.mark.parametrize("counts", [(4, 4), (2, 5), (0, 3)])
-def test_dino_equals_the_authors(authors, inputs, monkeypatch, counts):
-    """Without noise; empty slots are visible and negatives, as in their code."""
+@pytest.mark.parametrize(
+    ("counts", "num_queries"), [((4, 4), 11), ((2, 5), 11), ((0, 3), 11), ((2, 5), 200)]
+)
+def test_dino_equals_the_authors(authors, inputs, monkeypatch, counts, num_queries):
+    """Without noise; empty slots are visible and negatives, and of 200 queries some are padding, as
+    in their code."""
     features, padding = inputs
-    theirs, criterion, samples = their_model(authors("DINO"), features, padding, monkeypatch)
+    theirs, criterion, samples = their_model(
+        authors("DINO"), features, padding, monkeypatch, num_queries
+    )
     their_targets, targets = objects(*counts)
     output = theirs(samples, their_targets)
     denoising = Denoising(
-        num_groups=0,
-        max_objects=50,
-        box_noise=0,
-        label_noise=0,
-        contrastive=True,
-        hides_empty=False,
+        num_groups=0, max_objects=50, box_noise=0, label_noise=0, contrastive=True
     )
-    ours = our_model("dino", {"scales_with_canvas": True}, denoising=denoising)
+    ours = our_model(
+        "dino", {"as_published": True, "num_queries": num_queries}, denoising=denoising
+    )
     predictions = compare("dino", ours, theirs, output, features, padding, targets)
     proposals = predictions.proposals
+    if num_queries == 200:
+        assert (proposals.boxes[0] == 1).any()
     assert difference(proposals.logits[0], output["interm_outputs"]["pred_logits"]) < 1e-4
     assert difference(proposals.boxes[0], output["interm_outputs"]["pred_boxes"]) < 1e-4
     losses = criterion(output, their_targets)
     compare_all_losses(
-        losses_of(predictions, targets, counts_empty=["dn"]),
+        losses_of(predictions, targets),
         losses,
         {"match": "{}", "dn": "{}_dn", "enc": "{}_interm"},
     )

@@ -121,11 +121,8 @@ def our_model(method, config, theirs, **auxiliary):
     return load(method, ours, theirs, backbone=None)
 
 
-def our_losses(predictions, targets, costs, *, counts_empty=(), **criterion):
+def our_losses(predictions, targets, costs, **criterion):
     assignments = assign(predictions, targets, costs)
-    for name in counts_empty:
-        is_real = torch.ones_like(assignments[name].is_real)
-        assignments[name] = replace(assignments[name], is_real=is_real)
     masks = replace(LossConfig(mask_weight=1.0, dice_weight=1.0).mask_terms(), points=SAMPLING)
     terms = LossConfig(**criterion).criterion(masks)
     return terms(predictions, targets, assignments, max(1, sum(targets.counts)))
@@ -279,11 +276,9 @@ def test_mask_dino_equals_the_authors(authors, features, monkeypatch, counts):
 
     ours = our_model(
         "mask_dino",
-        {"epsilon": 1e-5},
+        {"epsilon": 1e-5, "as_published": True},
         theirs,
-        denoising=Denoising(
-            num_groups=0, max_objects=12, box_noise=0, label_noise=0, hides_empty=False
-        ),
+        denoising=Denoising(num_groups=0, max_objects=12, box_noise=0, label_noise=0),
     )
     padding = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
     predictions = ours(features, padding, targets)
@@ -319,7 +314,6 @@ def test_mask_dino_equals_the_authors(authors, features, monkeypatch, counts):
             predictions,
             targets,
             MaskCosts(others=Costs(class_cost=4.0), num_points=NUM_POINTS),
-            counts_empty=["dn"],
             l1_weight=1.0,
             giou_weight=1.0,
         ),

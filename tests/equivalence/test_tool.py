@@ -23,6 +23,7 @@ def test_a_checkpoint_of_the_authors_becomes_one_of_the_configured_detector(auth
 
     from dn_detr.d2 import add_dn_detr_config
     from dn_detr.d2.engine.checkpoint import Checkpointer
+    from dn_detr.d2.inference.saved_detector import load_detector
 
     load = authors("DN-DETR")
     args = Namespace(
@@ -51,7 +52,11 @@ def test_a_checkpoint_of_the_authors_becomes_one_of_the_configured_detector(auth
     source, converted = tmp_path / "checkpoint.pth", tmp_path / "converted.pth"
     torch.save({"model": theirs.state_dict(), "args": args, "epoch": 49}, source)
     tool = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", "--method", "dab_detr"]
-    subprocess.run([*tool, source, converted, "--classes", "coco80"], check=True)
+    config = ROOT / "configs" / "dn_detr.yaml"
+    options = ["--classes", "coco80", "--config-file", config]
+    subprocess.run([*tool, source, converted, *options], check=True)
+    saved = load_detector(str(converted), device="cpu")
+    assert saved.cfg.MODEL.DN_DETR.AS_PUBLISHED and saved.class_names[11] == "stop sign"
 
     cfg = get_cfg()
     add_dn_detr_config(cfg)

@@ -43,9 +43,7 @@ def without_encoder(config: DeformableConfig, in_channels, strides, content) -> 
         query_design=BoxQueries(content=content, num_queries=c.num_queries, epsilon=c.epsilon),
         decoder=Decoder(
             layers=[decoder_layer(c) for _ in range(c.decoder_layers)],
-            position=BoxPosition(
-                channels=c.channels, scales_with_content=True, scales_with_canvas=False
-            ),
+            position=BoxPosition(channels=c.channels, scales_with_content=True),
             predictor=IterativeRefinement(
                 heads=shared_heads(c),
                 norm=nn.LayerNorm(c.channels),

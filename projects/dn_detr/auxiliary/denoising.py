@@ -6,8 +6,8 @@ reconstructs it and a negative that predicts background). A group attends to its
 matched queries, which never attend to denoising queries, so that no ground truth leaks.
 
 Deviation from the published code: the empty queries of images with fewer objects than the largest
-in the batch are masked out as keys (`hides_empty`), so that the result for an image does not depend
-on the other images in the batch.
+in the batch are masked out as keys and not trained, so that the result for an image does not depend
+on the other images in the batch (`DenoisingQueries.as_published`).
 """
 
 from __future__ import annotations
@@ -82,9 +82,6 @@ class Denoising:
     # that must predict background. The sides of the box then move, by up to box_noise half sizes
     # (negatives: up to twice that).
     contrastive: bool = False
-    # Hide the empty queries of images with fewer objects than the fullest one. The published code
-    # leaves them visible, with a content of zero; False reproduces it.
-    hides_empty: bool = True
     # Methods with masks: denoising queries also reconstruct masks, not only boxes.
     masks: bool = True
 
@@ -100,13 +97,18 @@ class DenoisingQueries(nn.Module):
     """Prepend a "dn" segment of noised ground truth, determined by `targets.noise_seeds`.
 
     The noise depends on `targets.noise_seeds` alone.
+
+    trains_empty: As published, empty queries are trained as negatives (DINO, Mask DINO).
     """
 
     hides_labels = False
+    as_published = False
+    """Empty queries are visible, with a content of zero, and trained if `trains_empty`."""
 
-    def __init__(self, config: Denoising, *, num_classes: int):
+    def __init__(self, config: Denoising, *, num_classes: int, trains_empty: bool = False):
         super().__init__()
         self.config = config
+        self.trains_empty = trains_empty
         self.num_classes = num_classes
         self.groups: FixedGroups | ObjectBudget = ObjectBudget(max_objects=config.max_objects)
         if config.num_groups:
@@ -119,7 +121,7 @@ class DenoisingQueries(nn.Module):
             targets, num_matched=match.size, mask_dtype=attention_dtype(queries.state.content)
         )
         state = self.describe(noised, source, targets)
-        if not self.config.hides_empty:
+        if self.as_published:
             content = state.content.masked_fill(noised.is_empty[..., None], 0)
             state = replace(state, content=content)
         segment = Segment(
@@ -128,7 +130,7 @@ class DenoisingQueries(nn.Module):
             num_groups=noised.num_groups,
             attends_to=("match",),
             assignment=noised.assignment,
-            is_empty=noised.is_empty,
+            is_empty=None if self.as_published and self.trains_empty else noised.is_empty,
             positives_per_object=noised.num_groups,
         )
         return Queries(
@@ -158,7 +160,7 @@ class DenoisingQueries(nn.Module):
             contrastive=self.config.contrastive,
             num_matched=num_matched,
             mask_dtype=mask_dtype,
-            hide_empty=self.config.hides_empty,
+            hide_empty=not self.as_published,
         )
         return NoisedObjects(labels, boxes, assignment, is_empty, num_groups), mask
 

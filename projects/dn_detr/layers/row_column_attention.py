@@ -17,6 +17,9 @@ class RowColumnAttention(nn.Module):
     and excluded from the means.
     """
 
+    as_published = False
+    """Include padded cells in the means."""
+
     def __init__(self, *, channels: int, num_heads: int, dropout: float):
         super().__init__()
         self.num_heads = num_heads
@@ -47,8 +50,9 @@ class RowColumnAttention(nn.Module):
         Returns:
             Update [B, Q, C].
         """
-        inside = (~padding)[..., None].to(tokens.dtype)
-        kept = tokens.masked_fill(padding[..., None], 0)
+        outside = padding & (not self.as_published)
+        inside = (~outside)[..., None].to(tokens.dtype)
+        kept = tokens.masked_fill(outside[..., None], 0)
         columns = kept.sum(1) / inside.sum(1).clamp(min=1)
         rows = kept.sum(2) / inside.sum(2).clamp(min=1)
         along_x = self.weights(

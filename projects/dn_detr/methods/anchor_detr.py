@@ -15,7 +15,7 @@ Denoising (2203.01305 applies it to Anchor DETR, code not released): only the ce
 box is used, so only centre noise has an effect; the label embedding replaces the pattern.
 
 Deviation from the authors' code: row and column means exclude padded cells, so that the result for
-an image does not depend on the other images in the batch.
+an image does not depend on the other images in the batch (`models.published` includes them).
 """
 
 from __future__ import annotations
@@ -56,12 +56,16 @@ class AxisPosition(nn.Module):
         return self.mlp(sine(coordinate, self.channels, TEMPERATURE).to(dtype))
 
     def of_map(self, memory: Memory) -> tuple[Tensor, Tensor]:
-        """Encode the centres of the columns [B, w, C] and rows [B, h, C] of a single-level map."""
+        """Encode the centres of the columns [B, w, C] and rows [B, h, C] of a single-level map.
+
+        Padding repeats the last column and row, as in the authors' code.
+        """
         height, width = memory.shapes[0]
-        valid = memory.valid_sizes[:, 0]
+        valid = memory.valid_sizes[:, 0].clamp(min=1)
         x = torch.arange(width, device=valid.device, dtype=valid.dtype) + 0.5
         y = torch.arange(height, device=valid.device, dtype=valid.dtype) + 0.5
         dtype = memory.tokens.dtype
+        x, y = x.minimum(valid[:, :1] - 0.5), y.minimum(valid[:, 1:] - 0.5)
         return self(x / valid[:, :1], dtype), self(y / valid[:, 1:], dtype)
 
 

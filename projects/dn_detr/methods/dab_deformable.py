@@ -11,8 +11,8 @@ What differs from DETR:
    the reference of the next; the reference is detached (look forward once).
 
 Deviations from the authors' code: theirs scales the box by the unpadded fraction of the finest map
-before taking sines (`scales_with_canvas`, enabled only for their weights), and leaves empty
-denoising queries visible (see `auxiliary.denoising`).
+before taking sines, and leaves empty denoising queries visible; `as_published` does both
+(`models.published`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 from dn_detr.layers.position_encoding import SinePosition
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.detection_transformer import DETR
-from dn_detr.models.model_config import CanvasScaledConfig
+from dn_detr.models.model_config import DeformableConfig
 from dn_detr.models.multi_scale import deformable_detector
 from dn_detr.models.prediction_heads import IterativeRefinement, own_heads
 from dn_detr.models.query_designs import BoxQueries
@@ -28,7 +28,7 @@ from dn_detr.models.query_positions import BoxPosition
 
 
 def dab_deformable(
-    config: CanvasScaledConfig, in_channels: list[int], strides: list[int], content: QueryContent
+    config: DeformableConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Build DAB-Deformable-DETR with deformable encoder and decoder."""
     c = config
@@ -41,7 +41,6 @@ def dab_deformable(
         position=BoxPosition(
             channels=c.channels,
             scales_with_content=True,
-            scales_with_canvas=c.scales_with_canvas,
         ),
         predictor=IterativeRefinement(
             heads=own_heads(c, size_bias=-2.0),

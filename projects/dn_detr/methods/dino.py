@@ -14,9 +14,9 @@ What differs from DAB-Deformable-DETR:
    object; no indicator is appended to the label embedding.
 
 Deviations from the authors' code: padding tokens and tokens at the image border never become
-queries (theirs can); positions ignore the padded canvas unless `scales_with_canvas`; empty
-denoising queries are masked and are not negatives; images with more objects than the budget noise a
-random subset. Learned content is drawn from a standard normal, not Xavier uniform.
+queries, positions ignore the padded canvas, empty denoising queries are masked and are not
+negatives (theirs in all three: `models.published`); images with more objects than the budget noise
+a random subset. Learned content is drawn from a standard normal, not Xavier uniform.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from __future__ import annotations
 from dn_detr.layers.position_encoding import SinePosition
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.detection_transformer import DETR
-from dn_detr.models.model_config import CanvasScaledConfig
+from dn_detr.models.model_config import DeformableConfig
 from dn_detr.models.multi_scale import deformable_detector
 from dn_detr.models.prediction_heads import normed_iterative_refinement
 from dn_detr.models.proposals import ProposalQueries
@@ -32,7 +32,7 @@ from dn_detr.models.query_positions import BoxPosition
 
 
 def dino(
-    config: CanvasScaledConfig, in_channels: list[int], strides: list[int], content: QueryContent
+    config: DeformableConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Build DINO."""
     c = config
@@ -53,7 +53,6 @@ def dino(
         position=BoxPosition(
             channels=c.channels,
             scales_with_content=False,
-            scales_with_canvas=c.scales_with_canvas,
         ),
         predictor=normed_iterative_refinement(c),
     )

@@ -31,7 +31,7 @@ from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.decoder import Decoder
 from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.mask_head import MaskHead, MaskHeads, boxes_of_masks, mask_logits
-from dn_detr.models.model_config import CanvasScaledConfig, ModelConfig
+from dn_detr.models.model_config import DeformableConfig, ModelConfig
 from dn_detr.models.multi_scale import decoder_layer, deformable_encoder, multi_scale_neck
 from dn_detr.models.neck import Flatten
 from dn_detr.models.prediction_heads import box_head, refine_box
@@ -47,7 +47,7 @@ from dn_detr.structures import LayerOutput, Memory, Predictions, Queries, QueryS
 
 
 def mask_dino(
-    config: CanvasScaledConfig, in_channels: list[int], strides: list[int], content: QueryContent
+    config: DeformableConfig, in_channels: list[int], strides: list[int], content: QueryContent
 ) -> DETR:
     """Build Mask DINO. The first backbone feature is used for the mask features only."""
     c = config
@@ -72,7 +72,6 @@ def mask_dino(
             position=BoxPosition(
                 channels=c.channels,
                 scales_with_content=False,
-                scales_with_canvas=c.scales_with_canvas,
             ),
             predictor=IterativeRefinementWithMasks(heads=heads, epsilon=c.epsilon),
         ),
@@ -99,6 +98,9 @@ class Heads(MaskHeads):
 class TokenHead(nn.Module):
     """Project encoder tokens to proposals, which the heads then classify and refine."""
 
+    as_published = False
+    """Padding and border tokens make proposals too, see `models.proposals.ProposalHead`."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.project = nn.Linear(channels, channels)
@@ -108,8 +110,10 @@ class TokenHead(nn.Module):
         """Return tokens [B, S, C], their anchor boxes [B, S, 4] and is_empty [B, S] bool."""
         levels = [level for level, _ in enumerate(memory.shapes)]
         anchors, is_empty = token_boxes(memory, levels[::-1])
-        tokens = memory.tokens.masked_fill(is_empty[..., None], 0)
-        return self.norm(self.project(tokens)), anchors, is_empty
+        tokens = self.norm(self.project(memory.tokens.masked_fill(is_empty[..., None], 0)))
+        if self.as_published:
+            return tokens, anchors.masked_fill(is_empty[..., None], 1), torch.zeros_like(is_empty)
+        return tokens, anchors, is_empty
 
 
 class TokenQueries(nn.Module):
@@ -122,6 +126,8 @@ class TokenQueries(nn.Module):
     """
 
     starts_from_masks = False
+    as_published = False
+    """Initial boxes are relative to the padded canvas."""
 
     def __init__(
         self,
@@ -178,7 +184,7 @@ class TokenSource:
         tokens = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
         anchors = anchors.gather(1, index[..., None].expand(-1, -1, 4))
         boxes = refine_box(anchors, heads.delta(tokens), SMALLEST_COORDINATE)
-        boxes = torch.where(is_empty[..., None], 0.5, boxes)
+        boxes = torch.where(anchors == 1, 1.0, torch.where(is_empty[..., None], 0.5, boxes))
         logits, embeddings = heads(tokens)
         proposals = Predictions(
             logits=logits[None],
@@ -199,7 +205,11 @@ class TokenSource:
         mask_features, epsilon = self.memory.mask_features, self.design.epsilon
         with torch.no_grad():
             masks = mask_logits(embeddings, mask_features.features)
-            around, is_empty = boxes_of_masks(masks, mask_features.valid_sizes)
+            valid = mask_features.valid_sizes
+            if self.design.as_published:
+                sides = masks.shape[:1:-1]
+                valid = torch.cat([valid.new_full((valid.shape[0], 1), side) for side in sides], 1)
+            around, is_empty = boxes_of_masks(masks, valid)
             around = torch.where(is_empty[..., None], boxes, around.to(boxes.dtype))
             return around.clamp(epsilon, 1 - epsilon)
 

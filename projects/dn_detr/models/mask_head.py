@@ -20,6 +20,9 @@ class MaskHead(nn.Module):
     3x3 convolution, but still enters the statistics of the group norms.
     """
 
+    as_published = False
+    """Treat padding as part of the image."""
+
     def __init__(self, *, in_channels: int, channels: int):
         super().__init__()
         self.lateral = nn.Sequential(
@@ -37,9 +40,10 @@ class MaskHead(nn.Module):
         """Return mask features [B, C, h, w] from feature [B, C_in, h, w], padding [B, H, W]."""
         lateral = self.lateral(feature)
         height, width = lateral.shape[-2:]
-        finest = F.interpolate(finest_level(memory), size=(height, width), mode="bilinear")
-        is_padding = resize_padding(padding, height, width)
-        joined = (lateral + finest).masked_fill(is_padding[:, None], 0)
+        finest = finest_level(memory, extends_border=not self.as_published)
+        joined = lateral + F.interpolate(finest, size=(height, width), mode="bilinear")
+        if not self.as_published:
+            joined = joined.masked_fill(resize_padding(padding, height, width)[:, None], 0)
         features = self.project(self.output(joined).relu())
         inside = ~padding
         valid_width = inside[:, 0].sum(1) * width / padding.shape[2]
@@ -48,11 +52,13 @@ class MaskHead(nn.Module):
         return MaskFeatures(features, valid)
 
 
-def finest_level(memory: Memory) -> Tensor:
-    """Return the finest level [B, C, h, w] with its padding replaced by the image border."""
+def finest_level(memory: Memory, *, extends_border: bool) -> Tensor:
+    """Return the finest level [B, C, h, w]; extends_border: its padding replaced by the border."""
     (height, width), *_ = memory.shapes
     tokens = memory.tokens.narrow(1, 0, height * width)
     features = tokens.transpose(1, 2).unflatten(2, (height, width))
+    if not extends_border:
+        return features
     last = (memory.valid_sizes[:, 0].long() - 1).clamp(min=0)  # column, row
     for axis, size, index in ((3, width, last[:, 0]), (2, height, last[:, 1])):
         source = torch.arange(size, device=index.device).minimum(index[:, None])

@@ -25,6 +25,9 @@ class ModelConfig:
     dropout: float = 0.0
     # Whether logits have a last column for "no object", as a softmax over classes needs.
     has_no_object: bool = False
+    # Treat padding as the authors' code does, so that results depend on the padding of the batch:
+    # see `models.published`. Evaluation sets it for converted weights.
+    as_published: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "num_queries", "channels", "num_heads"):
@@ -81,15 +84,6 @@ class MultiScaleConfig(LevelsConfig):
 @dataclass(frozen=True, kw_only=True)
 class DeformableConfig(BoxConfig, MultiScaleConfig):
     """Methods of the Deformable DETR family whose queries predict boxes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CanvasScaledConfig(DeformableConfig):
-    """Methods whose published code scales anchors by the padded canvas."""
-
-    # Scale anchors by the padded canvas before their sine encoding, as the published DAB-Deformable
-    # and DINO do. Only needed with their weights: results then depend on the batch's padding.
-    scales_with_canvas: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

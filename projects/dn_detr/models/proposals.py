@@ -41,6 +41,9 @@ class Proposals:
 class ProposalHead(nn.Module):
     """Class and box heads on the tokens; boxes are relative to square anchors (2010.04159, A.4)."""
 
+    as_published = False
+    """Padding and border tokens make proposals too, all of them the box (1, 1, 1, 1)."""
+
     def __init__(self, *, channels: int, num_classes: int):
         super().__init__()
         self.project = nn.Linear(channels, channels)
@@ -57,8 +60,8 @@ class ProposalHead(nn.Module):
         boxes = refine_box(anchors, at_least_float32(self.box_head(tokens)), SMALLEST_COORDINATE)
         return Proposals(
             logits=at_least_float32(self.class_head(tokens)),
-            boxes=torch.where(is_empty[..., None], 0.5, boxes),
-            is_empty=is_empty,
+            boxes=torch.where(is_empty[..., None], 1.0 if self.as_published else 0.5, boxes),
+            is_empty=is_empty & (not self.as_published),
         )
 
 

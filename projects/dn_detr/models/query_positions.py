@@ -26,15 +26,14 @@ class BoxPosition(nn.Module):
     Args:
         scales_with_content: From the second layer on, multiply the position by an MLP of the
             content (sec. 4.3).
-        scales_with_canvas: Scale the box by the unpadded fraction of the finest level, as in the
-            code of DAB-Deformable-DETR and DINO. Positions then depend on the padding caused by
-            other images of the batch; needed only for published weights.
     """
 
-    def __init__(self, *, channels: int, scales_with_content: bool, scales_with_canvas: bool):
+    as_published = False
+    """Scale the box by the unpadded fraction of the finest level (DAB-Deformable-DETR, DINO)."""
+
+    def __init__(self, *, channels: int, scales_with_content: bool):
         super().__init__()
         self.channels = channels
-        self.scales_with_canvas = scales_with_canvas
         self.box_mlp = MLP(in_dim=2 * channels, hidden_dim=channels, out_dim=channels, num_layers=2)
         self.scale = None
         if scales_with_content:
@@ -45,7 +44,7 @@ class BoxPosition(nn.Module):
         self, layer: int, content: Tensor, reference: Tensor, _learned: None, memory: Memory
     ) -> tuple[Tensor, Tensor]:
         """Return the position [B, Q, C] twice, from content [B, Q, C] and reference [B, Q, 4]."""
-        if self.scales_with_canvas:
+        if self.as_published:
             height, width = memory.shapes[0]
             valid_width, valid_height = memory.valid_sizes[:, 0].unbind(-1)
             ratio = torch.stack((valid_width / width, valid_height / height), dim=-1)

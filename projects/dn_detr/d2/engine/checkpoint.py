@@ -31,11 +31,12 @@ from dn_detr.d2.data.catalog import class_names
 from dn_detr.d2.engine.ema import KEY as EMA
 from dn_detr.d2.modeling.timm_torchvision import NamedBackbone
 from dn_detr.errors import InputError
+from dn_detr.models.published import set_as_published
 
 CLASS_DEPENDENT = ("class_head", "class_heads", "label_embedding", "cls_score", "bbox_pred")
 """Parameters with one entry per class; all are reinitialized when the classes change."""
 
-TRAINING_ONLY = ("auxiliary", "label_embedding")
+TRAINING_ONLY = ("auxiliary", "label_embedding", "box_embedding")
 """Parameters that only auxiliary queries use: optional in a checkpoint."""
 
 UNFINISHED = ".unfinished"
@@ -107,10 +108,15 @@ def describe(cfg: CfgNode) -> dict:
     """Describe the model for its checkpoints, in types that `torch.load(weights_only=True)` reads.
 
     Returns:
-        "format", "config" as YAML and "class_names".
+        "format", "config" as YAML, "class_names" and "as_published" (`models.published`).
     """
     names = [str(name) for name in class_names(cfg.DATASETS.TRAIN[0])]
-    return {"format": FORMAT, "config": cfg.dump(), "class_names": names}
+    return {
+        "format": FORMAT,
+        "config": cfg.dump(),
+        "class_names": names,
+        "as_published": cfg.MODEL.DN_DETR.AS_PUBLISHED,
+    }
 
 
 def check_format(filename: str, checkpoint: dict) -> None:
@@ -227,6 +233,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict):
         state, known = checkpoint["model"], self.model.state_dict()
+        as_published = (checkpoint.get(DETECTOR) or {}).get("as_published") is True
         if not any(has_part(key, ("core", "roi_heads")) for key in state):
             converted = self._converted(state)
             if converted is None and self.may_initialize:
@@ -237,6 +244,9 @@ class Checkpointer(DetectionCheckpointer):
                     f"training, but not be evaluated or resumed."
                 )
             state = checkpoint["model"] = state if converted is None else converted
+            as_published = converted is not None
+        if as_published and not self.may_initialize:
+            set_as_published(self.model)
         has_other_classes = self.may_initialize and self._has_other_classes(checkpoint)
         reinitialized = CLASS_DEPENDENT if has_other_classes else ()
         for key in [key for key in state if has_part(key, reinitialized)]:

@@ -85,7 +85,7 @@ def read_saved_config(
     about = description_in(path)
     if config_file is not None:
         cfg = read_config(config_file, list(opts))
-    elif about is not None:
+    elif about is not None and "config" in about:
         cfg = get_cfg()
         add_dn_detr_config(cfg)
         merge(
@@ -96,7 +96,7 @@ def read_saved_config(
         merge("the KEY VALUE pairs of the command line", cfg.merge_from_list, list(opts))
     else:
         raise InputError(f"{path!r} holds no configuration: pass the config file of its training.")
-    names = list(names) or (list(about["class_names"]) if about is not None else [])
+    names = list(names) or list((about or {}).get("class_names", ()))
     if not names:
         register_coco_format(cfg.DATASETS.COCO_FORMAT)
         names = _names_of_dataset(cfg, path)
@@ -127,8 +127,7 @@ def read_evaluation_config(config_file: str, opts: list[str]) -> CfgNode:
     node = cfg.MODEL.DN_DETR
     if not node.CLASS_NAMES and os.path.isfile(path.removesuffix(AVERAGED)):
         about = description_in(path)
-        if about is not None:
-            node.CLASS_NAMES = list(about["class_names"])
+        node.CLASS_NAMES = list((about or {}).get("class_names", ()))
     return cfg
 
 
