@@ -38,11 +38,12 @@ CORE = {
 OTHERS = {
     "__init__": set(),
     "errors": set(),
+    "safe_yaml": set(),
     "info": {"errors", "install_detectron2", "ops"},
     "install_detectron2": set(),
-    "datasets": {"errors"},
+    "datasets": {"errors", "safe_yaml"},
     "conversion": {"errors"},
-    "d2": {*CORE, "datasets", "errors", "conversion"},
+    "d2": {*CORE, "datasets", "errors", "conversion", "safe_yaml"},
     "detector": {"d2", "errors"},
 }
 
@@ -50,6 +51,7 @@ OUTSIDE = {
     **dict.fromkeys(CORE, {"numpy", "scipy", "torch"}),
     "ops": {"torch"},
     "info": {"torch"},
+    "safe_yaml": {"yaml"},
     "datasets": {"numpy", "PIL", "yaml"},
     "conversion": {"numpy", "torch"},
     "detector": {"PIL", "detectron2", "numpy", "torch"},

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,12 @@ def read_pickle(path: str | Path, *, mmap: bool = False) -> object:
     with open(path, "rb"):  # later errors then concern the content, not access to the file
         pass
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type for entry in archive.infolist()):
+                    raise ValueError("torch.save compresses nothing, and little may become much")
+                if not mmap and archive.testzip() is not None:
+                    raise ValueError("a checksum is wrong")
         with torch.serialization.safe_globals(_stand_ins(path)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged files may raise any exception
@@ -144,6 +151,8 @@ class ArrayUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module, name):
+        if name == "_reconstruct" and (module, name) in self.ALLOWED:
+            return lambda *_args: np.empty(0)  # gets its shape and values with its state
         return super().find_class(module, name) if (module, name) in self.ALLOWED else StandIn
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import yaml
+from yaml import YAMLError
 
 from dn_detr.datasets.coco_json import CocoFile, find_images, image_size
 from dn_detr.errors import InputError
+from dn_detr.safe_yaml import read_yaml
 
 _ROUNDING = 1e-3  # tolerance beyond [0, 1], as text files have few digits
 
@@ -23,14 +24,14 @@ def read_class_names(path: str | Path) -> list[str]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the class names in {path} cannot be read: {error}.") from error
     if path.suffix not in (".yaml", ".yml"):
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        content = read_yaml(text)
+    except YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, dict) and sorted(names) == list(range(len(names))):

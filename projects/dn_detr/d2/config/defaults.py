@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from yaml import YAMLError
 
@@ -16,6 +15,7 @@ from dn_detr.d2.config.unread_keys import check_keys
 from dn_detr.errors import InputError
 from dn_detr.losses.teacher_loss import Teach
 from dn_detr.methods import METHODS, config_class
+from dn_detr.safe_yaml import read_yaml
 
 
 def add_dn_detr_config(cfg: CfgNode) -> None:
@@ -153,8 +153,8 @@ def check_file(path: str, seen: tuple[str, ...] = ()) -> None:
     path = os.path.expanduser(path)
     if path in seen:
         raise ValueError(f"{path} is its own _BASE_")
-    with open(path) as file:
-        content = yaml.safe_load(file)
+    with open(path, encoding="utf-8") as file:
+        content = read_yaml(file.read())
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a mapping of keys, got {type(content).__name__}")
     bases = content.get("_BASE_", [])

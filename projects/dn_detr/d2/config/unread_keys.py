@@ -6,11 +6,11 @@ import logging
 from collections.abc import Iterator
 from dataclasses import fields
 
-import yaml
 from detectron2.config import CfgNode
 
 from dn_detr.errors import InputError
 from dn_detr.methods import METHODS, config_class
+from dn_detr.safe_yaml import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +91,8 @@ def _is_below(key: str, prefix: str) -> bool:
 
 def _changed_in(config_file: str, default: CfgNode) -> Iterator[str]:
     """Keys of a file itself, below MODEL.DN_DETR, that differ from the default."""
-    with open(config_file) as file:
-        content = yaml.safe_load(file) or {}
+    with open(config_file, encoding="utf-8") as file:
+        content = read_yaml(file.read()) or {}
     parts = [(PREFIX, content.get("MODEL", {}).get("DN_DETR", {}), default)]
     for prefix, values, defaults in parts:
         for key, value in values.items():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from detectron2.config import CfgNode, get_cfg
 from torch import nn
+from yaml import YAMLError
 
 from dn_detr.conversion.safe_load import read_pickle
 from dn_detr.d2.config.defaults import add_dn_detr_config, merge, read_config
@@ -16,6 +17,7 @@ from dn_detr.d2.data.catalog import class_names, register_coco_format
 from dn_detr.d2.engine.checkpoint import AVERAGED, DETECTOR, Checkpointer, check_format
 from dn_detr.d2.engine.trainer import Trainer
 from dn_detr.errors import InputError
+from dn_detr.safe_yaml import read_yaml
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +49,13 @@ def description_in(path: str) -> dict | None:
     except ValueError as error:
         raise InputError(f"{path!r} cannot be loaded as a checkpoint: {error}.") from error
     about = checkpoint.get(DETECTOR) if isinstance(checkpoint, dict) else None
-    if isinstance(about, dict):
-        check_format(path, checkpoint)
-    return about if isinstance(about, dict) else None
+    if not isinstance(about, dict):
+        return None
+    check_format(path, checkpoint)
+    names = about.setdefault("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"the class names in {path!r} must be a list of strings.")
+    return about
 
 
 def weights_named(config_file: str | None, opts: list[str]) -> str:
@@ -88,15 +94,13 @@ def read_saved_config(
     elif about is not None and "config" in about:
         cfg = get_cfg()
         add_dn_detr_config(cfg)
-        merge(
-            f"the configuration in {path}",
-            cfg.merge_from_other_cfg,
-            _parsed(about, path),
-        )
+        saved = _parsed(about, path)
+        merge(f"the configuration in {path}", cfg.merge_from_other_cfg, saved)
+        cfg.MODEL.WEIGHTS, cfg.MODEL.DN_DETR.BACKBONE_PRETRAINED = "", False
         merge("the KEY VALUE pairs of the command line", cfg.merge_from_list, list(opts))
     else:
         raise InputError(f"{path!r} holds no configuration: pass the config file of its training.")
-    names = list(names) or list((about or {}).get("class_names", ()))
+    names = list(names) or (about or {}).get("class_names", [])
     if not names:
         register_coco_format(cfg.DATASETS.COCO_FORMAT)
         names = _names_of_dataset(cfg, path)
@@ -116,18 +120,22 @@ def read_evaluation_config(config_file: str, opts: list[str]) -> CfgNode:
     MODEL.DN_DETR.CLASS_NAMES defaults to the class names in the checkpoint.
 
     Args:
-        config_file: Config file; "" takes the configuration in the checkpoint.
+        config_file: Config file; "" takes the configuration in the checkpoint, and writes into
+            the folder of the checkpoint unless OUTPUT_DIR is given.
         opts: Pairs of key and value that override it.
     """
     if config_file:
         cfg = read_config(config_file, opts)
     else:
-        cfg, _ = read_saved_config(weights_named(None, opts), opts=opts)
+        weights = weights_named(None, opts)
+        cfg, _ = read_saved_config(weights, opts=opts)
+        if "OUTPUT_DIR" not in opts[::2]:
+            cfg.OUTPUT_DIR = os.path.dirname(weights) or "."
     path = cfg.MODEL.WEIGHTS
     node = cfg.MODEL.DN_DETR
     if not node.CLASS_NAMES and os.path.isfile(path.removesuffix(AVERAGED)):
         about = description_in(path)
-        node.CLASS_NAMES = list((about or {}).get("class_names", ()))
+        node.CLASS_NAMES = (about or {}).get("class_names", [])
     return cfg
 
 
@@ -159,10 +167,20 @@ def load_detector(
 
 
 def _parsed(about: dict, path: str) -> CfgNode:
+    """The part of a checkpoint's configuration that describes the detector and its evaluation.
+
+    The rest says where and how it was trained, and a file from elsewhere must not say where to
+    write.
+    """
     try:
-        return CfgNode.load_cfg(about["config"])
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"the configuration in {path!r} cannot be read: {error}.") from error
+        saved = CfgNode(read_yaml(about["config"]))
+        kept = {name: saved[name] for name in ("MODEL", "INPUT", "TEST") if name in saved}
+        datasets = saved.get("DATASETS", {})
+        names = [name for name in ("TRAIN", "TEST", "COCO_FORMAT") if name in datasets]
+        return CfgNode({**kept, "DATASETS": {name: datasets[name] for name in names}})
+    except (KeyError, ValueError, TypeError, AttributeError, YAMLError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"the configuration in {path!r} cannot be read: {reason}.") from error
 
 
 def _names_of_dataset(cfg: CfgNode, path: str) -> list[str]:

@@ -158,6 +158,8 @@ class TimmStages(nn.Module):
         except ImportError as error:
             raise ValueError(f"the backbone timm/{name} needs timm: pip install timm") from error
         self.parts = nn.ModuleList()
+        if ":" in name:  # timm would fetch what hf-hub:... names, or read it from a folder
+            raise ValueError(f"timm has no model {name!r}")
         options = {"pretrained": is_pretrained, "features_only": True}
         try:
             try:  # windowed transformers accept only one image size by default
