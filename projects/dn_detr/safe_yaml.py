@@ -15,10 +15,10 @@ yaml.SafeLoader.add_constructor(
 )
 
 
-class BoundedLoader(yaml.SafeLoader):
+class BoundedLoader(yaml.SafeLoader):  # type: ignore[misc]
     """Safe loader that bounds what aliases (`*name`) can multiply."""
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: Any, index: Any) -> Any:
         """See the base class."""
         if self.check_event(yaml.AliasEvent):
             self.aliases = getattr(self, "aliases", 0) + 1
