@@ -12,7 +12,9 @@ def add_training_config(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     cfg.SOLVER.BASE_LR = 1e-4
     cfg.SOLVER.WEIGHT_DECAY = 1e-4
-    # Of label, query and level embeddings; None: WEIGHT_DECAY. Mask2Former and Mask DINO use 0.
+    # Of norms, and of label, query and level embeddings; None: WEIGHT_DECAY, as in all published
+    # code except that of Mask2Former and Mask DINO (0) and Detectron2's own detectors (norms: 0).
+    cfg.SOLVER.WEIGHT_DECAY_NORM = None
     cfg.SOLVER.WEIGHT_DECAY_EMBED = None
     # Learning-rate factors of the backbone, and of the linear layers for sampling offsets and
     # reference points.
