@@ -1,8 +1,22 @@
-"""Parameter initialization of the published models."""
+"""Parameter initialization of the published models.
+
+In the authors' code, layers are copies of one layer whose matrices are then drawn anew. Here, each
+layer also draws its own biases, from the same distribution.
+"""
 
 from __future__ import annotations
 
+import copy
+from typing import TypeVar
+
 from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def copies(module: M, count: int) -> list[M]:
+    """Make `count` copies of a module, which start from equal values."""
+    return [copy.deepcopy(module) for _ in range(count)]
 
 
 def xavier_(module: nn.Module) -> None:
@@ -10,6 +24,13 @@ def xavier_(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
+
+
+def default_(module: nn.Module) -> None:
+    """Initialize every layer of `module` as PyTorch does: uniform in +-1 / sqrt(inputs)."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            layer.reset_parameters()
 
 
 def xavier_fused_(linears: list[nn.Linear]) -> None:

@@ -9,7 +9,8 @@ What differs from DETR:
  - positions are MLPs of sines: of the point in self-attention, of x and y separately elsewhere,
    where queries, columns and rows share one MLP;
  - the encoder and cross-attention use row-column attention (`layers.row_column_attention`);
- - the projected feature is normalised; no norm precedes the heads.
+ - the projected feature is normalised; no norm precedes the heads;
+ - all layers start from equal values, most of them PyTorch's default (code).
 
 Denoising (2203.01305 applies it to Anchor DETR, code not released): only the centre of the noised
 box is used, so only centre noise has an effect; the label embedding replaces the pattern.
@@ -26,7 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers.mlp import MLP
+from dn_detr.layers.initialization import copies, default_
+from dn_detr.layers.mlp import MLP, FeedForward
 from dn_detr.layers.multihead_attention import SelfAttention
 from dn_detr.layers.position_encoding import sine, sine_of_reference
 from dn_detr.layers.query_content import QueryContent, SharedContent
@@ -122,7 +124,7 @@ class RowColumnEncoder(nn.Module):
     def __init__(self, c: ModelConfig, *, axis: AxisPosition):
         super().__init__()
         self.axis = axis
-        self.layers = nn.ModuleList(RowColumnEncoderLayer(c) for _ in range(c.encoder_layers))
+        self.layers = nn.ModuleList(copies(RowColumnEncoderLayer(c), c.encoder_layers))
 
     def forward(self, memory: Memory) -> Memory:
         """Encode the tokens [B, h * w, C] of a single-level memory."""
@@ -140,7 +142,7 @@ class RowColumnEncoderLayer(nn.Module):
         self.attention = row_column_attention(c)
         self.dropout = nn.Dropout(c.dropout)
         self.norm = nn.LayerNorm(c.channels)
-        self.feed_forward = feed_forward(c)
+        self.feed_forward = default_feed_forward(c)
 
     def forward(self, memory: Memory, axes: tuple[Tensor, Tensor]) -> Tensor:
         """Update the tokens [B, h * w, C]; axes: positions of columns [B, w, C], rows [B, h, C]."""
@@ -178,11 +180,21 @@ def row_column_attention(c: ModelConfig) -> RowColumnAttention:
     return RowColumnAttention(channels=c.channels, num_heads=c.num_heads, dropout=c.dropout)
 
 
+def default_feed_forward(c: ModelConfig) -> FeedForward:
+    """Feed-forward block that does not start Xavier-uniformly, as in the authors' code."""
+    block = feed_forward(c)
+    default_(block)
+    return block
+
+
 def decoder_layer(c: ModelConfig) -> DecoderLayer:
+    attention = SelfAttention(channels=c.channels, num_heads=c.num_heads, dropout=c.dropout)
+    default_(attention.out)
+    nn.init.zeros_(attention.out.bias)
     return DecoderLayer(
-        self_attention=SelfAttention(channels=c.channels, num_heads=c.num_heads, dropout=c.dropout),
+        self_attention=attention,
         cross_attention=RowColumnCrossAttention(row_column_attention(c)),
-        feed_forward=feed_forward(c),
+        feed_forward=default_feed_forward(c),
         channels=c.channels,
         dropout=c.dropout,
     )
@@ -210,7 +222,7 @@ def anchor_detr(
             epsilon=c.epsilon,
         ),
         decoder=Decoder(
-            layers=[decoder_layer(c) for _ in range(c.decoder_layers)],
+            layers=copies(decoder_layer(c), c.decoder_layers),
             position=PointPosition(channels=c.channels, axis=axis),
             predictor=PointOffsetBoxes(
                 heads=shared_heads(c, size_bias=-2.0), norm=None, epsilon=c.epsilon

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dn_detr.layers.initialization import default_, xavier_
 from dn_detr.layers.mlp import FeedForward
 from dn_detr.layers.multihead_attention import (
     ConditionalCrossAttention,
@@ -114,19 +115,28 @@ def dab_deformable_encoder_only(
 ) -> DETR:
     """Build DAB-Deformable-DETR with a deformable encoder and a dense decoder."""
     c = config
+    neck, encoder = multi_scale_neck(c, in_channels, strides), deformable_encoder(c)
+    design, predictor = shared_box_queries(c, content), normed_iterative_refinement(c)
+    # Unlike in DAB-DETR and Deformable DETR, the authors' code draws these from default and Xavier
+    # distributions, so that nothing of them is zero at the start.
+    default_(neck)
+    default_(predictor.heads.box_heads)
+    xavier_(encoder)
+    if design.shared.patterns is not None:
+        nn.init.xavier_uniform_(design.shared.patterns)
     return DETR(
-        neck=multi_scale_neck(c, in_channels, strides),
+        neck=neck,
         flatten=Flatten(
             position=SinePosition(channels=c.channels, temperature=20.0, cell_offset=0.0),
             channels=c.channels,
             num_levels=c.num_levels,
         ),
-        encoder=deformable_encoder(c),
-        query_design=shared_box_queries(c, content),
+        encoder=encoder,
+        query_design=design,
         decoder=Decoder(
             layers=[decoder_layer(c, is_first=index == 0) for index in range(c.decoder_layers)],
             position=ModulatedBoxPosition(channels=c.channels),
-            predictor=normed_iterative_refinement(c),
+            predictor=predictor,
         ),
     )
 

@@ -17,7 +17,8 @@ Denoising (not in the paper): the reference is the noised centre, the position a
 the noised box, the content the label embedding; two-stage models use their own box transform.
 
 Deviations from the authors' code: padding tokens and tokens at the image border neither become
-queries nor enter the proposal loss (theirs do, as negatives: `models.published`).
+queries nor enter the proposal loss (theirs do, as negatives: `models.published`); the proposal head
+does not start as a copy of the decoder's heads.
 """
 
 from __future__ import annotations

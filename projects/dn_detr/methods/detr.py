@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from dn_detr.layers.initialization import default_
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.decoder import Decoder
 from dn_detr.models.detection_transformer import DETR
@@ -59,7 +60,7 @@ def heads(c: BoxConfig) -> Heads:
     There is no reference to start boxes at, and a softmax needs no class prior.
     """
     shared = shared_heads(c)
-    shared.box_heads[0].layers[-1].reset_parameters()  # type: ignore[index, union-attr]
+    default_(shared.box_heads)
     if c.has_no_object:
-        shared.class_heads[0].reset_parameters()  # type: ignore[operator]
+        default_(shared.class_heads)
     return shared

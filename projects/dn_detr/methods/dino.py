@@ -16,10 +16,12 @@ What differs from DAB-Deformable-DETR:
 Deviations from the authors' code: padding tokens and tokens at the image border never become
 queries, positions ignore the padded canvas, empty denoising queries are masked and are not
 negatives (theirs in all three: `models.published`); images with more objects than the budget noise
-a random subset. Learned content is drawn from a standard normal, not Xavier uniform.
+a random subset; the proposal head does not start as a copy of the decoder's heads.
 """
 
 from __future__ import annotations
+
+from torch import nn
 
 from dn_detr.layers.position_encoding import SinePosition
 from dn_detr.layers.query_content import QueryContent
@@ -27,8 +29,18 @@ from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.model_config import DeformableConfig
 from dn_detr.models.multi_scale import deformable_detector
 from dn_detr.models.prediction_heads import normed_iterative_refinement
-from dn_detr.models.proposals import ProposalQueries
+from dn_detr.models.proposals import ProposalParameters, ProposalQueries
 from dn_detr.models.query_positions import BoxPosition
+
+
+class RankQueries(ProposalQueries):
+    """`ProposalQueries` whose learned content starts Xavier-uniformly (code of DINO)."""
+
+    def new_parameters(self, num_queries: int, own_head: bool = True) -> ProposalParameters:
+        """Create the parameters of extra queries, with a proposal head if `own_head`."""
+        parameters = super().new_parameters(num_queries, own_head)
+        nn.init.xavier_uniform_(parameters.content)  # type: ignore[arg-type]
+        return parameters
 
 
 def dino(
@@ -41,7 +53,7 @@ def dino(
         in_channels,
         strides,
         image_position=SinePosition(channels=c.channels, temperature=20.0, cell_offset=0.0),
-        query_design=ProposalQueries(
+        query_design=RankQueries(
             content=content.without_indicator(),
             num_queries=c.num_queries,
             transform=None,

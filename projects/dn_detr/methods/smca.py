@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers.initialization import xavier_, xavier_fused_
+from dn_detr.layers.initialization import default_, xavier_, xavier_fused_
 from dn_detr.layers.mlp import MLP
 from dn_detr.layers.multihead_attention import SelfAttention, attend_densely
 from dn_detr.layers.position_encoding import SinePosition
@@ -204,12 +204,12 @@ def queries_and_decoder(
     """Build both together: the centre of a query uses a norm of the first decoder layer."""
     layers = [GaussianDecoderLayer(c, num_levels=num_levels) for _ in range(c.decoder_layers)]
     point = GuidedPoint(channels=c.channels, norm=layers[0].guide_norm)
+    heads = shared_heads(c)
+    default_(heads.box_heads)  # not zero at the start, as in the authors' code
     decoder = Decoder(
         layers=layers,
         position=LearnedPosition(),
-        predictor=PointOffsetBoxes(
-            heads=shared_heads(c), norm=nn.LayerNorm(c.channels), epsilon=c.epsilon
-        ),
+        predictor=PointOffsetBoxes(heads=heads, norm=nn.LayerNorm(c.channels), epsilon=c.epsilon),
     )
     return zero_content_queries(c, content, point), decoder
 

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from dn_detr.layers.box_ops import at_least_float32, xyxy_to_cxcywh
 from dn_detr.layers.mlp import MLP
 from dn_detr.models.neck import norm, resize_padding
-from dn_detr.models.prediction_heads import class_head
 from dn_detr.structures import MaskFeatures, Memory
 
 
@@ -70,16 +69,16 @@ def finest_level(memory: Memory, *, extends_border: bool) -> Tensor:
 class MaskHeads(nn.Module):
     """Class head and mask embedding head after a shared norm.
 
+    Classes have no low prior probability at the start, as in the authors' code, also of Mask DINO.
+
     has_no_object: add a "no object" logit, for a softmax over classes.
     """
 
     def __init__(self, *, channels: int, num_classes: int, has_no_object: bool):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
-        self.class_head = class_head(channels, num_classes + has_no_object)
+        self.class_head = nn.Linear(channels, num_classes + has_no_object)
         self.mask_head = MLP(in_dim=channels, hidden_dim=channels, out_dim=channels, num_layers=3)
-        if has_no_object:  # softmax needs no low prior probability
-            self.class_head.reset_parameters()
 
     def forward(self, content: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits [B, Q, K] and mask embeddings [B, Q, C], at least float32."""

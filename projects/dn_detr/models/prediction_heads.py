@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dn_detr.layers.box_ops import at_least_float32, inverse_sigmoid
+from dn_detr.layers.initialization import copies
 from dn_detr.layers.mlp import MLP
 from dn_detr.models.model_config import BoxConfig, ModelConfig
 from dn_detr.structures import LayerOutput
@@ -24,7 +25,8 @@ from dn_detr.structures import LayerOutput
 class Heads(nn.Module):
     """Class and box heads of all layers.
 
-    Initially, classes have probability 0.01 (1708.02002, sec. 4.1) and box deltas are 0.
+    Initially, classes have probability 0.01 (1708.02002, sec. 4.1), box deltas are 0 and the heads
+    of all layers are equal.
 
     Args:
         shared: Use one pair of heads for all layers.
@@ -43,8 +45,8 @@ class Heads(nn.Module):
     ):
         super().__init__()
         count = 1 if shared else num_layers
-        self.class_heads = nn.ModuleList(class_head(channels, num_classes) for _ in range(count))
-        self.box_heads = nn.ModuleList(box_head(channels) for _ in range(count))
+        self.class_heads = nn.ModuleList(copies(class_head(channels, num_classes), count))
+        self.box_heads = nn.ModuleList(copies(box_head(channels), count))
         bias = self.box_heads[0].layers[-1].bias  # type: ignore[index, union-attr]
         nn.init.constant_(bias[2:], size_bias)
 

@@ -51,7 +51,6 @@ class ProposalHead(nn.Module):
         self.class_head = class_head(channels, num_classes)
         self.box_head = box_head(channels)
         nn.init.xavier_uniform_(self.project.weight)
-        nn.init.zeros_(self.project.bias)
 
     def forward(self, memory: Memory) -> Proposals:
         """Return one proposal per token."""
@@ -121,7 +120,6 @@ class BoxTransform(nn.Module):
         self.project = nn.Linear(2 * channels, 2 * channels)
         self.norm = nn.LayerNorm(2 * channels)
         nn.init.xavier_uniform_(self.project.weight)
-        nn.init.zeros_(self.project.bias)
 
     def forward(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Return position and content [B, Q, C] from boxes [B, Q, 4]."""
