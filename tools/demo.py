@@ -49,13 +49,13 @@ def find_inputs(names: list[str]) -> list[Path]:
             if not inside:
                 raise InputError(f"the folder {name!r} contains no images and no videos.")
             found += inside
-        elif path.is_file():
+        elif path.exists():
             found.append(path)
         elif glob.has_magic(name):
             matching = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
             if not matching:
                 raise InputError(f"no file matches {name!r}.")
-            found += [p for p in matching if p.is_file()]
+            found += [p for p in matching if not p.is_dir()]
         else:
             raise InputError(f"the input {name!r} does not exist.")
     return found
@@ -109,6 +109,8 @@ def draw_video(detector: Detector, source: Path | int, target: Path) -> int:
     codec = CODECS.get(target.suffix.lower())
     if codec is None:
         raise InputError(f"videos are written as {', '.join(CODECS)}, not as {str(target)!r}.")
+    if isinstance(source, Path) and not source.is_file():  # a FIFO would wait for ever
+        raise InputError(f"{name} is not a regular file.")
     capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
     if not capture.isOpened():
         raise InputError(f"{name} cannot be opened.")

@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Detect objects with an exported ONNX file. Needs only onnxruntime, numpy and Pillow.
+"""Detect objects with an exported ONNX file, without torch.
+
+Needs this repository, onnxruntime, numpy and Pillow.
 
     python tools/run_exported.py detector.onnx street.jpg holiday/ --output drawn
 
@@ -16,12 +18,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 try:
     import onnxruntime
 except ImportError:
     onnxruntime = None
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "projects"))  # if it is not installed
+from dn_detr.datasets.image_files import read_rgb
+from dn_detr.errors import BadImage
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
@@ -45,7 +51,7 @@ def new_size(width: int, height: int, about: dict) -> tuple[int, int]:
     """Return width and height after resizing the shorter side, limited by the longest side."""
     scale = about["shorter_side"] / min(width, height)
     scale = min(scale, about["longest_side"] / max(width, height))
-    return int(width * scale + 0.5), int(height * scale + 0.5)
+    return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
 
 
 def prepare(image: Image.Image, about: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -123,11 +129,11 @@ def draw(image: Image.Image, found: list[Found], class_names: list[str]) -> Imag
 
 
 def files(paths: list[Path]) -> list[Path]:
-    """Return the images among the paths and in folders."""
+    """Return the paths, with the images in folders."""
     found = []
     for path in paths:
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
-        found += [file for file in inside if file.suffix.lower() in SUFFIXES]
+        found += [file for file in inside if file == path or file.suffix.lower() in SUFFIXES]
     return found
 
 
@@ -147,11 +153,13 @@ def main() -> None:
     paths = files(args.images)
     if not paths:
         sys.exit(f"run_exported.py: no images in {', '.join(map(str, args.images))}.")
+    faults = []
     for path in paths:
         try:
-            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        except OSError as error:
-            sys.exit(f"run_exported.py: the image {path} cannot be read ({error}).")
+            image = Image.fromarray(read_rgb(path))
+        except BadImage as error:
+            faults.append(f"run_exported.py: {error}")
+            continue
         found = detect(session, about, image, args.confidence_threshold)
         print(f"{path}: {len(found)} found")
         for name, score, box, _ in found:
@@ -159,6 +167,8 @@ def main() -> None:
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
             draw(image, found, about["class_names"]).save(args.output / f"{path.stem}.png")
+    if faults:
+        sys.exit("\n".join(faults))
 
 
 if __name__ == "__main__":

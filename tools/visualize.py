@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data import transforms as T
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from dn_detr.d2.data.mapper import ResizeShortestEdge
 from dn_detr.d2.inference.attention_recorder import LayerAttention, record_attention
 from dn_detr.d2.inference.saved_detector import SavedDetector, load_detector, weights_named
 from dn_detr.d2.inference.visualization import class_color
@@ -40,7 +40,7 @@ def look(saved: SavedDetector, image: np.ndarray) -> tuple[Predictions, list[Lay
     The image has the channel order of the model.
     """
     model, inputs = saved.model, saved.cfg.INPUT
-    resize = T.ResizeShortestEdge(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST).get_transform(image)
+    resize = ResizeShortestEdge(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST).get_transform(image)
     pixels = torch.from_numpy(np.ascontiguousarray(resize.apply_image(image).transpose(2, 0, 1)))
     with torch.inference_mode(), record_attention(core_of(model, "visualize.py")) as looks:
         predictions = model.predict(model.make_batch([{"image": pixels}]))

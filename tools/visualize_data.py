@@ -34,11 +34,11 @@ from dn_detr.d2.config.defaults import read_config
 from dn_detr.d2.data import dataset_dicts
 from dn_detr.d2.data.catalog import class_names, prepare
 from dn_detr.d2.data.loader import TrainLoader
+from dn_detr.d2.data.mapper import read_image
 from dn_detr.d2.engine.trainer import Trainer
 from dn_detr.d2.inference.visualization import class_color, draw_boxes, draw_record, draw_styled
 from dn_detr.d2.modeling.meta_arch import core_of
-from dn_detr.detector import to_pixels
-from dn_detr.errors import InputError
+from dn_detr.errors import BadImage, InputError
 from dn_detr.layers.box_ops import cxcywh_to_xyxy
 from dn_detr.structures import NoisedObjects, Targets
 
@@ -54,7 +54,11 @@ def annotations(cfg: CfgNode) -> Pictures:
     for name in cfg.DATASETS.TRAIN:
         loaded = dataset_dicts.load(name, with_masks=cfg.MODEL.MASK_ON)
         for record in loaded.records:
-            image = to_pixels(record["file_name"], "RGB")
+            try:
+                image = read_image(dict(record), "RGB")
+            except BadImage as error:
+                print(f"visualize_data.py: {error}", file=sys.stderr)
+                continue
             yield Path(record["file_name"]).stem, draw_record(image, record, loaded.class_names)
 
 

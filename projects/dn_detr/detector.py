@@ -19,14 +19,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from detectron2.data import transforms as T
-from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.structures import Boxes, Instances
-from PIL import Image, ImageOps
+from PIL import Image
 
-from dn_detr.d2.data.coco_check import UNREADABLE, reason
+from dn_detr.d2.data.mapper import ResizeShortestEdge, in_order
 from dn_detr.d2.inference.saved_detector import load_detector
 from dn_detr.d2.modeling.meta_arch import check_promptable
+from dn_detr.datasets.image_files import read_rgb, rgb_of
 from dn_detr.errors import InputError
 
 CHANNEL_ORDERS = ("RGB", "BGR")
@@ -104,7 +103,7 @@ class Detector:
         self.model = model
         self.class_names = class_names
         self.input_format = input_format
-        self.resize = T.ResizeShortestEdge(min_size, max_size)
+        self.resize = ResizeShortestEdge(min_size, max_size)
         self.threshold = _checked(threshold)
 
     @classmethod
@@ -259,27 +258,19 @@ def to_pixels(image, wanted: str, channel_order: str | None = None) -> np.ndarra
     """Convert an image to uint8 [height, width, 3].
 
     Args:
-        image: a path or PIL image, whose EXIF orientation is applied, or a uint8 array
-            [height, width, 3].
+        image: a path or PIL image, read as `dn_detr.datasets.image_files` says, or a uint8
+            array [height, width, 3].
         wanted: channel order of the result, "RGB" or "BGR".
         channel_order: of an array, which needs it.
 
     Raises:
-        InputError: if a file is not a readable image.
+        BadImage: if a file is not a readable image.
         ValueError: if `image` has another type, dtype or shape.
     """
     if isinstance(image, (str, os.PathLike)):
-        try:
-            with Image.open(image) as file:
-                return convert_PIL_to_numpy(ImageOps.exif_transpose(file), wanted)
-        except FileNotFoundError:
-            raise InputError(f"the image {os.fspath(image)!r} does not exist.") from None
-        except UNREADABLE as error:
-            raise InputError(
-                f"the image {os.fspath(image)!r} cannot be read ({reason(error)})."
-            ) from error
+        return in_order(read_rgb(image), wanted)
     if isinstance(image, Image.Image):
-        return convert_PIL_to_numpy(ImageOps.exif_transpose(image), wanted)
+        return in_order(rgb_of(image), wanted)
     if not isinstance(image, np.ndarray):
         raise ValueError(
             f"an image must be a path, a PIL image or a numpy array, got {type(image).__name__}"

@@ -26,6 +26,10 @@ class InputError(ValueError):
         super().__init__(sentence_in(sentence) or sentence)
 
 
+class BadImage(InputError):
+    """An image file that cannot be used; DATALOADER.BAD_IMAGES says what a training does then."""
+
+
 class NotFinite(InputError, FloatingPointError):
     """A training loss is NaN or infinite; the message names the location and the fix."""
 

@@ -1,5 +1,8 @@
 """tools/demo.py: pictures, folders, patterns and videos, without a display."""
 
+import os
+import signal
+
 import cv2
 import numpy as np
 import pytest
@@ -144,3 +147,16 @@ def test_detections_are_drawn_beside_the_ground_truth(tool, trained, tmp_path, c
     tool("draw_detections").main(["--output", str(tmp_path / "a"), "--num-images", "2", *weights])
     assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'a.png'}\n")
     assert Image.open(tmp_path / "a.png").width > 500
+
+
+def test_fifos_are_named_and_the_others_go_on(demo, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.mp4"):
+        os.mkfifo(tmp_path / "in" / name)
+    picture(20).save(tmp_path / "in/c.png")
+    signal.alarm(60)  # opening a FIFO would wait for ever
+    faults = demo.run(FindsDots(), [str(tmp_path / "in")], tmp_path / "out")
+    faults += demo.run(FindsDots(), [str(tmp_path / "in/a.png")], tmp_path / "out")
+    signal.alarm(0)
+    assert [fault.split()[-4:] for fault in faults] == [["not", "a", "regular", "file."]] * 3
+    assert (tmp_path / "out/c.png").is_file()

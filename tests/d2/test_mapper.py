@@ -11,6 +11,7 @@ from pycocotools import mask as coco_mask
 
 from dn_detr.d2 import add_dn_detr_config
 from dn_detr.d2.data.mapper import DetrMapper, train_augmentations
+from dn_detr.d2.data.mosaic import Mosaic
 from dn_detr.errors import InputError
 
 DETR_SIZES = {
@@ -303,14 +304,14 @@ def test_a_teacher_who_sees_nothing_says_so(tmp_path):
 def test_unreadable_images_are_named_in_one_sentence(tmp_path):
     record = make_record(tmp_path, 60, 50, [(0, 0, 10, 10)])
     mapper = train_mapper()
-    with pytest.raises(InputError, match=r"a.png \(id 7\) has 50x60 pixels, .* say 60x60"):
+    with pytest.raises(InputError, match=r"a.png' has 50x60 pixels, .* say 60x60"):
         mapper({**record, "width": 60})
     path = tmp_path / "a.png"
     path.write_bytes(path.read_bytes()[:80])
-    with pytest.raises(InputError, match=r"a.png \(id 7\) cannot be read"):
+    with pytest.raises(InputError, match=r"a.png' cannot be read"):
         mapper(record)
     path.unlink()
-    with pytest.raises(InputError, match=r"a.png \(id 7\) does not exist"):
+    with pytest.raises(InputError, match=r"a.png' does not exist"):
         mapper(record)
 
 
@@ -322,3 +323,27 @@ def test_exif_orientation_is_applied(tmp_path):
     record = {"file_name": str(tmp_path / "a.jpg"), "height": 60, "width": 40, "annotations": []}
     mapper = train_mapper(min_sizes=(40,), crop=None)
     assert mapper(record)["image"].shape == (3, 60, 40)
+
+
+@pytest.mark.parametrize("size", [(3000, 1), (2, 2000), (1, 1)])
+def test_no_side_is_resized_to_nothing(tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    record = {"file_name": str(tmp_path / "a.png"), "image_id": 7, "annotations": []}
+    cfg = get_cfg()
+    add_dn_detr_config(cfg)
+    mappers = [DetrMapper(cfg, True), DetrMapper(cfg, False)]
+    cfg.INPUT.SCALE_JITTER.ENABLED = True
+    mappers.append(DetrMapper(cfg, True))
+    for mapper in mappers:
+        for seed in range(8):
+            np.random.seed(seed)
+            assert min(mapper(record)["image"].shape) >= 1
+    mosaic = Mosaic(size=64, min_visible=0.1, fill=(0, 0, 0), augmentations=[], image_format="RGB")
+    assert min(mosaic([record] * 4)["image"].shape) >= 1
+
+
+def test_another_channel_order_is_refused_in_a_sentence(tmp_path):
+    mapper = train_mapper()
+    mapper.image_format = "YUV-BT.601"
+    with pytest.raises(InputError, match=r"INPUT.FORMAT must be 'RGB' or 'BGR', got 'YUV"):
+        mapper(make_record(tmp_path, 60, 50, []))

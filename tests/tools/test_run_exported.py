@@ -51,5 +51,7 @@ def test_files_that_are_no_images(answer, tmp_path):
     identity(tmp_path / "a.onnx", dn_detr="{}")
     assert "no images in" in answer(tmp_path / "a.onnx", tmp_path)
     (tmp_path / "b.png").write_text("no picture")
-    assert f"the image {tmp_path / 'b.png'} cannot be read" in answer(tmp_path / "a.onnx", tmp_path)
-    assert "d.png cannot be read" in answer(tmp_path / "a.onnx", tmp_path / "d.png")
+    (tmp_path / "c.png").write_text("no picture either")
+    first, second = answer(tmp_path / "a.onnx", tmp_path).splitlines()  # after all others
+    assert f"the image '{tmp_path / 'b.png'}' cannot be read" in first and "c.png" in second
+    assert "d.png' does not exist." in answer(tmp_path / "a.onnx", tmp_path / "d.png")

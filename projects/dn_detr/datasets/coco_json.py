@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
 from dn_detr.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
-_EXIF_ORIENTATION = 274
-_EXIF_ROTATED = (5, 6, 7, 8)  # orientations that swap width and height
 
 
 class CocoFile:
@@ -78,16 +74,3 @@ def find_images(folder: Path) -> list[Path]:
     if not found:
         raise InputError(f"the folder {str(folder)!r} contains no images.")
     return found
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Return (width, height) in pixels after applying the EXIF orientation."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            is_rotated = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_ROTATED
-    except UnidentifiedImageError:
-        raise InputError(f"the image {path} has an unknown format.") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"the image {path} cannot be read: {error}.") from error
-    return (height, width) if is_rotated else (width, height)

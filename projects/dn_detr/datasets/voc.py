@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from xml.etree import ElementTree
 
-from dn_detr.datasets.coco_json import IMAGE_SUFFIXES, CocoFile, image_size
+from dn_detr.datasets.coco_json import IMAGE_SUFFIXES, CocoFile
+from dn_detr.datasets.image_files import image_size
 from dn_detr.errors import InputError
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from yaml import YAMLError
 
-from dn_detr.datasets.coco_json import CocoFile, find_images, image_size
+from dn_detr.datasets.coco_json import CocoFile, find_images
+from dn_detr.datasets.image_files import image_size
 from dn_detr.errors import InputError
 from dn_detr.safe_yaml import read_yaml
 

@@ -3,12 +3,12 @@
 import numpy as np
 import torch
 from detectron2.config import configurable
-from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, polygons_to_bitmask
+from detectron2.utils.file_io import PathManager
 from pycocotools import mask as coco_mask
 
-from dn_detr.d2.data.coco_check import UNREADABLE, reason
+from dn_detr.datasets.image_files import check_size, read_rgb
 from dn_detr.errors import InputError
 
 ROUNDING = 0.1  # boxes that leave the image by up to this many pixels do not count as cut
@@ -52,14 +52,14 @@ def train_augmentations(*, min_sizes, max_size, sample_style, flip, crop=None, j
         )
     if jitter is not None:
         low, high, size = jitter
-        scale = T.ResizeScale(low, high, target_height=size, target_width=size)
+        scale = ResizeScale(low, high, target_height=size, target_width=size)
         return [*augmentations, scale, T.FixedSizeCrop((size, size), pad=False)]
-    resize = T.ResizeShortestEdge(min_sizes, max_size, sample_style)
+    resize = ResizeShortestEdge(min_sizes, max_size, sample_style)
     if crop is None:
         return [*augmentations, resize]
     sizes_before, crop_type, crop_size = crop
     cropped = [
-        T.ResizeShortestEdge(sizes_before, sample_style="choice"),
+        ResizeShortestEdge(sizes_before, sample_style="choice"),
         T.RandomCrop(crop_type, crop_size),
         resize,
     ]
@@ -67,7 +67,7 @@ def train_augmentations(*, min_sizes, max_size, sample_style, flip, crop=None, j
 
 
 def read_image(record, image_format):
-    """Read the image of a record, with EXIF orientation applied.
+    """Read the image of a record; see `dn_detr.datasets.image_files`.
 
     Args:
         record: Dataset dict; missing "width" and "height" are filled in.
@@ -77,25 +77,39 @@ def read_image(record, image_format):
         The image, uint8 [height, width, 3].
 
     Raises:
-        InputError: If the file cannot be read, or its size differs from the annotations.
+        BadImage: If the file cannot be read, or its size differs from the annotations.
     """
-    name = f"image {record['file_name']} (id {record.get('image_id')})"
-    try:
-        image = detection_utils.read_image(record["file_name"], format=image_format)
-    except FileNotFoundError:
-        raise InputError(f"{name} does not exist: check the image folder of its dataset.") from None
-    except UNREADABLE as error:
-        raise InputError(
-            f"{name} cannot be read ({reason(error)}): replace or remove it."
-        ) from error
-    try:
-        detection_utils.check_image_size(record, image)
-    except detection_utils.SizeMismatchError:
-        raise InputError(
-            f"{name} has {image.shape[1]}x{image.shape[0]} pixels, but its annotations say "
-            f"{record['width']}x{record['height']}: correct width and height there."
-        ) from None
-    return image
+    name = record["file_name"]
+    image = read_rgb(PathManager.get_local_path(name), name)
+    record.setdefault("height", image.shape[0])
+    record.setdefault("width", image.shape[1])
+    check_size(name, image, (record["width"], record["height"]))
+    return in_order(image, image_format)
+
+
+def in_order(image, image_format):
+    """Return an RGB image [height, width, 3] in the channel order of INPUT.FORMAT."""
+    if image_format not in ("RGB", "BGR"):
+        raise InputError(f"INPUT.FORMAT must be 'RGB' or 'BGR', got {image_format!r}.")
+    return image if image_format == "RGB" else image[:, :, ::-1]
+
+
+class _KeepsPixels:
+    """Leave every side at least one pixel; Detectron2 rounds that of a 3000x1 image to 0."""
+
+    def get_transform(self, image):
+        transform = super().get_transform(image)
+        if isinstance(transform, T.ResizeTransform):
+            transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
+        return transform
+
+
+class ResizeShortestEdge(_KeepsPixels, T.ResizeShortestEdge):
+    """Detectron2's `ResizeShortestEdge` to at least one pixel."""
+
+
+class ResizeScale(_KeepsPixels, T.ResizeScale):
+    """Detectron2's `ResizeScale` to at least one pixel."""
 
 
 def _bitmask(segmentation, height, width):
@@ -207,7 +221,7 @@ class DetrMapper:
             )
         else:
             augmentations = [
-                T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")
+                ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")
             ]
         return {
             "augmentations": augmentations,

@@ -10,7 +10,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from PIL import Image
 
-from dn_detr.d2.data.mapper import make_instances, read_image
+from dn_detr.d2.data.mapper import ResizeShortestEdge, make_instances, read_image
 from dn_detr.errors import InputError
 
 SMALLEST_SIDE = 1.0
@@ -105,7 +105,7 @@ class Mosaic:
         with_masks=False,
         with_teacher=False,
     ):
-        self.resize = T.ResizeShortestEdge(size, 2 * size)
+        self.resize = ResizeShortestEdge(size, 2 * size)
         self.min_visible = min_visible
         self.fill = tuple(fill)
         self.augmentations = T.AugmentationList(augmentations)

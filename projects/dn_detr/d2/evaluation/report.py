@@ -9,7 +9,6 @@ import math
 import os
 
 import numpy as np
-from detectron2.data import detection_utils
 from jinja2 import Environment
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -18,6 +17,8 @@ from pycocotools.cocoeval import COCOeval
 
 from dn_detr.d2.evaluation.error_analysis import IOU, Analysis, ImageResult, analyse
 from dn_detr.d2.inference.visualization import draw_styled
+from dn_detr.datasets.image_files import read_rgb
+from dn_detr.errors import BadImage
 
 NUM_IMAGES = 12  # images with most errors in the report
 _MOST_CURVES = 12  # most classes with their own curve
@@ -212,8 +213,9 @@ def _pictures(images: list[ImageResult], image_root: str, categories: dict) -> l
     """Draw the errors of images for the HTML page."""
     shown = []
     for image in images:
-        path = os.path.join(image_root, image.image["file_name"])
-        if not os.path.isfile(path):
+        try:
+            pixels = read_rgb(os.path.join(image_root, image.image["file_name"]))
+        except BadImage:  # the evaluation has named it
             continue
         entries = [
             *((result, RIGHT, "-") for result in image.correct),
@@ -224,7 +226,7 @@ def _pictures(images: list[ImageResult], image_root: str, categories: dict) -> l
         boxes = np.array([entry["bbox"] for entry, _, _ in entries], float).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         drawn = draw_styled(
-            detection_utils.read_image(path, format="RGB"),
+            pixels,
             boxes,
             captions=[_caption(entry, categories) for entry, _, _ in entries],
             colors=[color for _, color, _ in entries],
