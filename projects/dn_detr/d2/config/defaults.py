@@ -31,6 +31,11 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.DATASETS.TEACHER_BOXES = []
     # Checks before the first iteration: "full" (annotations and images) or "off".
     cfg.DATASETS.CHECK = "full"
+    # An image file that cannot be used (missing, damaged, of another size): "stop" ends the
+    # training, "skip" trains on another image instead, which follows from the seed, until a process
+    # has met more than MAX_BAD_IMAGES. In an evaluation it always counts as one without detections.
+    cfg.DATALOADER.BAD_IMAGES = "stop"
+    cfg.DATALOADER.MAX_BAD_IMAGES = 10
     # As in the published code, images are not grouped by aspect ratio: a sample only depends on its
     # position in the stream.
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False

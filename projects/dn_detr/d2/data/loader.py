@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -22,13 +22,14 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from dn_detr.d2.data import dataset_dicts
 from dn_detr.d2.data.augmentation_schedule import DenseO2O, build_dense_o2o
-from dn_detr.d2.data.mapper import DetrMapper
+from dn_detr.d2.data.mapper import DetrMapper, read_image
+from dn_detr.d2.data.packing import about_open_files, allow_open_files, pack, unpack
 from dn_detr.d2.data.teacher_boxes import WithTeacher, load_teacher_boxes, teacher_files
-from dn_detr.errors import InputError
+from dn_detr.errors import BadImage, InputError
 
 logger = logging.getLogger(__name__)
 
-_ORDER, _AUGMENTATION = 0, 1
+_ORDER, _AUGMENTATION, _REPLACEMENT = 0, 1, 4
 """First words of seeds; `augmentation_schedule` uses 2 and 3, so no two share random numbers."""
 
 
@@ -57,6 +58,66 @@ def random_numbers_from(seed: int, position: int):
         torch.set_rng_state(before[2])
 
 
+class _Replacing(Dataset):
+    """Records of a dataset, with other ones in the place of those whose image cannot be used.
+
+    The other one follows from seed and index alone, not from when the fault was found. The worker
+    processes share what they find.
+
+    Args:
+        dataset: Records by index.
+        seed: Seed of the replacements.
+        most: Most images that are replaced.
+    """
+
+    def __init__(self, dataset, *, seed: int, most: int):
+        self.dataset = dataset
+        self.seed = seed
+        self.most = most
+        self.is_bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        self.read: dict[int, dict] = {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        rng = np.random.default_rng([_REPLACEMENT, self.seed, index])
+        while self.is_bad[index]:
+            index = int(rng.integers(len(self)))
+        self.read[index] = self.dataset[index]
+        return self.read[index]
+
+    def sample(self, make: Callable[[], dict]) -> dict:
+        """Return make(), called again without the images that it could not use."""
+        while True:
+            self.read.clear()
+            try:
+                return make()
+            except BadImage as error:
+                self._drop(error)
+
+    def _drop(self, error: BadImage) -> None:
+        """Mark the images behind an error."""
+        faults = {next(iter(self.read)): str(error)} if len(self.read) == 1 else {}
+        for index, record in self.read.items() if not faults else ():  # of a mosaic
+            try:
+                read_image(dict(record), "RGB")
+            except BadImage as fault:
+                faults[index] = str(fault)
+        if not faults:
+            raise error
+        for index, fault in faults.items():
+            if not self.is_bad[index]:
+                self.is_bad[index] = True
+                logger.warning(f"trains on another image from here on: {fault}")
+        count = int(self.is_bad.sum())
+        if count > self.most or count == len(self):
+            raise InputError(
+                f"{count} of {len(self)} training images cannot be used, and "
+                f"DATALOADER.MAX_BAD_IMAGES is {self.most}: {error}"
+            )
+
+
 class _Samples(Dataset):
     """Maps the (position, image index) pairs of a process's batch to its samples."""
 
@@ -70,10 +131,15 @@ class _Samples(Dataset):
     def __getitems__(self, places: list[tuple[int, int]]) -> list[dict]:
         first = places[0][0]
         iteration = first // self.batch_size
-        samples = [self._sample(iteration, *place) for place in places]
+        samples = [self._readable_sample(iteration, *place) for place in places]
         if self.dense is None:
             return samples
         return self.dense.batch(samples, iteration, seed=self.seed, first_position=first)
+
+    def _readable_sample(self, *place: int) -> dict:
+        if isinstance(self.dataset, _Replacing):
+            return self.dataset.sample(lambda: self._sample(*place))
+        return self._sample(*place)
 
     def _sample(self, iteration: int, position: int, index: int) -> dict:
         with random_numbers_from(self.seed, position):
@@ -115,6 +181,8 @@ class TrainLoader:
         batch_size: Samples of all ranks in an iteration.
         seed: Seed of order and augmentation.
         dense: Mosaics and mixed images, or None.
+        max_bad_images: Most images that cannot be used and are replaced by others; None: the first
+            is an error.
         num_workers: Worker processes; 0 loads in the main process.
         pin_memory: Whether to copy tensors to pinned memory.
         rank: Rank of this process.
@@ -129,6 +197,7 @@ class TrainLoader:
         batch_size: int,
         seed: int,
         dense: DenseO2O | None = None,
+        max_bad_images: int | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
         rank: int = 0,
@@ -146,6 +215,7 @@ class TrainLoader:
         self.batch_size = batch_size
         self.seed = seed
         self.dense = dense
+        self.max_bad_images = max_bad_images
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.rank = rank
@@ -167,9 +237,12 @@ class TrainLoader:
             seed=self.seed,
             first_iteration=self.start_iteration,
         )
+        dataset = self.dataset
+        if self.max_bad_images is not None:
+            dataset = _Replacing(dataset, seed=self.seed, most=self.max_bad_images)
         loader = DataLoader(
             _Samples(
-                self.dataset,
+                dataset,
                 mapper=self.mapper,
                 dense=self.dense,
                 batch_size=self.batch_size,
@@ -177,21 +250,25 @@ class TrainLoader:
             ),
             batch_sampler=places,
             num_workers=self.num_workers,
-            collate_fn=list,
+            collate_fn=pack if self.num_workers else list,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # leaves the default generator to the model
         )
-        return _without_lingering_workers(iter(loader))
+        allow_open_files(self.num_workers)
+        with about_open_files(self.num_workers):
+            iterator = iter(loader)
+        return _without_lingering_workers(iterator, self.num_workers)
 
 
-def _without_lingering_workers(iterator):
-    """Yield from a DataLoader's iterator and end its workers at once after an InputError.
+def _without_lingering_workers(iterator, num_workers: int):
+    """Yield the batches of a DataLoader's iterator; end its workers at once after an InputError.
 
     The error's traceback would otherwise keep the iterator alive, and exiting would take another
     five seconds for every worker.
     """
     try:
-        yield from iterator
+        with about_open_files(num_workers):
+            yield from (unpack(*batch) for batch in iterator) if num_workers else iterator
     except InputError as error:
         message = str(error)
         error.__traceback__ = None
@@ -243,6 +320,11 @@ def build_train_loader(cfg, mapper=None) -> TrainLoader:
             "DATALOADER.SAMPLER_TRAIN must be 'TrainingSampler', the only one that continues "
             f"exactly after a resume, got {cfg.DATALOADER.SAMPLER_TRAIN!r}."
         )
+    if cfg.DATALOADER.BAD_IMAGES not in ("stop", "skip"):
+        raise InputError(
+            f"DATALOADER.BAD_IMAGES must be 'stop' or 'skip', got {cfg.DATALOADER.BAD_IMAGES!r}."
+        )
+    skips = cfg.DATALOADER.BAD_IMAGES == "skip"
     dataset = training_set(
         cfg.DATASETS.TRAIN,
         check=cfg.DATASETS.CHECK,
@@ -255,6 +337,7 @@ def build_train_loader(cfg, mapper=None) -> TrainLoader:
         mapper=DetrMapper(cfg, True) if mapper is None else mapper,
         batch_size=cfg.SOLVER.IMS_PER_BATCH,
         dense=build_dense_o2o(cfg, mapper),
+        max_bad_images=cfg.DATALOADER.MAX_BAD_IMAGES if skips else None,
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available(),
@@ -270,13 +353,37 @@ def build_train_loader(cfg, mapper=None) -> TrainLoader:
     return loader
 
 
+class _BlankIfUnreadable:
+    """A mapper for evaluation that never fails at an image file.
+
+    The sample of an image that cannot be used has a blank image and says why under "unreadable":
+    the evaluator counts it as an image without detections.
+    """
+
+    def __init__(self, mapper, side: int):
+        self.mapper = mapper
+        self.side = side
+
+    def __call__(self, record: dict) -> dict:
+        try:
+            return self.mapper(record)
+        except BadImage as error:
+            sample = {key: value for key, value in record.items() if key != "annotations"}
+            blank = torch.zeros(3, self.side, self.side, dtype=torch.uint8)
+            return {**sample, "image": blank, "unreadable": str(error)}
+
+
 def build_test_loader(cfg, dataset_name: str, mapper=None) -> DataLoader:
-    """Build Detectron2's test loader over the checked dataset, with one image per batch."""
+    """Build Detectron2's test loader over the checked dataset, with one image per batch.
+
+    Samples with the key "unreadable" stand for images that cannot be used.
+    """
+    allow_open_files(cfg.DATALOADER.NUM_WORKERS)
     loaded = dataset_dicts.load(
         dataset_name, check=cfg.DATASETS.CHECK, with_masks=cfg.MODEL.MASK_ON
     )
     return build_detection_test_loader(
         loaded.records,
-        mapper=DetrMapper(cfg, False) if mapper is None else mapper,
+        mapper=_BlankIfUnreadable(mapper or DetrMapper(cfg, False), cfg.INPUT.MIN_SIZE_TEST),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )

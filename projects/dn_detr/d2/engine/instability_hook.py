@@ -20,6 +20,7 @@ from dn_detr.analysis.matching_instability import (
 from dn_detr.d2.data import dataset_dicts
 from dn_detr.d2.data.mapper import DetrMapper
 from dn_detr.d2.engine.evaluation_hooks import AfterEvaluation
+from dn_detr.errors import BadImage
 from dn_detr.losses.matcher import assign
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ class MatchingInstruments(AfterEvaluation):
         model = self.model
         with inference_context(model):
             for index, samples in self.loader:
+                if not samples:
+                    continue
                 predictions = model.predict(model.make_batch(samples))
                 targets = model.make_batch(samples, with_targets=True).targets
                 part = predictions.of("match")
@@ -100,7 +103,7 @@ class MatchingInstruments(AfterEvaluation):
 
 
 class _Indexed(torch.utils.data.Dataset):
-    """Samples with their indices in the dataset."""
+    """Samples with their indices in the dataset; none of an image that cannot be used."""
 
     def __init__(self, dataset, indices, mapper):
         self.dataset = Subset(dataset, indices)
@@ -111,7 +114,10 @@ class _Indexed(torch.utils.data.Dataset):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[int, list[dict]]:
-        return self.indices[position], [self.mapper(self.dataset[position])]
+        try:
+            return self.indices[position], [self.mapper(self.dataset[position])]
+        except BadImage:  # the evaluation has named it
+            return self.indices[position], []
 
 
 def build_instruments(cfg, model: nn.Module) -> MatchingInstruments | None:

@@ -74,7 +74,13 @@ class Evaluator(COCOEvaluator):
         """Collect the detections of a batch; see `COCOEvaluator`."""
         if self.to_dataset is not None:
             outputs = [{"instances": self._relabel(output["instances"])} for output in outputs]
-        super().process(inputs, outputs)
+        for sample, output in zip(inputs, outputs, strict=True):
+            is_bad = "unreadable" in sample  # see `build_test_loader`
+            super().process(
+                [sample], [{"instances": output["instances"][:0]} if is_bad else output]
+            )
+            if is_bad:
+                self._predictions[-1]["unreadable"] = sample["unreadable"]
 
     def _relabel(self, instances: Instances) -> Instances:
         """Map labels to the dataset's classes and drop detections of other classes."""
@@ -84,6 +90,9 @@ class Evaluator(COCOEvaluator):
 
     def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None) -> None:
         """Fill self._results with task -> metrics; `evaluate` calls this on the main rank."""
+        if faults := [one["unreadable"] for one in predictions if "unreadable" in one]:
+            text = f"{len(faults)} images of {self.dataset_name} count as without detections:"
+            self._logger.warning("\n  ".join([text, *faults]))
         results = list(itertools.chain(*(prediction["instances"] for prediction in predictions)))
         to_ours = self._metadata.get("thing_dataset_id_to_contiguous_id") or {}
         to_theirs = {ours: theirs for theirs, ours in to_ours.items()}
