@@ -5,6 +5,11 @@
     python tools/check_data.py --coco cells/train.json cells/images --write-cleaned cells/clean.json
     python tools/check_data.py coco_2017_train --config-file configs/dn_deformable.yaml
 
+After the report come a table of objects by class and size, everything that looks wrong (boxes in
+another format, doubled boxes, equal images in one dataset or in two, as in training and validation)
+and the image files that cannot be used. --decode decodes every image and finds damage inside the
+files as well; what was sound is remembered.
+
 With --config-file, the datasets of the configuration can be used by name, and the report also
 checks the number of queries and denoising groups and prints when mosaic and mixup are used
 (INPUT.SCHEDULE).
@@ -17,8 +22,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 
 from dn_detr.d2.config.defaults import add_dn_detr_config, read_config
 from dn_detr.d2.data import dataset_dicts
@@ -26,6 +33,8 @@ from dn_detr.d2.data.augmentation_schedule import build_dense_o2o
 from dn_detr.d2.data.catalog import dataset_names, register_coco_format, register_shapes
 from dn_detr.d2.data.cleaning import clean_content
 from dn_detr.d2.data.coco_check import read_json
+from dn_detr.d2.data.image_check import equal_files, find_faults
+from dn_detr.d2.data.plausibility import box_warnings, file_warnings, name_warnings, size_table
 from dn_detr.d2.data.summary import num_queries_of, report_on
 from dn_detr.errors import InputError
 
@@ -51,6 +60,31 @@ def report(cfg: CfgNode, name: str, *, knows_model: bool) -> str:
             max_noised=node.DENOISING.MAX_OBJECTS if node.DENOISING.ENABLED else 0,
         )
     )
+
+
+def boxes_in(records) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return boxes xywh [N, 4], labels [N] and image indices [N] of objects without crowds."""
+    rows = [
+        (*BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYWH_ABS), a["category_id"], i)
+        for i, record in enumerate(records)
+        for a in record.get("annotations", ())
+        if not a.get("iscrowd", 0)
+    ]
+    table = np.array(rows, np.float64).reshape(-1, 6)
+    table = table[np.isfinite(table).all(axis=1)]
+    return table[:, :4], table[:, 4].astype(int), table[:, 5].astype(int)
+
+
+def examine(name: str) -> list[str]:
+    """Print objects by class and size of a loaded dataset; return what looks wrong in it."""
+    loaded = dataset_dicts.load(name)
+    boxes, labels, _ = boxes_in(loaded.records)
+    print(size_table(boxes, labels, loaded.class_names))
+    records = DatasetCatalog.get(name)  # as annotated
+    sizes = np.array([[r.get(side, np.inf) for side in ("width", "height")] for r in records])
+    files = [record["file_name"] for record in records]
+    warnings = name_warnings(loaded.class_names) + box_warnings(*boxes_in(records), sizes, files)
+    return [f"dataset {name}: {warning}" for warning in warnings]
 
 
 def write_cleaned(name: str, target: Path) -> str:
@@ -81,12 +115,27 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("pass a dataset name, --coco JSON IMAGES, or --config-file.")
     if args.write_cleaned and len(names) != 1:
         raise InputError(f"--write-cleaned is for one dataset, got {len(names)}.")
+    warnings, faults, files = [], [], {}
     for name in names:
         print(report(cfg, name, knows_model=args.config_file is not None))
+        warnings += examine(name)
+        records = dataset_dicts.load(name).records
+        files[name] = [record["file_name"] for record in records]
+        faults += find_faults(records, decodes=args.decode, shows_progress=True).values()
+    warnings += file_warnings(
+        files, equal_files([file for part in files.values() for file in part])
+    )
+    for warning in warnings:
+        print(f"warning: {warning}")
+    for fault in faults:
+        print(f"fault: {fault}")
     if (dense := build_dense_o2o(cfg)) is not None:
         print(dense.describe(cfg.SOLVER.MAX_ITER))
     if args.write_cleaned:
         print(write_cleaned(names[0], args.write_cleaned))
+    if faults:
+        count = sum(map(len, files.values()))
+        raise InputError(f"{len(faults)} of {count} images cannot be used: {faults[0]}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -110,6 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="JSON",
         help="write cleaned annotations of one dataset",
     )
+    parser.add_argument("--decode", action="store_true", help="decode the pixels of every image")
     parser.add_argument("--config-file")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs")
     try:

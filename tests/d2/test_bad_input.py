@@ -101,7 +101,7 @@ def test_without_data_one_sentence_says_where_they_were_looked_for_and_what_to_d
     [
         (no_annotation_file, ("a.json", "does not exist")),
         (cut_off_annotation_file, ("a.json", "not a valid json file")),
-        (no_image_file, ("12.png", "1 of the 4 image files", "do not exist")),
+        (no_image_file, ("12.png", "1 of the 4 images", "does not exist")),
         (no_image_inside, ("12.png", "cannot be read")),
         (damaged_image, ("12.png", "cannot be read")),
         (unknown_category, ("annotation 1", "category_id 99")),

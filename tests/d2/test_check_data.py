@@ -91,7 +91,7 @@ def test_mistakes_are_said_in_one_sentence(check_data, tmp_path):
         ([], "pass a dataset name"),
         (["none"], "there is no dataset 'none'"),
         (["--coco", "none.json", images], "none.json does not exist"),
-        (["--coco", json_file, "none"], "image files of the dataset .* do not exist"),
+        (["--coco", json_file, "none"], "4 of 4 images cannot be used: .* does not exist"),
         (["a", "b", "--write-cleaned", "c"], "--write-cleaned is for one dataset, got 2"),
     ]:
         with pytest.raises(SystemExit, match=f"check_data.py: .*{words}"):

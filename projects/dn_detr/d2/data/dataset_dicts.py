@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from dn_detr.d2.data.catalog import class_names
-from dn_detr.d2.data.coco_check import check_annotations, check_image_files, read_json
+from dn_detr.d2.data.coco_check import check_annotations, read_json
 from dn_detr.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def load(name: str, *, check: str = "full", with_masks: bool = False) -> LoadedD
 
     Args:
         name: Name in the catalog.
-        check: "full" checks the annotation file and all image files first, "off" does not.
+        check: "full" checks the annotation file first, "off" does not.
         with_masks: Whether to keep segmentations.
 
     Raises:
@@ -107,8 +107,6 @@ def _load(name, load_records, names, is_checked, with_masks) -> LoadedDataset:
         raise InputError(f"the dataset {name!r} cannot be loaded: {error}.") from error
     if not records:
         raise InputError(f"the dataset {name!r} has no images.")
-    if is_checked:
-        check_image_files(records, name)
     loaded = clean(records, name=name, class_names=list(names), with_masks=with_masks)
     if not is_checked:  # otherwise the report lists them
         for line in describe(loaded.no_size, loaded.outside, loaded.clipped):

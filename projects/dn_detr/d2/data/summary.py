@@ -13,6 +13,8 @@ from dn_detr.d2.data import dataset_dicts
 from dn_detr.d2.data.augmentation_schedule import build_dense_o2o
 from dn_detr.d2.data.catalog import dataset_names
 from dn_detr.d2.data.dataset_dicts import Finding, LoadedDataset, describe
+from dn_detr.d2.data.image_check import check_image_files
+from dn_detr.d2.data.plausibility import name_warnings
 from dn_detr.d2.data.teacher_boxes import load_teacher_boxes, teacher_files
 from dn_detr.d2.engine.collective import run_on_main_rank
 
@@ -162,9 +164,19 @@ def check_datasets(cfg, eval_only: bool = False) -> list[DatasetReport]:
         build_dense_o2o(cfg)  # finds an invalid schedule before images are read
     node = cfg.MODEL.DN_DETR
     teachers = {} if eval_only else teacher_files(cfg)
-    reports = []
+    reports, files = [], {}
     for name in dataset_names(cfg, eval_only):
         loaded = dataset_dicts.load(name, check=cfg.DATASETS.CHECK, with_masks=cfg.MODEL.MASK_ON)
+        check_image_files(
+            loaded.records,
+            name,
+            bad_images=cfg.DATALOADER.BAD_IMAGES,
+            most=cfg.DATALOADER.MAX_BAD_IMAGES,
+            is_for_training=not eval_only and name in cfg.DATASETS.TRAIN,
+        )
+        files[name] = [record["file_name"] for record in loaded.records]
+        for warning in name_warnings(loaded.class_names):
+            logger.warning(f"dataset {name}: {warning}")
         report = report_on(
             loaded,
             is_for_training=not eval_only and name in cfg.DATASETS.TRAIN,
@@ -177,6 +189,14 @@ def check_datasets(cfg, eval_only: bool = False) -> list[DatasetReport]:
         reports.append(report)
         if name in teachers:
             logger.info(load_teacher_boxes(loaded, teachers[name]).report())
+    training = {file for name in files if name in cfg.DATASETS.TRAIN for file in files[name]}
+    for name in files:
+        shared = [file for file in files[name] if file in training]
+        if shared and not eval_only and name not in cfg.DATASETS.TRAIN:
+            logger.warning(
+                f"dataset {name}: {len(shared)} of its {len(files[name])} images are training "
+                f"images, the first is {shared[0]}"
+            )
     return reports
 
 
