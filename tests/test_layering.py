@@ -44,7 +44,7 @@ OTHERS = {
     "datasets": {"errors", "safe_yaml"},
     "conversion": {"errors"},
     "d2": {*CORE, "datasets", "errors", "conversion", "safe_yaml"},
-    "detector": {"d2", "errors"},
+    "detector": {"d2", "datasets", "errors"},
 }
 
 OUTSIDE = {

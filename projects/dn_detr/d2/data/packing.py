@@ -68,7 +68,7 @@ def pack(samples: list[dict]) -> tuple[Tensor, bytes]:
 
 
 def unpack(buffer: Tensor, content: bytes) -> list[dict]:
-    """Return the samples of `pack`, whose tensors are views of the buffer."""
+    """Return the samples of `pack`; their tensors are views of the buffer, [bytes] uint8."""
     return _Unpacker(io.BytesIO(content), buffer).load()
 
 
