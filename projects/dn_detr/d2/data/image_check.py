@@ -10,21 +10,20 @@ import sqlite3
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
-from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
+from dn_detr.d2.data.mapper import local_path
 from dn_detr.datasets.image_files import fault_of
 from dn_detr.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-CACHE = os.path.join(
-    os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dn_detr"
-)
+CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dn_detr")
 """Folder where sound images are remembered."""
 
 _NUM_NAMES = 10  # most faults that are listed
 _MANY = 5000  # images whose check is shown by a progress bar on a terminal in any case
+_PART = 1024  # files that a thread looks at together
 _TAIL = 16384  # bytes that tell nearly all files of one size apart
 
 
@@ -71,17 +70,20 @@ def find_faults(records, *, decodes: bool = False, shows_progress: bool = False)
     Returns:
         Index of a record -> a sentence on its image.
     """
-    paths = [PathManager.get_local_path(record["file_name"]) for record in records]
-    sizes = [
-        (r["width"], r["height"]) if r.get("width") and r.get("height") else None for r in records
-    ]
+    paths, sizes = [], []
+    for record in records:
+        size = (record.get("width"), record.get("height"))
+        paths.append(local_path(record["file_name"]))
+        sizes.append(None if None in size else size)
     with ThreadPoolExecutor(8) as threads, _remembered() as database:
-        states = list(threads.map(_state, paths, chunksize=64))
+        parts = [paths[i : i + _PART] for i in range(0, len(paths), _PART)]
+        states = [state for part in threads.map(_states, parts) for state in part]
+        rows = database.execute("SELECT * FROM sound WHERE decoded >= ?", (decodes,))
+        known = {path: (state, (width, height)) for path, state, _, width, height in rows}
         jobs, todo = [], []
         for i, (path, size, state) in enumerate(zip(paths, sizes, states, strict=True)):
-            query = "SELECT width, height FROM sound WHERE path = ? AND state = ? AND decoded >= ?"
-            known = database.execute(query, (_key(path), state, decodes)).fetchone()
-            if known is None or size not in (None, known):
+            known_state, known_size = known.get(_key(path), (None, None))
+            if state != known_state or size not in (None, known_size):
                 jobs.append((path, size, decodes))
                 todo.append(i)
         # Pillow decodes one image at a time in a process, but waits for files in threads.
@@ -108,13 +110,17 @@ def _key(path: str) -> bytes:
     return os.fsencode(os.path.abspath(path))
 
 
-def _state(path: str) -> str:
-    """Return size and time of change of a file, "" if there is none."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return ""
-    return f"{status.st_size} {status.st_mtime_ns}"
+def _states(paths: list[str]) -> list[str]:
+    """Return size and time of change of every file, "" if there is none."""
+    states = []
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            states.append("")
+        else:
+            states.append(f"{status.st_size} {status.st_mtime_ns}")
+    return states
 
 
 @contextlib.contextmanager
@@ -143,7 +149,7 @@ def equal_files(paths: list[str]) -> list[list[int]]:
     Returns:
         Lists of at least two indices.
     """
-    paths = [PathManager.get_local_path(path) for path in paths]
+    paths = [local_path(path) for path in paths]
     groups = {(): list(range(len(paths)))}
     with ThreadPoolExecutor(8) as pool:
         for key in (_size, lambda path: _digest(path, _TAIL), _digest):

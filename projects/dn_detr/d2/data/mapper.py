@@ -80,11 +80,16 @@ def read_image(record, image_format):
         BadImage: If the file cannot be read, or its size differs from the annotations.
     """
     name = record["file_name"]
-    image = read_rgb(PathManager.get_local_path(name), name)
+    image = read_rgb(local_path(name), name)
     record.setdefault("height", image.shape[0])
     record.setdefault("width", image.shape[1])
     check_size(name, image, (record["width"], record["height"]))
     return in_order(image, image_format)
+
+
+def local_path(name):
+    """Return where a file is, which Detectron2's PathManager may have to download first."""
+    return PathManager.get_local_path(name) if "://" in name else name
 
 
 def in_order(image, image_format):

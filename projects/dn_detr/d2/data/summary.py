@@ -167,14 +167,18 @@ def check_datasets(cfg, eval_only: bool = False) -> list[DatasetReport]:
     reports, files = [], {}
     for name in dataset_names(cfg, eval_only):
         loaded = dataset_dicts.load(name, check=cfg.DATASETS.CHECK, with_masks=cfg.MODEL.MASK_ON)
+        images = [  # once: every access unpickles a record
+            {key: record.get(key) for key in ("file_name", "width", "height")}
+            for record in loaded.records
+        ]
         check_image_files(
-            loaded.records,
+            images,
             name,
             bad_images=cfg.DATALOADER.BAD_IMAGES,
             most=cfg.DATALOADER.MAX_BAD_IMAGES,
             is_for_training=not eval_only and name in cfg.DATASETS.TRAIN,
         )
-        files[name] = [record["file_name"] for record in loaded.records]
+        files[name] = [image["file_name"] for image in images]
         for warning in name_warnings(loaded.class_names):
             logger.warning(f"dataset {name}: {warning}")
         report = report_on(
