@@ -112,7 +112,7 @@ def test_a_faulty_dataset_ends_a_training_of_two_processes_in_one_sentence(argum
     )
     assert done.returncode == 1
     (sentence,) = (line for line in done.stderr.splitlines() if line.startswith("train_net.py: "))
-    assert "1 of the 4 image files of the dataset 'broken' do not exist" in sentence
+    assert "1 of the 4 images of the dataset 'broken' cannot be used" in sentence
     for noise in ("RuntimeError", "terminate called", "SIGABRT", "Aborted"):
         assert noise not in done.stderr
 
