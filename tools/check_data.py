@@ -17,15 +17,19 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import MetadataCatalog
 
 from dn_detr.d2.config.defaults import add_dn_detr_config, read_config
 from dn_detr.d2.data import dataset_dicts
 from dn_detr.d2.data.augmentation_schedule import build_dense_o2o
-from dn_detr.d2.data.catalog import dataset_names, register_coco_format, register_shapes
-from dn_detr.d2.data.cleaning import clean_content
-from dn_detr.d2.data.coco_check import read_json
+from dn_detr.d2.data.catalog import (
+    dataset_names,
+    is_coco_file,
+    read_registered,
+    register_coco_format,
+    register_shapes,
+)
 from dn_detr.d2.data.summary import num_queries_of, report_on
 from dn_detr.errors import InputError
 
@@ -54,17 +58,29 @@ def report(cfg: CfgNode, name: str, *, knows_model: bool) -> str:
 
 
 def write_cleaned(name: str, target: Path) -> str:
-    """Write the annotations without boxes that cannot be trained on."""
-    json_file = MetadataCatalog.get(name).get("json_file")
-    if json_file is None:
+    """Write an annotation file without its dropped boxes and with clipped ones as in training.
+
+    Everything else stays. A clipped box without outline gets a new area.
+    """
+    if not is_coco_file(name):
         raise InputError(f"the dataset {name!r} has no json file to clean.")
-    cleaned = clean_content(json_file, read_json(json_file))
+    truth = read_registered(name)
+    content = json.loads(Path(truth.source).read_text(encoding="utf-8-sig"))
+    given, kept, num_clipped = content.get("annotations", []), [], 0
+    for n in np.argsort(truth.entries):
+        annotation, box = given[truth.entries[n]], truth.boxes[n].tolist()
+        if box != annotation["bbox"]:
+            num_clipped += 1
+            annotation |= {"bbox": box}
+            if np.isnan(truth.given_areas[n]):
+                annotation["area"] = float(truth.areas[n])
+        kept.append(annotation)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(cleaned.content), encoding="utf-8")
+        target.write_text(json.dumps({**content, "annotations": kept}), encoding="utf-8")
     except OSError as error:
         raise InputError(f"the cleaned file cannot be written: {error}.") from error
-    return f"wrote {target}: {cleaned.num_dropped} boxes dropped, {cleaned.num_clipped} clipped"
+    return f"wrote {target}: {len(given) - len(kept)} boxes dropped, {num_clipped} clipped"
 
 
 def run(args: argparse.Namespace) -> None:
