@@ -145,7 +145,7 @@ WRONG = {
     ),
     "no file": (
         None,
-        "there is no file of teacher boxes .*teacher.json: make them by tools/make_teacher_boxes.py",
+        "there is no file of teacher boxes .*teacher.json: make them by tools/make_teach",
     ),
 }
 

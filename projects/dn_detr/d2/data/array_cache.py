@@ -20,6 +20,9 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+SMALL = 1 << 20
+"""Bytes of a file that is parsed faster than a cache is looked up."""
+
 _SETTLED = 2.0  # seconds after which a changed file surely gets another time stamp
 
 
@@ -36,9 +39,14 @@ def _digest(*data: bytes) -> str:
     return state.hexdigest()[:32]
 
 
-def content_key(path: Path, salt: bytes) -> tuple[str, bytes | None]:
-    """Return a hash of content and salt, and the content unless size and time tell the hash."""
+def content_key(path: Path, salt: bytes) -> tuple[str | None, bytes | None]:
+    """Return a hash of content and salt, and the content unless size and time tell the hash.
+
+    The hash of a small file is None: it is not worth keeping anything.
+    """
     status = path.stat()
+    if status.st_size < SMALL:
+        return None, path.read_bytes()
     stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, _digest(salt)]
     note = cache_folder() / f"{_digest(os.path.realpath(path).encode())}.json"
     with suppress(OSError, ValueError, TypeError):  # no note, or none of ours

@@ -7,11 +7,12 @@ them into memory.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -135,7 +136,7 @@ def decode(data: bytes, kind: Any, source: str) -> Any:
     raise InputError(f"{source}: {reason}.")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _readable(file_name: str, what: str, hint: str = "") -> Iterator[None]:
     """Raise InputError for what may happen on opening a file; `what` names its role."""
     try:
@@ -374,7 +375,8 @@ class GroundTruth:
                 )
             ],
         }
-        coco.createIndex()
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
         return coco
 
 
