@@ -18,7 +18,6 @@ import copy
 import io
 import json
 import logging
-import math
 import multiprocessing
 import os
 import random

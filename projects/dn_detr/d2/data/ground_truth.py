@@ -455,10 +455,11 @@ def _by_id(entry) -> tuple[bool, int | str]:
 
 def _has_outline(annotation: Annotation) -> bool:
     raw = annotation.segmentation
-    return memoryview(raw).nbytes > 4 or bytes(raw) not in _NOTHING
+    return memoryview(raw).nbytes > 9 or b"".join(bytes(raw).split()) not in _NOTHING
 
 
-def image_text(image: Image, image_id) -> bytes:
+def image_text(image: Image, image_id: Id) -> bytes:
+    """Return an entry of `GroundTruth.images`."""
     known = {"file_name": image.file_name, "image_id": image_id}
     if np.isfinite(image.width):
         known |= {"height": int(image.height), "width": int(image.width)}
@@ -475,6 +476,8 @@ def check_outlines(truth: GroundTruth) -> np.ndarray:
         InputError: If an object has no outline, or an invalid one.
     """
     areas = truth.given_areas.copy()
+    if len(areas) and not np.isfinite(truth.sizes).all():
+        raise InputError(f"{truth.source}: MODEL.MASK_ON needs width and height of every image.")
     for i, image in enumerate(truth.image_of_box.tolist()):
         text = truth.outlines[i]
         if text == b"[]" and truth.is_crowd[i]:  # is its box
@@ -486,7 +489,7 @@ def check_outlines(truth: GroundTruth) -> np.ndarray:
         if fault:
             name = quoted(truth.image(image)["file_name"])
             raise InputError(f"{where} (of a box in {name}) {fault}.")
-        if np.isnan(areas[i]) and np.isfinite(truth.sizes[image]).all():
+        if np.isnan(areas[i]):
             outline = truth.outline(i)
             if isinstance(outline, list):
                 width, height = truth.sizes[image].astype(int).tolist()
@@ -507,7 +510,7 @@ def _outline_fault(outline: _Rle | list[list[float]], width: float, height: floa
             if len(polygon) >= 6 and not -side <= min(polygon) <= max(polygon) <= 2 * side:
                 return f"has points far outside its image of {width:g}x{height:g} pixels"
         return ""
-    if np.isfinite(width) and outline.size != (height, width):
+    if outline.size != (height, width):
         return (
             f"is for {outline.size[1]}x{outline.size[0]} pixels, its image has {width:g}x{height:g}"
         )
@@ -521,7 +524,7 @@ def _run_lengths(code: str) -> list[int]:
     """Decode COCO's compressed run lengths; [-1] if the text is no such code."""
     digits = np.frombuffer(code.encode(), np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(digits & 32 == 0)
-    if not len(digits) or digits.min() < 0 or digits.max() > 63 or ends[-1] != len(digits) - 1:
+    if not len(ends) or ends[-1] != len(digits) - 1 or digits.min() < 0 or digits.max() > 63:
         return [-1]
     starts = np.append(0, ends[:-1] + 1)
     lengths = ends - starts + 1

@@ -165,3 +165,39 @@ def _as_json(value):
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     raise TypeError(f"{type(value).__name__} is no number, text or list")
+
+
+class CheckedMapper:
+    """A mapper of the user's, whose training samples are checked as the loader gets them.
+
+    Args:
+        mapper: Maps a dataset dict to a sample.
+        num_classes: K.
+    """
+
+    def __init__(self, mapper, num_classes: int):
+        self.mapper = mapper
+        self.num_classes = num_classes
+
+    def __call__(self, record: dict) -> dict:
+        sample = self.mapper(record)
+        fault = self._fault(sample)
+        if fault:
+            name = quoted(record["file_name"])
+            raise InputError(f"the mapper {type(self.mapper).__name__} gives for {name} {fault}.")
+        return sample
+
+    def _fault(self, sample) -> str:
+        if not isinstance(sample, dict):
+            return f"no dict but {quoted(sample)}"
+        image, instances = sample.get("image"), sample.get("instances")
+        if not isinstance(image, torch.Tensor) or image.dim() != 3 or not image.numel():
+            return "no 'image', a tensor [3, height, width]"
+        if instances is None or not (instances.has("gt_boxes") and instances.has("gt_classes")):
+            return "no 'instances' with gt_boxes and gt_classes"
+        boxes, labels = instances.gt_boxes.tensor, instances.gt_classes
+        if not boxes.isfinite().all() or bool((boxes[:, 2:] <= boxes[:, :2]).any()):
+            return "boxes that are not finite or have no size"
+        if bool(((labels < 0) | (labels >= self.num_classes)).any()):
+            return f"classes outside [0, {self.num_classes}): {quoted(labels.tolist())}"
+        return ""
