@@ -14,7 +14,8 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,7 @@ from pycocotools.coco import COCO
 from dn_detr.d2.data.array_cache import content_key, kept
 from dn_detr.errors import InputError, quoted
 
-_SOURCE = Path(__file__).read_bytes()
+_SALT = sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 """Part of the key in the cache: other checks must not find old arrays."""
 
 ROUNDING = 0.1
@@ -113,10 +114,13 @@ class _Rle(msgspec.Struct):
 _Outline = _Rle | list[list[_Number]]
 
 
+_decoder = cache(msgspec.json.Decoder)
+
+
 def decode(data: bytes, kind: Any, source: str) -> Any:
     """Parse JSON into a type of msgspec; InputError with one sentence about `source` if not."""
     try:
-        return msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=kind)
+        return _decoder(kind).decode(data.removeprefix(b"\xef\xbb\xbf"))
     except msgspec.ValidationError as error:
         text, _, place = str(error).replace("`", "").partition(" - at $")
         place = place.strip(".") or "the file"
@@ -171,10 +175,10 @@ class Texts:
     ends: np.ndarray
 
     @classmethod
-    def of(cls, texts: list[bytes]) -> Texts:
-        """Join byte strings."""
-        data = np.frombuffer(bytearray().join(texts), np.uint8)
-        return cls(data, np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts))))
+    def of(cls, texts: list) -> Texts:
+        """Join buffers of bytes."""
+        sizes = np.fromiter((memoryview(text).nbytes for text in texts), np.int64, len(texts))
+        return cls(np.frombuffer(bytearray().join(texts), np.uint8), sizes.cumsum())
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -440,9 +444,7 @@ def judge(file: CocoFile, source: str) -> GroundTruth:
         is_crowd=np.fromiter((bool(annotations[i].iscrowd) for i in kept), bool, len(kept)),
         given_areas=area[kept],
         entries=kept,
-        outlines=Texts.of(
-            [bytes(annotations[i].segmentation) if has_outline[i] else b"[]" for i in kept]
-        ),
+        outlines=Texts.of([annotations[i].segmentation if has_outline[i] else b"[]" for i in kept]),
         faulty_boxes=given[faulty],
         faulty_images=image[faulty],
         faults=faults[faulty],
@@ -552,15 +554,16 @@ def read_coco(json_file: str) -> GroundTruth:
         "`export DETECTRON2_DATASETS=FOLDER`, where FOLDER holds coco/; for custom data check the "
         "path; to try without any data use `--config-file configs/quick/dn_deformable.yaml`"
     )
-    what = "annotation file"
-    with _readable(json_file, what, hint):
+    with _readable(json_file, "annotation file", hint):
         path = _regular(json_file)
-        key, data = content_key(path, _SOURCE)
+        key = content_key(path, _SALT)
 
     def make() -> dict:
-        with _readable(json_file, what):
-            content = path.read_bytes() if data is None else data
-        return _pack(vars(judge(decode(content, CocoFile, json_file), json_file)))
+        with _readable(json_file, "annotation file"):
+            data = path.read_bytes()
+        if key is not None and not key.startswith(sha256(data).hexdigest()[:32]):
+            raise InputError(f"{json_file} changes while it is read.")
+        return _pack(vars(judge(decode(data, CocoFile, json_file), json_file)))
 
     return GroundTruth(**{**_unpack(kept(key, make)), "source": json_file, "key": key})
 
