@@ -1,5 +1,6 @@
 # make demo: trains a small detector on synthetic images and draws its detections.
 # make test: runs the whole test suite.
+# make fuzz: sends broken annotation files through everything that reads them, INPUTS of them.
 # make test-pypi-detectron2: runs the tests that need Detectron2 with its Python files from PyPI, as
 # on a machine that cannot reach GitHub (see projects/dn_detr/install_detectron2.py).
 # make lint: checks style and types; needs no operators, so it takes any .venv as it is.
@@ -13,13 +14,18 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: demo test lint test-pypi-detectron2 clean
+.PHONY: demo test fuzz lint test-pypi-detectron2 clean
 
 demo: $(READY)
 	$(PYTHON) tools/run_demo.py
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+INPUTS := 30000
+
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 timeout 240 $(PYTHON) tests/d2/fuzz_data.py --inputs $(INPUTS) --processes 2
 
 lint: $(if $(wildcard $(VENV)/bin/mypy),,$(READY))
 	$(PYTHON) -m ruff check .

@@ -18,7 +18,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
-from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dn_detr.d2  # noqa: F401
 from dn_detr.d2.config.defaults import read_config
-from dn_detr.d2.data.coco_check import read_json
+from dn_detr.d2.data.ground_truth import read_coco
 from dn_detr.d2.modeling.faster_rcnn import DenoisingRCNN
 from dn_detr.errors import InputError
 from dn_detr.models.detection_transformer import DETR
@@ -246,11 +245,8 @@ def test_sizes(annotations: str, num_images: int) -> Counter:
     Resized as in the published evaluations: shorter side 800, longer at most 1333.
     """
     sizes = Counter()
-    images = sorted(read_json(annotations).get("images", ()), key=itemgetter("id"))
-    if not images:
-        raise InputError(f"{annotations} has no images.")
-    for image in images[:num_images]:
-        sides = image["height"], image["width"]
+    for width, height in read_coco(annotations).sizes[:num_images].tolist():
+        sides = height, width
         scale = min(800 / min(sides), 1333 / max(sides))
         sizes[tuple(int(side * scale + 0.5) for side in sides)] += 1
     return sizes

@@ -24,15 +24,18 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
 
 from dn_detr.d2.config.defaults import add_dn_detr_config, read_config
 from dn_detr.d2.data import dataset_dicts
 from dn_detr.d2.data.augmentation_schedule import build_dense_o2o
-from dn_detr.d2.data.catalog import dataset_names, register_coco_format, register_shapes
-from dn_detr.d2.data.cleaning import clean_content
-from dn_detr.d2.data.coco_check import read_json
+from dn_detr.d2.data.catalog import (
+    dataset_names,
+    is_coco_file,
+    read_registered,
+    register_coco_format,
+    register_shapes,
+)
+from dn_detr.d2.data.ground_truth import GroundTruth
 from dn_detr.d2.data.image_check import equal_files, find_faults
 from dn_detr.d2.data.plausibility import box_warnings, file_warnings, name_warnings, size_table
 from dn_detr.d2.data.summary import num_queries_of, report_on
@@ -62,43 +65,54 @@ def report(cfg: CfgNode, name: str, *, knows_model: bool) -> str:
     )
 
 
-def boxes_in(records) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return boxes xywh [N, 4], labels [N] and image indices [N] of objects without crowds."""
-    rows = [
-        (*BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYWH_ABS), a["category_id"], i)
-        for i, record in enumerate(records)
-        for a in record.get("annotations", ())
-        if not a.get("iscrowd", 0)
-    ]
-    table = np.array(rows, np.float64).reshape(-1, 6)
-    table = table[np.isfinite(table).all(axis=1)]
-    return table[:, :4], table[:, 4].astype(int), table[:, 5].astype(int)
+def as_annotated(truth: GroundTruth) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return boxes xywh [N, 4], labels [N] and image indices [N] of objects without crowds, before
+    boxes are dropped and clipped.
+    """
+    content = json.loads(Path(truth.source).read_text(encoding="utf-8-sig"))
+    objects = [a for a in content.get("annotations", ()) if not a.get("iscrowd")]
+    labels = [truth.category_ids.index(a["category_id"]) for a in objects]
+    images = [truth.index(a["image_id"], truth.source) for a in objects]
+    boxes = np.array([a["bbox"] for a in objects], np.float64).reshape(-1, 4)
+    return boxes, np.array(labels, int), np.array(images, int)
 
 
 def examine(name: str) -> list[str]:
     """Print objects by class and size of a loaded dataset; return what looks wrong in it."""
     loaded = dataset_dicts.load(name)
-    boxes, labels, _ = boxes_in(loaded.records)
-    print(size_table(boxes, labels, loaded.class_names))
-    records = DatasetCatalog.get(name)  # as annotated
-    sizes = np.array([[r.get(side, np.inf) for side in ("width", "height")] for r in records])
-    files = [record["file_name"] for record in records]
-    warnings = name_warnings(loaded.class_names) + box_warnings(*boxes_in(records), sizes, files)
+    truth, files = loaded.truth, [image["file_name"] for image in loaded.images()]
+    objects = ~truth.is_crowd
+    kept = truth.boxes[objects], truth.labels[objects], truth.image_of_box[objects]
+    print(size_table(*kept[:2], loaded.class_names))
+    given = as_annotated(truth) if is_coco_file(name) else kept
+    warnings = name_warnings(loaded.class_names) + box_warnings(*given, truth.sizes, files)
     return [f"dataset {name}: {warning}" for warning in warnings]
 
 
 def write_cleaned(name: str, target: Path) -> str:
-    """Write the annotations without boxes that cannot be trained on."""
-    json_file = MetadataCatalog.get(name).get("json_file")
-    if json_file is None:
+    """Write an annotation file without its dropped boxes and with clipped ones as in training.
+
+    Everything else stays. A clipped box without outline gets a new area.
+    """
+    if not is_coco_file(name):
         raise InputError(f"the dataset {name!r} has no json file to clean.")
-    cleaned = clean_content(json_file, read_json(json_file))
+    truth = read_registered(name)
+    content = json.loads(Path(truth.source).read_text(encoding="utf-8-sig"))
+    given, kept, num_clipped = content.get("annotations", []), [], 0
+    for n in np.argsort(truth.entries):
+        annotation, box = given[truth.entries[n]], truth.boxes[n].tolist()
+        if box != annotation["bbox"]:
+            num_clipped += 1
+            annotation |= {"bbox": box}
+            if np.isnan(truth.given_areas[n]):
+                annotation["area"] = float(truth.areas[n])
+        kept.append(annotation)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(cleaned.content), encoding="utf-8")
+        target.write_text(json.dumps({**content, "annotations": kept}), encoding="utf-8")
     except OSError as error:
         raise InputError(f"the cleaned file cannot be written: {error}.") from error
-    return f"wrote {target}: {cleaned.num_dropped} boxes dropped, {cleaned.num_clipped} clipped"
+    return f"wrote {target}: {len(given) - len(kept)} boxes dropped, {num_clipped} clipped"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -119,9 +133,9 @@ def run(args: argparse.Namespace) -> None:
     for name in names:
         print(report(cfg, name, knows_model=args.config_file is not None))
         warnings += examine(name)
-        records = dataset_dicts.load(name).records
-        files[name] = [record["file_name"] for record in records]
-        faults += find_faults(records, decodes=args.decode, shows_progress=True).values()
+        images = dataset_dicts.load(name).images()
+        files[name] = [image["file_name"] for image in images]
+        faults += find_faults(images, decodes=args.decode, shows_progress=True).values()
     warnings += file_warnings(
         files, equal_files([file for part in files.values() for file in part])
     )

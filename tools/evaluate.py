@@ -14,53 +14,49 @@ import argparse
 import sys
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from pycocotools.coco import COCO
+from detectron2.data import MetadataCatalog
 
-from dn_detr.d2.data.catalog import class_names, register_shapes
-from dn_detr.d2.data.coco_check import check_annotations, read_json, read_results
-from dn_detr.d2.evaluation.coco_evaluator import (
-    COCO_LIMIT,
-    coco_eval_class,
-    evaluate,
-    number_from_one,
-)
+from dn_detr.d2.data.catalog import register_coco_format, register_shapes
+from dn_detr.d2.data.dataset_dicts import load_annotations
+from dn_detr.d2.data.ground_truth import read_results
+from dn_detr.d2.evaluation.coco_evaluator import COCO_LIMIT, coco_eval_class, evaluate
 from dn_detr.d2.evaluation.report import write_report
 from dn_detr.errors import InputError
 
 
-def files_of(dataset: str) -> tuple[str, str]:
-    """Return json file and image folder of a registered dataset."""
-    register_shapes()
-    class_names(dataset)  # refuses names that are not registered
-    metadata = MetadataCatalog.get(dataset)
-    if metadata.get("json_file") is None:
-        raise InputError(f"the dataset {dataset!r} has no json file: give --coco JSON IMAGES.")
-    if metadata.get("is_drawn_on_first_use"):
-        DatasetCatalog.get(dataset)
-    return metadata.json_file, metadata.image_root
-
-
 def run(args: argparse.Namespace) -> str:
-    json_file, image_root = args.coco or files_of(args.dataset)
-    content = read_json(json_file)
-    check_annotations(json_file, content)
-    if not content.get("annotations"):
-        raise InputError(f"{json_file} has no annotations to evaluate against.")
-    coco = COCO()
-    coco.dataset = content
-    coco.createIndex()
-    number_from_one(coco)
-    results = read_results(args.results, content)
+    register_shapes()
+    name = args.dataset
+    if args.coco:
+        name = args.coco[0]
+        register_coco_format([name, *args.coco])
+    truth = load_annotations(name).truth
+    if not len(truth.labels):
+        raise InputError(f"{name} has no annotations to evaluate against.")
+    found = read_results(args.results, truth)
+    if found.unknown_ids:
+        truth.index(found.unknown_ids[0], args.results)  # raises
+    if (found.boxes[:, 2:] < 0).any():
+        first = (found.boxes[:, 2:] < 0).any(1).argmax()
+        raise InputError(
+            f"{args.results}: the bbox of result {first} must be [x, y, width, height], got "
+            f"{found.boxes[first].tolist()}."
+        )
+    results = found.to_coco()
     evaluated = evaluate(
-        coco,
+        truth.to_coco(),
         results,
         "bbox",
         max_detections=args.limit,
         coco_eval=coco_eval_class(args.implementation),
     )
-    name = args.dataset or Path(json_file).stem
-    return write_report(str(args.output), evaluated, results, name=name, image_root=image_root)
+    return write_report(
+        str(args.output),
+        evaluated,
+        results,
+        name=args.dataset or Path(name).stem,
+        image_root=MetadataCatalog.get(name).get("image_root", ""),
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

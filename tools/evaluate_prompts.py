@@ -15,18 +15,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import sys
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_iou
 
 from dn_detr.d2.data.catalog import class_names, prepare
+from dn_detr.d2.data.dataset_dicts import load_annotations
 from dn_detr.d2.inference.saved_detector import load_detector, weights_named
 from dn_detr.detector import BoxPrompts, DetectedObjects, Detector
 from dn_detr.errors import InputError
@@ -138,7 +139,7 @@ def detector_and_records(opts: list[str]) -> tuple[Detector, list[dict], str]:
         min_size=inputs.MIN_SIZE_TEST,
         max_size=inputs.MAX_SIZE_TEST,
     )
-    return detector, DatasetCatalog.get(name), name
+    return detector, load_annotations(name).records, name
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -154,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not 0 <= args.share <= 1:
             raise InputError(f"--share must be in [0, 1], got {args.share}.")
         detector, records, name = detector_and_records(args.opts)
-        records = records[: args.num_images]
+        records = list(itertools.islice(records, args.num_images))
         metrics, given, others = evaluate(detector, records, share=args.share, seed=args.seed)
     except InputError as error:
         sys.exit(f"evaluate_prompts.py: {error}")

@@ -20,17 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
-from pycocotools.coco import COCO
 from torchvision.ops import batched_nms
 
 from dn_detr.d2.data import dataset_dicts
 from dn_detr.d2.data.catalog import prepare, register_coco_format, register_shapes
 from dn_detr.d2.data.dataset_dicts import LoadedDataset
+from dn_detr.d2.data.ground_truth import read_results
 from dn_detr.d2.data.teacher_boxes import TeacherBoxes, load_teacher_boxes
 from dn_detr.d2.engine.trainer import Trainer
-from dn_detr.d2.evaluation.coco_evaluator import evaluate, number_from_one
+from dn_detr.d2.evaluation.coco_evaluator import evaluate
 from dn_detr.d2.inference.saved_detector import load_detector
 from dn_detr.errors import InputError
 
@@ -79,32 +78,20 @@ def merge(
 
 def as_results(boxes: TeacherBoxes, loaded: LoadedDataset) -> list[dict]:
     """Convert to COCO results with the ids of the dataset, rounded to hundredths of a pixel."""
-    ids = MetadataCatalog.get(loaded.name).get("thing_dataset_id_to_contiguous_id") or {}
-    category_of = {label: category for category, label in ids.items()}
     results = []
-    for image, record in enumerate(loaded.records):
+    for image in range(len(loaded.truth)):
+        image_id = loaded.truth.image(image)["image_id"]
         for found in boxes.of(image):
             x0, y0, x1, y1 = found["bbox"]
             results.append(
                 {
-                    "image_id": record["image_id"],
-                    "category_id": category_of.get(found["category_id"], found["category_id"]),
+                    "image_id": image_id,
+                    "category_id": loaded.truth.category_ids[found["category_id"]],
                     "bbox": [round(value, 2) for value in (x0, y0, x1 - x0, y1 - y0)],
                     "score": round(found["score"], 4),
                 }
             )
     return results
-
-
-def print_ap(results: list[dict], dataset: str) -> None:
-    """Print AP of the boxes against the ground truth."""
-    json_file = MetadataCatalog.get(dataset).get("json_file")
-    if json_file is None:
-        print("no AP: this dataset has no annotation file in COCO format")
-        return
-    coco = COCO(json_file)
-    number_from_one(coco)
-    evaluate(coco, results, "bbox")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -138,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results))
     print(f"{args.output}: {merged.summary()}")
-    print_ap(results, args.dataset)
+    evaluate(loaded.truth.to_coco(), read_results(str(args.output), loaded.truth).to_coco(), "bbox")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ def make_content():
     """Two classes with ids 3 and 7 over four images of 60x40 pixels.
 
     Image 10 has two sound boxes and a crowd region, image 11 has nothing, image 12 a box without
-    width and one that leaves the image, image 13 one far outside and one with NaN.
+    width and one that leaves the image, image 13 one far outside and one of negative height.
     """
     boxes = [
         (10, 3, [5.0, 5.0, 20.0, 10.0], 0),
@@ -20,7 +20,7 @@ def make_content():
         (12, 3, [8.0, 9.0, 0.0, 12.0], 0),
         (12, 3, [50.0, 30.0, 20.0, 20.0], 0),
         (13, 7, [100.0, 100.0, 5.0, 5.0], 0),
-        (13, 7, [float("nan"), 1.0, 5.0, 5.0], 0),
+        (13, 7, [1.0, 1.0, 5.0, -5.0], 0),
     ]
     return {
         "images": [

@@ -9,7 +9,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import logger as detectron2_logger
 from tiny import read_by
 
-from dn_detr.d2.data import image_check
 from dn_detr.d2.engine.writers import LOGGERS
 from dn_detr.datasets.shapes import generate
 
@@ -34,12 +33,6 @@ def program(path: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory):
-    """Keep what is remembered of images out of the user's folder."""
-    image_check.CACHE = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

@@ -221,7 +221,7 @@ def test_too_many_or_only_bad_images_are_an_error_in_any_case(records):
 
 
 def test_sound_images_are_remembered_until_they_change(records, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_check, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DN_DETR_CACHE", str(tmp_path / "cache"))
     assert set(find_faults(records)) == set(BAD)
     checked = []
     check = image_check.fault_of
@@ -247,7 +247,7 @@ def test_decoding_finds_more_than_headers_do_and_is_remembered_apart(records):
 @pytest.mark.parametrize("spoil", ["folder", "file"])
 def test_a_cache_that_cannot_be_used_only_costs_time(records, tmp_path, monkeypatch, spoil):
     cache = tmp_path / "cache"
-    monkeypatch.setattr(image_check, "CACHE", str(cache))
+    monkeypatch.setenv("DN_DETR_CACHE", str(cache))
     if spoil == "folder":
         cache.write_text("no folder")
     else:
@@ -258,7 +258,7 @@ def test_a_cache_that_cannot_be_used_only_costs_time(records, tmp_path, monkeypa
 
 
 def _find(records, cache, results):
-    image_check.CACHE = cache
+    os.environ["DN_DETR_CACHE"] = cache
     results.put(sorted(find_faults(records)))
 
 

@@ -15,7 +15,7 @@ from coco_files import forget, make_content, write
 from PIL import Image
 
 import dn_detr
-from dn_detr.d2.data.coco_check import read_json
+from dn_detr.d2.data.ground_truth import read_coco
 from dn_detr.d2.engine.trainer import reason_of
 from dn_detr.errors import InputError
 
@@ -85,10 +85,10 @@ def no_boxes(folder):
 
 def test_without_data_one_sentence_says_where_they_were_looked_for_and_what_to_do():
     with pytest.raises(InputError) as caught:
-        read_json("datasets/coco/annotations/instances_train2017.json")
+        read_coco("datasets/coco/annotations/instances_train2017.json")
     sentence = str(caught.value)
     assert sentence.startswith(
-        "the annotation file datasets/coco/annotations/instances_train2017.json does not exist "
+        "there is no annotation file datasets/coco/annotations/instances_train2017.json "
         f"(working directory {os.getcwd()}): "
     )
     assert "`export DETECTRON2_DATASETS=FOLDER`" in sentence
@@ -99,12 +99,12 @@ def test_without_data_one_sentence_says_where_they_were_looked_for_and_what_to_d
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (no_annotation_file, ("a.json", "does not exist")),
-        (cut_off_annotation_file, ("a.json", "not a valid json file")),
+        (no_annotation_file, ("a.json", "there is no annotation file")),
+        (cut_off_annotation_file, ("a.json", "not valid JSON")),
         (no_image_file, ("12.png", "1 of the 4 images", "does not exist")),
         (no_image_inside, ("12.png", "cannot be read")),
         (damaged_image, ("12.png", "cannot be read")),
-        (unknown_category, ("annotation 1", "category_id 99")),
+        (unknown_category, ("annotations[0]", "category_id 99")),
         (no_images, ("a.json", "no images")),
         (no_boxes, ("broken", "no boxes")),
     ],
@@ -130,7 +130,7 @@ def test_boxes_without_size_are_no_error_but_dropped_and_reported(run, tmp_path)
     run(*options_for(*paths), *("SOLVER.MAX_ITER", 1))
     forget("broken")
     report = (tmp_path / "run" / "log.txt").read_text()
-    assert "dropped    boxes with zero, negative or not finite size: 2 (" in report
+    assert "dropped    boxes without size: 2 (" in report
     assert "12.png [8, 9, 0, 12]" in report
 
 

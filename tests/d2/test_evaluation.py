@@ -397,14 +397,17 @@ def test_results_of_any_detector_are_evaluated(tool, dataset, tmp_path, capsys):
     ] == pytest.approx(100)
     for content, words in [
         ([], "must hold a list of at least one result"),
-        ([{**good[0], "image_id": 9}], "has the image_id 9, which is not in the annotation file"),
+        ([{**good[0], "image_id": 9}], "has the image_id 9, which is not in .*a.json"),
         ([{**good[0], "category_id": 1}], "has the category_id 1"),
-        ([{"image_id": 1}], "entry 0 of 'results' has no 'category_id'"),
+        ([{"image_id": 1}], r"\[0\] is not as in COCO format: .* required field category_id"),
+        ([{**good[0], "bbox": [1, 2, 3, float("nan")]}], "NaN and Infinity are no numbers"),
+        ([{**good[0], "bbox": [1, 2, -3, 4]}], "the bbox of result 0 must be .x, y, width"),
+        ([{**good[0], "score": "1"}], r"\[0\].score .*: expected float, got str"),
     ]:
         (tmp_path / "r.json").write_text(json.dumps(content))
         with pytest.raises(SystemExit, match=f"evaluate.py: .*{words}"):
             main([*source, "--results", str(tmp_path / "r.json"), *output])
-    with pytest.raises(SystemExit, match="none.json do not exist"):
+    with pytest.raises(SystemExit, match="there is no result file none.json"):
         main([*source, "--results", "none.json", *output])
     with pytest.raises(SystemExit, match="there is no dataset 'none'"):
         main(["--dataset", "none", "--results", "none.json", *output])

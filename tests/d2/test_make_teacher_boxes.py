@@ -143,4 +143,4 @@ def test_a_detector_of_this_project_teaches(tool, trained, tiny_data, tmp_path, 
     written = json.loads(output.read_text())
     assert {entry["category_id"] for entry in written} <= set(ids)
     assert len(written) == teacher.num_read == teacher.boxes.counts.sum()
-    assert teacher.num_unknown == teacher.clipped.count == 0
+    assert teacher.num_unknown == teacher.findings[2].count == 0

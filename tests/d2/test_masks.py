@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
 from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode, polygons_to_bitmask
 from samples import sample
 
 from dn_detr import Detector
+from dn_detr.d2.data.dataset_dicts import load_annotations
 from dn_detr.d2.data.loader import build_test_loader
 from dn_detr.d2.engine.trainer import Trainer
 from dn_detr.d2.inference.visualization import draw_found, draw_record
@@ -119,7 +119,8 @@ class Oracle(torch.nn.Module):
 
     def __init__(self, name, num_classes):
         super().__init__()
-        self.records = {record["image_id"]: record for record in DatasetCatalog.get(name)}
+        records = load_annotations(name, with_masks=True).records
+        self.records = {record["image_id"]: record for record in records}
         self.num_classes = num_classes
 
     def forward(self, batch):

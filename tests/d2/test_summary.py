@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from coco_files import forget, make_content, write
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from dn_detr.d2 import add_dn_detr_config
@@ -54,10 +55,11 @@ def test_report_counts_what_is_in_the_dataset(tmp_path):
     assert (report.num_images, report.num_empty, report.num_boxes, report.num_crowd) == (4, 2, 3, 1)
     assert (report.median_boxes, report.most_boxes) == (0.5, 2)
     assert report.fullest_image.endswith("10.png")
-    assert (report.no_size.count, report.outside.count, report.clipped.count) == (2, 1, 1)
-    assert report.no_size.examples[0].endswith("12.png [8, 9, 0, 12]")
-    assert report.clipped.examples[0].endswith("12.png [50, 30, 20, 20]")
-    assert report.outside.examples[0].endswith("13.png [100, 100, 5, 5]")
+    no_size, outside, clipped = report.findings
+    assert (no_size.count, outside.count, clipped.count) == (2, 1, 1)
+    assert no_size.examples[0] == "12.png [8, 9, 0, 12]"
+    assert clipped.examples[0] == "12.png [50, 30, 20, 20]"
+    assert outside.examples[0] == "13.png [100, 100, 5, 5]"
     assert (report.category_ids, report.num_classes, report.unused_classes) == ([3, 7], 2, [])
     text = str(report)
     for part in ("4, 2 without objects (trained on as negatives)", "ids 3, 7", "all have boxes"):
@@ -133,7 +135,7 @@ def test_check_off_cleans_all_the_same_and_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         build_train_loader(cfg)
     lines = [line for line in caplog.messages if line.startswith("dataset made_up")]
-    assert len(lines) == 3 and "zero, negative or not finite size: 2 (" in lines[0]
+    assert len(lines) == 3 and "boxes without size: 2 (" in lines[0]
     cfg.DATASETS.CHECK = "on"
     with pytest.raises(InputError, match="'full' or 'off', got 'on'"):
         build_train_loader(cfg)
@@ -157,26 +159,31 @@ def _delete(key, number, field):
 @pytest.mark.parametrize(
     "change, expected",
     [
-        (_without("images"), "a.json is not in COCO format: it has no list 'images'"),
-        (_without("categories"), "a.json is not in COCO format: it has no list 'categories'"),
+        (_without("images"), "a.json: the file is not as in COCO format: .* field images"),
+        (_without("categories"), "the file is not as in COCO format: .* field categories"),
         (_without("annotations"), "has no boxes"),
         (lambda content: content["annotations"].clear(), "has no boxes"),
         (lambda content: content["images"].clear(), "a.json has no images"),
-        (lambda content: content["categories"].clear(), "a.json has no 'categories'"),
-        (_delete("images", 1, "file_name"), "entry 1 of 'images' has no 'file_name'"),
-        (_set("images", 1, "width", 0), "11.png must be at least 1x1 pixels, got 0x40"),
-        (_set("images", 1, "width", "60"), "entry 1 of 'images' has an invalid 'width': '60'"),
+        (lambda content: content["categories"].clear(), "a.json has no categories"),
+        (_delete("images", 1, "file_name"), r"a.json: images\[1\] .* required field file_name"),
+        (_set("images", 1, "width", 0), r"images\[1\].width .*: expected float >= 1"),
+        (_set("images", 1, "width", "60"), r"images\[1\].width .*: expected float, got str"),
         (_set("images", 1, "id", 10), "the image id 10 is used twice"),
-        (_set("images", 1, "id", "11"), "image ids must be all numbers or all strings"),
         (_set("categories", 1, "id", 7), "the category id 7 is used twice"),
         (_set("annotations", 1, "id", 1), "the annotation id 1 is used twice"),
-        (_set("annotations", 1, "category_id", 4), "annotation 2 has category_id 4, which is not"),
-        (_set("annotations", 1, "image_id", 99), "annotation 2 has image_id 99, which is not in"),
-        (_delete("annotations", 1, "bbox"), "entry 1 of 'annotations' has no 'bbox'"),
-        (_set("annotations", 1, "bbox", [1, 2, 3]), r"annotation 2 must have a bbox \[x, y, width"),
-        (_set("annotations", 1, "bbox", [1, 2, 3, "4"]), "annotation 2 must have a bbox"),
-        (_set("annotations", 1, "bbox", [1, 2, 3, None]), "annotation 2 must have a bbox"),
-        (_set("annotations", 1, "ignore", 1), "annotation 2 has 'ignore', which is not supported"),
+        (
+            _set("annotations", 1, "category_id", 4),
+            r"annotations\[1\] \(id 2\) has category_id 4, which",
+        ),
+        (
+            _set("annotations", 1, "image_id", 99),
+            r"annotations\[1\] \(id 2\) has image_id 99, which",
+        ),
+        (_delete("annotations", 1, "bbox"), r"annotations\[1\] .* required field bbox"),
+        (_set("annotations", 1, "bbox", [1, 2, 3]), r"annotations\[1\].bbox .* length 4"),
+        (_set("annotations", 1, "bbox", [1, 2, 3, "4"]), r"bbox\[3\] .*: expected float, got str"),
+        (_set("annotations", 1, "bbox", [1, 2, 3, None]), r"bbox\[3\] .*, got null"),
+        (_set("annotations", 1, "ignore", 1), "has 'ignore', which is not supported"),
         (_set("images", 1, "file_name", "b.png"), "1 of the 4 images .*/b.png' does not exist"),
         (_set("images", 1, "width", 61), r"11.png' has 60x40 pixels, .* say 61x40"),
     ],
@@ -192,10 +199,13 @@ def test_bad_annotations_are_answered_in_one_sentence(tmp_path, change, expected
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("", "a.json is not a valid json file"),
-        (json.dumps(make_content())[:200], "a.json is not a valid json file"),
-        ("[1, 2]", "must hold an object with 'images', .* got a list"),
-        ("3", "got a int"),
+        ("", "a.json: it is not valid JSON: Input data was truncated"),
+        (
+            json.dumps(make_content())[:200],
+            "a.json: it is not valid JSON: Input data was truncated",
+        ),
+        ("[1, 2]", "a.json: the file is not as in COCO format: expected object, got array"),
+        ("3", "got int"),
     ],
 )
 def test_broken_files_are_answered_in_one_sentence(tmp_path, text, expected):
@@ -204,7 +214,7 @@ def test_broken_files_are_answered_in_one_sentence(tmp_path, text, expected):
 
 def test_missing_files_are_answered_in_one_sentence(tmp_path):
     json_file, image_root = write(tmp_path, make_content())
-    assert "b.json does not exist" in sentence_for((str(tmp_path / "b.json"), image_root))
+    assert "there is no annotation file" in sentence_for((str(tmp_path / "b.json"), image_root))
     forget("made_up")
     sentence = sentence_for((json_file, str(tmp_path / "elsewhere")))
     assert "4 of the 4 images of the dataset 'made_up' cannot be used" in sentence
@@ -248,19 +258,49 @@ def test_a_dataset_is_loaded_once(tmp_path):
     assert dataset_dicts.load("made_up").num_objects.tolist() == [2, 0, 1, 0]
 
 
-def test_datasets_of_the_user_s_own_are_cleaned_too():
-    record = {"file_name": "a.png", "image_id": "a", "width": 10, "height": 10}
+def own(*records):
+    """Register dicts of a function, without any json file, and load them."""
+    forget("made_up")
+    DatasetCatalog.register("made_up", lambda: list(records))
+    MetadataCatalog.get("made_up").thing_classes = ["x"]
+    return dataset_dicts.load_annotations("made_up")
+
+
+def test_datasets_of_the_user_s_own_pass_the_same_gate():
+    record = {"file_name": "a.png", "image_id": "a", "width": 10, "height": 10, "mine": {1}}
     box = {"bbox": [2, 3, 15, 8], "bbox_mode": 0, "category_id": 0, "segmentation": [[0] * 6]}
-    loaded = dataset_dicts.clean([{**record, "annotations": [box]}], name="own", class_names=["x"])
-    (annotation,) = loaded.records[0]["annotations"]
-    assert annotation["bbox"] == [2, 3, 10, 8] and "segmentation" not in annotation
-    assert loaded.clipped.count == 1 and box["bbox"] == [2, 3, 15, 8]
+    gone = {**box, "bbox": np.array([1.0, 1, 0, 4]), "bbox_mode": 1}
+    kept = {**box, "bbox": (1, 2, 3, 4), "bbox_mode": 1, "tag": "b", "keypoints": [1, 1, 2]}
+    loaded = own({**record, "annotations": [box, gone, kept]})
+    first, second = loaded.records[0]["annotations"]
+    assert first["bbox"] == [2, 3, 10, 8] and "segmentation" not in first
+    assert second["bbox"] == [1, 2, 4, 6] and second["tag"] == "b" and "keypoints" in second
+    assert loaded.records[0]["mine"] == {1} and loaded.records[0]["image_id"] == "a"
+    assert [finding.count for finding in loaded.truth.findings()] == [1, 0, 1]
+    assert box["bbox"] == [2, 3, 15, 8]  # not changed
     nameless = [{"file_name": "a.png"}, {"file_name": "b.png"}]
-    cleaned = dataset_dicts.clean(nameless, name="own", class_names=["x"]).records
-    assert [record["image_id"] for record in cleaned] == [0, 1]
-    with pytest.raises(InputError, match="has the class 3 in a.png, but only 1 class names"):
-        bad = {**record, "annotations": [{**box, "category_id": 3}]}
-        dataset_dicts.clean([bad], name="own", class_names=["x"])
+    assert [record["image_id"] for record in own(*nameless).records] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"category_id": 3}, "dict 0 .'a.png'. .* class 3, but there are 1 class names"),
+        ({"bbox": [1, 2, 3, np.nan]}, "a bbox must be 4 finite numbers, got"),
+        ({"bbox": ["1", 2, 3, 4]}, "a bbox must be 4 finite numbers, got"),
+        ({"bbox": [1e300, 2, 3, 4]}, r"annotations\[0\].bbox\[0\] .*: expected float <="),
+        ({"bbox_mode": 4}, "bbox_mode must be XYXY_ABS or XYWH_ABS"),
+        ({"bbox_mode": "xyxy"}, "not usable"),
+        ({"iscrowd": "no"}, "iscrowd .*, got str"),
+    ],
+)
+def test_faulty_dicts_are_answered_in_one_sentence(changed, words):
+    box = {"bbox": [2, 3, 5, 8], "bbox_mode": 0, "category_id": 0}
+    with pytest.raises(InputError, match=words):
+        own({"file_name": "a.png", "annotations": [{**box, **changed}]})
+    for record in (3, {"file_name": None}, {"file_name": "a", "annotations": 3}):
+        with pytest.raises(InputError, match="dict 0"):
+            own(record)
 
 
 def test_real_datasets_pass(real_data):
@@ -275,7 +315,7 @@ def test_real_datasets_pass(real_data):
     prepare(cfg)
     assert cfg.MODEL.DN_DETR.NUM_CLASSES == 3
     (report,) = check_datasets(cfg)
-    assert (report.num_images, report.num_boxes, report.no_size.count) == (205, 2804, 1)
+    assert (report.num_images, report.num_boxes, report.findings[0].count) == (205, 2804, 1)
     cfg.DATASETS.TRAIN, cfg.MODEL.DN_DETR.NUM_CLASSES = ("made_up_val",), 0
     prepare(cfg)
     assert cfg.MODEL.DN_DETR.NUM_CLASSES == 80

@@ -35,7 +35,7 @@ def read_class_names(path: str | Path) -> list[str]:
     except YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     names = content.get("names") if isinstance(content, dict) else None
-    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+    if isinstance(names, dict) and set(names) == set(range(len(names))):
         names = [names[i] for i in range(len(names))]
     if not isinstance(names, list) or not names:
         raise InputError(f"{path} must have 'names': a list, or a mapping from 0, 1, ... to names.")

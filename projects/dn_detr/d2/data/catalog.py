@@ -9,9 +9,10 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.data.datasets import register_coco_instances
 
-from dn_detr.d2.data.coco_check import check_categories, read_json
+from dn_detr.d2.data.ground_truth import GroundTruth, read_coco
+from dn_detr.d2.data.records import Records
 from dn_detr.datasets.shape_drawing import CLASSES
 from dn_detr.errors import InputError
 
@@ -52,12 +53,47 @@ def dataset_names(cfg, eval_only: bool = False) -> list[str]:
 # ----------------------------------------------------------------------------------- registering
 
 
-def _load_shapes(folder: Path, name: str) -> list[dict]:
-    # A local import: otherwise `python -m dn_detr.datasets.shapes` warns of a second import.
-    from dn_detr.datasets.shapes import generate
+def _dicts(name: str) -> list[dict]:
+    """Return the dataset dicts of a registered annotation file."""
+    return list(Records(read_registered(name), MetadataCatalog.get(name).image_root))
 
-    generate(folder.parent, name.removeprefix("shapes_"))
-    return load_coco_json(str(folder / "annotations.json"), str(folder / "images"), name)
+
+def _register(name: str, json_file: str, image_root: str, **metadata) -> None:
+    DatasetCatalog.register(name, partial(_dicts, name))
+    MetadataCatalog.get(name).set(
+        json_file=json_file, image_root=image_root, evaluator_type="coco", **metadata
+    )
+
+
+def is_coco_file(name: str) -> bool:
+    """Whether a dataset is an annotation file, not a function of the user's."""
+    function = DatasetCatalog[name]
+    return getattr(function, "func", None) is _dicts or (
+        getattr(function, "__module__", "") == register_coco_instances.__module__
+        and function.__qualname__.startswith(f"{register_coco_instances.__qualname__}.")
+    )
+
+
+def read_registered(name: str) -> GroundTruth:
+    """Read the annotation file of a registered dataset, and set its metadata as Detectron2 does."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("is_drawn_on_first_use"):
+        # A local import: otherwise `python -m dn_detr.datasets.shapes` warns of a second import.
+        from dn_detr.datasets.shapes import generate
+
+        generate(Path(metadata.json_file).parents[1], name.removeprefix("shapes_"))
+    truth = read_coco(metadata.json_file)
+    known = metadata.get("thing_classes", truth.class_names)
+    if list(known) != truth.class_names:
+        raise InputError(
+            f"{metadata.json_file} has other classes than the dataset {name!r}: "
+            f"{_difference(list(known), truth.class_names)}."
+        )
+    metadata.thing_classes = known
+    metadata.thing_dataset_id_to_contiguous_id = {
+        category: label for label, category in enumerate(truth.category_ids)
+    }
+    return truth
 
 
 def register_shapes(root: str | Path | None = None) -> None:
@@ -72,11 +108,10 @@ def register_shapes(root: str | Path | None = None) -> None:
         if name in DatasetCatalog:
             continue
         folder = Path(root or os.environ.get("DETECTRON2_DATASETS", "datasets")) / name
-        DatasetCatalog.register(name, partial(_load_shapes, folder, name))
-        MetadataCatalog.get(name).set(
-            json_file=str(folder / "annotations.json"),
-            image_root=str(folder / "images"),
-            evaluator_type="coco",
+        _register(
+            name,
+            str(folder / "annotations.json"),
+            str(folder / "images"),
             thing_classes=list(CLASSES),
             thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
             is_drawn_on_first_use=True,
@@ -112,7 +147,7 @@ def register_coco_format(entries) -> None:
                     f" but {taken[0]} and {taken[1]} have it already: choose another name."
                 )
             continue
-        register_coco_instances(name, {}, json_file, image_root)
+        _register(name, json_file, image_root)
 
 
 # --------------------------------------------------------------------------------------- classes
@@ -129,10 +164,8 @@ def class_names(name: str) -> list[str]:
         raise InputError(f"there is no dataset {name!r}: {hint}?")
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None:
-        if metadata.get("json_file") is not None:
-            return list(
-                check_categories(metadata.json_file, read_json(metadata.json_file)).values()
-            )
+        if is_coco_file(name):
+            return read_registered(name).class_names
         DatasetCatalog.get(name)  # custom datasets may set their metadata while loading
     if metadata.get("thing_classes") is None:
         raise InputError(

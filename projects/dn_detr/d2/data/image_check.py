@@ -12,14 +12,12 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 from tqdm import tqdm
 
+from dn_detr.d2.data.array_cache import cache_folder
 from dn_detr.d2.data.mapper import local_path
 from dn_detr.datasets.image_files import fault_of
 from dn_detr.errors import InputError
 
 logger = logging.getLogger(__name__)
-
-CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dn_detr")
-"""Folder where sound images are remembered."""
 
 _NUM_NAMES = 10  # most faults that are listed
 _MANY = 5000  # images whose check is shown by a progress bar on a terminal in any case
@@ -60,7 +58,8 @@ def check_image_files(
 def find_faults(records, *, decodes: bool = False, shows_progress: bool = False) -> dict[int, str]:
     """Check all image files by their headers and ends, or decode them in parallel.
 
-    Sound images are remembered by path, size and time of change in CACHE and not opened again.
+    Sound images are remembered in the cache folder by path, size and time of change, and not opened
+    again.
 
     Args:
         records: Dataset dicts; "width" and "height" may be missing.
@@ -132,8 +131,9 @@ def _remembered():
     )
     database = None
     try:
-        os.makedirs(CACHE, exist_ok=True)
-        database = sqlite3.connect(os.path.join(CACHE, "images.sqlite"), timeout=60)
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(folder / "images.sqlite", timeout=60)
         database.execute(table)
     except (OSError, sqlite3.Error) as error:
         logger.info(f"checks of images are not remembered: {error}")

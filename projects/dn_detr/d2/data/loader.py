@@ -24,6 +24,7 @@ from dn_detr.d2.data import dataset_dicts
 from dn_detr.d2.data.augmentation_schedule import DenseO2O, build_dense_o2o
 from dn_detr.d2.data.mapper import DetrMapper, read_image
 from dn_detr.d2.data.packing import about_open_files, allow_open_files, pack, unpack
+from dn_detr.d2.data.records import CheckedMapper
 from dn_detr.d2.data.teacher_boxes import WithTeacher, load_teacher_boxes, teacher_files
 from dn_detr.errors import BadImage, InputError
 
@@ -332,6 +333,8 @@ def build_train_loader(cfg, mapper=None) -> TrainLoader:
         with_masks=cfg.MODEL.MASK_ON,
         teachers=teacher_files(cfg),
     )
+    if mapper is not None:
+        mapper = CheckedMapper(mapper, cfg.MODEL.DN_DETR.NUM_CLASSES)
     loader = TrainLoader(
         dataset,
         mapper=DetrMapper(cfg, True) if mapper is None else mapper,

@@ -6,21 +6,23 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
-from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 
 from dn_detr.d2.data import dataset_dicts
 from dn_detr.d2.data.augmentation_schedule import build_dense_o2o
 from dn_detr.d2.data.catalog import dataset_names
-from dn_detr.d2.data.dataset_dicts import Finding, LoadedDataset, describe
+from dn_detr.d2.data.dataset_dicts import LoadedDataset
+from dn_detr.d2.data.ground_truth import Finding, describe
 from dn_detr.d2.data.image_check import check_image_files
 from dn_detr.d2.data.plausibility import name_warnings
 from dn_detr.d2.data.teacher_boxes import load_teacher_boxes, teacher_files
 from dn_detr.d2.engine.collective import run_on_main_rank
+from dn_detr.errors import on_one_line
 
 logger = logging.getLogger(__name__)
 
 _NUM_NAMES = 10  # most ids or classes that are listed
+_LONGEST_LINE = 1000  # characters; names may be long
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,8 @@ class DatasetReport:
     num_queries: int | None
     num_groups: int
     max_noised: int
-    no_size: Finding
-    outside: Finding
-    clipped: Finding
-    category_ids: list[int]
+    findings: list[Finding]
+    category_ids: list[int | str]
     num_classes: int
     unused_classes: list[str]
 
@@ -65,11 +65,9 @@ class DatasetReport:
             f"  per image  median {self.median_boxes:g}, most {self.most_boxes} "
             f"({self.fullest_image}){self._capacity()}",
             f"  classes    {self.num_classes}{self._ids()}; {self._unused()}",
-            *(f"  {line}" for line in describe(self.no_size, self.outside, self.clipped)),
+            *(f"  {line}" for line in describe(self.findings)),
         ]
-        if not self.is_for_training and (self.no_size.count or self.outside.count):
-            lines.append("  note       COCO evaluation reads the original file with all its boxes")
-        return "\n".join(lines)
+        return "\n".join(on_one_line(line, _LONGEST_LINE) for line in lines)
 
     def _use_of_empty(self) -> str:
         if not self.is_for_training or self.num_queries == 0 or not self.num_empty:
@@ -98,7 +96,7 @@ class DatasetReport:
             return ""
         if len(self.category_ids) <= _NUM_NAMES:
             return f", category ids {', '.join(map(str, self.category_ids))}"
-        return f", category ids {min(self.category_ids)} to {max(self.category_ids)}"
+        return f", category ids {self.category_ids[0]} to {self.category_ids[-1]}"
 
     def _unused(self) -> str:
         names, more = self.unused_classes[:_NUM_NAMES], len(self.unused_classes) - _NUM_NAMES
@@ -118,7 +116,6 @@ def report_on(
 ) -> DatasetReport:
     """Report on a loaded dataset; the other arguments are those of `DatasetReport`."""
     fullest = int(loaded.num_objects.argmax())
-    ids = MetadataCatalog.get(loaded.name).get("thing_dataset_id_to_contiguous_id") or {}
     unused = np.flatnonzero(loaded.class_counts == 0)
     return DatasetReport(
         name=loaded.name,
@@ -127,19 +124,17 @@ def report_on(
         num_images=len(loaded.num_objects),
         num_empty=int((loaded.num_objects == 0).sum()),
         num_boxes=int(loaded.num_objects.sum()),
-        num_crowd=loaded.num_crowd,
+        num_crowd=int(loaded.truth.is_crowd.sum()),
         median_boxes=float(np.median(loaded.num_objects)),
         most_boxes=int(loaded.num_objects[fullest]),
-        fullest_image=loaded.records[fullest]["file_name"],
+        fullest_image=loaded.records.image(fullest)["file_name"],
         num_queries=num_queries,
         num_groups=num_groups,
         max_noised=max_noised,
-        no_size=loaded.no_size,
-        outside=loaded.outside,
-        clipped=loaded.clipped,
-        category_ids=sorted(ids),
-        num_classes=len(loaded.class_names),
-        unused_classes=[loaded.class_names[i] for i in unused],
+        findings=loaded.truth.findings(),
+        category_ids=loaded.truth.category_ids,
+        num_classes=len(loaded.truth.class_names),
+        unused_classes=[loaded.truth.class_names[i] for i in unused],
     )
 
 
@@ -167,10 +162,7 @@ def check_datasets(cfg, eval_only: bool = False) -> list[DatasetReport]:
     reports, files = [], {}
     for name in dataset_names(cfg, eval_only):
         loaded = dataset_dicts.load(name, check=cfg.DATASETS.CHECK, with_masks=cfg.MODEL.MASK_ON)
-        images = [  # once: every access unpickles a record
-            {key: record.get(key) for key in ("file_name", "width", "height")}
-            for record in loaded.records
-        ]
+        images = loaded.images()
         check_image_files(
             images,
             name,

@@ -9,6 +9,7 @@ import os
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 from detectron2.structures import Instances
@@ -16,7 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from dn_detr.d2.data.catalog import class_names
+from dn_detr.d2.data.dataset_dicts import load_annotations
 from dn_detr.d2.evaluation.report import write_report
 from dn_detr.errors import InputError
 
@@ -29,8 +30,9 @@ COCO_LIMIT = 100
 class Evaluator(COCOEvaluator):
     """Evaluate COCO's AP of boxes (and masks) on a dataset of Detectron2's catalog.
 
-    Unlike in Detectron2, annotations with the id 0 can be matched, and classes of the model are
-    mapped to the dataset by name; detections of other classes are left out.
+    The ground truth is what `GroundTruth` holds, as in training, so images and annotations may have
+    any ids. Classes of the model are mapped to the dataset by name; detections of other classes are
+    left out.
 
     Args:
         dataset_name: Name in the catalog.
@@ -51,14 +53,18 @@ class Evaluator(COCOEvaluator):
         model_classes: list[str] | None = None,
         writes_report: bool = False,
     ):
+        # Not Detectron2's constructor, which reads the annotation file again.
         os.makedirs(output_dir, exist_ok=True)
-        super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=False)
-        number_from_one(self._coco_api)
+        self._logger = logging.getLogger(__name__)
+        self._distributed, self._tasks, self._output_dir = True, None, output_dir
+        self._cpu_device = torch.device("cpu")
+        self._metadata = MetadataCatalog.get(dataset_name)
+        self.truth = load_annotations(dataset_name).truth
         self.dataset_name = dataset_name
         self.max_detections = max_detections
         self.coco_eval = coco_eval_class(implementation)
         self.writes_report = writes_report
-        ours, theirs = model_classes or [], class_names(dataset_name)
+        ours, theirs = model_classes or [], self.truth.class_names
         self.to_dataset: Tensor | None = None
         if ours and ours != theirs:
             index = {name: i for i, name in enumerate(theirs)}
@@ -93,20 +99,33 @@ class Evaluator(COCOEvaluator):
         if faults := [one["unreadable"] for one in predictions if "unreadable" in one]:
             text = f"{len(faults)} images of {self.dataset_name} count as without detections:"
             self._logger.warning("\n  ".join([text, *faults]))
-        results = list(itertools.chain(*(prediction["instances"] for prediction in predictions)))
-        to_ours = self._metadata.get("thing_dataset_id_to_contiguous_id") or {}
-        to_theirs = {ours: theirs for theirs, ours in to_ours.items()}
-        for result in results:
-            result["category_id"] = to_theirs.get(result["category_id"], result["category_id"])
-        with open(os.path.join(self._output_dir, "coco_instances_results.json"), "w") as file:
-            json.dump(results, file)
-        if not self._do_evaluation:
+        found = list(itertools.chain(*(prediction["instances"] for prediction in predictions)))
+        ids = self.truth.category_ids
+        written = [{**result, "category_id": ids[result["category_id"]]} for result in found]
+        with open(
+            os.path.join(self._output_dir, "coco_instances_results.json"), "w", encoding="utf-8"
+        ) as file:
+            json.dump(written, file)
+        if not self.truth.has_annotations:
             self._logger.info("Annotations are not available for evaluation.")
             return
-        evaluated = {}
-        for task in self._tasks_from_predictions(results):
+        results = [
+            {
+                **result,
+                "image_id": self.truth.index(result["image_id"], "a detection") + 1,
+                "category_id": result["category_id"] + 1,
+            }
+            for result in found
+        ]
+        if img_ids is not None:
+            img_ids = [self.truth.index(image_id, "img_ids") + 1 for image_id in img_ids]
+        tasks = self._tasks_from_predictions(results)
+        with_masks = "segm" in tasks
+        truth = load_annotations(self.dataset_name, with_masks=with_masks).truth
+        coco, evaluated = truth.to_coco(with_masks=with_masks), {}
+        for task in tasks:
             evaluated[task] = evaluate(
-                self._coco_api,
+                coco,
                 results,
                 task,
                 max_detections=self.max_detections,
@@ -114,7 +133,7 @@ class Evaluator(COCOEvaluator):
                 image_ids=img_ids,
             )
             self._results[task] = self._derive_coco_results(
-                evaluated[task], task, class_names=self._metadata.get("thing_classes")
+                evaluated[task], task, class_names=self.truth.class_names
             )
         if self.writes_report and evaluated["bbox"] is not None:
             report = write_report(
@@ -122,7 +141,7 @@ class Evaluator(COCOEvaluator):
                 evaluated["bbox"],
                 results,
                 name=self.dataset_name,
-                image_root=self._metadata.get("image_root"),
+                image_root=self._metadata.get("image_root", ""),
                 masks=evaluated.get("segm"),
             )
             self._logger.info(f"wrote the report {report}")
@@ -139,14 +158,6 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> Evaluator:
         model_classes=list(cfg.MODEL.DN_DETR.CLASS_NAMES),
         writes_report=test.REPORT,
     )
-
-
-def number_from_one(coco: COCO) -> None:
-    """Renumber annotations if one has the id 0, which pycocotools treats as unmatched."""
-    if 0 in coco.anns:
-        for number, annotation in enumerate(coco.dataset["annotations"], 1):
-            annotation["id"] = number
-        coco.createIndex()
 
 
 def evaluate(

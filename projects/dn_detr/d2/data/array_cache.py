@@ -1,0 +1,74 @@
+"""Arrays made from a file, kept by its content and mapped into the memory of all processes."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+SMALL = 1 << 20
+"""Bytes of a file that is parsed faster than a cache is looked up."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of checked arrays: DN_DETR_CACHE, else dn_detr in the user's cache."""
+    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("DN_DETR_CACHE") or f"{user}/dn_detr").expanduser()
+
+
+def content_key(path: Path, salt: str) -> str | None:
+    """Return a hash of a file's content and of `salt`; None for small files, not worth keeping."""
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size < SMALL:
+            return None
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}-{salt}"
+
+
+def kept(key: str | None, make: Callable[[], dict]) -> dict:
+    """Return what `make` returns, tensors and plain values, mapped from the cache if possible."""
+    if key is None:
+        return make()
+    path = cache_folder() / f"{key}.pt"
+    found, made = _open(path), None
+    try:
+        if found is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # one process reads, others wait for its arrays
+                if (found := _open(path)) is None:
+                    made = make()
+                    _save(made, path)
+                    found = _open(path)
+    except OSError as error:
+        logger.warning(f"checked annotations are not kept in {path.parent}: {error}")
+    return found or made or make()
+
+
+def _open(path: Path) -> dict | None:
+    """Map saved arrays into memory; None if there are none."""
+    try:
+        return torch.load(path, mmap=True, weights_only=True)
+    except FileNotFoundError:
+        return None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        logger.warning(f"{path} is broken and made again: {error}")
+        return None
+
+
+def _save(values: dict, path: Path) -> None:
+    """Write a file that appears complete or not at all."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        try:
+            torch.save(values, f"{folder}/new")
+        except RuntimeError as error:  # on a full disk
+            raise OSError(str(error)) from error
+        os.rename(f"{folder}/new", path)
