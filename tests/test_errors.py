@@ -1,6 +1,6 @@
 import traceback
 
-from dn_detr.errors import InputError, NotFinite, sentence_in
+from dn_detr.errors import InputError, NotFinite, quoted, sentence_in
 
 
 def _traceback_of_a_chained_error():
@@ -31,3 +31,17 @@ def test_a_loss_that_is_not_finite_is_an_error_with_a_sentence():
     except FloatingPointError:
         text = traceback.format_exc()
     assert sentence_in(text) == "loss_bbox is not finite."
+
+
+def test_a_message_is_one_line_of_at_most_400_characters_without_control_characters():
+    """Names of the user's came out raw: with line breaks, escape codes and right-to-left marks."""
+    message = str(InputError(f"a\nb\r\x1b[31m\u202e\u2028\ud800: {'x' * 5000} fix it."))
+    assert message.startswith("a b  [31m   : xx") and message.endswith("xx fix it.")
+    assert len(message) == 400 and message.isprintable()
+    message.encode()  # lone surrogates could not be printed
+
+
+def test_values_are_quoted_shortly():
+    assert quoted("a") == "'a'" and quoted(ValueError("x\ny")) == "x y"
+    assert len(quoted("x" * 500)) == 80
+    assert quoted(10**9000) == "<int>"  # Python refuses to write it

@@ -2,6 +2,7 @@ import pytest
 from coco_files import forget, make_content, write
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 
 from dn_detr.d2 import add_dn_detr_config
 from dn_detr.d2.data.catalog import (
@@ -12,6 +13,7 @@ from dn_detr.d2.data.catalog import (
     resolve_num_classes,
     with_num_classes,
 )
+from dn_detr.d2.data.dataset_dicts import load_annotations
 from dn_detr.errors import InputError
 
 
@@ -72,6 +74,17 @@ def test_all_datasets_of_a_run_must_have_the_same_classes(tmp_path):
         resolve_num_classes(0, ["made_up", "other"])
     with pytest.raises(InputError, match="the first has 2 and the second 80|class 0 is 'cat'"):
         resolve_num_classes(0, ["made_up", "coco_2017_val"])
+
+
+def test_a_file_of_other_classes_than_its_name_promises_is_refused(tmp_path):
+    """It was a bare AssertionError of Detectron2's metadata."""
+    json_file, images = write(tmp_path, make_content())
+    register_coco_instances("made_up", {"thing_classes": ["cat", "cow"]}, json_file, images)
+    with pytest.raises(InputError, match="other classes .* class 1 is 'cow' .* 'dog' in the sec"):
+        load_annotations("made_up")
+    forget("made_up")
+    register_coco_instances("made_up", {"thing_classes": ["cat", "dog"]}, json_file, images)
+    assert len(load_annotations("made_up").records) == 4
 
 
 def test_unknown_datasets_get_a_hint():

@@ -83,16 +83,14 @@ def read_registered(name: str) -> GroundTruth:
 
         generate(Path(metadata.json_file).parents[1], name.removeprefix("shapes_"))
     truth = read_coco(metadata.json_file)
-    known = metadata.get("thing_classes", truth.class_names)
-    if list(known) != truth.class_names:
+    ids = {category: label for label, category in enumerate(truth.category_ids)}
+    known = list(metadata.get("thing_classes", truth.class_names))
+    if (known, metadata.get("thing_dataset_id_to_contiguous_id", ids)) != (truth.class_names, ids):
         raise InputError(
-            f"{metadata.json_file} has other classes than the dataset {name!r}: "
-            f"{_difference(list(known), truth.class_names)}."
+            f"{truth.source} has other classes or category ids than the dataset {name!r}: "
+            f"{_difference(known, truth.class_names)}."
         )
-    metadata.thing_classes = known
-    metadata.thing_dataset_id_to_contiguous_id = {
-        category: label for label, category in enumerate(truth.category_ids)
-    }
+    metadata.set(thing_classes=known, thing_dataset_id_to_contiguous_id=ids)
     return truth
 
 

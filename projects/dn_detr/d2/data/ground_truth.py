@@ -27,7 +27,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from dn_detr.d2.data.array_cache import content_key, kept
-from dn_detr.errors import InputError, quoted
+from dn_detr.errors import InputError, on_one_line, quoted
 
 _SALT = sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 """Part of the key in the cache: other checks must not find old arrays."""
@@ -218,7 +218,7 @@ def find_faults(
 def describe(found: list[Finding]) -> list[str]:
     """Return one line for every kind of fault that occurred."""
     return [
-        f"{text}: {finding.count} ({quoted(', '.join(finding.examples), 300)[1:-1]}"
+        f"{text}: {finding.count} ({on_one_line(', '.join(finding.examples))}"
         f"{', ...' if finding.count > len(finding.examples) else ''})"
         for text, finding in zip(FAULTS, found, strict=True)
         if finding.count
@@ -353,32 +353,27 @@ class GroundTruth:
 
         Image, box and class with the index i have the id i + 1, so that any ids of the user work.
         """
-        boxes, areas = self.boxes.tolist(), self.areas.tolist()
+        numbers = (
+            self.image_of_box + 1,
+            self.labels + 1,
+            self.boxes,
+            self.areas,
+            self.is_crowd * 1,
+        )
+        names = ("image_id", "category_id", "bbox", "area", "iscrowd")
         coco = COCO()
         coco.dataset = {
             "info": {},
             "images": [{**self.image(i), "id": i + 1} for i in range(len(self))],
             "categories": [{"id": k + 1, "name": name} for k, name in enumerate(self.class_names)],
             "annotations": [
-                {
-                    "id": i + 1,
-                    "image_id": image + 1,
-                    "category_id": label + 1,
-                    "bbox": boxes[i],
-                    "area": areas[i],
-                    "iscrowd": int(is_crowd),
-                    **({"segmentation": self.outline(i)} if with_masks else {}),
-                }
-                for i, (image, label, is_crowd) in enumerate(
-                    zip(
-                        self.image_of_box.tolist(),
-                        self.labels.tolist(),
-                        self.is_crowd.tolist(),
-                        strict=True,
-                    )
-                )
+                {"id": i, **dict(zip(names, values, strict=True))}
+                for i, values in enumerate(zip(*(n.tolist() for n in numbers), strict=True), 1)
             ],
         }
+        if with_masks:
+            for i, annotation in enumerate(coco.dataset["annotations"]):
+                annotation["segmentation"] = self.outline(i)
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
         return coco
@@ -616,16 +611,10 @@ class Results:
 
     def to_coco(self) -> list[dict]:
         """Return results with the numbers of `GroundTruth.to_coco`."""
-        columns = zip(self.images, self.labels, self.boxes.tolist(), self.scores, strict=True)
-        return [
-            {
-                "image_id": int(image) + 1,
-                "category_id": int(label) + 1,
-                "bbox": box,
-                "score": float(score),
-            }
-            for image, label, box, score in columns
-        ]
+        names = ("image_id", "category_id", "bbox", "score")
+        numbers = (self.images + 1, self.labels + 1, self.boxes, self.scores)
+        rows = zip(*(n.tolist() for n in numbers), strict=True)
+        return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def read_results(

@@ -52,9 +52,10 @@ class Records(Dataset):
     def image(self, i: int) -> dict:
         """Return a record without its annotations."""
         image = self.truth.image(i)
-        image["file_name"] = path = os.path.join(self.folder, image["file_name"])
-        if "\\" in path and not PathManager.isfile(path):  # written on Windows
-            image["file_name"] = path.replace("\\", "/")
+        name = image["file_name"]
+        image["file_name"] = os.path.join(self.folder, name)
+        if "\\" in name and not PathManager.isfile(image["file_name"]):  # written on Windows
+            image["file_name"] = os.path.join(self.folder, name.replace("\\", "/"))
         return image
 
     def __getitem__(self, i: int) -> dict:
