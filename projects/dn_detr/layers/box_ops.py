@@ -19,13 +19,13 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def inverse_sigmoid(x: Tensor, epsilon: float) -> Tensor:
-    """Compute the logit of `x` [...] clamped to [epsilon, 1 - epsilon], elementwise.
+    """Compute the logit of `x` [...] in [0, 1], elementwise: log(max(x, e) / max(1 - x, e)),
+    as in the code of Deformable DETR.
 
-    A single two-sided clamp, because ONNX exporters break two chained one-sided ones; it differs
-    from the published max(x, epsilon) / max(1 - x, epsilon) by at most epsilon.
+    With two-sided clamps, because ONNX exporters break one-sided ones.
     """
-    x = at_least_float32(x).clamp(epsilon, 1 - epsilon)
-    return torch.log(x / (1 - x))
+    x = at_least_float32(x)
+    return torch.log(x.clamp(epsilon, 1.0) / (1 - x).clamp(epsilon, 1.0))
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
