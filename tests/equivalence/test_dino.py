@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from compare import compare
-from multiscale import (
-    ARGS,
-    GivenPyramid,
-    compare_all_losses,
-    losses_of,
-    our_model,
-    use_fallback,
-)
+from compare import LARGEST, Pair, compare, compare_losses, losses_of
+from multiscale import ARGS, GivenPyramid, our_model, use_fallback
 from peers import difference, objects, randomize
 
 from dn_detr.build import Denoising
@@ -78,12 +71,14 @@ def test_dino_equals_the_authors(authors, inputs, monkeypatch, counts):
         hides_empty=False,
     )
     ours = our_model("dino", {"scales_with_canvas": True}, denoising=denoising)
-    predictions = compare("dino", ours, theirs, output, features, padding, targets)
+    pair = Pair("dino", "dino", ours, theirs)
+    predictions = compare(pair, output, features, padding, targets)
     proposals = predictions.proposals
-    assert difference(proposals.logits[0], output["interm_outputs"]["pred_logits"]) < 1e-4
-    assert difference(proposals.boxes[0], output["interm_outputs"]["pred_boxes"]) < 1e-4
+    assert difference(proposals.logits[0], output["interm_outputs"]["pred_logits"]) < LARGEST
+    assert difference(proposals.boxes[0], output["interm_outputs"]["pred_boxes"]) < LARGEST
     losses = criterion(output, their_targets)
-    compare_all_losses(
+    compare_losses(
+        pair,
         losses_of(predictions, targets, counts_empty=["dn"]),
         losses,
         {"match": "{}", "dn": "{}_dn", "enc": "{}_interm"},
