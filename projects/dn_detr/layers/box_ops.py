@@ -28,6 +28,14 @@ def inverse_sigmoid(x: Tensor, epsilon: float) -> Tensor:
     return torch.log(x.clamp(epsilon, 1.0) / (1 - x).clamp(epsilon, 1.0))
 
 
+def keep_inside(x: Tensor, epsilon: float) -> Tensor:
+    """Compute sigmoid(inverse_sigmoid(x, e)), elementwise: `x` [...] between e and 1 - e, and at
+    least e / (1 + e) and at most 1 / (1 + e).
+    """
+    low, high = x.clamp(epsilon, 1.0), (1 - x).clamp(epsilon, 1.0)
+    return low / (low + high)
+
+
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """Convert boxes [..., 4] from (cx, cy, w, h) to (x0, y0, x1, y1)."""
     cx, cy, w, h = at_least_float32(boxes).unbind(-1)

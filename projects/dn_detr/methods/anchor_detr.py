@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dn_detr.layers.box_ops import keep_inside
 from dn_detr.layers.mlp import MLP
 from dn_detr.layers.multihead_attention import SelfAttention
 from dn_detr.layers.position_encoding import sine, sine_of_reference
@@ -167,7 +168,7 @@ class PointQueries(SharedBoxQueries):
 
     def reference_of(self, boxes: Tensor) -> Tensor:
         """Take the clamped centres [B, T, 2] of boxes [B, T, 4]."""
-        return boxes[..., :2].clamp(self.epsilon, 1 - self.epsilon)
+        return keep_inside(boxes[..., :2], self.epsilon)
 
 
 def row_column_attention(c: ModelConfig) -> RowColumnAttention:
