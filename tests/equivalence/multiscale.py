@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from argparse import Namespace
 
-from compare import LARGEST
-from peers import GivenFeatures, difference
+from peers import GivenFeatures
 from tiny import config_of
 
-from dn_detr.build import LossConfig, build_model
-from dn_detr.losses.matcher import Costs, assign
+from dn_detr.build import build_model
 
 NUMBERS = {"num_classes": 91, "num_queries": 11, "feed_forward_dim": 64, "encoder_layers": 2}
 ARGS = Namespace(
@@ -61,24 +58,3 @@ def our_model(method, config=None, **auxiliary):
         strides=[8, 16, 32],
         **auxiliary,
     )
-
-
-def losses_of(predictions, targets):
-    """Our unweighted losses."""
-    assignments = assign(predictions, targets, Costs())
-    terms = LossConfig(l1_weight=1.0, giou_weight=1.0).criterion()
-    return terms(predictions, targets, assignments, max(1, sum(targets.counts)))
-
-
-def compare_all_losses(ours, theirs, patterns):
-    """Compare every loss. patterns: our segment -> their key, with {} for loss_ce and the like."""
-    found = {}
-    for name, value in ours.items():
-        term, segment, layer = re.fullmatch(
-            r"(loss_(?:ce|bbox|giou))(?:_([a-z_]+))?(?:_(\d+))?", name
-        ).groups()
-        key = patterns[segment or "match"].format(term) + (f"_{layer}" if layer else "")
-        found[name] = difference(value.reshape(1), theirs[key].reshape(1))
-    print(f"largest relative difference of {len(found)} losses: {max(found.values()):.1e}")
-    assert max(found.values()) < LARGEST, found
-    return found

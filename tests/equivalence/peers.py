@@ -13,6 +13,8 @@ import torch
 import torchvision
 from torch import nn
 
+from dn_detr.layers import box_ops
+from dn_detr.losses import loss_terms
 from dn_detr.structures import Target, pad_targets
 
 THEIR_PACKAGES = (
@@ -21,6 +23,7 @@ THEIR_PACKAGES = (
     "datasets",
     "main",
     "engine",
+    "train_net",
     "detrex",
     "modeling",
     "mask2former",
@@ -39,6 +42,10 @@ NOT_INSTALLED = (
     "mmcv",
     "mmdet",
     "MultiScaleDeformableAttention",
+    "calflops",
+    "faster_coco_eval",
+    "tensorboard",
+    "transformers",
 )
 
 
@@ -68,11 +75,32 @@ class AbsentFinder:
         pass
 
 
+NUM_POINTS = 48
+"""Points of a mask loss, of conftest's `fixed_points`."""
+
+ADD_TO_AREAS = ("DAB-DETR", "DN-DETR", "DINO", "MaskDINO")
+"""Repositories whose generalized IoU adds 1e-6 to the areas that it divides by."""
+
+
+def add_to_areas(monkeypatch):
+    """Let the losses of ours do so too; ours only bounds the areas from below."""
+
+    def generalized_iou(a, b):
+        intersection, union = box_ops._intersection_and_union(a, b)
+        low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
+        hull = box_ops.area(torch.cat((low, high), dim=-1))
+        return intersection / (union + 1e-6) - (hull - union) / (hull + 1e-6)
+
+    monkeypatch.setattr(loss_terms, "elementwise_generalized_iou", generalized_iou)
+
+
 def open_checkout(path: Path, monkeypatch):
     """A function that imports a module of the checkout at `path`; it ends with the test.
 
     Calls that ask for CUDA stay on the CPU.
     """
+    if path.name in ADD_TO_AREAS:
+        add_to_areas(monkeypatch)
     monkeypatch.syspath_prepend(str(path))
     for name in list(sys.modules):
         if name.split(".")[0] in THEIR_PACKAGES:
@@ -109,7 +137,16 @@ def open_checkout(path: Path, monkeypatch):
                 monkeypatch.setitem(sys.modules, name, loaded)
         return module
 
+    load.path = path
     return load
+
+
+def use_float64(monkeypatch):
+    """Let all code compute in float64, also where it asks for float32 by name."""
+    torch.set_default_dtype(torch.float64)
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch, "float", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
 class GivenFeatures(nn.Module):
@@ -158,23 +195,6 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     assert ours.shape == theirs.shape
     ours, theirs = ours.detach(), theirs.detach()
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
-
-
-def loss_differences(ours: dict, theirs: dict, prefix: str = "") -> dict[str, float]:
-    """Relative difference of every loss of ours from the unweighted one of theirs.
-
-    prefix: of the denoising losses of theirs, for ours with "dn" in the name.
-    """
-    found = {}
-    for name, value in ours.items():
-        layer = name.rpartition("_")[2]
-        stem = name.removesuffix(f"_{layer}") if layer.isdigit() else name
-        their_prefix = prefix if "dn" in stem else ""
-        their_name = their_prefix + stem.removesuffix("_dn")
-        if layer.isdigit():
-            their_name += f"_{layer}"
-        found[name] = difference(value.reshape(1), theirs[their_name].reshape(1))
-    return found
 
 
 def layers_of(output: dict, name: str) -> torch.Tensor:

@@ -6,15 +6,8 @@ from argparse import Namespace
 
 import pytest
 import torch
-from compare import compare
-from multiscale import (
-    ARGS,
-    GivenPyramid,
-    compare_all_losses,
-    losses_of,
-    our_model,
-    use_fallback,
-)
+from compare import Pair, compare, compare_losses, losses_of
+from multiscale import ARGS, GivenPyramid, our_model, use_fallback
 from peers import objects, randomize
 from torch import nn
 
@@ -80,12 +73,11 @@ def test_dn_deformable_encoder_only_equals_the_authors(
         {"num_patterns": num_patterns, "shares_content": True, "as_published": True},
         denoising=Denoising(num_groups=3, box_noise=0, label_noise=0),
     )
-    predictions = compare(
-        "dab_deformable_encoder_only", ours, theirs, output, features, padding, targets
-    )
+    pair = Pair("dn_deformable_encoder_only", "dab_deformable_encoder_only", ours, theirs)
+    predictions = compare(pair, output, features, padding, targets)
     losses = criterion(output, their_targets, denoised)
     patterns = {"match": "{}", "dn": "tgt_{}"}
-    compare_all_losses(losses_of(predictions, targets), losses, patterns)
+    compare_losses(pair, losses_of(predictions, targets), losses, patterns)
 
 
 def test_dab_deformable_equals_the_authors(authors, inputs, monkeypatch):
@@ -95,10 +87,11 @@ def test_dab_deformable_equals_the_authors(authors, inputs, monkeypatch):
     )
     output = theirs(samples)
     ours = our_model("dab_deformable", {"as_published": True})
-    predictions = compare("dab_deformable", ours, theirs, output, features, padding)
+    pair = Pair("dab_deformable", "dab_deformable", ours, theirs)
+    predictions = compare(pair, output, features, padding)
     their_targets, targets = objects(3, 5)
     losses = criterion(output, their_targets)
-    compare_all_losses(losses_of(predictions, targets), losses, {"match": "{}"})
+    compare_losses(pair, losses_of(predictions, targets), losses, {"match": "{}"})
 
 
 @pytest.mark.parametrize("counts", [(4, 4), (2, 5), (0, 3)])
@@ -115,10 +108,11 @@ def test_dn_deformable_equals_the_authors(authors, inputs, monkeypatch, counts):
         {"as_published": True},
         denoising=Denoising(num_groups=3, box_noise=0, label_noise=0),
     )
-    predictions = compare("dab_deformable", ours, theirs, output, features, padding, targets)
+    pair = Pair("dn_deformable", "dab_deformable", ours, theirs)
+    predictions = compare(pair, output, features, padding, targets)
     losses = criterion(output, their_targets, denoised)
     patterns = {"match": "{}", "dn": "tgt_{}"}
-    compare_all_losses(losses_of(predictions, targets), losses, patterns)
+    compare_losses(pair, losses_of(predictions, targets), losses, patterns)
 
 
 class ThreeFeatures(nn.Module):
@@ -177,4 +171,5 @@ def test_dn_deformable_of_detrex_has_the_same_predictions(authors, inputs):
         "pred_boxes": boxes[-1],
     }
     ours = our_model("dab_deformable", denoising=Denoising())
-    compare("dab_deformable", ours, theirs, output, features, padding, backbone=None)
+    pair = Pair("dn_deformable, detrex", "dab_deformable", ours, theirs, {"backbone": None})
+    compare(pair, output, features, padding)

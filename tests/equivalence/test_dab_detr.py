@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from compare import compare, compare_losses
+from compare import Pair, compare, compare_losses, losses_of
 from peers import GivenFeatures, layers_of, objects, randomize
 from tiny import config_of
 from torch import nn
@@ -76,8 +76,10 @@ def test_dab_detr_equals_the_authors(authors, inputs, num_patterns):
         strides=[32],
     )
     their_targets, targets = objects(3, 5)
-    predictions = compare("dab_detr", ours, theirs, output, features, padding)
-    compare_losses(predictions, targets, their_losses(load, "DAB_DETR", output, their_targets))
+    pair = Pair("dab_detr", "dab_detr", ours, theirs)
+    predictions = compare(pair, output, features, padding)
+    losses = their_losses(load, "DAB_DETR", output, their_targets)
+    compare_losses(pair, losses_of(predictions, targets), losses, {"match": "{}"})
 
 
 @pytest.mark.parametrize("num_patterns", [0, 3])
@@ -99,13 +101,15 @@ def test_dn_detr_equals_the_authors(authors, inputs, num_patterns, counts):
         strides=[32],
         denoising=Denoising(num_groups=3, box_noise=0, label_noise=0),
     )
-    predictions = compare("dab_detr", ours, theirs, output, features, padding, targets)
+    pair = Pair("dn_detr", "dab_detr", ours, theirs)
+    predictions = compare(pair, output, features, padding, targets)
     their_boxes = denoised["output_known_lbs_bboxes"][1]
     is_real = ~predictions.segment("dn").is_empty
     boxes = predictions.of("dn").boxes
     torch.testing.assert_close(boxes[:, is_real], their_boxes[:, is_real], rtol=1e-4, atol=1e-5)
     losses = their_losses(load, "DN_DAB_DETR", output, their_targets, denoised)
-    compare_losses(predictions, targets, losses, "tgt_")
+    patterns = {"match": "{}", "dn": "tgt_{}"}
+    compare_losses(pair, losses_of(predictions, targets), losses, patterns)
     assert layers_of(output, "pred_boxes").shape[2] == 11 * max(1, num_patterns)
 
 
@@ -164,4 +168,5 @@ def test_dn_detr_of_detrex_has_the_same_predictions(authors, inputs):
         strides=[32],
         denoising=Denoising(),
     )
-    compare("dab_detr", ours, theirs, output, features, padding, backbone=None)
+    pair = Pair("dn_detr, detrex", "dab_detr", ours, theirs, {"backbone": None})
+    compare(pair, output, features, padding)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 import torch
-from compare import compare, compare_losses
+from compare import Pair, compare, compare_losses, losses_of
 from peers import GivenFeatures, objects, randomize
 from tiny import config_of
 
@@ -67,13 +67,13 @@ def test_conditional_detr_equals_the_authors(authors, inputs):
     theirs = module.ConditionalDETR(backbone, transformer, 91, 11, aux_loss=True)
     randomize(theirs)
     output = theirs(samples)
-    predictions = compare(
-        "conditional_detr", our_model("conditional_detr"), theirs, output, features, padding
-    )
+    pair = Pair("conditional_detr", "conditional_detr", our_model("conditional_detr"), theirs)
+    predictions = compare(pair, output, features, padding)
     their_targets, targets = objects(3, 5)
     matcher = load("models.matcher").HungarianMatcher(2, 5, 2)
     criterion = module.SetCriterion(91, matcher, {}, 0.25, ["labels", "boxes"])
-    compare_losses(predictions, targets, criterion(output, their_targets))
+    losses = criterion(output, their_targets)
+    compare_losses(pair, losses_of(predictions, targets), losses, {"match": "{}"})
 
 
 def test_detr_equals_the_authors(authors, inputs):
@@ -86,17 +86,14 @@ def test_detr_equals_the_authors(authors, inputs):
     randomize(theirs)
     output = theirs(samples)
     ours = our_model("detr", has_no_object=True)
-    predictions = compare("detr", ours, theirs, output, features, padding)
+    pair = Pair("detr", "detr", ours, theirs)
+    predictions = compare(pair, output, features, padding)
     their_targets, targets = objects(3, 5)
     matcher = load("models.matcher").HungarianMatcher(1, 5, 2)
     criterion = module.SetCriterion(91, matcher, {}, 0.1, ["labels", "boxes"])
-    compare_losses(
-        predictions,
-        targets,
-        criterion(output, their_targets),
-        costs=Costs(class_cost=1, kind="softmax"),
-        kind="softmax",
-    )
+    costs = Costs(class_cost=1, kind="softmax")
+    found = losses_of(predictions, targets, costs=costs, kind="softmax")
+    compare_losses(pair, found, criterion(output, their_targets), {"match": "{}"})
 
 
 def test_smca_equals_the_authors(authors, inputs):
@@ -113,10 +110,12 @@ def test_smca_equals_the_authors(authors, inputs):
     output = theirs([samples, sizes])
     # Their heads have a column more than there are classes, which no object ever has.
     ours = our_model("smca", num_classes=92)
-    predictions = compare("smca", ours, theirs, output, features, padding)
+    pair = Pair("smca", "smca", ours, theirs)
+    predictions = compare(pair, output, features, padding)
     matcher = load("models.matcher").HungarianMatcher(2, 5, 2)
     criterion = module.SetCriterion(91, matcher, {}, 0.1, ["labels", "boxes"])
-    compare_losses(predictions, targets, criterion(output, their_targets))
+    losses = criterion(output, their_targets)
+    compare_losses(pair, losses_of(predictions, targets), losses, {"match": "{}"})
 
 
 def test_anchor_detr_equals_the_authors(authors, inputs):
@@ -131,10 +130,10 @@ def test_anchor_detr_equals_the_authors(authors, inputs):
     randomize(theirs)
     output = theirs(nested(padding[:, None].float(), padding))
     ours = our_model("anchor_detr", num_patterns=3, as_published=True)
-    predictions = compare(
-        "anchor_detr", ours, theirs, output, features, padding, backbone="backbone.body"
-    )
+    pair = Pair("anchor_detr", "anchor_detr", ours, theirs, {"backbone": "backbone.body"})
+    predictions = compare(pair, output, features, padding)
     their_targets, targets = objects(3, 5)
     matcher = load("models.matcher").HungarianMatcher(2, 5, 2)
     criterion = module.SetCriterion(91, matcher, {}, ["labels", "boxes"], focal_alpha=0.25)
-    compare_losses(predictions, targets, criterion(output, their_targets))
+    losses = criterion(output, their_targets)
+    compare_losses(pair, losses_of(predictions, targets), losses, {"match": "{}"})

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from compare import compare
-from multiscale import (
-    ARGS,
-    GivenPyramid,
-    compare_all_losses,
-    losses_of,
-    our_model,
-    use_fallback,
-)
+from compare import LARGEST, Pair, compare, compare_losses, losses_of
+from multiscale import ARGS, GivenPyramid, our_model, use_fallback
 from peers import difference, objects, randomize
 
 from dn_detr.build import Denoising
@@ -80,14 +73,16 @@ def test_dino_equals_the_authors(authors, inputs, monkeypatch, counts, num_queri
     ours = our_model(
         "dino", {"as_published": True, "num_queries": num_queries}, denoising=denoising
     )
-    predictions = compare("dino", ours, theirs, output, features, padding, targets)
+    pair = Pair("dino", "dino", ours, theirs)
+    predictions = compare(pair, output, features, padding, targets)
     proposals = predictions.proposals
     if num_queries == 200:
         assert (proposals.boxes[0] == 1).any()
-    assert difference(proposals.logits[0], output["interm_outputs"]["pred_logits"]) < 1e-4
-    assert difference(proposals.boxes[0], output["interm_outputs"]["pred_boxes"]) < 1e-4
+    assert difference(proposals.logits[0], output["interm_outputs"]["pred_logits"]) < LARGEST
+    assert difference(proposals.boxes[0], output["interm_outputs"]["pred_boxes"]) < LARGEST
     losses = criterion(output, their_targets)
-    compare_all_losses(
+    compare_losses(
+        pair,
         losses_of(predictions, targets),
         losses,
         {"match": "{}", "dn": "{}_dn", "enc": "{}_interm"},

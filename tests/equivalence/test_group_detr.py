@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from types import SimpleNamespace
 
 import pytest
-from compare import load as load_weights
-from multiscale import compare_all_losses, losses_of
+from compare import Pair, check, compare_losses, losses_of
 from peers import GivenFeatures, difference, layers_of, objects, randomize
-from tiny import key_of
 
 from dn_detr.build import build_model
 from dn_detr.methods import make_config
@@ -55,17 +52,11 @@ def their_model(load, features, padding):
     return model.train(), criterion.train(), nested(padding[:, None].float(), padding)
 
 
-def our_model(theirs):
+def groups_of_queries(state):
     """The first group is the model's own, the others are the auxiliary's."""
-    first, *others = theirs.query_embed.weight.detach().split(11)
-    state = {**theirs.state_dict(), "query_embed.weight": first}
-    sizes = {"in_channels": [24], "strides": [32]}
-    plain = build_model("conditional_detr", NUMBERS, **sizes)
-    load_weights("conditional_detr", plain, SimpleNamespace(state_dict=lambda: state))
-    ours = build_model("conditional_detr", NUMBERS, **sizes, num_groups=3)
+    first, *others = state["query_embed.weight"].split(11)
     rows = {f"auxiliary.0.learned.{i}.position": group for i, group in enumerate(others)}
-    ours.load_state_dict({**plain.state_dict(), **rows})
-    return ours
+    return {**state, "query_embed.weight": first}, rows
 
 
 @pytest.mark.parametrize("counts", [(3, 5), (0, 2)])
@@ -74,13 +65,15 @@ def test_group_detr_equals_the_authors(authors, inputs, counts):
     theirs, criterion, samples = their_model(authors("GroupDETR"), features, padding)
     output = theirs(samples)
     their_targets, targets = objects(*counts)
-    predictions = our_model(theirs)(features, padding, targets)
-    for ours, name in ((predictions.logits, "pred_logits"), (predictions.boxes, "pred_boxes")):
-        assert difference(ours, layers_of(output, name)) < 1e-4
-    ours = losses_of(predictions, targets)
-    together = {
-        name: value + ours[key_of(name, "group")]
-        for name, value in ours.items()
-        if "_group" not in name
-    }
-    compare_all_losses(together, criterion(output, their_targets), {"match": "{}"})
+    ours = build_model("conditional_detr", NUMBERS, in_channels=[24], strides=[32], num_groups=3)
+    row = "group_conditional_detr"
+    pair = Pair(row, "conditional_detr", ours, theirs, split=groups_of_queries)
+    pair.load()
+    predictions = ours(features, padding, targets)
+    check(row, "outputs", {
+        name: difference(getattr(predictions, name), layers_of(output, f"pred_{name}"))
+        for name in ("logits", "boxes")
+    })  # fmt: skip
+    losses = criterion(output, their_targets)
+    patterns = {"match": "{}", "group": "{}"}
+    compare_losses(pair, losses_of(predictions, targets), losses, patterns)

@@ -6,15 +6,8 @@ from argparse import Namespace
 
 import pytest
 import torch
-from compare import compare
-from multiscale import (
-    ARGS,
-    GivenPyramid,
-    compare_all_losses,
-    losses_of,
-    our_model,
-    use_fallback,
-)
+from compare import LARGEST, Pair, compare, compare_losses, losses_of
+from multiscale import ARGS, GivenPyramid, our_model, use_fallback
 from peers import difference, layers_of, objects, randomize
 
 from dn_detr.build import HybridMatching
@@ -67,20 +60,18 @@ def test_h_deformable_equals_the_authors(authors, inputs, monkeypatch, counts):
         hybrid=HybridMatching(num_queries=40, matches_per_object=6),
     )
     their_targets, targets = objects(*counts)
-    predictions = compare("h_deformable", ours, theirs, output, features, padding, targets)
+    pair = Pair("h_deformable", "h_deformable", ours, theirs)
+    predictions = compare(pair, output, features, padding, targets)
     many = {
         "pred_logits": output["pred_logits_one2many"],
         "pred_boxes": output["pred_boxes_one2many"],
         "aux_outputs": output["aux_outputs_one2many"],
     }
     hybrid = predictions.of("hybrid")
-    assert difference(hybrid.logits, layers_of(many, "pred_logits")) < 1e-4
-    assert difference(hybrid.boxes, layers_of(many, "pred_boxes")) < 1e-4
+    assert difference(hybrid.logits, layers_of(many, "pred_logits")) < LARGEST
+    assert difference(hybrid.boxes, layers_of(many, "pred_boxes")) < LARGEST
     losses = criterion(output, their_targets)
     repeated = [{key: torch.cat([value] * 6) for key, value in t.items()} for t in their_targets]
     losses |= {f"{key}_many": value for key, value in criterion(many, repeated).items()}
-    ours = losses_of(predictions, targets)
-    for layer in range(5):
-        for term in ("loss_ce", "loss_bbox", "loss_giou"):
-            losses[f"{term}_many_{layer}"] = losses[f"{term}_{layer}_many"]
-    compare_all_losses(ours, losses, {"match": "{}", "hybrid": "{}_many", "enc": "{}_enc"})
+    patterns = {"match": "{}", "hybrid": "{}_many", "enc": "{}_enc"}
+    compare_losses(pair, losses_of(predictions, targets), losses, patterns)

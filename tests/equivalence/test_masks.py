@@ -10,20 +10,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compare import LARGEST, load
+from compare import Pair, check, compare_losses, losses_of
 from multiscale import use_fallback
-from peers import difference, layers_of, objects, randomize
+from peers import NUM_POINTS, difference, layers_of, objects, randomize
 from tiny import config_of
 
 from dn_detr.build import Denoising, LossConfig, build_model
 from dn_detr.losses.mask_costs import MaskCosts
-from dn_detr.losses.mask_points import CANDIDATES, MATCHING, RANDOM, PointSampling
-from dn_detr.losses.matcher import Costs, assign
+from dn_detr.losses.matcher import Costs
 from dn_detr.models.mask_head import mask_logits
 
 WIDTHS, STRIDES = [8, 8, 16, 24], [4, 8, 16, 32]
 HEIGHT, WIDTH = 128, 160
-NUM_CLASSES, NUM_POINTS = 7, 48
+NUM_CLASSES = 7
 LAYERS = 4
 NUMBERS = {
     "num_classes": NUM_CLASSES,
@@ -33,46 +32,14 @@ NUMBERS = {
     "feed_forward_dim": 96,
     "encoder_feed_forward_dim": 64,
 }
-SAMPLING = PointSampling(num_points=NUM_POINTS)
+MASK_TERMS = LossConfig(mask_weight=1, dice_weight=1, mask_points=NUM_POINTS).mask_terms()
 
 
 @pytest.fixture
-def features():
+def features(float64):  # noqa: ARG001
     torch.manual_seed(1)
     shapes = zip(WIDTHS, STRIDES, strict=True)
     return [torch.randn(2, c, HEIGHT // s, WIDTH // s) for c, s in shapes]
-
-
-@pytest.fixture
-def fixed_points(monkeypatch):
-    """Both sides draw the same points: theirs by torch.rand, ours by stream."""
-    generator = torch.Generator().manual_seed(8)
-    drawn = {
-        stream: torch.rand(count, 2, generator=generator) * 0.9 + 0.05
-        for stream, count in (
-            (CANDIDATES, 3 * NUM_POINTS),
-            (RANDOM, NUM_POINTS // 4),
-            (MATCHING, NUM_POINTS),
-        )
-    }
-
-    def ours(keys, count, stream):
-        assert drawn[stream].shape[0] == count
-        return drawn[stream].expand(keys.shape[0], -1, -1)
-
-    rand = torch.rand
-
-    def theirs(*size, **options):
-        if "generator" in options:
-            return rand(*size, **options)
-        for values in drawn.values():
-            if size[1:] == values.shape:
-                return values.expand(size[0], -1, -1).clone()
-        raise AssertionError(f"unexpected random numbers {size}")
-
-    for subpackage in ("mask_points", "mask_costs"):
-        monkeypatch.setattr(f"dn_detr.losses.{subpackage}.random_points", ours)
-    monkeypatch.setattr(torch, "rand", theirs)
 
 
 def with_masks(*counts):
@@ -110,7 +77,7 @@ class Head(torch.nn.Module):
         self.criterion.empty_weight = torch.nn.Parameter(torch.ones(NUM_CLASSES + 1))
 
 
-def our_model(method, config, theirs, **auxiliary):
+def with_our_model(method, config, theirs, **auxiliary):
     ours = build_model(
         method,
         config_of(method, **{**NUMBERS, **config}),
@@ -118,14 +85,9 @@ def our_model(method, config, theirs, **auxiliary):
         strides=STRIDES,
         **auxiliary,
     )
-    return load(method, ours, theirs, backbone=None)
-
-
-def our_losses(predictions, targets, costs, **criterion):
-    assignments = assign(predictions, targets, costs)
-    masks = replace(LossConfig(mask_weight=1.0, dice_weight=1.0).mask_terms(), points=SAMPLING)
-    terms = LossConfig(**criterion).criterion(masks)
-    return terms(predictions, targets, assignments, max(1, sum(targets.counts)))
+    pair = Pair(method, method, ours, theirs, {"backbone": None})
+    pair.load()
+    return pair
 
 
 def compare_masks(part, theirs):
@@ -133,26 +95,6 @@ def compare_masks(part, theirs):
         [mask_logits(layer, part.mask_features.features) for layer in part.mask_embeddings]
     )
     return difference(ours, theirs)
-
-
-def compare_losses(ours, theirs, patterns):
-    """patterns: our segment -> their key, with {} for loss_ce and the like.
-
-    Losses below 1 are compared by their difference alone: without noise, the boxes of denoising
-    queries before the first layer are the ground truth, and what is left of their losses is
-    rounding and the 1e-6 that Mask DINO adds to areas.
-    """
-    found = {}
-    for name, value in ours.items():
-        _, term, *parts = name.split("_")
-        layer = f"_{parts.pop()}" if parts and parts[-1].isdigit() else ""
-        term = f"loss_{term}"
-        key = patterns["_".join(parts) or "match"].format(term) + layer
-        size = theirs[key].detach().abs().clamp(min=1.0)
-        found[name] = float((value.detach() - theirs[key].detach()).abs() / size)
-    print(f"largest difference of {len(found)} losses: {max(found.values()):.1e}")
-    assert max(found.values()) < LARGEST, found
-    return found
 
 
 @pytest.mark.parametrize("counts", [(3, 2), (2, 0)])
@@ -193,17 +135,15 @@ def test_mask2former_equals_the_authors(authors, features, monkeypatch, counts):
     maps, _, scales = pixel_decoder.forward_features(given)
     output = predictor(scales, maps)
 
-    ours = our_model("mask2former", {"num_levels": 3, "has_no_object": True}, theirs)
+    pair = with_our_model("mask2former", {"num_levels": 3, "has_no_object": True}, theirs)
     their_targets, targets = with_masks(*counts)
     padding = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
-    predictions = ours(features, padding, targets)
-    found = {
+    predictions = pair.ours(features, padding, targets)
+    check(pair.row, "outputs", {
         "map": difference(predictions.mask_features.features, maps),
         "logits": difference(predictions.logits, layers_of(output, "pred_logits")),
         "masks": compare_masks(predictions, layers_of(output, "pred_masks")),
-    }
-    print(f"largest relative difference: {found}")
-    assert max(found.values()) < LARGEST, found
+    })  # fmt: skip
 
     matcher = load_theirs(f"{package}.matcher").HungarianMatcher(2.0, 5.0, 5.0, NUM_POINTS)
     criterion = load_theirs(f"{package}.criterion").SetCriterion(
@@ -212,10 +152,12 @@ def test_mask2former_equals_the_authors(authors, features, monkeypatch, counts):
     losses = criterion(output, their_targets)
     costs = Costs(class_cost=2.0, l1=0, giou=0, kind="softmax")
     compare_losses(
-        our_losses(
+        pair,
+        losses_of(
             predictions,
             targets,
-            MaskCosts(others=costs, num_points=NUM_POINTS),
+            costs=MaskCosts(others=costs, num_points=NUM_POINTS),
+            masks=MASK_TERMS,
             kind="softmax",
             l1_weight=0,
             giou_weight=0,
@@ -274,31 +216,27 @@ def test_mask_dino_equals_the_authors(authors, features, monkeypatch, counts):
     maps, _, scales = pixel_decoder.forward_features(given, None)
     output, denoised = predictor(scales, maps, None, targets=their_targets)
 
-    ours = our_model(
+    pair = with_our_model(
         "mask_dino",
         {"epsilon": 1e-5, "as_published": True},
         theirs,
         denoising=Denoising(num_groups=0, max_objects=12, box_noise=0, label_noise=0),
     )
     padding = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
-    predictions = ours(features, padding, targets)
+    predictions = pair.ours(features, padding, targets)
     proposals, found = predictions.proposals, {}
     for name, part, their_output in (
         ("match", predictions.of("match"), output),
         ("dn", predictions.of("dn"), denoised["output_known_lbs_bboxes"]),
     ):
-        found[name] = [
-            difference(part.logits, layers_of(their_output, "pred_logits")),
-            difference(part.boxes, layers_of(their_output, "pred_boxes")),
-            compare_masks(part, layers_of(their_output, "pred_masks")),
-        ]
-    found["proposals"] = [
-        difference(proposals.logits[0], output["interm_outputs"]["pred_logits"]),
-        difference(proposals.boxes[0], output["interm_outputs"]["pred_boxes"]),
-        compare_masks(proposals, output["interm_outputs"]["pred_masks"][None]),
-    ]
-    print(f"largest relative difference of logits, boxes, masks: {found}")
-    assert max(max(values) for values in found.values()) < LARGEST, found
+        found[f"{name} logits"] = difference(part.logits, layers_of(their_output, "pred_logits"))
+        found[f"{name} boxes"] = difference(part.boxes, layers_of(their_output, "pred_boxes"))
+        found[f"{name} masks"] = compare_masks(part, layers_of(their_output, "pred_masks"))
+    first = output["interm_outputs"]
+    found["proposed logits"] = difference(proposals.logits[0], first["pred_logits"])
+    found["proposed boxes"] = difference(proposals.boxes[0], first["pred_boxes"])
+    found["proposed masks"] = compare_masks(proposals, first["pred_masks"][None])
+    check(pair.row, "outputs", found)
 
     matcher = load_theirs(f"{package}.matcher").HungarianMatcher(
         cost_class=4.0, cost_mask=5.0, cost_dice=5.0, num_points=NUM_POINTS, cost_box=5.0,
@@ -310,12 +248,12 @@ def test_mask_dino_equals_the_authors(authors, features, monkeypatch, counts):
     )  # fmt: skip
     losses = criterion(output, their_targets, denoised)
     compare_losses(
-        our_losses(
+        pair,
+        losses_of(
             predictions,
             targets,
-            MaskCosts(others=Costs(class_cost=4.0), num_points=NUM_POINTS),
-            l1_weight=1.0,
-            giou_weight=1.0,
+            costs=MaskCosts(others=Costs(class_cost=4.0), num_points=NUM_POINTS),
+            masks=MASK_TERMS,
         ),
         losses,
         {"match": "{}", "dn": "{}_dn", "enc": "{}_interm"},

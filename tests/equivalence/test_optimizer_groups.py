@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from published import PUBLISHED, Authors, our_config, under_our_names
+from table import record
 
 pytest.importorskip("detectron2")
 from detectron2.modeling import build_model
@@ -68,6 +69,7 @@ def test_rate_and_decay_of_every_parameter_are_the_authors(authors, monkeypatch,
     our_model = build_model(cfg)
     ours = build_optimizer(cfg, our_model)
     compare(by_name(our_model, ours), theirs)
+    record(name, "optimizer groups", 0.0)
     assert settings(ours) == settings(optimizer)
     assert cfg.SOLVER.CLIP_GRADIENTS.ENABLED
     assert cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_model"

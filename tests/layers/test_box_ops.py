@@ -9,6 +9,7 @@ from dn_detr.layers.box_ops import (
     elementwise_generalized_iou,
     elementwise_iou,
     inverse_sigmoid,
+    keep_inside,
     xyxy_to_cxcywh,
 )
 
@@ -29,16 +30,28 @@ def giou_of_one_pair(a, b):
 
 def test_inverse_sigmoid_inverts_sigmoid_and_is_bounded_at_the_ends():
     logits = torch.linspace(-6, 6, 25, dtype=torch.float64)
-    assert_close(inverse_sigmoid(logits.sigmoid(), 1e-3), logits.clamp(-6.906754779, 6.906754779))
+    assert_close(inverse_sigmoid(logits.sigmoid(), 1e-3), logits)
     ends = inverse_sigmoid(torch.tensor([-1.0, 0.0, 1.0, 2.0]), 1e-3)
-    assert_close(ends, torch.tensor([-6.9067548, -6.9067548, 6.9067548, 6.9067548]))
+    assert_close(ends, torch.tensor([-6.9077554, -6.9077554, 6.9077554, 6.9077554]))
 
 
 @pytest.mark.parametrize("epsilon", [1e-3, 1e-5])
-def test_inverse_sigmoid_is_within_epsilon_of_the_published_formula(epsilon):
-    x = torch.linspace(0, 1, 1001, dtype=torch.float64)
+def test_inverse_sigmoid_and_its_gradient_are_those_of_the_published_formula(epsilon):
+    x = torch.linspace(0, 1, 5001, dtype=torch.float64, requires_grad=True)
     published = torch.log(x.clamp(min=epsilon) / (1 - x).clamp(min=epsilon))
-    assert (inverse_sigmoid(x, epsilon) - published).abs().max() <= epsilon * 1.001
+    (expected,) = torch.autograd.grad(published.sum(), x)
+    found = inverse_sigmoid(x, epsilon)
+    assert_close(found, published, rtol=0, atol=1e-14)
+    assert_close(torch.autograd.grad(found.sum(), x)[0], expected)
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 1e-5])
+def test_given_boxes_are_bounded_as_the_published_code_does_by_their_logits(epsilon):
+    x = torch.linspace(-0.1, 1.1, 1001, dtype=torch.float64)
+    published = torch.log(x.clamp(0, 1).clamp(min=epsilon) / (1 - x.clamp(0, 1)).clamp(min=epsilon))
+    assert_close(keep_inside(x, epsilon), published.sigmoid(), rtol=0, atol=1e-14)
+    logits = inverse_sigmoid(keep_inside(torch.tensor([0.0, 1.0]), 1e-3), 1e-3)
+    assert logits.isfinite().all()
 
 
 def test_boxes_are_computed_in_float32_from_half_precision():

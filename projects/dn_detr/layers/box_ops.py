@@ -19,14 +19,21 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def inverse_sigmoid(x: Tensor, epsilon: float) -> Tensor:
-    """Compute the logit of `x` [...] clamped to [epsilon, 1 - epsilon], elementwise.
+    """Compute the logit of `x` [...] in [0, 1], elementwise: log(max(x, e) / max(1 - x, e)),
+    as in the code of Deformable DETR.
 
-    A single two-sided clamp, because ONNX exporters break two chained one-sided ones. It differs
-    from the published log(max(x, epsilon) / max(1 - x, epsilon)) only outside the clamp, by at most
-    -log(1 - epsilon), and in float32 by the rounding of 1 - x there: 2**-24 / epsilon.
+    With two-sided clamps, because ONNX exporters break one-sided ones.
     """
-    x = at_least_float32(x).clamp(epsilon, 1 - epsilon)
-    return torch.log(x / (1 - x))
+    x = at_least_float32(x)
+    return torch.log(x.clamp(epsilon, 1.0) / (1 - x).clamp(epsilon, 1.0))
+
+
+def keep_inside(x: Tensor, epsilon: float) -> Tensor:
+    """Compute sigmoid(inverse_sigmoid(x, e)), elementwise: `x` [...] between e and 1 - e, and at
+    least e / (1 + e) and at most 1 / (1 + e).
+    """
+    low, high = x.clamp(epsilon, 1.0), (1 - x).clamp(epsilon, 1.0)
+    return low / (low + high)
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:

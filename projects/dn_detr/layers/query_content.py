@@ -54,7 +54,7 @@ class QueryContent(nn.Module):
 
     def matched(self, rows: Tensor) -> Tensor:
         """Return the content [N, C] of matched queries from their embeddings [N, C]."""
-        return F.pad(rows[:, :-1], (0, 1)) if self.has_indicator else rows
+        return without_indicator(rows, self.has_indicator)
 
     def labels(self, labels: Tensor) -> Tensor:
         """Return the content [B, T, C] of denoising queries from labels [B, T] int64."""
@@ -62,6 +62,11 @@ class QueryContent(nn.Module):
             raise ValueError("this QueryContent was built without a label embedding")
         embedded = self.label_embedding(labels)
         return F.pad(embedded, (0, 1), value=1.0) if self.has_indicator else embedded
+
+
+def without_indicator(rows: Tensor, has_indicator: bool) -> Tensor:
+    """Return rows [N, C] with a constant 0 as the last channel, if it is an indicator."""
+    return F.pad(rows[:, :-1], (0, 1)) if has_indicator else rows
 
 
 class SharedContent(nn.Module):
@@ -77,6 +82,7 @@ class SharedContent(nn.Module):
     def __init__(self, *, content: QueryContent, is_learned: bool, num_patterns: int):
         super().__init__()
         self.channels = content.channels
+        self.has_indicator = content.has_indicator
         self.row = content.new_rows(1) if is_learned else None
         self.patterns = (
             nn.Parameter(torch.randn(num_patterns, content.channels)) if num_patterns else None
@@ -89,7 +95,7 @@ class SharedContent(nn.Module):
         """
         content = rows.new_zeros(rows.shape[0], self.channels)
         if self.row is not None:
-            content = content + self.row
+            content = content + without_indicator(self.row, self.has_indicator)
         if self.patterns is None:
             return content, rows
         content = content + self.patterns[:, None]

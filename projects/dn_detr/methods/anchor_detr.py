@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dn_detr.layers.box_ops import keep_inside
 from dn_detr.layers.initialization import copies, default_
 from dn_detr.layers.mlp import MLP, FeedForward
 from dn_detr.layers.multihead_attention import SelfAttention
@@ -173,7 +174,7 @@ class PointQueries(SharedBoxQueries):
 
     def reference_of(self, boxes: Tensor) -> Tensor:
         """Take the clamped centres [B, T, 2] of boxes [B, T, 4]."""
-        return boxes[..., :2].clamp(self.epsilon, 1 - self.epsilon)
+        return keep_inside(boxes[..., :2], self.epsilon)
 
 
 def row_column_attention(c: ModelConfig) -> RowColumnAttention:

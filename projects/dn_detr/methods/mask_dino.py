@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers.box_ops import at_least_float32
+from dn_detr.layers.box_ops import at_least_float32, keep_inside
 from dn_detr.layers.position_encoding import SinePosition
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.decoder import Decoder
@@ -122,7 +122,7 @@ class TokenQueries(nn.Module):
     Args:
         heads: shared with the decoder; a checkpoint contains them twice.
         has_no_object: must be False, see `check_ranking`.
-        epsilon: boxes of auxiliary queries are clamped to [epsilon, 1 - epsilon].
+        epsilon: of `keep_inside`, for boxes of auxiliary queries.
     """
 
     starts_from_masks = False
@@ -211,14 +211,12 @@ class TokenSource:
                 valid = torch.cat([valid.new_full((valid.shape[0], 1), side) for side in sides], 1)
             around, is_empty = boxes_of_masks(masks, valid)
             around = torch.where(is_empty[..., None], boxes, around.to(boxes.dtype))
-            return around.clamp(epsilon, 1 - epsilon)
+            return keep_inside(around, epsilon)
 
     def from_boxes(self, labels: Tensor, boxes: Tensor) -> QueryState:
         """Make queries from labels [B, T] int64 and boxes [B, T, 4]."""
-        epsilon = self.design.epsilon
-        return QueryState(
-            self.design.content.labels(labels), None, boxes.clamp(epsilon, 1 - epsilon)
-        )
+        boxes = keep_inside(boxes, self.design.epsilon)
+        return QueryState(self.design.content.labels(labels), None, boxes)
 
 
 class IterativeRefinementWithMasks(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers.box_ops import at_least_float32
+from dn_detr.layers.box_ops import at_least_float32, keep_inside
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.model_config import BoxConfig
 from dn_detr.structures import Memory, Queries, QueryState, Segment
@@ -30,7 +30,7 @@ class LearnedQueries(nn.Module):
         has_rows: Learn the content; else it is zero (2005.12872).
         point: (content, position) -> logits [..., 2] of the reference point, or None for queries
             without reference.
-        epsilon: Centres of given boxes are clamped to [epsilon, 1 - epsilon].
+        epsilon: Of `keep_inside`, for the centres of given boxes.
     """
 
     starts_from_masks = False
@@ -112,7 +112,7 @@ class LearnedQuerySource:
         """Return queries for labels [B, T] int64 and boxes [B, T, 4]."""
         design = self.design
         content = design.content.labels(labels)
-        centre = boxes[..., :2].clamp(design.epsilon, 1 - design.epsilon)
+        centre = keep_inside(boxes[..., :2], design.epsilon)
         return QueryState(
             content=content,
             position=design.box_embedding(boxes.to(content.dtype)),

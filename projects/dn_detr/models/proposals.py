@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dn_detr.layers.box_ops import at_least_float32
+from dn_detr.layers.box_ops import at_least_float32, keep_inside
 from dn_detr.layers.position_encoding import sine
 from dn_detr.layers.query_content import QueryContent
 from dn_detr.models.encoder import token_centers
@@ -151,7 +151,7 @@ class ProposalQueries(nn.Module):
         is_class_agnostic: Train all proposals to predict objectness as class 0; else train the
             selected ones with their classes.
         has_no_object: Must be False, see `check_ranking`.
-        epsilon: Given boxes are clamped to [epsilon, 1 - epsilon].
+        epsilon: Of `keep_inside`, for given boxes.
     """
 
     starts_from_masks = False
@@ -238,8 +238,7 @@ class ProposalSource:
 
     def from_boxes(self, labels: Tensor, boxes: Tensor) -> QueryState:
         """Return queries for labels [B, T] int64 and boxes [B, T, 4]."""
-        epsilon = self.design.epsilon
-        boxes = boxes.clamp(epsilon, 1 - epsilon)
+        boxes = keep_inside(boxes, self.design.epsilon)
         return QueryState(self.design.content.labels(labels), self._transform(boxes)[0], boxes)
 
     def _transform(self, boxes: Tensor) -> tuple[Tensor | None, Tensor | None]:

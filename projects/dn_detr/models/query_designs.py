@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dn_detr.layers.box_ops import keep_inside
 from dn_detr.layers.query_content import QueryContent, SharedContent
 from dn_detr.models.model_config import SharedContentConfig
 from dn_detr.structures import Memory, Queries, QueryState, Segment
@@ -32,7 +33,7 @@ class BoxQueryParameters(nn.Module):
 class BoxQueries(nn.Module):
     """Learned content and a learned box per query; the box is the reference.
 
-    Given boxes are clamped to [epsilon, 1 - epsilon], so that their logits are finite.
+    Given boxes go through `keep_inside`, so that their logits are finite.
     """
 
     starts_from_masks = False
@@ -73,11 +74,10 @@ class BoxQuerySource:
 
     def from_boxes(self, labels: Tensor, boxes: Tensor) -> QueryState:
         """Return queries for labels [B, T] int64 and boxes [B, T, 4]."""
-        epsilon = self.design.epsilon
         return QueryState(
             content=self.design.content.labels(labels),
             position=None,
-            reference=boxes.clamp(epsilon, 1 - epsilon),
+            reference=keep_inside(boxes, self.design.epsilon),
         )
 
 
@@ -92,7 +92,7 @@ class AnchorParameters(nn.Module):
 class SharedBoxQueries(nn.Module):
     """A learned box per query and shared content (2201.12329, sec. 4).
 
-    Given boxes are clamped to [epsilon, 1 - epsilon]. Subclasses with other anchors override
+    Given boxes go through `keep_inside`. Subclasses with other anchors override
     `new_parameters`, `references` and `reference_of`.
     """
 
@@ -117,7 +117,7 @@ class SharedBoxQueries(nn.Module):
 
     def reference_of(self, boxes: Tensor) -> Tensor:
         """Return references [B, T, R] from boxes [B, T, 4]."""
-        return boxes.clamp(self.epsilon, 1 - self.epsilon)
+        return keep_inside(boxes, self.epsilon)
 
     def bind(self, memory: Memory) -> SharedBoxSource:
         """Create the source of queries of one forward."""
