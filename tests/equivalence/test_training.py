@@ -191,7 +191,7 @@ def pairs(queries, objects, count):
 
 
 def compare_matches(case: Case, ours: Ours, theirs: Official, batch: Batch) -> str:
-    """ "" or where the assignments differ."""
+    """Where the assignments differ, or ""."""
     calls = []
     for name in case.calls:
         layers = len(ours.assignments[name.partition("+")[0]].object_of)
