@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -113,7 +113,6 @@ class Case:
         settings: keys of MODEL.DN_DETR that differ from the configuration.
         patterns: our segment -> their key, with {} for loss_ce and the like.
         calls: our segments in the order of their matcher's calls: the last layer, then the others.
-        counts_empty: our segments whose empty queries are negatives in their code.
     """
 
     config: str
@@ -122,7 +121,6 @@ class Case:
     settings: dict
     patterns: dict = field(default_factory=lambda: {"match": "{}"})
     calls: tuple = ("match",)
-    counts_empty: tuple = ()
     sizes: tuple = PADDED
     num_classes: int = 91
     split: Callable = lambda state: (state, {})
@@ -135,13 +133,10 @@ def our_config(case: Case):
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.BACKBONE.NAME = "build_tiny_backbone"
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [0.0] * 3, [1.0] * 3
-    if not cfg.MODEL.MASK_ON:
-        # To be removed when the configurations decay norms as the authors do.
-        cfg.SOLVER.WEIGHT_DECAY_NORM = cfg.SOLVER.WEIGHT_DECAY
     node = cfg.MODEL.DN_DETR
     settings = {"NUM_CLASSES": case.num_classes, "DROPOUT": 0.0, **case.settings}
     settings |= {"DENOISING.BOX_NOISE": 0.0, "DENOISING.LABEL_NOISE": 0.0}
-    settings |= {"DENOISING.HIDES_EMPTY": False}
+    settings["AS_PUBLISHED"] = True
     for key, value in settings.items():
         *path, leaf = key.split(".")
         target = node
@@ -162,9 +157,6 @@ class Ours:
 
         def assign(predictions, targets, costs):
             found = original(predictions, targets, costs)
-            for name in case.counts_empty:
-                is_real = torch.ones_like(found[name].is_real)
-                found[name] = replace(found[name], is_real=is_real)
             self.assignments = found
             return found
 
@@ -302,7 +294,6 @@ def groups_of_queries(state):
 
 DN = "--use_dn --box_noise_scale 0 --label_noise_scale 0 --coco_path none"
 DENOISED = {"match": "{}", "dn": "tgt_{}"}
-CANVAS = {**NUMBERS, "SCALES_WITH_CANVAS": True}
 
 CASES = [
     Case("detr", "detr", dense("models.detr:build"), DENSE),
@@ -388,7 +379,7 @@ CASES = [
             "models.dab_deformable_detr.ops",
             "--coco_path none -m dab_deformable_detr --transformer_activation relu",
         ),
-        CANVAS,
+        NUMBERS,
     ),
     Case(
         "dn_deformable",
@@ -398,7 +389,7 @@ CASES = [
             "models.dn_dab_deformable_detr.ops",
             f"-m dn_dab_deformable_detr --transformer_activation relu {DN}",
         ),
-        CANVAS,
+        NUMBERS,
         patterns=DENOISED,
     ),
     Case(
@@ -416,10 +407,9 @@ CASES = [
         "dino",
         "DINO",
         dino,
-        CANVAS,
+        NUMBERS,
         patterns={"match": "{}", "dn": "{}_dn", "enc": "{}_interm"},
         calls=("match", "encoder/match"),
-        counts_empty=("dn",),
     ),
     Case(
         "mask2former",
@@ -436,7 +426,6 @@ CASES = [
         MASKS,
         patterns={"match": "{}", "dn": "{}_dn", "enc": "{}_interm"},
         calls=("match", "encoder/match"),
-        counts_empty=("dn",),
         sizes=((128, 160), (128, 160)),
         num_classes=7,
     ),
