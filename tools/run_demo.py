@@ -30,7 +30,7 @@ def main() -> None:
         print("Detectron2 is not installed: training in a plain PyTorch loop instead.")
         run("examples/plain_pytorch.py", "--output", str(OUTPUT / "detections.png"))
         return
-    run("train_net.py", "--config-file", CONFIG, "OUTPUT_DIR", str(OUTPUT))
+    run("train_net.py", "--config-file", CONFIG, "--overwrite", "OUTPUT_DIR", str(OUTPUT))
     run(
         "tools/draw_detections.py",
         *("--output", str(OUTPUT / "detections.png")),

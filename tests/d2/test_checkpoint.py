@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from samples import sample
 
 from dn_detr.d2.engine.checkpoint import FORMAT, Checkpointer
+from dn_detr.d2.engine.run_checkpoint import RunCheckpointer
 from dn_detr.d2.inference.saved_detector import description_in
 from dn_detr.errors import InputError
 
@@ -60,11 +61,12 @@ def test_a_crash_while_saving_leaves_the_older_file_as_it_was(model_of, tmp_path
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", write_half)
-    with pytest.raises(OSError, match="no space left"):
-        save(model, tmp_path)
+    with pytest.raises(InputError, match="cannot be written .no space left on device.; those bef"):
+        RunCheckpointer(model, str(tmp_path)).save("weights")
     load(model, path)
     assert not differing(model, path)
     assert (tmp_path / "last_checkpoint").read_text() == "weights.pth"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "weights.pth"]
 
 
 def test_a_denoised_checkpoint_gives_the_plain_model_the_same_detections(model_of, tmp_path):
@@ -104,9 +106,8 @@ def test_with_other_classes_heads_and_label_table_start_anew_together(model_of, 
 
 @pytest.mark.parametrize(("names", "is_new"), [(list("abcdef"), False), (list("bacdef"), True)])
 def test_as_many_classes_with_other_names_are_other_classes(model_of, tmp_path, names, is_new):
-    Checkpointer(model_of(seed=1), str(tmp_path), detector={"class_names": list("abcdef")}).save(
-        "a"
-    )
+    detector = {"class_names": list("abcdef")}
+    RunCheckpointer(model_of(seed=1), str(tmp_path), detector=detector).save("a")
     model, path = model_of(seed=2), str(tmp_path / "a.pth")
     checkpointer = Checkpointer(model, is_for_training=True, detector={"class_names": names})
     checkpointer.load(path, checkpointables=[])
@@ -263,11 +264,10 @@ def test_what_another_project_keeps_under_the_name_of_the_description_is_ignored
 def test_parameter_names_of_another_version_are_refused_in_one_sentence(model_of, tmp_path, saved):
     about = {"config": "", "class_names": list("abcdef")}
     model = model_of(seed=1)
-    Checkpointer(model, str(tmp_path), detector={**about, "format": FORMAT}).save("now")
+    RunCheckpointer(model, str(tmp_path), detector={**about, "format": FORMAT}).save("now")
     load(model, str(tmp_path / "now.pth"))
-    Checkpointer(
-        model, str(tmp_path), detector=about if saved is None else {**about, "format": saved}
-    ).save("other")
+    other = about if saved is None else {**about, "format": saved}
+    RunCheckpointer(model, str(tmp_path), detector=other).save("other")
     path = str(tmp_path / "other.pth")
     for read in (lambda: load(model, path), lambda: description_in(path)):
         with pytest.raises(

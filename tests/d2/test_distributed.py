@@ -65,15 +65,28 @@ def test_a_rank_without_objects_trains_in_step_with_the_other(tiny_config, tmp_p
             assert value.isfinite().all(), name
             if "running" not in name:  # batch norm sees each rank's own images
                 assert torch.equal(value, second[kind][name]), name
-    # Both end when one of them breaks, and each says whose images it was.
+    # Both end when one of them breaks, and each says who it was.
     assert "images [2, 3] of rank 1" in second["error"]
-    assert "loss_bbox_0, in iteration 1, but not from rank 0" in first["error"]
+    assert "loss_bbox_0, in iteration 1, from rank 1;" in first["error"]
     for number, loss in enumerate(others):
         first, second = (torch.load(tmp_path / f"{number}_{rank}.pt") for rank in (0, 1))
         assert first["losses"] == second["losses"] and first["losses"][loss] > 0
         for name, gradient in first["gradients"].items():
             assert gradient.isfinite().all(), name
             assert torch.equal(gradient, second["gradients"][name]), name
+
+
+def test_a_process_with_a_broken_image_or_gradient_is_named_by_all_and_keeps_the_evidence(
+    tiny_config, tmp_path
+):
+    """Its gradient is in that of all when the processes notice."""
+    in_two_processes(two_processes.break_a_rank, tmp_path, tiny_config(), timeout=120)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert len(first) == len(second) == 2
+    assert all("in iteration 0, from rank 1;" in sentence for sentence in first)
+    assert "NaN or infinity in the logits" in second[0]
+    assert second[1].startswith("not finite: grad_norm, in iteration 0, from the images [1]")
+    assert [p.name for p in tmp_path.glob("not_finite_*")] == ["not_finite_0000000_rank1.pth"]
 
 
 def test_an_error_of_one_process_ends_all_and_is_told_once(tiny_config, tmp_path):

@@ -27,7 +27,7 @@ def instruments(cfg, *, samples=SAMPLES) -> MatchingInstruments:
     model = build_model(cfg)
     for parameter in model.core.query_design.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.5)
-    return MatchingInstruments(1, model, [(i, [one]) for i, one in enumerate(samples)])
+    return MatchingInstruments(model, [(i, [one]) for i, one in enumerate(samples)])
 
 
 def scalars(hook) -> dict[str, float]:

@@ -1,12 +1,19 @@
 """A training that was killed and resumed equals one that was not, bit for bit on the CPU."""
 
+import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from dn_detr.d2.engine.trainer import Trainer
 
 TOOL = Path(__file__).resolve().parents[2] / "dev" / "check_resume.py"
+sys.path.append(str(TOOL.parent))
+import check_resume  # noqa: E402
 
 
 def test_a_killed_and_resumed_training_equals_an_uninterrupted_one(arguments, tmp_path):
@@ -34,6 +41,19 @@ def test_a_killed_and_resumed_training_equals_an_uninterrupted_one(arguments, tm
     assert done.stdout.startswith("equal bit for bit: 15 losses in each of the iterations ")
 
 
+def test_trainings_that_are_killed_at_random_moments_equal_an_undisturbed_one(arguments, tmp_path):
+    """Ten of them; `dev/check_kills.py --kills 200` for more."""
+    tool = TOOL.with_name("check_kills.py")
+    done = subprocess.run(
+        [sys.executable, tool, tmp_path / "kills", "--kills", "10", "--", *arguments()],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("10 kills") and "chains, 0 of them not equal" in done.stdout
+
+
 def test_resuming_without_a_checkpoint_starts_from_the_beginning(run, tmp_path):
     run(flags=["--resume"])
     assert "Starting training from iteration 0" in (tmp_path / "run" / "log.txt").read_text()
@@ -56,3 +76,254 @@ def test_a_training_in_float16_resumes_one_in_float32(run, tmp_path):
     amp = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "float16")
     run(*amp, flags=["--resume"])
     assert "Starting training from iteration 2" in (tmp_path / "run" / "log.txt").read_text()
+
+
+# ------------------------------------------------------------------ what was pending when it ended
+
+
+class Killed(BaseException):
+    """In the place of SIGKILL: nothing in the package catches it."""
+
+
+EVALUATED = (
+    *("SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 2),
+    *("TEST.BEST.METRIC", "bbox/AP", "TEST.EARLY_STOP.METRIC", "bbox/AP"),
+)
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """scores(values): the bbox/AP of each evaluation to come; None kills the training in it."""
+
+    def scores(*values):
+        values = iter(values)
+
+        def evaluate(_cfg, _model):
+            value = next(values)
+            if value is None:
+                raise Killed
+            return {"bbox": {"AP": value}}
+
+        monkeypatch.setattr(Trainer, "test", staticmethod(evaluate))
+
+    return scores
+
+
+def assert_equal_runs(one, other):
+    """All checkpoints of two trainings, but for their folders."""
+    names = [sorted(p.name for p in folder.glob("*.pth")) for folder in (one, other)]
+    assert names[0] == names[1] and "model_final.pth" in names[0]
+    for name in names[0]:
+        first, second = (check_resume.leaves(torch.load(f / name)) for f in (one, other))
+        assert first.keys() == second.keys()
+        for key in first.keys() - {"/detector/config"}:
+            assert check_resume.are_equal(first[key], second[key]), (name, key)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_an_evaluation_that_was_killed_is_made_up(run, tmp_path, scores, number):
+    """Best iteration and patience are those of the undisturbed training; the last of the three
+    evaluations comes after the last iteration."""
+    values = [2.0, 5.0, 3.0]
+    scores(*values)
+    run(*EVALUATED, output="whole")
+    scores(*values[:number], None)
+    with pytest.raises(Killed):
+        run(*EVALUATED)
+    scores(*values[number:])
+    run(*EVALUATED, flags=["--resume"])
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+    found = {
+        line["iteration"]: line["bbox/AP"]
+        for line in map(json.loads, (tmp_path / "run/metrics.json").read_text().splitlines())
+        if "bbox/AP" in line
+    }
+    assert found == {1: 2.0, 3: 5.0, 6: 3.0}
+
+
+def test_a_final_checkpoint_that_was_killed_is_written_by_a_resume(
+    run, tmp_path, scores, monkeypatch
+):
+    def save(content, file):
+        if "model_final" in file.name:
+            file.write(b"half")
+            raise Killed
+        original(content, file)
+
+    original = torch.save
+    scores(1.0, 2.0, 3.0)
+    run(*EVALUATED, output="whole")
+    monkeypatch.setattr(torch, "save", save)
+    scores(1.0, 2.0, 3.0)
+    with pytest.raises(Killed):
+        run(*EVALUATED)
+    assert not (tmp_path / "run" / "model_final.pth").exists()
+    monkeypatch.setattr(torch, "save", original)
+    (tmp_path / "run" / "model_final.pth.unfinished").write_bytes(b"half")
+    scores(3.0)
+    run(*EVALUATED, flags=["--resume"])
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*.unfinished*"))
+    # All is done now: another resume evaluates nothing and writes nothing.
+    before = (tmp_path / "run" / "model_final.pth").stat().st_mtime_ns
+    scores()
+    run(*EVALUATED, flags=["--resume"])
+    assert (tmp_path / "run" / "model_final.pth").stat().st_mtime_ns == before
+
+
+def test_a_training_that_stops_early_while_it_is_killed_still_ends_with_its_file(
+    run, tmp_path, scores, monkeypatch
+):
+    def save(content, file):
+        if "model_final" in file.name:
+            raise Killed
+        original(content, file)
+
+    original = torch.save
+    early = (*EVALUATED, "TEST.EARLY_STOP.PATIENCE", 1)
+    monkeypatch.setattr(torch, "save", save)
+    scores(2.0, 1.0)
+    with pytest.raises(Killed):
+        run(*early)
+    monkeypatch.setattr(torch, "save", original)
+    scores()
+    run(*early, flags=["--resume"])
+    assert torch.load(tmp_path / "run" / "model_final.pth")["iteration"] == 3
+
+
+# --------------------------------------------------------------------------- which file is resumed
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(run, tmp_path):
+    run("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 1)
+    folder = tmp_path / "run"
+    content = bytearray((folder / "model_final.pth").read_bytes())
+    content[len(content) // 2] ^= 1  # one bit, inside of a tensor
+    (folder / "model_final.pth").write_bytes(content)
+    (folder / "model_0000003.pth").write_bytes(content[:1000])
+    run("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 1, flags=["--resume"])
+    log = (folder / "log.txt").read_text()
+    assert f"the checkpoint {folder}/model_final.pth is damaged: trying the one before it" in log
+    assert "Starting training from iteration 3" in log
+    run("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 1, output="whole")
+    assert_equal_runs(tmp_path / "whole", folder)
+
+
+@pytest.mark.parametrize("content", ["", "model_0000009.pth", "\0"])
+def test_a_wrong_last_checkpoint_hides_no_good_file(run, tmp_path, content):
+    run("SOLVER.MAX_ITER", 2)
+    (tmp_path / "run" / "last_checkpoint").write_text(content)
+    run("SOLVER.MAX_ITER", 3, flags=["--resume"])
+    assert "Starting training from iteration 2" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_where_all_are_damaged_a_resume_is_refused(run, tmp_path):
+    run("SOLVER.MAX_ITER", 2)
+    for path in (tmp_path / "run").glob("*.pth"):
+        path.write_bytes(b"half")
+    with pytest.raises(SystemExit, match="all checkpoints in .* are damaged"):
+        run("SOLVER.MAX_ITER", 3, flags=["--resume"])
+
+
+# ------------------------------------------------------------------------------ what may be changed
+
+
+def test_what_changes_a_resumed_training_is_applied_and_said(run, tmp_path):
+    run("SOLVER.MAX_ITER", 2)
+    changed = ("SOLVER.BASE_LR", 1e-5, "SOLVER.WEIGHT_DECAY", 0.5, "SOLVER.MAX_ITER", 4)
+    run(*changed, "OUTPUT_DIR", tmp_path / "run", flags=["--resume"])
+    state = torch.load(tmp_path / "run" / "model_final.pth")["trainer"]["_trainer"]["optimizer"]
+    lines = (tmp_path / "run" / "metrics.json").read_text().splitlines()
+    rates = [line["lr"] for line in map(json.loads, lines) if "lr" in line]
+    assert rates[2:] == pytest.approx([1e-6, 1e-6])  # a tenth, after SOLVER.STEPS
+    assert {group["weight_decay"] for group in state["param_groups"]} == {0.5}
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "SOLVER.BASE_LR 0.0008 -> 1e-05; SOLVER.MAX_ITER 2 -> 4; SOLVER.WEIGHT_DECAY" in log
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        (("SOLVER.OPTIMIZER", "SGD"), r"has other SOLVER.OPTIMIZER \(ADAMW\) than .* \(SGD\)"),
+        (("DATASETS.TRAIN", "('tiny_val',)"), r"other training images .* \(10 images\) .*\(4 im"),
+        (("SOLVER.MAX_ITER", 1), "has done 3 iterations, more than SOLVER.MAX_ITER 1"),
+    ],
+)
+def test_what_a_resumed_training_cannot_change_is_refused(run, tmp_path, opts, words):
+    run()
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(SystemExit, match=words):
+        run(*opts, flags=["--resume"])
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_data_are_compared_by_content_and_not_by_path(run, tmp_path, tiny_data):
+    _, json_file, images = ast.literal_eval(tiny_data[1])[0]
+    content = json.loads(Path(json_file).read_text())
+    moved = tmp_path / "moved.json"
+    moved.write_text(json.dumps(content))
+
+    def data(name, file) -> tuple:
+        entry = ("DATASETS.COCO_FORMAT", [[name, str(file), images]])
+        return (*entry, "DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", "()")
+
+    run("SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()")
+    run(*data("moved", moved), "SOLVER.MAX_ITER", 3, flags=["--resume"])
+    content["annotations"][0]["bbox"][2] += 1
+    changed = tmp_path / "changed.json"
+    changed.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="other training images or objects"):
+        run(*data("changed", changed), "SOLVER.MAX_ITER", 4, flags=["--resume"])
+
+
+# ------------------------------------------------------------------------------------ a used folder
+
+
+def test_a_new_training_does_not_overwrite_checkpoints_of_another(run, tmp_path):
+    run("SOLVER.MAX_ITER", 2)
+    folder = tmp_path / "run"
+    before = (folder / "model_final.pth").read_bytes()
+    with pytest.raises(SystemExit, match="--resume, name another OUTPUT_DIR, or .*--overwrite"):
+        run("SOLVER.MAX_ITER", 1)
+    assert (folder / "model_final.pth").read_bytes() == before
+    config = (folder / "config.yaml").read_text()
+    run("MODEL.WEIGHTS", folder / "model_final.pth", flags=["--eval-only"])
+    assert (folder / "config.yaml").read_text() == config
+    with pytest.raises(SystemExit, match="--overwrite would delete MODEL.WEIGHTS"):
+        run("MODEL.WEIGHTS", folder / "model_final.pth", flags=["--overwrite"])
+    run("SOLVER.MAX_ITER", 1, flags=["--overwrite"])
+    assert torch.load(folder / "model_final.pth")["iteration"] == 0
+    assert (folder / "earlier_1" / "metrics.json").is_file()
+    lines = (folder / "metrics.json").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [0, 1]
+    assert len(list(folder.glob("events.*"))) == 1
+
+
+def test_two_trainings_in_one_folder_are_kept_apart_until_the_first_is_killed(run, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    code = "import sys, time; from dn_detr.d2.engine.run_folder import lock\n"
+    code += "file = lock(sys.argv[1]); print('locked', flush=True); time.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(SystemExit, match=f"another training, process {other.pid}, is writing"):
+            run("SOLVER.MAX_ITER", 1)
+        other.kill()
+    run("SOLVER.MAX_ITER", 1)
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        (("SOLVER.MAX_ITER", 0), "SOLVER.MAX_ITER must be at least 1, got 0"),
+        (("SOLVER.CHECKPOINT_PERIOD", 0), "SOLVER.CHECKPOINT_PERIOD must be at least 1, got 0"),
+        (("LOG_PERIOD", 0), "LOG_PERIOD must be at least 1, got 0"),
+        (("INPUT.MIN_SIZE_TRAIN", "()"), "INPUT.MIN_SIZE_TRAIN must be one or more sizes"),
+        (("SEED", 2**70), "SEED must be below 2\\^32"),
+        (("INPUT.FORMAT", "XYZ"), "INPUT.FORMAT must be one of .*'BGR'.*, got 'XYZ'"),
+        (("OUTPUT_DIR", "/proc/self"), "OUTPUT_DIR cannot be written to: .*/proc/self"),
+    ],
+)
+def test_impossible_values_are_refused_in_one_sentence(run, opts, words):
+    with pytest.raises(SystemExit, match=f"train_net.py: {words}"):
+        run(*opts)

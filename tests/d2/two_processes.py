@@ -11,6 +11,7 @@ from samples import sample, with_teacher
 
 from dn_detr.d2.data.catalog import prepare
 from dn_detr.d2.engine.collective import raise_on_all_ranks, run_on_main_rank
+from dn_detr.d2.engine.nonfinite_dump import NonFiniteDump
 from dn_detr.d2.engine.train_step import TrainStep
 from dn_detr.d2.engine.trainer import Trainer, across_processes
 from dn_detr.d2.modeling.batch import batch_stats
@@ -45,7 +46,7 @@ def train_with_an_empty_rank(rank: int, folder: Path, cfg, *others) -> None:
             for name, parameter in model.module.named_parameters()
             if parameter.requires_grad
         }
-        seen["weights"] = model.module.state_dict()
+        seen["weights"] = {k: v.clone() for k, v in model.module.state_dict().items()}
         if rank == 1:
             model.module.criterion.terms["bbox"] = (infinite_in_the_first_layer, 1.0)
         try:
@@ -101,6 +102,43 @@ def meet_errors_of_one(rank: int, folder: Path, cfg) -> None:
             raised.append((type(error).__name__, str(error)))
     torch.save(raised, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def break_a_rank(rank: int, folder: Path, cfg) -> None:
+    """Rank 1 alone meets NaN in its matching, then in its gradient; saves what each raised."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    comm.create_local_process_group(2)
+    raised = []
+    for fault in ("image", "gradient"):
+        model = across_processes(build_model(cfg))
+        one = sample(rank, 2)
+        if rank == 1 and fault == "image":
+            one["image"] = torch.full(one["image"].shape, torch.nan)
+        if rank == 1 and fault == "gradient":
+            model.module.criterion.terms["bbox"] = (broken_only_in_its_derivative, 1.0)
+        step = TrainStep(
+            model,
+            [[one]],
+            build_optimizer(cfg, model),
+            precision=None,
+            seed=0,
+            evidence=NonFiniteDump(str(folder), cfg.dump()),
+        )
+        step.iter = 0
+        try:
+            with EventStorage():
+                step.run_step()
+        except FloatingPointError as error:
+            raised.append(str(error))
+    torch.save(raised, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def broken_only_in_its_derivative(matched, _num_objects):
+    return matched.boxes.flatten(1).sum(1).mul(0).sqrt()
 
 
 def train_until_an_image_is_broken(rank: int, cfg) -> None:

@@ -54,6 +54,7 @@ class World:
         words = command.words[1:]
         if words[0] == "train_net.py":
             words = reduced(words, [*TINY, "SOLVER.MAX_ITER", "2"])
+            words.insert(1, "--overwrite")  # what `train_detectors` has put there
         self.call(words)
 
     def call(self, words: list[str]) -> None:

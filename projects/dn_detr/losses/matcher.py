@@ -28,6 +28,8 @@ def assign(
     targets: Targets,
     costs: MatchingCosts,
     only: Collection[str] | None = None,
+    *,
+    raises: bool = True,
 ) -> Assignments:
     """Assign the objects of each image to queries, separately for every layer and segment.
 
@@ -38,6 +40,7 @@ def assign(
     Args:
         costs: (predictions of one segment, objects) -> costs [L, T, Q], such as `Costs`.
         only: names of the segments to match, None for all.
+        raises: whether non-finite numbers are an error at once where that needs no synchronization.
 
     Returns:
         Assignments by segment name, "encoder/<name>" for proposals. `Assignment.is_bad` marks
@@ -45,7 +48,7 @@ def assign(
         `find_nonfinite` describes them.
 
     Raises:
-        FloatingPointError: on the CPU, if logits, boxes or costs are not finite.
+        FloatingPointError: on the CPU, if logits, boxes or costs are not finite and `raises`.
     """
     objects = list_objects(targets)
     parts = split_segments(predictions, only)
@@ -70,7 +73,8 @@ def assign(
             fixed = part.segments[0].assignment.expand(part.logits.shape[0], -1, -1)
             assignment = Assignment(fixed, _is_real(part))
         assignments[name] = assignment
-    if predictions.logits.device.type == "cpu" and (message := find_nonfinite(assignments)):
+    is_checked = raises and predictions.logits.device.type == "cpu"
+    if is_checked and (message := find_nonfinite(assignments)):
         raise FloatingPointError(message)
     return assignments
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 from detectron2.config import CfgNode
+
+from dn_detr.errors import InputError
 
 
 def add_training_config(cfg: CfgNode) -> None:
@@ -41,6 +45,13 @@ def add_training_config(cfg: CfgNode) -> None:
     cfg.SOLVER.EMA.ENABLED = False
     cfg.SOLVER.EMA.DECAY = 0.9997
     cfg.SOLVER.EMA.WARMUP = 2000
+    # A checkpoint is due every SOLVER.CHECKPOINT_PERIOD iterations, and this many minutes after the
+    # last one; 0: by iterations only.
+    cfg.SOLVER.CHECKPOINT_MINUTES = 0.0
+    # Checkpoints that stay: the newest ones (0: all) and those at multiples of KEEP_EVERY
+    # iterations (0: no others), beside model_best.pth and model_final.pth.
+    cfg.SOLVER.KEEP_NEWEST = 3
+    cfg.SOLVER.KEEP_EVERY = 0
     # Save model_best.pth whenever this metric of the evaluation ("bbox/AP", "ema/bbox/AP", ...) is
     # a new best: MODE "max" or "min". "": off.
     cfg.TEST.BEST = CfgNode()
@@ -71,6 +82,8 @@ def add_training_config(cfg: CfgNode) -> None:
     # Deterministic algorithms only (the CPU's always are): slower on a GPU, and an error where
     # PyTorch has none.
     cfg.DETERMINISTIC = False
+    # Minutes that a process waits for another one before it takes it for lost.
+    cfg.PROCESS_TIMEOUT = 30.0
     # Weights & Biases (pip install wandb) beside metrics.json and TensorBoard, with all that they
     # hold; NAME "": that of the folder. One run for each OUTPUT_DIR, also after resuming.
     cfg.WANDB = CfgNode()
@@ -80,3 +93,29 @@ def add_training_config(cfg: CfgNode) -> None:
     # Iterations between two lines in the log, metrics.json and TensorBoard, which hold the medians
     # of the losses over these iterations; with 1, metrics.json holds every loss of every iteration.
     cfg.LOG_PERIOD = 20
+
+
+LEAST = {
+    **dict.fromkeys(("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "LOG_PERIOD"), 1),
+    **dict.fromkeys(("SOLVER.KEEP_NEWEST", "SOLVER.KEEP_EVERY", "TEST.EVAL_PERIOD"), 0),
+    **{"SOLVER.CHECKPOINT_MINUTES": 0, "PROCESS_TIMEOUT": 0.01},
+}
+"""Keys and their smallest values."""
+
+FORMATS = ("BGR", "RGB", "L", "HSV", "YUV-BT.601")
+
+
+def check_values(cfg: CfgNode) -> None:
+    """Raise an InputError for the first key with a value that no run can have."""
+    for key, least in LEAST.items():
+        value = reduce(getattr, key.split("."), cfg)
+        if not value >= least:
+            raise InputError(f"{key} must be at least {least}, got {value}.")
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    for key, value, is_right, expected in (
+        ("SEED", cfg.SEED, cfg.SEED < 2**32, "below 2^32"),
+        ("INPUT.MIN_SIZE_TRAIN", sizes, sizes and min(sizes) >= 1, "one or more sizes in pixels"),
+        ("INPUT.FORMAT", cfg.INPUT.FORMAT, cfg.INPUT.FORMAT in FORMATS, f"one of {FORMATS}"),
+    ):
+        if not is_right:
+            raise InputError(f"{key} must be {expected}, got {value!r}.")

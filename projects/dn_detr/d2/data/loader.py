@@ -26,6 +26,7 @@ from dn_detr.d2.data.mapper import DetrMapper, read_image
 from dn_detr.d2.data.packing import about_open_files, allow_open_files, pack, unpack
 from dn_detr.d2.data.records import CheckedMapper
 from dn_detr.d2.data.teacher_boxes import WithTeacher, load_teacher_boxes, teacher_files
+from dn_detr.d2.engine.endings import ignore_signals
 from dn_detr.errors import BadImage, InputError
 
 logger = logging.getLogger(__name__)
@@ -253,6 +254,7 @@ class TrainLoader:
             num_workers=self.num_workers,
             collate_fn=pack if self.num_workers else list,
             pin_memory=self.pin_memory,
+            worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # leaves the default generator to the model
         )
         allow_open_files(self.num_workers)

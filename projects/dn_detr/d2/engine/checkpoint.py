@@ -28,7 +28,9 @@ from dn_detr.conversion.safe_load import (
     read_safetensors,
 )
 from dn_detr.d2.data.catalog import class_names
+from dn_detr.d2.engine.collective import run_on_main_rank
 from dn_detr.d2.engine.ema import KEY as EMA
+from dn_detr.d2.engine.run_folder import checkpoints_in, newest_checkpoint
 from dn_detr.d2.modeling.timm_torchvision import NamedBackbone
 from dn_detr.errors import InputError
 from dn_detr.models.published import set_as_published
@@ -38,12 +40,6 @@ CLASS_DEPENDENT = ("class_head", "class_heads", "label_embedding", "cls_score", 
 
 TRAINING_ONLY = ("auxiliary", "label_embedding", "box_embedding")
 """Parameters that only auxiliary queries use: optional in a checkpoint."""
-
-UNFINISHED = ".unfinished"
-"""Suffix in the name of a file while it is written."""
-
-BEST = "model_best.pth"
-"""File of the best checkpoint by a metric; `--resume` does not use it."""
 
 AVERAGED = f"@{EMA}"
 """Suffix of a path that selects the moving average of the weights in a checkpoint."""
@@ -149,12 +145,12 @@ class Checkpointer(DetectionCheckpointer):
     they would only show as a low AP. TRAINING_ONLY parameters are optional.
 
     Args:
-        model: Model to save and load.
-        save_dir: Folder of the checkpoints.
+        model: Model to load.
+        save_dir: Folder of the checkpoints to resume from.
         is_for_training: Whether weights may initialize a training.
-        detector: Description in saved checkpoints, see `describe`.
+        detector: Description of this model, see `describe`.
         may_be_new: MODEL.DN_DETR.NEW_PARAMETERS.
-        **checkpointables: Other objects to save and load.
+        **checkpointables: Other objects to load on resuming.
     """
 
     def __init__(
@@ -172,19 +168,11 @@ class Checkpointer(DetectionCheckpointer):
         self.detector = detector
         self.may_be_new = tuple(may_be_new)
 
-    def save(self, name: str, **kwargs) -> None:
-        """Save under a name; a crash while writing does not damage an older file of that name."""
-        about = {} if self.detector is None else {DETECTOR: self.detector}
-        super().save(name + UNFINISHED, **about, **kwargs)
+    def has_checkpoint(self) -> bool:
+        return bool(checkpoints_in(self.save_dir))
 
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Rename the finished file and, unless it is the best one, mark it as the last."""
-        unfinished = os.path.join(self.save_dir, last_filename_basename)
-        finished = unfinished.replace(UNFINISHED, "")
-        os.replace(unfinished, finished)
-        if os.path.basename(finished) == BEST:
-            return
-        super().tag_last_checkpoint(os.path.basename(finished))
+    def get_checkpoint_file(self) -> str:
+        return run_on_main_rank(lambda: newest_checkpoint(self.save_dir))
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
         """Load a checkpoint.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -51,16 +51,17 @@ def run_on_main_rank(function: Callable[[], T]) -> T:
     return comm.all_gather(result)[0]
 
 
+def set_timeout(timeout: timedelta) -> None:
+    """Set how long a process waits for others before it takes them for lost."""
+    if comm.get_world_size() > 1:
+        for group in {distributed.group.WORLD, comm._get_global_gloo_group()}:
+            distributed.distributed_c10d._set_pg_timeout(timeout, group)
+
+
 def _any_rank(flag: bool) -> bool:
     """Return whether `flag` is set on any rank; waits for other ranks, but not for the device."""
     if comm.get_world_size() == 1:
         return flag
     flags = torch.tensor([flag], dtype=torch.int32)
-    distributed.all_reduce(flags, group=_host_group())
+    distributed.all_reduce(flags, group=comm._get_global_gloo_group())
     return bool(flags)
-
-
-@cache
-def _host_group() -> distributed.ProcessGroup | None:
-    """Return a group of all ranks for tensors in host memory; None is the default group."""
-    return distributed.new_group(backend="gloo") if distributed.get_backend() == "nccl" else None

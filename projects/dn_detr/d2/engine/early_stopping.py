@@ -6,12 +6,11 @@ import difflib
 import logging
 import math
 
-from detectron2.engine import HookBase, hooks
-from detectron2.utils import comm
+from detectron2.engine import hooks
 from detectron2.utils.events import EventStorage
 
 from dn_detr.d2.engine.collective import run_on_main_rank
-from dn_detr.d2.engine.evaluation_hooks import AfterEvaluation
+from dn_detr.d2.engine.milestones import AfterEvaluation
 from dn_detr.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -19,20 +18,24 @@ logger = logging.getLogger(__name__)
 MODES = ("max", "min")
 
 
-class StopEarly(Exception):
-    """Raised to end a training regularly before its last iteration."""
-
-
-class SaveBest(hooks.BestCheckpointer):
+class SaveBest(AfterEvaluation, hooks.BestCheckpointer):
     """Detectron2's BestCheckpointer that checks the metric's name and keeps the best on resume.
 
     It writes model_best.pth, which `--resume` does not use.
     """
 
-    def _best_checking(self):
-        run_on_main_rank(lambda: metric(self.trainer.storage, self._val_metric, "TEST.BEST.METRIC"))
-        if comm.is_main_process():
-            super()._best_checking()
+    def after_evaluation(self):
+        def save() -> None:
+            metric(self.trainer.storage, self._val_metric, "TEST.BEST.METRIC")
+            self._best_checking()
+
+        run_on_main_rank(save)
+
+    def after_step(self):
+        """Do nothing: `Milestones` calls `after_evaluation`."""
+
+    def after_train(self):
+        """Do nothing: `Milestones` calls `after_evaluation`."""
 
     def state_dict(self) -> dict:
         return {"best_metric": self.best_metric, "best_iter": self.best_iter}
@@ -47,24 +50,17 @@ class EarlyStopping(AfterEvaluation):
     The last weights become model_final.pth. A training that was stopped ends at once when resumed.
 
     Args:
-        period: TEST.EVAL_PERIOD.
-        checkpointer: Writes model_final.pth.
         name: Name of the metric.
         patience: Evaluations in a row without improvement.
         mode: "max" or "min".
     """
 
-    def __init__(self, period: int, checkpointer, *, name: str, patience: int, mode: str):
-        super().__init__(period)
-        self.checkpointer = checkpointer
+    def __init__(self, *, name: str, patience: int, mode: str):
         self.name = name
         self.patience = patience
         self.sign = 1 if mode == "max" else -1
         self.best = -math.inf
         self.num_worse = 0
-
-    def before_train(self):
-        self.stop_if_out_of_patience()
 
     def after_evaluation(self):
         storage = self.trainer.storage
@@ -75,18 +71,14 @@ class EarlyStopping(AfterEvaluation):
             self.best, self.num_worse = value, 0
         else:
             self.num_worse += 1
-        if self.trainer.iter < self.trainer.max_iter:
-            if self.num_worse >= self.patience and comm.is_main_process():
-                self.checkpointer.save("model_final", iteration=self.trainer.iter)
-            self.stop_if_out_of_patience()
 
-    def stop_if_out_of_patience(self) -> None:
-        """Raise StopEarly after `patience` evaluations without improvement."""
-        if self.num_worse >= self.patience:
-            raise StopEarly(
-                f"stopped early: {self.name} has not been better than {self.sign * self.best:g} in "
-                f"the last {self.num_worse} evaluations (TEST.EARLY_STOP)"
-            )
+    def verdict(self) -> str:
+        if self.num_worse < self.patience:
+            return ""
+        return (
+            f"stopped early: {self.name} has not been better than {self.sign * self.best:g} in "
+            f"the last {self.num_worse} evaluations (TEST.EARLY_STOP)"
+        )
 
     def state_dict(self) -> dict:
         return {"best": self.best, "num_worse": self.num_worse}
@@ -115,7 +107,7 @@ def metric(storage: EventStorage, name: str, key: str) -> float:
     return found[name]
 
 
-def build_best(cfg, checkpointer) -> list[HookBase]:
+def build_best(cfg, checkpointer) -> list[AfterEvaluation]:
     """Build the hooks of TEST.BEST and TEST.EARLY_STOP."""
     best, early, period = cfg.TEST.BEST, cfg.TEST.EARLY_STOP, cfg.TEST.EVAL_PERIOD
     for key, node in (("TEST.BEST", best), ("TEST.EARLY_STOP", early)):
@@ -126,17 +118,9 @@ def build_best(cfg, checkpointer) -> list[HookBase]:
             )
     if early.METRIC and early.PATIENCE < 1:
         raise InputError(f"TEST.EARLY_STOP.PATIENCE must be at least 1, got {early.PATIENCE}.")
-    built: list[HookBase] = []
+    built: list[AfterEvaluation] = []
     if best.METRIC:
         built.append(SaveBest(period, checkpointer, best.METRIC, best.MODE))
     if early.METRIC:
-        built.append(
-            EarlyStopping(
-                period,
-                checkpointer,
-                name=early.METRIC,
-                patience=early.PATIENCE,
-                mode=early.MODE,
-            )
-        )
+        built.append(EarlyStopping(name=early.METRIC, patience=early.PATIENCE, mode=early.MODE))
     return built

@@ -19,7 +19,7 @@ from dn_detr.analysis.matching_instability import (
 )
 from dn_detr.d2.data import dataset_dicts
 from dn_detr.d2.data.mapper import DetrMapper
-from dn_detr.d2.engine.evaluation_hooks import AfterEvaluation
+from dn_detr.d2.engine.milestones import AfterEvaluation
 from dn_detr.errors import BadImage
 from dn_detr.losses.matcher import assign
 
@@ -38,13 +38,11 @@ class MatchingInstruments(AfterEvaluation):
         2203.03605). Absent for methods whose queries have no initial reference.
 
     Args:
-        period: TEST.EVAL_PERIOD.
         model: Model without DistributedDataParallel.
         loader: Images of this process, one at a time, as (index, samples).
     """
 
-    def __init__(self, period: int, model: nn.Module, loader: DataLoader):
-        super().__init__(period)
+    def __init__(self, model: nn.Module, loader: DataLoader):
         self.model = model
         self.loader = loader
         self.matches: torch.Tensor | None = None
@@ -136,4 +134,4 @@ def build_instruments(cfg, model: nn.Module) -> MatchingInstruments | None:
         batch_size=None,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
-    return MatchingInstruments(cfg.TEST.EVAL_PERIOD, model, loader)
+    return MatchingInstruments(model, loader)

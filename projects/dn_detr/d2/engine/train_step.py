@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from detectron2.engine import SimpleTrainer
@@ -32,7 +33,7 @@ class TrainStep(SimpleTrainer):
     drawn on the device (dropout) are seeded by (seed, iteration, rank), so that a resumed training
     draws the same. num_parts: the batch of this process is computed in so many parts, one after the
     other, with the gradients of the whole. evidence: keeps what reproduces a loss that is not
-    finite.
+    finite. requests: what this process asks of all; `asked` is the sum over them in this iteration.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class TrainStep(SimpleTrainer):
         seed: int,
         num_parts: int = 1,
         evidence: NonFiniteDump | None = None,
+        requests: Callable[[], list[float]] = list,
     ):
         super().__init__(model, data_loader, optimizer)
         if precision is not None and precision not in PRECISIONS:
@@ -56,6 +58,9 @@ class TrainStep(SimpleTrainer):
         self.saved_seed: int | None = None  # that of the checkpoint which was resumed
         self.num_parts = num_parts
         self.evidence = evidence
+        self.requests = requests
+        self.asked: list[float] = []
+        self.last_update = -1  # iteration whose update of the weights has begun
         self.device = next(model.parameters()).device
         self.grad_scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.precision == torch.float16
@@ -67,11 +72,12 @@ class TrainStep(SimpleTrainer):
         data_time = time.perf_counter() - start
 
         torch.manual_seed(self.device_seed())
-        stats = batch_stats(data, self.device)
+        stats = batch_stats(data, self.device, self.requests())
         self.optimizer.zero_grad()
         losses = self.backward(data, stats)
         self.after_backward()
         self.report(losses, data, stats, data_time)
+        self.last_update = self.iter
         self.grad_scaler.unscale_(self.optimizer)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
@@ -137,23 +143,42 @@ class TrainStep(SimpleTrainer):
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(mean)
             mean /= comm.get_world_size()
-        own, (*mean, data_time) = torch.stack((own, mean)).tolist()
+        on_host = torch.cat((own, mean, stats.requests.to(mean))).tolist()
+        own, mean = on_host[: len(own)], on_host[len(own) : 2 * len(own)]
+        self.asked, data_time = on_host[2 * len(own) :], mean.pop()
         losses = dict(zip(names, mean, strict=True))
         broken = [name for name, value in losses.items() if not math.isfinite(value)]
         norm = losses.pop("grad_norm")
         if self.grad_scaler.is_enabled() and broken == ["grad_norm"]:
             broken = []  # gradient scaling skips such a step and takes a smaller scale
         if broken:
-            where = f"{self.bad_matching(data, stats)}{self.whereabouts(data)}"
-            where = f"{where}; {self.advice(data, stats)}"
-            if all(map(math.isfinite, own)):
-                where = f"in iteration {self.iter}, but not from rank {comm.get_rank()}"
+            is_own = not all(map(math.isfinite, own[: len(losses)]))
+            if broken == ["grad_norm"]:  # the processes have mixed their gradients
+                is_own = comm.get_world_size() == 1 or self.has_broken_gradient(data, stats)
+            guilty = [rank for rank, is_bad in enumerate(comm.all_gather(is_own)) if is_bad]
+            where = f"in iteration {self.iter}, from rank {', '.join(map(str, guilty))}"
+            if is_own:
+                where = f"{self.bad_matching(data, stats)}{self.whereabouts(data)}"
+                where = f"{where}; {self.advice(data, stats)}"
             raise NotFinite(f"not finite: {', '.join(broken)}, {where}; all losses: {losses}")
         storage = get_event_storage()
         storage.put_scalars(data_time=data_time, grad_norm=norm)
         storage.put_scalar("total_loss", sum(losses.values()))
         storage.put_scalars(**losses)
         storage.put_scalars(**summarize(losses))
+
+    def has_broken_gradient(self, data: list[dict], stats: BatchStats) -> bool:
+        """Whether the gradients of this process alone are not finite; they are computed again."""
+        torch.manual_seed(self.device_seed())
+        parameters = [p for p in self.detector.parameters() if p.requires_grad]
+        for part in self.parts(data):
+            with self.autocast():
+                losses = self.detector(part, stats, iteration=self.iter)
+            total = torch.stack(list(losses.values())).sum()
+            gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+            if not all(g.isfinite().all() for g in gradients if g is not None):
+                return True
+        return False
 
     def bad_matching(self, data: list[dict], stats: BatchStats) -> str:
         """Where the matcher met numbers that are not finite: on a GPU the losses only show that it

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 import weakref
+from datetime import timedelta
 
 import torch
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dn_detr.d2.config.training_defaults import check_values
 from dn_detr.d2.data.loader import build_test_loader, build_train_loader
 from dn_detr.d2.engine.activation_checkpointing import recompute
-from dn_detr.d2.engine.checkpoint import Checkpointer, describe
-from dn_detr.d2.engine.collective import raise_on_all_ranks
+from dn_detr.d2.engine.checkpoint import describe
+from dn_detr.d2.engine.collective import raise_on_all_ranks, set_timeout
 from dn_detr.d2.engine.compile import compile_core
-from dn_detr.d2.engine.early_stopping import StopEarly, build_best
+from dn_detr.d2.engine.early_stopping import build_best
 from dn_detr.d2.engine.ema import KEY as EMA
 from dn_detr.d2.engine.ema import FollowWeights, MovingAverage
-from dn_detr.d2.engine.evaluation_hooks import SaveEvaluation
+from dn_detr.d2.engine.endings import SIGNALS, Stopped, StopRequests, as_input_error
+from dn_detr.d2.engine.event_storage import BoundedEventStorage
 from dn_detr.d2.engine.instability_hook import build_instruments
+from dn_detr.d2.engine.milestones import Milestones, StopEarly
 from dn_detr.d2.engine.nonfinite_dump import NonFiniteDump
+from dn_detr.d2.engine.run_checkpoint import RunCheckpointer, facts
 from dn_detr.d2.engine.train_step import TrainStep
 from dn_detr.d2.engine.wandb_writer import WandbWriter
 from dn_detr.d2.engine.writers import ProgressBar, ProgressLines
@@ -39,6 +46,9 @@ from dn_detr.d2.solver.optimizer import build_optimizer
 from dn_detr.errors import InputError, NotFinite
 
 logger = logging.getLogger(__name__)
+
+LONGEST_WINDOW = 100
+"""Iterations of the longest median on the console."""
 
 
 class Trainer(DefaultTrainer):
@@ -62,6 +72,7 @@ class Trainer(DefaultTrainer):
             round(count / factor)
             for count in (solver.FLAT_ITERS, solver.FINAL_ITERS, solver.EMA.WARMUP)
         )
+        solver.KEEP_EVERY = round(solver.KEEP_EVERY / factor)
         scaled.INPUT.SCHEDULE = [round(iteration / factor) for iteration in scaled.INPUT.SCHEDULE]
         if is_frozen:
             scaled.freeze()
@@ -71,6 +82,8 @@ class Trainer(DefaultTrainer):
         # DefaultTrainer's constructor is not called: its steps need CUDA for mixed precision and
         # synchronise at every loss, and its processes need a GPU each.
         TrainerBase.__init__(self)
+        check_values(cfg)
+        set_timeout(timedelta(minutes=cfg.PROCESS_TIMEOUT))
         self.draws_seed = cfg.SEED < 0
         cfg = with_drawn_seed(self.auto_scale_workers(cfg, comm.get_world_size()))
         if cfg.DETERMINISTIC:
@@ -95,11 +108,15 @@ class Trainer(DefaultTrainer):
             seed=loader.seed,
             num_parts=num_parts(cfg),
             evidence=NonFiniteDump(cfg.OUTPUT_DIR, cfg.dump()),
+            requests=self.requests,
         )
-        self.checkpointer = Checkpointer(
+        self.checkpointer = RunCheckpointer(
             model,
             cfg.OUTPUT_DIR,
-            is_for_training=True,
+            run=facts(loader.dataset),
+            keep_newest=cfg.SOLVER.KEEP_NEWEST,
+            keep_every=cfg.SOLVER.KEEP_EVERY,
+            draws_seed=self.draws_seed,
             detector=describe(cfg),
             may_be_new=cfg.MODEL.DN_DETR.NEW_PARAMETERS,
             trainer=weakref.proxy(self),
@@ -108,37 +125,37 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        self.stop = StopRequests()
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Build Detectron2's hooks in its order: checkpoints are saved before the evaluation."""
+        """Build Detectron2's hooks, with `Milestones` for its checkpoints and evaluations."""
         cfg, is_main = self.cfg, comm.is_main_process()
         writers = raise_on_all_ranks(lambda: self.build_writers() if is_main else [])
+        model = without_wrapper(self.model)
+        instruments = build_instruments(cfg, model)
+        if instruments:
+            core_of(model, "TEST.INSTABILITY")
+        processing = [*([instruments] if instruments else []), *build_best(cfg, self.checkpointer)]
+        self.milestones = Milestones(
+            self.checkpointer,
+            self.evaluate,
+            processing,
+            writers,
+            eval_period=cfg.TEST.EVAL_PERIOD,
+            save_period=cfg.SOLVER.CHECKPOINT_PERIOD,
+            save_minutes=cfg.SOLVER.CHECKPOINT_MINUTES,
+        )
         return [
             ProgressBar() if is_main and sys.stdout.isatty() else None,
             hooks.IterationTimer(),
             hooks.LRScheduler(),
-            FollowWeights(self.average, without_wrapper(self.model)) if self.average else None,
+            FollowWeights(self.average, model) if self.average else None,
             self.build_precise_bn(),
-            hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
-            if is_main
-            else None,
-            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate),
-            *self.build_evaluation_hooks(),
+            *processing,
+            self.milestones,
             hooks.PeriodicWriter(writers, cfg.LOG_PERIOD) if is_main else None,
         ]
-
-    def build_evaluation_hooks(self) -> list[HookBase | None]:
-        """Build the hooks that process evaluations and save their results in the checkpoint."""
-        cfg, period = self.cfg, self.cfg.TEST.EVAL_PERIOD
-        instruments = build_instruments(cfg, without_wrapper(self.model))
-        if instruments:
-            core_of(without_wrapper(self.model), "TEST.INSTABILITY")
-        processing = [*([instruments] if instruments else []), *build_best(cfg, self.checkpointer)]
-        if not processing:
-            return []
-        save = SaveEvaluation(period, self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
-        return [*processing, save if comm.is_main_process() else None]
 
     def evaluate(self) -> dict:
         """Evaluate the weights and their moving average.
@@ -147,6 +164,22 @@ class Trainer(DefaultTrainer):
             The metrics, with those of the moving average under "ema", whose files are written to
             the folder "ema" of OUTPUT_DIR.
         """
+        models = [without_wrapper(self.model), *([self.average.model] if self.average else [])]
+        handles = [model.register_forward_pre_hook(self._leave_if_asked) for model in models]
+        try:
+            results = self._evaluate()
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._last_eval_results = results
+        return results
+
+    def _leave_if_asked(self, *_forward) -> None:
+        """Raise Stopped in an evaluation; several processes could not leave it together."""
+        if self.stop.signum is not None and comm.get_world_size() == 1:
+            raise Stopped(self.stop.signum)
+
+    def _evaluate(self) -> dict:
         results = self.test(self.cfg, self.model)
         if self.average:
             cfg = self.cfg.clone()
@@ -155,7 +188,6 @@ class Trainer(DefaultTrainer):
             logger.info("evaluating the moving average of the weights")
             averaged = self.test(cfg, self.average.model)
             results = {**results, EMA: averaged} if results else results
-        self._last_eval_results = results
         return results
 
     def build_precise_bn(self) -> HookBase | None:
@@ -178,8 +210,22 @@ class Trainer(DefaultTrainer):
         ]
 
     def resume_or_load(self, resume: bool = True) -> None:
-        super().resume_or_load(resume)
         step = self._trainer
+        configured = [dict(group) for group in self.optimizer.param_groups]
+        base_rates = self.scheduler.base_lrs
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if self.checkpointer.resumed:
+            self.start_iter = self.iter + 1
+            if self.start_iter > self.max_iter:
+                raise InputError(
+                    f"{self.checkpointer.resumed!r} has done {self.start_iter} iterations, more "
+                    f"than SOLVER.MAX_ITER {self.max_iter}: raise it to train on."
+                )
+            # The checkpoint has the rates of its own configuration.
+            self.scheduler.base_lrs = base_rates
+            rates = self.scheduler.get_lr()
+            for group, new, lr in zip(self.optimizer.param_groups, configured, rates, strict=True):
+                group.update({**new, "params": group["params"], "lr": lr})
         step.data_loader.set_start_iteration(self.start_iter)
         if self.draws_seed and step.saved_seed is not None:
             model = without_wrapper(self.model)
@@ -189,19 +235,95 @@ class Trainer(DefaultTrainer):
             )
 
     def state_dict(self) -> dict:
-        # After the last iteration, save that one, so that a longer training can resume after it.
-        return {**super().state_dict(), "iteration": min(self.iter, self.max_iter - 1)}
+        # Iterations whose hooks have run: not one that failed.
+        return {**super().state_dict(), "iteration": max(self.milestones.num_done - 1, 0)}
+
+    def requests(self) -> list[float]:
+        """Return what this process asks of all: to stop, by signal, and to save."""
+        is_due = comm.is_main_process() and self.milestones.is_minute_due()
+        return [*self.stop.flags(), float(is_due)]
+
+    def asked(self) -> list[float]:
+        """Return the sum of all processes' `requests`, in an iteration known to all."""
+        return self.requests() if comm.get_world_size() == 1 else self._trainer.asked
+
+    def is_save_due(self) -> bool:
+        """Whether SOLVER.CHECKPOINT_MINUTES have passed on the main process."""
+        return self.asked()[-1] > 0
+
+    def is_updating(self) -> bool:
+        """Whether an update of the weights has begun whose hooks have not all run."""
+        return self._trainer.last_update >= self.milestones.num_done
+
+    def stop_if_asked(self) -> None:
+        """Save and raise Stopped if a signal asks for it; every process must call this."""
+        for signum, number in zip(SIGNALS, self.asked(), strict=False):
+            if number:
+                if self.milestones.num_done not in self.milestones.saved:
+                    self.milestones.save()
+                raise Stopped(signum)
 
     def train(self):
-        logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_input_error)
+        """Train from `start_iter` to `max_iter`.
+
+        Whatever ends it earlier leaves a checkpoint of the iterations done, if it can.
+
+        Raises:
+            Stopped: After a signal.
+            InputError: With one sentence for what the user can mend.
+        """
+        if self.milestones.is_finished and self.start_iter >= self.max_iter:
+            logger.info(f"{self.checkpointer.resumed} is the end: raise SOLVER.MAX_ITER to go on")
+            return None
+        logger.info(f"Starting training from iteration {self.start_iter}")
+        window = max(self.cfg.LOG_PERIOD, LONGEST_WINDOW)
         try:
-            return super().train()
+            with self.stop, BoundedEventStorage(self.start_iter, window) as self.storage:
+                self.loop()
+            if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+                verify_results(self.cfg, self._last_eval_results)
         except StopEarly as stop:
             logger.info(str(stop))
-            return getattr(self, "_last_eval_results", None)
-        except NotFinite as error:
-            logger.error(str(error))
+        except Exception as error:
+            known = as_input_error(error, self.cfg.PROCESS_TIMEOUT)
+            signum = error.signum if isinstance(error, Stopped) else self.stop.signum
+            if signum is not None and not isinstance(known, InputError):
+                raise Stopped(signum, self.stopped_sentence(signum)) from error
+            if not isinstance(known, InputError):
+                logger.exception("the training failed:")
+            elif isinstance(known, NotFinite):
+                logger.error(str(known))
+            if known is error:
+                raise
+            raise known from error
+        return getattr(self, "_last_eval_results", None)
+
+    def loop(self) -> None:
+        """Run the hooks and iterations, as Detectron2's loop."""
+        self.iter = self.start_iter
+        try:
+            self.before_train()
+            while self.iter < self.max_iter:
+                self.before_step()
+                self.run_step()
+                self.after_step()
+                self.stop_if_asked()
+                self.iter += 1
+        except StopEarly:
             raise
+        except Exception:
+            self.milestones.save_after_error()
+            raise
+        finally:
+            self._trainer._data_loader_iter_obj = None  # ends its workers at once
+            self.after_train()
+
+    def stopped_sentence(self, signum: int) -> str:
+        """Say what ended the training and what is left of it."""
+        name, done = signal.Signals(signum).name, self.milestones.num_done
+        saved = self.milestones.saved.get(done)
+        left = f"saved in {saved}; --resume continues there" if saved else "nothing was saved"
+        return f"stopped by {name} after {done} of {self.max_iter} iterations: {left}."
 
     @classmethod
     def build_model(cls, cfg) -> nn.Module:
@@ -272,8 +394,3 @@ def use_deterministic_algorithms() -> None:
 def without_wrapper(model: nn.Module) -> nn.Module:
     """Return the model inside DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _is_no_input_error(record: logging.LogRecord) -> bool:
-    """Drop user errors from the log of Detectron2's loop; train_net.py prints them."""
-    return not (record.exc_info and isinstance(record.exc_info[1], InputError | StopEarly))

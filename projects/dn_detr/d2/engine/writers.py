@@ -49,11 +49,14 @@ class ProgressLines(EventWriter):
     def __init__(self, max_iter: int, window: int):
         self.max_iter = max_iter
         self.window = window
+        self.written = -1
 
     def write(self):
         storage = get_event_storage()
-        if storage.iter >= self.max_iter:  # the extra call after the last iteration
+        # The extra calls after an evaluation and after the last iteration
+        if storage.iter in (self.written, self.max_iter):
             return
+        self.written = storage.iter
         parts, histories = summary(storage, self.window), storage.histories()
         if "time" in histories:
             seconds = histories["time"].median(100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ class BatchStats:
         most_objects: in one image, at least 1.
         height, width: of the tallest and of the widest image, in pixels.
         num_teacher_boxes: as num_objects, of a teacher's boxes.
+        requests: [N] what processes ask of each other, summed over them.
     """
 
     num_objects: float | Tensor
@@ -32,6 +34,7 @@ class BatchStats:
     height: int
     width: int
     num_teacher_boxes: float | Tensor = 1.0
+    requests: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,21 +64,29 @@ class Batch:
     prompts: PromptedObjects | None = None
 
 
-def batch_stats(samples: list[dict], device: torch.device) -> BatchStats:
-    """Of the training samples of this process. Every process must call it together."""
+def batch_stats(
+    samples: list[dict], device: torch.device, requests: Sequence[float] = ()
+) -> BatchStats:
+    """Of the training samples of this process. Every process must call it together.
+
+    requests: N numbers, which are summed over the processes in the same all_reduce.
+    """
     counts = [len(sample["instances"]) for sample in samples]
     num_taught = sum(len(sample.get("teacher_instances", ())) for sample in samples)
     normalizers: tuple | Tensor = max(1.0, float(sum(counts))), max(1.0, float(num_taught))
+    asked = torch.tensor(requests)
     if comm.get_world_size() > 1:
-        total = torch.tensor([float(sum(counts)), float(num_taught)], device=device)
+        total = torch.tensor([float(sum(counts)), float(num_taught), *requests], device=device)
         torch.distributed.all_reduce(total)
-        normalizers = (total / comm.get_world_size()).clamp(min=1)
+        normalizers = (total[:2] / comm.get_world_size()).clamp(min=1)
+        asked = total[2:]
     return BatchStats(
         num_objects=normalizers[0],
         num_teacher_boxes=normalizers[1],
         most_objects=max(1, *counts),
         height=max(sample["image"].shape[-2] for sample in samples),
         width=max(sample["image"].shape[-1] for sample in samples),
+        requests=asked,
     )
 
 
