@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from array import array
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from dn_detr.d2.data.dataset_dicts import load_annotations
+from dn_detr.d2.data.teacher_boxes import teacher_files
 from dn_detr.d2.engine.checkpoint import DETECTOR, Checkpointer
 from dn_detr.d2.engine.collective import raise_on_all_ranks
 from dn_detr.d2.engine.run_folder import (
@@ -36,26 +40,29 @@ SILENT = (
 """Keys, or nodes of keys, that do not change the weights; datasets are compared by content."""
 
 
-def facts(dataset) -> dict:
+def facts(cfg: CfgNode) -> dict:
     """Return what must or should be equal when a training is resumed.
-
-    Args:
-        dataset: Records of the training, with annotations.
 
     Returns:
         "dataset", a hash of images and objects without the folders; "num_images";
         "num_processes".
     """
-    digest = hashlib.sha256()
-    for i in range(len(dataset)):
-        record = dataset[i]
-        name = os.path.basename(record.get("file_name", ""))
-        digest.update(f"{record.get('image_id')} {name}\n".encode())
-        for annotation in record.get("annotations", ()):
-            digest.update(array("d", (annotation["category_id"], *annotation["bbox"])))
+    digest, num_images, teachers = hashlib.sha256(), 0, teacher_files(cfg)
+    for name in cfg.DATASETS.TRAIN:
+        truth = load_annotations(name, with_masks=cfg.MODEL.MASK_ON).truth
+        for i in range(len(truth)):
+            image = truth.image(i)
+            file_name = os.path.basename(image["file_name"])
+            digest.update(f"{image['image_id']} {file_name}\n".encode())
+        outlines = [truth.outlines.data] if cfg.MODEL.MASK_ON else []
+        for values in (truth.starts, truth.boxes, truth.labels, truth.is_crowd, *outlines):
+            digest.update(np.ascontiguousarray(values))
+        if name in teachers:
+            digest.update(Path(teachers[name]).read_bytes())
+        num_images += len(truth)
     return {
         "dataset": digest.hexdigest(),
-        "num_images": len(dataset),
+        "num_images": num_images,
         "num_processes": comm.get_world_size(),
     }
 

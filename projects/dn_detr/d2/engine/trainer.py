@@ -113,7 +113,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = RunCheckpointer(
             model,
             cfg.OUTPUT_DIR,
-            run=facts(loader.dataset),
+            run=facts(cfg),
             keep_newest=cfg.SOLVER.KEEP_NEWEST,
             keep_every=cfg.SOLVER.KEEP_EVERY,
             draws_seed=self.draws_seed,
