@@ -30,6 +30,7 @@ from dn_detr.d2.data.catalog import (
     register_coco_format,
     register_shapes,
 )
+from dn_detr.d2.data.ground_truth import decode
 from dn_detr.d2.data.summary import num_queries_of, report_on
 from dn_detr.errors import InputError
 
@@ -65,7 +66,7 @@ def write_cleaned(name: str, target: Path) -> str:
     if not is_coco_file(name):
         raise InputError(f"the dataset {name!r} has no json file to clean.")
     truth = read_registered(name)
-    content = json.loads(Path(truth.source).read_text(encoding="utf-8-sig"))
+    content = decode(Path(truth.source).read_bytes(), dict, truth.source)
     given, kept, num_clipped = content.get("annotations", []), [], 0
     for n in np.argsort(truth.entries):
         annotation, box = given[truth.entries[n]], truth.boxes[n].tolist()

@@ -89,7 +89,10 @@ def test_the_average_is_over_the_sizes_of_the_images(model, tmp_path):
     ("arguments", "words"),
     [
         (["--config-file", "configs/no.yaml"], "configs/no.yaml"),
-        (["--config-file", QUICK, "--annotations", "no.json"], "there is no annotation file no.json"),
+        (
+            ["--config-file", QUICK, "--annotations", "no.json"],
+            "there is no annotation file no.json",
+        ),
     ],
 )
 def test_files_that_do_not_exist_are_named_in_one_sentence(monkeypatch, arguments, words):
