@@ -25,7 +25,7 @@ test: $(READY)
 INPUTS := 30000
 
 fuzz: $(READY)
-	OMP_NUM_THREADS=1 timeout 240 $(PYTHON) tests/d2/fuzz_data.py --inputs $(INPUTS) --processes 2
+	OMP_NUM_THREADS=1 $(PYTHON) tests/d2/fuzz_data.py --inputs $(INPUTS) --processes 2
 
 lint: $(if $(wildcard $(VENV)/bin/mypy),,$(READY))
 	$(PYTHON) -m ruff check .

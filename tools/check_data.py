@@ -35,7 +35,7 @@ from dn_detr.d2.data.catalog import (
     register_coco_format,
     register_shapes,
 )
-from dn_detr.d2.data.ground_truth import GroundTruth
+from dn_detr.d2.data.ground_truth import GroundTruth, decode
 from dn_detr.d2.data.image_check import equal_files, find_faults
 from dn_detr.d2.data.plausibility import box_warnings, file_warnings, name_warnings, size_table
 from dn_detr.d2.data.summary import num_queries_of, report_on
@@ -69,7 +69,7 @@ def as_annotated(truth: GroundTruth) -> tuple[np.ndarray, np.ndarray, np.ndarray
     """Return boxes xywh [N, 4], labels [N] and image indices [N] of objects without crowds, before
     boxes are dropped and clipped.
     """
-    content = json.loads(Path(truth.source).read_text(encoding="utf-8-sig"))
+    content = decode(Path(truth.source).read_bytes(), dict, truth.source)
     objects = [a for a in content.get("annotations", ()) if not a.get("iscrowd")]
     labels = [truth.category_ids.index(a["category_id"]) for a in objects]
     images = [truth.index(a["image_id"], truth.source) for a in objects]
@@ -97,7 +97,7 @@ def write_cleaned(name: str, target: Path) -> str:
     if not is_coco_file(name):
         raise InputError(f"the dataset {name!r} has no json file to clean.")
     truth = read_registered(name)
-    content = json.loads(Path(truth.source).read_text(encoding="utf-8-sig"))
+    content = decode(Path(truth.source).read_bytes(), dict, truth.source)
     given, kept, num_clipped = content.get("annotations", []), [], 0
     for n in np.argsort(truth.entries):
         annotation, box = given[truth.entries[n]], truth.boxes[n].tolist()

@@ -383,6 +383,7 @@ def run_one(number: int, folder: Path, families: list[str]) -> tuple[str, str]:
 
 def worker(numbers: range, families: list[str], last, queue) -> None:
     logging.disable(logging.CRITICAL)
+    sys.set_int_max_str_digits(0)  # for the count of the boxes by Python's own parser
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     folder = Path(tempfile.mkdtemp(prefix="fuzz", dir=memory))
     os.environ["DN_DETR_CACHE"] = str(folder / "cache")

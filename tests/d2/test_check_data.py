@@ -91,6 +91,11 @@ def test_mistakes_are_said_in_one_sentence(check_data, tmp_path):
     ]:
         with pytest.raises(SystemExit, match=f"check_data.py: .*{words}"):
             check_data(arguments)
+    text = json.dumps(make_content() | {"info": 0}).replace('"info": 0', f'"info": {"9" * 5000}')
+    forget(json_file)
+    Path(json_file).write_text(text)  # where nothing is read but to write it again
+    with pytest.raises(SystemExit, match="check_data.py: .*nteger value out of range"):
+        check_data(["--coco", json_file, images, "--write-cleaned", str(tmp_path / "b.json")])
     forget(json_file, "none.json")
 
 

@@ -75,7 +75,9 @@ def test_the_average_is_over_the_sizes_of_the_images(model, tmp_path):
         {"id": 1, "height": 400, "width": 600},
         {"id": 2, "height": 300, "width": 900},
     ]
-    (tmp_path / "some.json").write_text(json.dumps({"images": images}))
+    images = [{**image, "file_name": "a.jpg"} for image in images]
+    content = {"images": images, "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "some.json").write_text(json.dumps(content))
     sizes = tool["test_sizes"](str(tmp_path / "some.json"), 2)
     assert dict(sizes) == {(800, 1200): 1, (444, 1333): 1}
     small = tool["Counter"]({(64, 96): 1, (64, 128): 3})
@@ -87,7 +89,10 @@ def test_the_average_is_over_the_sizes_of_the_images(model, tmp_path):
     ("arguments", "words"),
     [
         (["--config-file", "configs/no.yaml"], "configs/no.yaml"),
-        (["--config-file", QUICK, "--annotations", "no.json"], "no.json does not exist"),
+        (
+            ["--config-file", QUICK, "--annotations", "no.json"],
+            "there is no annotation file no.json",
+        ),
     ],
 )
 def test_files_that_do_not_exist_are_named_in_one_sentence(monkeypatch, arguments, words):

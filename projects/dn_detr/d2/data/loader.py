@@ -22,6 +22,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from dn_detr.d2.data import dataset_dicts
 from dn_detr.d2.data.augmentation_schedule import DenseO2O, build_dense_o2o
+from dn_detr.d2.data.catalog import class_names
 from dn_detr.d2.data.mapper import DetrMapper, read_image
 from dn_detr.d2.data.packing import about_open_files, allow_open_files, pack, unpack
 from dn_detr.d2.data.records import CheckedMapper
@@ -336,7 +337,7 @@ def build_train_loader(cfg, mapper=None) -> TrainLoader:
         teachers=teacher_files(cfg),
     )
     if mapper is not None:
-        mapper = CheckedMapper(mapper, cfg.MODEL.DN_DETR.NUM_CLASSES)
+        mapper = CheckedMapper(mapper, len(class_names(cfg.DATASETS.TRAIN[0])))
     loader = TrainLoader(
         dataset,
         mapper=DetrMapper(cfg, True) if mapper is None else mapper,
