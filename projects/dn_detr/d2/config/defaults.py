@@ -26,6 +26,12 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Datasets in COCO format, registered without Python code: a list of [name, json, image_root].
     # Use the names in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_FORMAT = []
+    # A dataset folder in COCO's, YOLO's or Pascal VOC's format, or a data.yaml. It is registered as
+    # <folder>_train, <folder>_val and <folder>_test, and sets TRAIN and TEST unless they name
+    # these. Where guessing fails: IMAGES and ANNOTATIONS, folder or pattern relative to it.
+    cfg.DATASETS.FOLDER = ""
+    cfg.DATASETS.IMAGES = ""
+    cfg.DATASETS.ANNOTATIONS = ""
     # Boxes of teachers for MODEL.DN_DETR.TEACH: a list of [dataset, json], one for each training
     # dataset, in COCO's result format (tools/make_teacher_boxes.py writes it).
     cfg.DATASETS.TEACHER_BOXES = []

@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 
 from dn_detr.d2.data.coco_check import check_categories, read_json
+from dn_detr.d2.data.dataset_folder import use_folder
 from dn_detr.datasets.shape_drawing import CLASSES
 from dn_detr.errors import InputError
 
@@ -22,8 +23,7 @@ def prepare(cfg, eval_only: bool = False) -> None:
     An evaluation with MODEL.DN_DETR.CLASS_NAMES accepts datasets that share some of these classes,
     in any order.
     """
-    register_shapes()
-    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    register_all(cfg, eval_only)
     node = cfg.MODEL.DN_DETR
     names = dataset_names(cfg, eval_only)
     if not eval_only or not node.CLASS_NAMES:
@@ -81,6 +81,14 @@ def register_shapes(root: str | Path | None = None) -> None:
             thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
             is_drawn_on_first_use=True,
         )
+
+
+def register_all(cfg, eval_only: bool = False) -> None:
+    """Register everything that a configuration names; DATASETS.FOLDER sets other keys, in place."""
+    register_shapes()
+    if cfg.DATASETS.FOLDER:
+        use_folder(cfg.DATASETS, eval_only)
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
 
 
 def register_coco_format(entries) -> None:
@@ -188,8 +196,7 @@ def with_num_classes(cfg: CfgNode) -> CfgNode:
         )
     cfg = cfg.clone()
     cfg.defrost()
-    register_shapes()
-    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    register_all(cfg)
     cfg.MODEL.DN_DETR.NUM_CLASSES = len(class_names(cfg.DATASETS.TRAIN[0]))
     return cfg
 

@@ -13,6 +13,7 @@ from dn_detr.d2.data import dataset_dicts
 from dn_detr.d2.data.augmentation_schedule import build_dense_o2o
 from dn_detr.d2.data.catalog import dataset_names
 from dn_detr.d2.data.dataset_dicts import Finding, LoadedDataset, describe
+from dn_detr.d2.data.dataset_folder import SENTENCES
 from dn_detr.d2.data.teacher_boxes import load_teacher_boxes, teacher_files
 from dn_detr.d2.engine.collective import run_on_main_rank
 
@@ -156,6 +157,8 @@ def check_datasets(cfg, eval_only: bool = False) -> list[DatasetReport]:
     Raises:
         InputError: At the first fault in the files.
     """
+    if cfg.DATASETS.FOLDER in SENTENCES:
+        logger.info(SENTENCES[cfg.DATASETS.FOLDER])
     if cfg.DATASETS.CHECK == "off":
         return []
     if not eval_only:
