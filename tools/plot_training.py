@@ -17,6 +17,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from dn_detr.d2.inference.plot_text import literal_text
+
 LOSSES = {"total_loss": "total", "loss_match": "matched", "loss_dn": "denoising"}
 METRICS = {"bbox/AP50": "AP50", "bbox/AP": "AP"}
 INSTRUMENTS = {
@@ -44,36 +46,53 @@ def series(entries: dict[int, dict], name: str) -> tuple[list[int], list[float]]
     return [x for x, _ in points], [y for _, y in points]
 
 
+def test_sets(entries: dict[int, dict]) -> list[str]:
+    """Return the prefixes of AP: "" with one test set, else "<dataset>/" of each."""
+    names = dict.fromkeys(name for entry in entries.values() for name in entry)
+    found = [name.removesuffix("bbox/AP") for name in names if name.endswith("bbox/AP")]
+    return [prefix for prefix in found if not prefix.startswith("ema/")]
+
+
 def plot(runs: dict[str, dict[int, dict]], output: Path) -> None:
-    """Plot losses, AP and instability metrics, a panel each; several runs differ by colour."""
+    """Plot losses, AP of every test set and instability metrics, a panel each.
+
+    Several runs differ by colour.
+    """
+    sets = list(dict.fromkeys(prefix for e in runs.values() for prefix in test_sets(e))) or [""]
     present = [n for n in INSTRUMENTS if any(series(entries, n)[0] for entries in runs.values())]
-    rows = 2 if present else 1
+    panels = [
+        (("-", "--", ":"), LOSSES, {"ylabel": "loss", "yscale": "log", "title": "training losses"}),
+        *(
+            (
+                ("o-", "s--"),
+                {prefix + name: title for name, title in METRICS.items()},
+                {"ylabel": "AP", "ylim": (0, None), "title": f"validation {prefix[:-1]}".strip()},
+            )
+            for prefix in sets
+        ),
+        *((("o-",), {n: ""}, {"ylim": (0, None), "title": INSTRUMENTS[n]}) for n in present),
+    ]
+    rows = -(-len(panels) // 2)
     figure, grid = plt.subplots(
         rows, 2, figsize=(11, 4 * rows), squeeze=False, constrained_layout=True
     )
-    panels = list(grid.flat)
-    for empty in panels[2 + len(present) :]:
+    for empty in list(grid.flat)[len(panels) :]:
         empty.remove()
-    panels = panels[: 2 + len(present)]
-    for index, (label, entries) in enumerate(runs.items()):
-        prefix = f"{label}: " if len(runs) > 1 else ""
-        color = f"C{index}" if len(runs) > 1 else None
-        for axes, styles, names in (
-            (panels[0], ("-", "--", ":"), LOSSES),
-            (panels[1], ("o-", "s--"), METRICS),
-            *((axes, ("o-",), {n: label}) for axes, n in zip(panels[2:], present, strict=True)),
-        ):
+    for axes, (styles, names, settings) in zip(grid.flat, panels, strict=False):
+        for index, (label, entries) in enumerate(runs.items()):
+            color = f"C{index}" if len(runs) > 1 else None
             for style, (name, title) in zip(styles, names.items(), strict=True):
                 x, y = series(entries, name)
                 if x:
-                    text = title if axes in panels[2:] else prefix + title
-                    axes.plot(x, y, style, label=text, color=color)
-    panels[0].set(ylabel="loss", yscale="log", title="training losses")
-    panels[1].set(ylabel="AP", ylim=(0, None), title="validation")
-    for axes, name in zip(panels[2:], present, strict=True):
-        axes.set(ylim=(0, None), title=INSTRUMENTS[name])
-    for axes in panels:
-        axes.set(xlabel="iteration")
+                    parts = [label] if not title or len(runs) > 1 else []
+                    axes.plot(
+                        x,
+                        y,
+                        style,
+                        label=": ".join([*parts, title]).removesuffix(": "),
+                        color=color,
+                    )
+        axes.set(xlabel="iteration", **settings)
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
@@ -92,7 +111,9 @@ def main() -> None:
     for run in args.runs:
         label, _, path = run.rpartition("=")
         runs[label or Path(path).name] = read_metrics(Path(path))
-    plot(runs, output)
+    names = [name for entries in runs.values() for name in test_sets(entries)]
+    with literal_text([*runs, *names]):
+        plot(runs, output)
     print(f"wrote {output}")
 
 

@@ -283,11 +283,14 @@ def _find_images(root: Path, part: Part, by_name: dict[str, list[str]], images: 
         near = os.path.commonpath((folder, part.images))
         return sum(folder + name in images for name in names), same_split, len(near), folder
 
-    if roots:
-        part.images = Path(max(roots, key=fitness))
-    elif all(len(by_name.get(os.path.basename(name), ())) == 1 for name in names):
-        part.images = root
-        names = [os.path.relpath(by_name[os.path.basename(name)][0], root) for name in names]
+    best = max(roots, key=fitness, default="")
+    alone = [by_name.get(os.path.basename(name), ()) for name in names]
+    if best and all(best + name in images for name in names):
+        part.images = Path(best)
+    elif all(len(paths) == 1 for paths in alone):
+        part.images, names = root, [os.path.relpath(path, root) for (path,) in alone]
+    elif best:  # some images are missing, which the check of the images says
+        part.images = Path(best)
     if names != [entry["file_name"] for entry in entries]:
         renamed = [{**e, "file_name": name} for e, name in zip(entries, names, strict=True)]
         part.content, part.json_file = {**part.content, "images": renamed}, None

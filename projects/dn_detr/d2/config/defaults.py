@@ -75,7 +75,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.INPUT.MIXUP.BLEND = (0.45, 0.55)
 
     # ------------------------------------------------------------------------------- evaluation
-    # Write a report on every test dataset: OUTPUT_DIR/inference/report_<name>/report.html.
+    # Write a report on every test dataset: OUTPUT_DIR/inference/report_<name>/report.html, or
+    # OUTPUT_DIR/inference/<name>/report_<name>/report.html if there are several.
     cfg.TEST.REPORT = False
     # Detections per class and image that count: 100 in COCO's AP, and so in published results; 0:
     # all TEST.DETECTIONS_PER_IMAGE, for datasets with more objects in an image.
