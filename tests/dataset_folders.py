@@ -9,7 +9,7 @@ BOXES = {
     name: [(i % 2, 5.0 + i, 4.0, 20.0, 10.0)]
     for i, name in enumerate(["a", "b", "c", "d", "e", "f"])
 }
-"""image -> [(class, left, top, width, height)], in images of 60x40 pixels, each of its own colour."""
+"""image -> [(class, left, top, width, height)], in images of 60x40 pixels."""
 
 SPLITS = {"train": "abc", "val": "de", "test": "f"}
 
@@ -169,9 +169,8 @@ def yolo_without_val(root):
 
 
 def one_coco_file(root):
-    text(
-        root / "result.json", coco(BOXES).replace('.jpg"', '.jpg"').replace('"a.', '"images\\\\a.')
-    )
+    content = coco(BOXES).replace('"a.jpg', r'"images\\a.jpg')  # written on Windows
+    text(root / "result.json", content)
     for name in BOXES:
         image(root / "images" / f"{name}.jpg")
 

@@ -12,10 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from dn_detr.d2.inference.plot_text import literal_text
 
@@ -53,52 +50,41 @@ def test_sets(entries: dict[int, dict]) -> list[str]:
     return [prefix for prefix in found if not prefix.startswith("ema/")]
 
 
-def plot(runs: dict[str, dict[int, dict]], output: Path) -> None:
-    """Plot losses, AP of every test set and instability metrics, a panel each.
+def draw(runs: dict[str, dict[int, dict]]) -> Figure:
+    """Draw losses, AP of every test set and instability metrics, a panel each.
 
     Several runs differ by colour.
     """
-    sets = list(dict.fromkeys(prefix for e in runs.values() for prefix in test_sets(e))) or [""]
+    sets = dict.fromkeys(prefix for entries in runs.values() for prefix in test_sets(entries))
     present = [n for n in INSTRUMENTS if any(series(entries, n)[0] for entries in runs.values())]
+    ap = {"ylabel": "AP", "ylim": (0, None)}
     panels = [
         (("-", "--", ":"), LOSSES, {"ylabel": "loss", "yscale": "log", "title": "training losses"}),
         *(
             (
                 ("o-", "s--"),
                 {prefix + name: title for name, title in METRICS.items()},
-                {"ylabel": "AP", "ylim": (0, None), "title": f"validation {prefix[:-1]}".strip()},
+                {**ap, "title": f"validation {prefix[:-1]}".strip()},
             )
-            for prefix in sets
+            for prefix in sets or [""]
         ),
         *((("o-",), {n: ""}, {"ylim": (0, None), "title": INSTRUMENTS[n]}) for n in present),
     ]
     rows = -(-len(panels) // 2)
-    figure, grid = plt.subplots(
-        rows, 2, figsize=(11, 4 * rows), squeeze=False, constrained_layout=True
-    )
-    for empty in list(grid.flat)[len(panels) :]:
-        empty.remove()
-    for axes, (styles, names, settings) in zip(grid.flat, panels, strict=False):
-        for index, (label, entries) in enumerate(runs.items()):
-            color = f"C{index}" if len(runs) > 1 else None
+    figure = Figure(figsize=(11, 4 * rows), layout="constrained", dpi=110)
+    for number, (styles, names, settings) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, 2, number, xlabel="iteration", **settings)
+        axes.grid(alpha=0.3)
+        for index, (run, entries) in enumerate(runs.items()):
             for style, (name, title) in zip(styles, names.items(), strict=True):
                 x, y = series(entries, name)
+                label = f"{run}: {title}" if title and len(runs) > 1 else title or run
                 if x:
-                    parts = [label] if not title or len(runs) > 1 else []
-                    axes.plot(
-                        x,
-                        y,
-                        style,
-                        label=": ".join([*parts, title]).removesuffix(": "),
-                        color=color,
-                    )
-        axes.set(xlabel="iteration", **settings)
-        axes.grid(alpha=0.3)
+                    color = f"C{index}" if len(runs) > 1 else None
+                    axes.plot(x, y, style, label=label, color=color)
         if axes.lines:
             axes.legend()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def main() -> None:
@@ -112,8 +98,9 @@ def main() -> None:
         label, _, path = run.rpartition("=")
         runs[label or Path(path).name] = read_metrics(Path(path))
     names = [name for entries in runs.values() for name in test_sets(entries)]
+    output.parent.mkdir(parents=True, exist_ok=True)
     with literal_text([*runs, *names]):
-        plot(runs, output)
+        draw(runs).savefig(output)
     print(f"wrote {output}")
 
 
