@@ -72,7 +72,7 @@ def drawings(name) -> list[np.ndarray]:
     return [draw_found(image, found), draw_record(image, record, [name])]
 
 
-LITERAL = ["$", "$$", "a$b$", "$x_{", r"\$", "$\\frac{", "<b>&amp;", "_x", "%", "^"]
+LITERAL = ["$", "$$", "a$x_{$", "$\\frac{$", "$x_{", r"\$", "<b>&amp;", "_x", "%", "^"]
 
 
 @pytest.mark.parametrize("name", LITERAL)
@@ -157,7 +157,7 @@ def test_several_test_sets_have_folders_and_panels_of_their_own(run, tool, tmp_p
         assert report["num_images"] == num_images
     plot_training = tool("plot_training")
     entries = plot_training.read_metrics(tmp_path / "run")
-    assert plot_training.test_sets(entries) == ["tiny_val/", "tiny_again/"]
+    assert plot_training.test_sets(entries) == ["tiny_again/", "tiny_val/"]
     figure = plot_training.draw({"$run$": entries})
     titles = {axes.get_title(): len(axes.lines) for axes in figure.axes}
     assert titles == {"training losses": 3, "validation tiny_val": 2, "validation tiny_again": 2}
