@@ -9,6 +9,7 @@ from functools import cache
 
 import matplotlib
 from matplotlib.font_manager import (
+    FontEntry,
     FontProperties,
     findfont,
     fontManager,
@@ -67,7 +68,7 @@ def _fonts_of(text: str) -> set[str | None]:
     for source in (_default_font, _installed_fonts):
         while missing:  # the font that has most of them
             has = {name: _characters(font, missing) for name, font in source().items()}
-            name = max(has, key=lambda name: (len(has[name]), "Sans" in name, name))
+            name = max(has, key=lambda name: len(has[name]))
             if not has[name]:
                 break
             _FONT_OF.update(dict.fromkeys(has[name], name))
@@ -86,9 +87,14 @@ def _default_font() -> dict[str, FT2Font]:
 
 @cache
 def _installed_fonts() -> dict[str, FT2Font]:
-    """Open the most regular font of every family, without matplotlib's font of labelled boxes."""
-    entries = [entry for entry in fontManager.ttflist if "Last Resort" not in entry.name]
-    entries.sort(
-        key=lambda e: (e.style == "normal", -abs(weight_dict.get(e.weight, e.weight) - 400))
-    )
-    return {name: FT2Font(path) for name, path in {e.name: e.fname for e in entries}.items()}
+    """Open the most regular font of every family, regular ones first."""
+
+    def irregularity(entry: FontEntry) -> tuple:
+        weight = weight_dict.get(entry.weight, entry.weight)
+        return entry.style != "normal", abs(weight - 400), "Sans" not in entry.name, entry.name
+
+    paths: dict[str, str] = {}
+    for entry in sorted(fontManager.ttflist, key=irregularity):
+        if "Last Resort" not in entry.name:  # matplotlib's font of labelled boxes
+            paths.setdefault(entry.name, entry.fname)
+    return {name: FT2Font(path) for name, path in paths.items()}
