@@ -33,6 +33,14 @@ def what_is_missing() -> list[str]:
     return missing
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory):
+    """Checked annotations are not kept in the cache of the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DN_DETR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def pytest_sessionstart():
     missing = what_is_missing()
     if missing and os.environ.get("DN_DETR_REQUIRE_ALL") == "1":

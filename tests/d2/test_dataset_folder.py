@@ -8,7 +8,7 @@ import pytest
 from coco_files import forget
 
 from dn_detr.d2.config.defaults import read_config
-from dn_detr.d2.data.catalog import prepare
+from dn_detr.d2.data.catalog import prepare, register_coco_format
 from dn_detr.errors import InputError
 
 QUICK = Path(__file__).resolve().parents[2] / "configs/quick/dn_deformable.yaml"
@@ -81,6 +81,15 @@ def test_a_folder_stands_beside_other_datasets_and_may_be_a_data_yaml(tmp_path):
     forget("other")
     assert [entry[0] for entry in cfg.DATASETS.COCO_FORMAT] == ["other", *NAMES]
     assert cfg.DATASETS.TEST == ("cells_val",)
+
+
+def test_relative_and_absolute_paths_name_the_same_files(tmp_path, monkeypatch):
+    folders.coco_of_one_image_folder(tmp_path / "cells")
+    monkeypatch.chdir(tmp_path)
+    register_coco_format(["cells_train", "cells/annotations/train.json", "cells/images"])
+    prepared(QUICK, "DATASETS.FOLDER", "cells")
+    with pytest.raises(InputError, match="choose another name"):
+        register_coco_format(["cells_train", "cells/annotations/val.json", "cells/images"])
 
 
 def test_a_folder_is_converted_by_the_same_code(tool, tmp_path, capsys):

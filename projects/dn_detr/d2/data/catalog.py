@@ -114,7 +114,8 @@ def register_coco_format(entries) -> None:
         if name in DatasetCatalog:
             metadata = MetadataCatalog.get(name)
             taken = (metadata.get("json_file"), metadata.get("image_root"))
-            if taken != (json_file, image_root):
+            given = (json_file, image_root)
+            if [p and os.path.abspath(p) for p in taken] != [os.path.abspath(p) for p in given]:
                 raise InputError(
                     f"DATASETS.COCO_FORMAT gives the name {name!r} to {json_file} and {image_root},"
                     f" but {taken[0]} and {taken[1]} have it already: choose another name."
