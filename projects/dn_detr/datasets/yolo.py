@@ -29,7 +29,7 @@ def read_class_names(path: str | Path) -> list[str]:
         return [line.strip() for line in read_text(path).splitlines() if line.strip()]
     content = read_data_yaml(path)
     names = content.get("names")
-    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+    if isinstance(names, dict) and set(names) == set(range(len(names))):
         names = [names[i] for i in range(len(names))]
     if not isinstance(names, list) or not names:
         raise InputError(f"{path} must have 'names': a list, or a mapping from 0, 1, ... to names.")
