@@ -12,10 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from dn_detr.d2.inference.plot_text import literal_text
 
 LOSSES = {"total_loss": "total", "loss_match": "matched", "loss_dn": "denoising"}
 METRICS = {"bbox/AP50": "AP50", "bbox/AP": "AP"}
@@ -44,42 +43,48 @@ def series(entries: dict[int, dict], name: str) -> tuple[list[int], list[float]]
     return [x for x, _ in points], [y for _, y in points]
 
 
-def plot(runs: dict[str, dict[int, dict]], output: Path) -> None:
-    """Plot losses, AP and instability metrics, a panel each; several runs differ by colour."""
+def test_sets(entries: dict[int, dict]) -> list[str]:
+    """Return the prefixes of AP: "" with one test set, else "<dataset>/" of each."""
+    names = dict.fromkeys(name for entry in entries.values() for name in entry)
+    found = [name.removesuffix("bbox/AP") for name in names if name.endswith("bbox/AP")]
+    return [prefix for prefix in found if not prefix.startswith("ema/")]
+
+
+def draw(runs: dict[str, dict[int, dict]]) -> Figure:
+    """Draw losses, AP of every test set and instability metrics, a panel each.
+
+    Several runs differ by colour.
+    """
+    sets = dict.fromkeys(prefix for entries in runs.values() for prefix in test_sets(entries))
     present = [n for n in INSTRUMENTS if any(series(entries, n)[0] for entries in runs.values())]
-    rows = 2 if present else 1
-    figure, grid = plt.subplots(
-        rows, 2, figsize=(11, 4 * rows), squeeze=False, constrained_layout=True
-    )
-    panels = list(grid.flat)
-    for empty in panels[2 + len(present) :]:
-        empty.remove()
-    panels = panels[: 2 + len(present)]
-    for index, (label, entries) in enumerate(runs.items()):
-        prefix = f"{label}: " if len(runs) > 1 else ""
-        color = f"C{index}" if len(runs) > 1 else None
-        for axes, styles, names in (
-            (panels[0], ("-", "--", ":"), LOSSES),
-            (panels[1], ("o-", "s--"), METRICS),
-            *((axes, ("o-",), {n: label}) for axes, n in zip(panels[2:], present, strict=True)),
-        ):
+    ap = {"ylabel": "AP", "ylim": (0, None)}
+    panels = [
+        (("-", "--", ":"), LOSSES, {"ylabel": "loss", "yscale": "log", "title": "training losses"}),
+        *(
+            (
+                ("o-", "s--"),
+                {prefix + name: title for name, title in METRICS.items()},
+                {**ap, "title": f"validation {prefix[:-1]}".strip()},
+            )
+            for prefix in sets or [""]
+        ),
+        *((("o-",), {n: ""}, {"ylim": (0, None), "title": INSTRUMENTS[n]}) for n in present),
+    ]
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(11, 4 * rows), layout="constrained", dpi=110)
+    for number, (styles, names, settings) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, 2, number, xlabel="iteration", **settings)
+        axes.grid(alpha=0.3)
+        for index, (run, entries) in enumerate(runs.items()):
             for style, (name, title) in zip(styles, names.items(), strict=True):
                 x, y = series(entries, name)
+                label = f"{run}: {title}" if title and len(runs) > 1 else title or run
                 if x:
-                    text = title if axes in panels[2:] else prefix + title
-                    axes.plot(x, y, style, label=text, color=color)
-    panels[0].set(ylabel="loss", yscale="log", title="training losses")
-    panels[1].set(ylabel="AP", ylim=(0, None), title="validation")
-    for axes, name in zip(panels[2:], present, strict=True):
-        axes.set(ylim=(0, None), title=INSTRUMENTS[name])
-    for axes in panels:
-        axes.set(xlabel="iteration")
-        axes.grid(alpha=0.3)
+                    color = f"C{index}" if len(runs) > 1 else None
+                    axes.plot(x, y, style, label=label, color=color)
         if axes.lines:
             axes.legend()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def main() -> None:
@@ -92,7 +97,10 @@ def main() -> None:
     for run in args.runs:
         label, _, path = run.rpartition("=")
         runs[label or Path(path).name] = read_metrics(Path(path))
-    plot(runs, output)
+    names = [name for entries in runs.values() for name in test_sets(entries)]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with literal_text([*runs, *names]):
+        draw(runs).savefig(output)
     print(f"wrote {output}")
 
 

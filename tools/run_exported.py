@@ -118,10 +118,12 @@ def draw(image: Image.Image, found: list[Found], class_names: list[str]) -> Imag
     """Draw masks and boxes with names on an image, in a colour for each class, the best on top."""
     pen = ImageDraw.Draw(image)
     for name, score, box, mask in reversed(found):
-        color = f"hsl({137 * class_names.index(name) % 360}, 100%, 60%)"
+        label = class_names.index(name)
+        color = f"hsl({137 * label % 360}, 100%, 60%)"
         if mask is not None:
             image.paste(color, mask=Image.fromarray(np.uint8(mask) * 110))
         pen.rectangle(box, outline=color, width=2)
+        name = name if max(name, default="") < "\u0100" else f"class {label}"  # Pillow's own font
         text, place = f"{name} {score:.2f}", (box[0] + 3, box[1] + 2)
         pen.rectangle(pen.textbbox(place, text), fill="black")
         pen.text(place, text, fill=color)

@@ -23,6 +23,7 @@ from matplotlib.patches import Rectangle
 
 from dn_detr.d2.data.mapper import ResizeShortestEdge
 from dn_detr.d2.inference.attention_recorder import LayerAttention, record_attention
+from dn_detr.d2.inference.plot_text import class_label, families
 from dn_detr.d2.inference.saved_detector import SavedDetector, load_detector, weights_named
 from dn_detr.d2.inference.visualization import class_color
 from dn_detr.d2.modeling.meta_arch import core_of
@@ -89,8 +90,8 @@ def draw(
                 draw_box(axis, box, width, height, edgecolor=class_color(label), lw=2)
             axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
             axis.set_title(f"layer {layer + 1}", fontsize=8)
-        name = f"{saved.class_names[label]} {score:.0%}"
-        row[0].set_ylabel(name, fontsize=9)
+        name = f"{class_label(saved.class_names[label], label)} {score:.0%}"
+        row[0].set_ylabel(name, fontsize=9, parse_math=False, fontfamily=families([name]))
     return figure
 
 

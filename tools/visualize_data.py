@@ -36,6 +36,7 @@ from dn_detr.d2.data.catalog import class_names, prepare
 from dn_detr.d2.data.loader import TrainLoader
 from dn_detr.d2.data.mapper import read_image
 from dn_detr.d2.engine.trainer import Trainer
+from dn_detr.d2.inference.plot_text import class_label
 from dn_detr.d2.inference.visualization import class_color, draw_boxes, draw_record, draw_styled
 from dn_detr.d2.modeling.meta_arch import core_of
 from dn_detr.errors import BadImage, InputError
@@ -62,6 +63,11 @@ def annotations(cfg: CfgNode) -> Pictures:
             yield Path(record["file_name"]).stem, draw_record(image, record, loaded.class_names)
 
 
+def drawn_names(cfg: CfgNode) -> list[str]:
+    """Return the class names of the training data as they can be drawn."""
+    return [class_label(name, i) for i, name in enumerate(class_names(cfg.DATASETS.TRAIN[0]))]
+
+
 def batches(cfg: CfgNode, iteration: int) -> Iterator[tuple[int, list[dict]]]:
     """Yield (number, batch) of the training from an iteration on."""
     loader = Trainer.build_train_loader(cfg)
@@ -71,7 +77,7 @@ def batches(cfg: CfgNode, iteration: int) -> Iterator[tuple[int, list[dict]]]:
 
 def augmented(cfg: CfgNode, iteration: int) -> Pictures:
     """Draw augmented images before normalization."""
-    names = class_names(cfg.DATASETS.TRAIN[0])
+    names = drawn_names(cfg)
     for number, batch in batches(cfg, iteration):
         for sample in batch:
             instances = sample["instances"]
@@ -88,7 +94,7 @@ def augmented(cfg: CfgNode, iteration: int) -> Pictures:
 
 def denoised(cfg: CfgNode, iteration: int) -> Pictures:
     """Draw the denoising queries of every image, by group."""
-    names = class_names(cfg.DATASETS.TRAIN[0])
+    names = drawn_names(cfg)
     model = Trainer.build_model(cfg)
     core = core_of(model, "--source denoising")
     queries = next((a for a in core.auxiliary if isinstance(a, DenoisingQueries)), None)
@@ -109,7 +115,7 @@ def taught(cfg: CfgNode, iteration: int) -> Pictures:
     """Draw teachers' boxes and objects of every augmented image."""
     if not cfg.MODEL.DN_DETR.TEACH.ENABLED:
         raise InputError("this configuration trains without teachers (TEACH.ENABLED).")
-    names = class_names(cfg.DATASETS.TRAIN[0])
+    names = drawn_names(cfg)
     for number, batch in batches(cfg, iteration):
         for sample in batch:
             objects, found = sample["instances"], sample["teacher_instances"]

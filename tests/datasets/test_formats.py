@@ -116,6 +116,7 @@ def test_class_names_come_from_yaml_or_text(tmp_path):
         assert read_class_names(tmp_path / name) == ["cat", "dog"]
     for name, text, words in [
         ("d.yaml", "names: {1: cat, 2: dog}", "must have 'names'"),
+        ("d2.yaml", "names: {0: cat, a: dog}", "must have 'names'"),
         ("e.yaml", "nc: 2", "must have 'names'"),
         ("f.yaml", "names: [", "not valid YAML"),
     ]:

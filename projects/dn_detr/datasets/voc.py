@@ -40,19 +40,49 @@ def from_voc(
     if first_pixel not in (0, 1):
         raise ValueError(f"first_pixel must be 0 or 1, got {first_pixel}")
     folder = Path(folder)
-    names = _annotated(folder)
-    trees = {name: _parse(folder / "Annotations" / f"{name}.xml") for name in names}
-    if class_names is None:
-        class_names = sorted(
-            {_text(entry, "name", name) for name in names for entry in trees[name].iter("object")}
-        )
-    coco, images = CocoFile(class_names), _images(folder)
+    names, images = _annotated(folder), _images(folder)
+    trees = {name: parse_xml(folder / "Annotations" / f"{name}.xml") for name in names}
+    objects = Objects(list(trees.values()), class_names, first_pixel)
+    coco = CocoFile(objects.class_names)
     for name in names if split is None else _named(folder, split, trees):
-        file = f"{folder}/Annotations/{name}.xml"
+        file = folder / "Annotations" / f"{name}.xml"
         if name not in images:
             raise InputError(f"{file} has no image {name!r} in {folder / 'JPEGImages'}.")
-        width, height = image_size(images[name])
-        size = trees[name].find("size")
+        objects.add(coco, trees[name], file, images[name], folder / "JPEGImages")
+    return coco.content
+
+
+class Objects:
+    """How the objects of XML files are read.
+
+    Args:
+        trees: all files of the dataset.
+        class_names: class names in order, None for those of all files, sorted.
+        first_pixel: 1 as in VOC, 0 for distances from the corner, None for 0 if a box starts there,
+            else 1.
+    """
+
+    def __init__(
+        self,
+        trees: list[ElementTree.Element],
+        class_names: list[str] | None = None,
+        first_pixel: int | None = None,
+    ):
+        entries = [entry for tree in trees for entry in tree.iter("object")]
+        if class_names is None:
+            class_names = sorted({entry.findtext("name", "").strip() for entry in entries} - {""})
+        if first_pixel is None:
+            starts = [e.findtext(f"bndbox/{key}", "").strip() for e in entries for key in CORNERS]
+            first_pixel = 0 if {"0", "0.0"} & set(starts) else 1
+        self.class_names = class_names
+        self.first_pixel = first_pixel
+
+    def add(
+        self, coco: CocoFile, tree: ElementTree.Element, file: Path, image: Path, root: Path
+    ) -> None:
+        """Add an image below `root` and the objects of its XML file."""
+        width, height = image_size(image)
+        size = tree.find("size")
         if size is not None:
             stated = (_number(size, "width", file), _number(size, "height", file))
             if stated not in ((width, height), (0, 0)):  # some tools write (0, 0)
@@ -60,18 +90,16 @@ def from_voc(
                     f"{file} gives a size of {stated[0]:g}x{stated[1]:g} pixels, but its image "
                     f"has {width}x{height}."
                 )
-        coco.add_image(images[name].relative_to(folder / "JPEGImages").as_posix(), (width, height))
-        for entry in trees[name].iter("object"):
+        coco.add_image(image.relative_to(root).as_posix(), (width, height))
+        for entry in tree.iter("object"):
             label = _text(entry, "name", file)
-            if label not in class_names:
+            if label not in self.class_names:
                 raise InputError(
                     f"{file} has the class {label!r}, which is not in the class names."
                 )
             is_crowd = entry.findtext("difficult", "0").strip() == "1"
-            coco.add_object(
-                class_names.index(label), _box(entry, file, first_pixel), is_crowd=is_crowd
-            )
-    return coco.content
+            box = _box(entry, file, self.first_pixel)
+            coco.add_object(self.class_names.index(label), box, is_crowd=is_crowd)
 
 
 def _annotated(folder: Path) -> list[str]:
@@ -87,16 +115,22 @@ def _annotated(folder: Path) -> list[str]:
 def _named(folder: Path, split: str, known: dict) -> list[str]:
     """Read the image names of a split, one per line."""
     path = folder / "ImageSets" / "Main" / f"{split}.txt"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the split {split!r} cannot be read: {error}.") from error
-    names = [line.split()[0] for line in lines if line.strip()]
-    if not names:
-        raise InputError(f"{path} lists no images.")
+    names = read_names(path)
     for name in names:
         if name not in known:
             raise InputError(f"{path} lists {name!r}, which has no file in Annotations.")
+    return names
+
+
+def read_names(path: Path) -> list[str]:
+    """Read a list of image names, one per line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the list of images {path} cannot be read: {error}.") from error
+    names = [line.split()[0] for line in lines if line.strip()]
+    if not names:
+        raise InputError(f"{path} lists no images.")
     return names
 
 
@@ -106,21 +140,22 @@ def _images(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in sorted(found) if path.suffix.lower() in IMAGE_SUFFIXES}
 
 
-def _parse(path: Path) -> ElementTree.Element:
+def parse_xml(path: Path) -> ElementTree.Element:
+    """Parse an XML file; InputError if it is none."""
     try:
         return ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, OSError) as error:
         raise InputError(f"{path} is not valid XML: {error}.") from error
 
 
-def _text(entry: ElementTree.Element, key: str, file: str) -> str:
+def _text(entry: ElementTree.Element, key: str, file: Path) -> str:
     text = entry.findtext(key, "").strip()
     if not text:
         raise InputError(f"{file}: a <{entry.tag}> has no <{key}>.")
     return text
 
 
-def _number(entry: ElementTree.Element, key: str, file: str) -> float:
+def _number(entry: ElementTree.Element, key: str, file: Path) -> float:
     text = _text(entry, key, file)
     try:
         return float(text)
@@ -128,7 +163,7 @@ def _number(entry: ElementTree.Element, key: str, file: str) -> float:
         raise InputError(f"{file}: <{key}> must be a number, got {text!r}.") from None
 
 
-def _box(entry: ElementTree.Element, file: str, first_pixel: int) -> tuple[float, ...]:
+def _box(entry: ElementTree.Element, file: Path, first_pixel: int) -> tuple[float, ...]:
     """Read (left, top, right, bottom) as distances from the image corner."""
     corners = entry.find("bndbox")
     if corners is None:

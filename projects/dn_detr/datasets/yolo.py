@@ -16,6 +16,8 @@ from dn_detr.datasets.image_files import image_size
 from dn_detr.errors import InputError
 from dn_detr.safe_yaml import read_yaml
 
+YAML_SUFFIXES = (".yaml", ".yml")
+NO_LABELS = ("classes.txt", "train.txt", "val.txt", "test.txt")
 _ROUNDING = 1e-3  # tolerance beyond [0, 1], as text files have few digits
 
 
@@ -24,22 +26,32 @@ def read_class_names(path: str | Path) -> list[str]:
     text file with one name per line.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the class names in {path} cannot be read: {error}.") from error
-    if path.suffix not in (".yaml", ".yml"):
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    try:
-        content = read_yaml(text)
-    except YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    names = content.get("names") if isinstance(content, dict) else None
+    if path.suffix not in YAML_SUFFIXES:
+        return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    content = read_data_yaml(path)
+    names = content.get("names")
     if isinstance(names, dict) and set(names) == set(range(len(names))):
         names = [names[i] for i in range(len(names))]
     if not isinstance(names, list) or not names:
         raise InputError(f"{path} must have 'names': a list, or a mapping from 0, 1, ... to names.")
     return [str(name) for name in names]
+
+
+def read_data_yaml(path: Path) -> dict:
+    """Read a data.yaml; a document that is no mapping has no keys."""
+    try:
+        content = read_yaml(read_text(path))
+    except YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def read_text(path: Path) -> str:
+    """Read a text file, with or without byte order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
 
 
 def label_folder_of(images: Path) -> Path:
@@ -53,6 +65,11 @@ def label_folder_of(images: Path) -> Path:
             parts[i] = "labels"
             return Path(*parts)
     return images
+
+
+def label_file_of(image: Path) -> Path:
+    """Return the text file of an image in the folder that `label_folder_of` guesses."""
+    return label_folder_of(image.parent) / f"{image.stem}.txt"
 
 
 def from_yolo(images: str | Path, class_names: list[str], labels: str | Path | None = None) -> dict:
@@ -73,31 +90,29 @@ def from_yolo(images: str | Path, class_names: list[str], labels: str | Path | N
     labels = label_folder_of(images) if labels is None else Path(labels)
     if not labels.is_dir():
         raise InputError(f"there is no folder {str(labels)!r} with text files: specify it.")
+    pairs = [(path, (labels / path.relative_to(images)).with_suffix(".txt")) for path in paths]
+    content = from_pairs(pairs, class_names, images)
+    _check_text_files_have_images(labels, {text_file for _, text_file in pairs})
+    return content
+
+
+def from_pairs(pairs: list[tuple[Path, Path]], class_names: list[str], root: Path) -> dict:
+    """Convert images below `root`, each with its text file, which may be missing."""
     coco, used = CocoFile(class_names), set()
-    for path in paths:
-        inside = path.relative_to(images)
-        text_file = (labels / inside).with_suffix(".txt")
+    for path, text_file in pairs:
         if text_file in used:
             raise InputError(f"{text_file} belongs to two images, one of them {path}.")
         used.add(text_file)
         width, height = image_size(path)
-        coco.add_image(inside.as_posix(), (width, height))
+        coco.add_image(path.relative_to(root).as_posix(), (width, height))
         if not text_file.is_file():
             continue
-        for number, line in enumerate(_lines(text_file), 1):
+        for number, line in enumerate(read_text(text_file).splitlines(), 1):
             if line.strip():
                 place = f"{text_file}, line {number}"
                 label, values = _parse(line, place, len(class_names))
                 _add(coco, label, values, width, height)
-    _check_text_files_have_images(labels, used)
     return coco.content
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
 
 
 def _parse(line: str, place: str, num_classes: int) -> tuple[int, list[float]]:
@@ -139,8 +154,7 @@ def _add(coco: CocoFile, label: int, values: list[float], width: int, height: in
 
 def _check_text_files_have_images(labels: Path, used: set[Path]) -> None:
     """Raise InputError for text files without an image: the folders do not match."""
-    other = ("classes.txt", "train.txt", "val.txt", "test.txt")
-    extra = [p for p in sorted(labels.rglob("*.txt")) if p not in used and p.name not in other]
+    extra = [p for p in sorted(labels.rglob("*.txt")) if p not in used and p.name not in NO_LABELS]
     extra = [p for p in extra if not p.name.lower().startswith("readme")]
     if extra:
         raise InputError(

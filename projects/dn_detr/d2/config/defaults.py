@@ -26,6 +26,12 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Datasets in COCO format, registered without Python code: a list of [name, json, image_root].
     # Use the names in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_FORMAT = []
+    # A dataset folder in COCO's, YOLO's or Pascal VOC's format, or a data.yaml. It is registered as
+    # <folder>_train, <folder>_val and <folder>_test, and sets TRAIN and TEST unless they name
+    # these. Where guessing fails: IMAGES and ANNOTATIONS, folder or pattern relative to it.
+    cfg.DATASETS.FOLDER = ""
+    cfg.DATASETS.IMAGES = ""
+    cfg.DATASETS.ANNOTATIONS = ""
     # Boxes of teachers for MODEL.DN_DETR.TEACH: a list of [dataset, json], one for each training
     # dataset, in COCO's result format (tools/make_teacher_boxes.py writes it).
     cfg.DATASETS.TEACHER_BOXES = []
@@ -74,7 +80,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.INPUT.MIXUP.BLEND = (0.45, 0.55)
 
     # ------------------------------------------------------------------------------- evaluation
-    # Write a report on every test dataset: OUTPUT_DIR/inference/report_<name>/report.html.
+    # Write a report on every test dataset: OUTPUT_DIR/inference/report_<name>/report.html, or
+    # OUTPUT_DIR/inference/<name>/report_<name>/report.html if there are several.
     cfg.TEST.REPORT = False
     # Detections per class and image that count: 100 in COCO's AP, and so in published results; 0:
     # all TEST.DETECTIONS_PER_IMAGE, for datasets with more objects in an image.

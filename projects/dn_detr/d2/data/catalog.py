@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from dn_detr.d2.data.dataset_folder import use_folder
 from dn_detr.d2.data.ground_truth import GroundTruth, read_coco
 from dn_detr.d2.data.records import Records
 from dn_detr.datasets.shape_drawing import CLASSES
@@ -23,8 +24,7 @@ def prepare(cfg, eval_only: bool = False) -> None:
     An evaluation with MODEL.DN_DETR.CLASS_NAMES accepts datasets that share some of these classes,
     in any order.
     """
-    register_shapes()
-    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    register_all(cfg, eval_only)
     node = cfg.MODEL.DN_DETR
     names = dataset_names(cfg, eval_only)
     if not eval_only or not node.CLASS_NAMES:
@@ -116,6 +116,14 @@ def register_shapes(root: str | Path | None = None) -> None:
         )
 
 
+def register_all(cfg, eval_only: bool = False) -> None:
+    """Register everything that a configuration names; DATASETS.FOLDER sets other keys, in place."""
+    register_shapes()
+    if cfg.DATASETS.FOLDER:
+        use_folder(cfg.DATASETS, eval_only)
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+
+
 def register_coco_format(entries) -> None:
     """Register DATASETS.COCO_FORMAT: a list of [name, json file, image folder], or one such entry.
 
@@ -139,7 +147,8 @@ def register_coco_format(entries) -> None:
         if name in DatasetCatalog:
             metadata = MetadataCatalog.get(name)
             taken = (metadata.get("json_file"), metadata.get("image_root"))
-            if taken != (json_file, image_root):
+            given = (json_file, image_root)
+            if [p and os.path.abspath(p) for p in taken] != [os.path.abspath(p) for p in given]:
                 raise InputError(
                     f"DATASETS.COCO_FORMAT gives the name {name!r} to {json_file} and {image_root},"
                     f" but {taken[0]} and {taken[1]} have it already: choose another name."
@@ -219,8 +228,7 @@ def with_num_classes(cfg: CfgNode) -> CfgNode:
         )
     cfg = cfg.clone()
     cfg.defrost()
-    register_shapes()
-    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    register_all(cfg)
     cfg.MODEL.DN_DETR.NUM_CLASSES = len(class_names(cfg.DATASETS.TRAIN[0]))
     return cfg
 

@@ -12,6 +12,7 @@ from dn_detr.d2.data import dataset_dicts
 from dn_detr.d2.data.augmentation_schedule import build_dense_o2o
 from dn_detr.d2.data.catalog import dataset_names
 from dn_detr.d2.data.dataset_dicts import LoadedDataset
+from dn_detr.d2.data.dataset_folder import SENTENCES
 from dn_detr.d2.data.ground_truth import Finding, describe
 from dn_detr.d2.data.image_check import check_image_files
 from dn_detr.d2.data.plausibility import name_warnings
@@ -153,6 +154,8 @@ def check_datasets(cfg, eval_only: bool = False) -> list[DatasetReport]:
     Raises:
         InputError: At the first fault in the files.
     """
+    if cfg.DATASETS.FOLDER in SENTENCES:
+        logger.info(SENTENCES[cfg.DATASETS.FOLDER])
     if cfg.DATASETS.CHECK == "off":
         return []
     if not eval_only:

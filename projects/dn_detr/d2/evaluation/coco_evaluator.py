@@ -148,11 +148,14 @@ class Evaluator(COCOEvaluator):
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> Evaluator:
-    """Build the evaluator of a configuration for one of its datasets."""
-    test = cfg.TEST
+    """Build the evaluator of a configuration for one of its datasets.
+
+    Its files go to the folder "inference", and there to a folder of its own if there are several.
+    """
+    test, several = cfg.TEST, len(cfg.DATASETS.TEST) > 1
     return Evaluator(
         dataset_name,
-        output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
+        output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name if several else ""),
         max_detections=test.COCO_LIMIT or max(COCO_LIMIT, test.DETECTIONS_PER_IMAGE),
         implementation=test.COCO_EVAL,
         model_classes=list(cfg.MODEL.DN_DETR.CLASS_NAMES),

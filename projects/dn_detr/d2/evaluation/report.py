@@ -16,6 +16,7 @@ from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
 from dn_detr.d2.evaluation.error_analysis import IOU, Analysis, ImageResult, analyse
+from dn_detr.d2.inference.plot_text import class_label, literal_text
 from dn_detr.d2.inference.visualization import draw_styled
 from dn_detr.datasets.image_files import read_rgb
 from dn_detr.errors import BadImage
@@ -104,9 +105,9 @@ def write_report(
     os.makedirs(folder, exist_ok=True)
     analysis = analyse(evaluated, results, masks)
     content = to_json(analysis, name)
-    pictures = {"curves": plot_curves(analysis), "confusion": plot_confusion(analysis)}
-    for key, figure in pictures.items():
-        FigureCanvasAgg(figure).print_png(os.path.join(folder, f"{key}.png"))
+    with literal_text(result.name for result in analysis.classes):
+        for key, plot in (("curves", plot_curves), ("confusion", plot_confusion)):
+            FigureCanvasAgg(plot(analysis)).print_png(os.path.join(folder, f"{key}.png"))
     with open(os.path.join(folder, "report.json"), "w", encoding="utf-8") as file:
         json.dump(_without_nan(content), file, indent=1)
     worst = [image for image in analysis.images[:NUM_IMAGES] if image.num_errors]
@@ -165,6 +166,11 @@ def to_json(analysis: Analysis, name: str) -> dict:
     }
 
 
+def drawn_names(analysis: Analysis) -> list[str]:
+    """Return the names of all classes as they can be drawn."""
+    return [class_label(result.name, i) for i, result in enumerate(analysis.classes)]
+
+
 def plot_curves(analysis: Analysis) -> Figure:
     """Plot precision over recall and F1 over the threshold.
 
@@ -172,10 +178,12 @@ def plot_curves(analysis: Analysis) -> Figure:
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    most = sorted(analysis.classes, key=lambda result: -result.curve.num_objects)[:_MOST_CURVES]
-    curves = [(result.name, result.curve, {"lw": 1}) for result in most if result.curve.num_objects]
+    drawn = zip(analysis.classes, drawn_names(analysis), strict=True)
+    most = sorted(drawn, key=lambda pair: -pair[0].curve.num_objects)[:_MOST_CURVES]
+    curves = [(name, r.curve, {"lw": 1}) for r, name in most if r.curve.num_objects]
     curves.append(("all classes", analysis.overall, {"lw": 2.5, "color": "black"}))
     for label, curve, style in curves:
+        label = f" {label}" if label.startswith("_") else label  # else not in the legend
         left.plot(curve.recall, curve.precision, label=label, **style)
         right.plot(curve.thresholds, curve.f1, label=label, **style)
     left.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
@@ -190,7 +198,7 @@ def plot_curves(analysis: Analysis) -> Figure:
 
 def plot_confusion(analysis: Analysis) -> Figure:
     """Plot the confusion matrix, coloured by the fraction of each row."""
-    names = [*(result.name for result in analysis.classes), "background"]
+    names = [*drawn_names(analysis), "background"]
     matrix = analysis.confusion
     side = 1.5 + 0.55 * min(len(names), _MOST_NUMBERS)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
@@ -244,11 +252,14 @@ def _pictures(images: list[ImageResult], image_root: str, categories: dict) -> l
 
 
 def _caption(entry: dict, categories: dict) -> str:
-    name = categories[entry["category_id"]]["name"]
+    def name_of(category: int) -> str:
+        return class_label(categories[category]["name"], sorted(categories).index(category))
+
+    name = name_of(entry["category_id"])
     if "score" not in entry:
         return name
     true = entry.get("true_category_id", entry["category_id"])
-    other = "" if true == entry["category_id"] else f", is {categories[true]['name']}"
+    other = "" if true == entry["category_id"] else f", is {name_of(true)}"
     return f"{name} {entry['score']:.0%}{other}"
 
 

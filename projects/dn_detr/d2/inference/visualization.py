@@ -5,9 +5,21 @@ from __future__ import annotations
 import numpy as np
 from detectron2.structures import BoxMode
 from detectron2.utils.colormap import colormap
-from detectron2.utils.visualizer import Visualizer
+from detectron2.utils.visualizer import VisImage, Visualizer
+
+from dn_detr.d2.inference.plot_text import class_label, families
 
 _SHORTEST_SIDE = 480  # pixels; smaller images are enlarged, so that captions do not cover them
+
+
+class _Canvas(Visualizer):
+    """Detectron2's visualizer with texts taken literally, in fonts that have their letters."""
+
+    def draw_text(self, text: str, *args, **kwargs) -> VisImage:
+        """See the base class, which takes `$` for formulas and always the same font."""
+        output = super().draw_text("", *args, **kwargs)
+        output.ax.texts[-1].set(parse_math=False, fontfamily=families([text]), text=text)
+        return output
 
 
 def class_color(label: int) -> tuple[float, float, float]:
@@ -43,7 +55,7 @@ def draw_boxes(
     Returns:
         The picture, uint8 RGB [height, width, 3].
     """
-    canvas = Visualizer(image, scale=_scale(image) if enlarges else 1.0)
+    canvas = _Canvas(image, scale=_scale(image) if enlarges else 1.0)
     canvas.overlay_instances(
         boxes=np.asarray(boxes_xyxy_px, np.float64).reshape(-1, 4),
         masks=masks,
@@ -55,9 +67,8 @@ def draw_boxes(
 
 def draw_found(image: np.ndarray, found, *, enlarges: bool = True) -> np.ndarray:
     """Draw detections of a `Detector` over an image, uint8 RGB [height, width, 3]."""
-    captions = [
-        f"{name} {score:.0%}" for name, score in zip(found.class_names, found.scores, strict=True)
-    ]
+    entries = zip(found.class_names, found.labels, found.scores, strict=True)
+    captions = [f"{class_label(name, label)} {score:.0%}" for name, label, score in entries]
     colors = [class_color(label) for label in found.labels]
     return draw_boxes(
         image, found.boxes_xyxy_px, captions, colors, masks=found.masks, enlarges=enlarges
@@ -74,8 +85,9 @@ def draw_record(image: np.ndarray, record: dict, class_names: list[str]) -> np.n
         BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations
     ]
     captions = [
-        f"{class_names[a['category_id']]}{' (crowd)' if a.get('iscrowd', 0) else ''}"
+        f"{class_label(class_names[label], label)}{' (crowd)' if a.get('iscrowd', 0) else ''}"
         for a in annotations
+        for label in [a["category_id"]]
     ]
     colors = [class_color(a["category_id"]) for a in annotations]
     has_masks = bool(annotations) and all("segmentation" in a for a in annotations)
@@ -93,7 +105,7 @@ def draw_styled(
 ) -> np.ndarray:
     """Draw boxes [N, 4], each with its own colour and line style ("-", "--"); see `draw_boxes`."""
     scale = _scale(image)
-    canvas, size = Visualizer(image, scale=scale), 8 / scale  # in points of the picture
+    canvas, size = _Canvas(image, scale=scale), 8 / scale  # in points of the picture
     for box, caption, color, style in zip(
         boxes_xyxy_px, captions, colors, line_styles, strict=True
     ):
