@@ -3,6 +3,8 @@
 # make fuzz: sends broken annotation files through everything that reads them, INPUTS of them.
 # make test-pypi-detectron2: runs the tests that need Detectron2 with its Python files from PyPI, as
 # on a machine that cannot reach GitHub (see projects/dn_detr/install_detectron2.py).
+# make sanitize: compiles the CPU operators with GCC's address and undefined behaviour sanitizers,
+# into build/sanitize, and runs their tests and a fuzzer with them (TRIALS=...).
 # make lint: checks style and types; needs no operators, so it takes any .venv as it is.
 # All set up .venv in a fresh clone and reuse it later. PYTHON=... uses an existing interpreter.
 
@@ -14,7 +16,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: demo test fuzz lint test-pypi-detectron2 clean
+.PHONY: demo test fuzz sanitize lint test-pypi-detectron2 clean
 
 demo: $(READY)
 	$(PYTHON) tools/run_demo.py
@@ -26,6 +28,21 @@ INPUTS := 30000
 
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) tests/d2/fuzz_data.py --inputs $(INPUTS) --processes 2
+
+SANITIZE := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=undefined,float-cast-overflow
+# The allocator of the sanitizer must come first, and torch needs its exceptions from libstdc++.
+SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH=build/sanitize/lib OMP_NUM_THREADS=1 $(PYTHON)
+TRIALS := 1500
+
+sanitize: $(READY)
+	FORCE_CUDA=0 LDFLAGS="$(SANITIZE)" \
+		DN_DETR_CXXFLAGS="-O1 -g1 -fno-wrapv -fno-omit-frame-pointer $(SANITIZE)" $(PYTHON) setup.py -q build \
+		--build-lib build/sanitize/lib --build-temp build/sanitize/temp
+	$(SANITIZED) tests/ops/fuzz_operators.py --trials $(TRIALS)
+	ATEN_CPU_CAPABILITY=default $(SANITIZED) tests/ops/fuzz_operators.py --trials $(TRIALS) --seed 1
+	$(SANITIZED) -m pytest -q tests/ops
 
 lint: $(if $(wildcard $(VENV)/bin/mypy),,$(READY))
 	$(PYTHON) -m ruff check .

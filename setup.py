@@ -6,6 +6,7 @@ Environment variables:
   CUDA_HOME               toolkit to build with; else the nvcc on the PATH, else NVIDIA's wheels
   TORCH_CUDA_ARCH_LIST    "9.0", "8.0;9.0+PTX"; else the GPUs that are present, else a short list
   MAX_JOBS                how many files are compiled at a time
+  DN_DETR_CXXFLAGS        options of the C++ compiler, instead of -O3 -g0
 """
 
 import json
@@ -145,7 +146,8 @@ def extension(torch, root):
 
     # The name of torch makes the build tool compile anew for another one.
     torch_name = f"-DDN_DETR_TORCH={torch.__version__}"
-    cxx = [torch_name] + (["-O3", "-g0"] if os.name != "nt" else ["/O2"])
+    flags = os.environ.get("DN_DETR_CXXFLAGS", "-O3 -g0" if os.name != "nt" else "/O2")
+    cxx = [torch_name, *flags.split()]
     if sys.platform == "linux":
         # Only compiled with OpenMP, not linked: its functions come from the library that torch
         # has loaded, a second one would have threads of its own.

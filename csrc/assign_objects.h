@@ -36,6 +36,7 @@ inline std::vector<MatchSegment> check_assign_objects(
     at::IntArrayRef matches_per_object) {
   check_ndim(image_of, "image_of", 1, "[T]");
   check_dtype(image_of, "image_of", {at::kLong});
+  check_images(0, batch);
   TORCH_CHECK_VALUE(
       is_empty.size() == costs.size() && num_groups.size() == costs.size() &&
           matches_per_object.size() == costs.size(),
@@ -54,11 +55,14 @@ inline std::vector<MatchSegment> check_assign_objects(
         num_groups[i] > 0 && cost.size(2) % num_groups[i] == 0 && matches_per_object[i] > 0,
         "expected matches_per_object > 0 and num_groups to divide ", cost.size(2), " slots, got ",
         matches_per_object[i], " and ", num_groups[i]);
-    TORCH_CHECK_VALUE(
-        cost.size(2) < (1 << 30) && image_of.size(0) * matches_per_object[i] < (1 << 30),
-        "expected less than 2^30 slots and objects, got ", cost.sizes());
+    check_product("slots", {cost.size(2)}, 30);
+    check_product("L * B * num_groups", {cost.size(0), batch, num_groups[i]}, 31);
+    check_product("T * matches_per_object", {cost.size(1), matches_per_object[i]}, 30);
+    // More matches than slots have no effect.
+    const int64_t group_slots = cost.size(2) / num_groups[i];
     MatchSegment segment{cost.contiguous(), is_empty.get(i), cost.size(0), num_groups[i],
-                         cost.size(2) / num_groups[i], matches_per_object[i], {}, {}};
+                         group_slots, std::clamp<int64_t>(group_slots, 1, matches_per_object[i]),
+                         {}, {}};
     if (segment.is_empty) {
       check_shape(*segment.is_empty, "is_empty", {batch, cost.size(2)});
       check_dtype(*segment.is_empty, "is_empty", {at::kBool});
@@ -87,6 +91,7 @@ inline void check_has_nonfinite(
     const std::optional<at::Tensor>& is_empty) {
   check_ndim(values, "values", 4, "[L, B, Q, C]");
   check_dtype(values, "values", {at::kFloat, at::kDouble});
+  check_images(values.size(0), values.size(1));
   if (is_empty) {
     check_shape(*is_empty, "is_empty", {values.size(1), values.size(2)});
     check_dtype(*is_empty, "is_empty", {at::kBool});

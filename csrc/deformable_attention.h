@@ -32,6 +32,7 @@ inline DeformableSizes check_deformable_attention(
   check_ndim(offsets, "offsets", 6, "[B, Q, H, levels, P, 2]");
   DeformableSizes z{check_value(value, spatial_shapes, offsets.size(1), offsets.size(4)), 0, 0};
   const auto levels = static_cast<int64_t>(z.levels.size());
+  TORCH_CHECK_VALUE(levels > 0, "expected spatial_shapes of at least one level, got none");
   check_shape(offsets, "offsets", {z.batch, z.queries, z.heads, levels, z.points, 2});
   check_shape(logits, "logits", {z.batch, z.queries, z.heads, z.samples()});
   check_shape(valid_sizes, "valid_sizes", {z.batch, levels, 2});

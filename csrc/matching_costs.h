@@ -29,6 +29,8 @@ inline MatchSizes check_matching_costs(
   check_ndim(image_of, "image_of", 1, "[T]");
   const MatchSizes z{logits.size(0), logits.size(1), logits.size(2), logits.size(3),
                      image_of.size(0)};
+  check_images(z.layers, z.batch);
+  check_product("Q", {z.slots}, 30);
   check_shape(boxes, "boxes", {z.layers, z.batch, z.slots, 4});
   check_shape(labels, "labels", {z.objects});
   check_shape(object_boxes, "object_boxes", {z.objects, 4});

@@ -5,7 +5,6 @@
 #include <c10/util/SmallVector.h>
 
 #include <cstdint>
-#include <limits>
 
 #include "checks.h"
 
@@ -50,24 +49,24 @@ inline Sizes check_value(
       "expected spatial_shapes to be h and w of each level, got ", spatial_shapes.size(),
       " integers");
   Sizes sizes{value.size(0), value.size(1), value.size(2), value.size(3), queries, points, {}};
-  // Offsets within an image are 32-bit, those of images 64-bit.
-  const int64_t elements = sizes.tokens * sizes.heads * sizes.channels;
-  TORCH_CHECK_VALUE(
-      elements < std::numeric_limits<int32_t>::max(), "expected S * H * D below 2^31, got ",
-      elements);
+  // Offsets within an image are 32-bit, those of images 64-bit. The CUDA kernels have 32 threads for
+  // a query and head, and divide sample numbers by P.
+  check_product("S * H * D", {sizes.tokens, sizes.heads, sizes.channels}, 31);
+  check_product("B", {sizes.batch}, 24);
+  check_product("Q * H", {queries, sizes.heads}, 26);
+  const auto levels = static_cast<int64_t>(spatial_shapes.size()) / 2;
+  check_product("levels * P * P", {levels, points, points}, 31);
   int64_t start = 0;
   for (size_t i = 0; i < spatial_shapes.size(); i += 2) {
     const int64_t height = spatial_shapes[i], width = spatial_shapes[i + 1];
-    TORCH_CHECK_VALUE(
-        height >= 0 && width >= 0 && height * width <= sizes.tokens - start,
-        "expected spatial_shapes to hold S = ", sizes.tokens, " cells, got ", spatial_shapes);
+    check_product("h * w of spatial_shapes", {height, width}, 31);
     sizes.levels.push_back({static_cast<int32_t>(height), static_cast<int32_t>(width),
                             static_cast<int32_t>(start)});
     start += height * width;
   }
   TORCH_CHECK_VALUE(
       start == sizes.tokens, "expected spatial_shapes to hold S = ", sizes.tokens, " cells, got ",
-      start);
+      start, " in ", spatial_shapes);
   return sizes;
 }
 

@@ -4,7 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
-#include <limits>
+#include <cmath>
 
 #include "checks.h"
 #include "noise_objects.h"
@@ -28,16 +28,19 @@ inline void check_noise_objects(
   check_device(boxes, "boxes", labels);
   check_device(is_object, "is_object", labels);
   check_device(noise_seeds, "noise_seeds", labels);
+  check_images(0, o.batch);
   TORCH_CHECK_VALUE(
-      o.groups >= 0 && o.slots >= 0 && o.slots <= o.most_objects,
-      "expected num_groups >= 0 and slots_per_group in [0, ", o.most_objects, "], got ", o.groups,
-      " and ", o.slots);
+      o.slots >= 0 && o.slots <= o.most_objects, "expected slots_per_group in [0, ",
+      o.most_objects, "], got ", o.slots);
+  check_product("num_groups * M", {o.groups, o.most_objects}, 38);
+  check_product("num_groups * slots_per_group", {o.groups, o.kinds, o.slots}, 30);
+  check_product("num_matched", {o.matched}, 30);
+  check_product("num_classes", {o.num_classes}, 31);
+  TORCH_CHECK_VALUE(o.num_classes > 0, "expected num_classes > 0, got ", o.num_classes);
   TORCH_CHECK_VALUE(
-      o.num_classes > 0 && o.matched >= 0, "expected num_classes > 0 and num_matched >= 0, got ",
-      o.num_classes, " and ", o.matched);
-  TORCH_CHECK_VALUE(
-      o.side() < std::numeric_limits<int32_t>::max(), "expected less than 2^31 queries, got ",
-      o.side());
+      std::isfinite(o.box_noise) && std::isfinite(o.label_noise),
+      "expected box_noise and label_noise to be finite, got ", o.box_noise, " and ",
+      o.label_noise);
   TORCH_CHECK_VALUE(
       mask_dtype == at::kFloat || mask_dtype == at::kDouble || mask_dtype == at::kHalf ||
           mask_dtype == at::kBFloat16,

@@ -81,7 +81,7 @@ struct Offsets {
 
   // Offsets from a box are in units of half its size, divided by the number of points.
   T of_size() const {
-    return T(0.5) / static_cast<T>(z.points);
+    return T(0.5) / static_cast<T>(std::max<int64_t>(z.points, 1));
   }
 
   const DeformableSizes& z;

@@ -91,7 +91,7 @@ void write_slots(const NoiseOptions& o, const NoiseImage<T>& image) {
   Noiser<T> noiser(o, image);
   std::vector<std::pair<uint32_t, int64_t>> objects(image.num_objects);
   const int64_t filled = std::min(image.num_objects, o.slots);
-  for (int64_t group = 0; group < o.groups; ++group) {
+  for (int64_t group = 0; group < o.groups && o.slots > 0; ++group) {
     choose_objects(o, image.key, group, objects);
     for (int64_t kind = 0; kind < o.kinds; ++kind) {
       for (int64_t slot = 0; slot < filled; ++slot) {

@@ -17,16 +17,15 @@ inline void multiply_samples(Samples<T>& s, const S* value, int64_t stride, cons
     load(grad[v], grad_output + v * lanes);
   }
   for (int64_t i = 0; i < s.count; ++i) {
-    const S* row = value + s.token[i] * stride;
-    const int64_t down = s.columns[i] * stride;
-    const S* const rows[4] = {row, row + stride, row + down, row + down + stride};
+    const int64_t row = s.token[i] * stride, down = s.columns[i] * stride;
+    const int64_t rows[4] = {row, row + stride, row + down, row + down + stride};
     const auto corners = s.corners[i];
     V products[4] = {};
     if (corners == 15) {
       for (int v = 0; v < N; ++v) {
         for (int corner = 0; corner < 4; ++corner) {
           V a;
-          load(a, rows[corner] + v * lanes);
+          load(a, value + rows[corner] + v * lanes);
           products[corner] += a * grad[v];
         }
       }
@@ -34,7 +33,7 @@ inline void multiply_samples(Samples<T>& s, const S* value, int64_t stride, cons
       for (int corner = 0; corner < 4; ++corner) {
         for (int v = 0; v < (corners >> corner & 1 ? N : 0); ++v) {
           V a;
-          load(a, rows[corner] + v * lanes);
+          load(a, value + rows[corner] + v * lanes);
           products[corner] += a * grad[v];
         }
       }
@@ -58,18 +57,18 @@ inline void scatter_samples(
     load(grad[v], grad_output + v * lanes);
   }
   for (int64_t i = 0; i < s.count; ++i) {
-    T* row = grad_value + (s.token[i] - first_token) * stride;
-    const int64_t down = s.columns[i] * stride;
-    T* const rows[4] = {row, row + stride, row + down, row + down + stride};
+    const int64_t row = (s.token[i] - first_token) * stride, down = s.columns[i] * stride;
+    const int64_t rows[4] = {row, row + stride, row + down, row + down + stride};
     const auto corners = s.corners[i];
     for (int corner = 0; corner < 4; ++corner) {
       if (corners >> corner & 1) {
         const T weight = s.weight[corner][i];
+        T* to = grad_value + rows[corner];
         for (int v = 0; v < N; ++v) {
           V g;
-          load(g, rows[corner] + v * lanes);
+          load(g, to + v * lanes);
           g += grad[v] * weight;
-          store(rows[corner] + v * lanes, g);
+          store(to + v * lanes, g);
         }
       }
     }
@@ -90,16 +89,16 @@ inline void multiply_and_scatter_samples(
   }
   const int64_t stride = 2 * channels;
   for (int64_t i = 0; i < s.count; ++i) {
-    T* first = cells + s.token[i] * stride;
-    const int64_t down = s.columns[i] * stride;
-    T* const corner_cells[4] = {first, first + stride, first + down, first + down + stride};
+    const int64_t row = s.token[i] * stride, down = s.columns[i] * stride;
+    const int64_t rows[4] = {row, row + stride, row + down, row + down + stride};
     // Read before any store, which could alias them as far as the compiler knows.
     const T weights[4] = {s.weight[0][i], s.weight[1][i], s.weight[2][i], s.weight[3][i]};
     const auto corners = s.corners[i];
     V products[4] = {};
     const auto visit = [&](int corner) {
+      T* cell = cells + rows[corner];
       for (int v = 0; v < N; ++v) {
-        T* value = corner_cells[corner] + v * lanes;
+        T* value = cell + v * lanes;
         V a, g;
         load(a, value);
         load(g, value + channels);

@@ -148,27 +148,29 @@ inline void sum_samples(const Samples<T>& s, const S* value, int64_t stride, S* 
   constexpr int lanes = sizeof(V) / sizeof(T);
   V sum[N] = {};
   for (int64_t i = 0; i < s.count; ++i) {
-    const S* row = value + s.token[i] * stride;
-    const int64_t down = s.columns[i] * stride;
-    const S* const rows[4] = {row, row + stride, row + down, row + down + stride};
+    // Offsets, not addresses: corners that do not exist may lie outside of the memory.
+    const int64_t row = s.token[i] * stride, down = s.columns[i] * stride;
+    const int64_t rows[4] = {row, row + stride, row + down, row + down + stride};
     const auto corners = s.corners[i];
     if (corners == 15) {
+      const S* first = value + row;
       const T w0 = s.weight[0][i], w1 = s.weight[1][i], w2 = s.weight[2][i],
               w3 = s.weight[3][i];
       for (int v = 0; v < N; ++v) {
         V a, b, c, d;
-        load(a, rows[0] + v * lanes);
-        load(b, rows[1] + v * lanes);
-        load(c, rows[2] + v * lanes);
-        load(d, rows[3] + v * lanes);
+        load(a, first + v * lanes);
+        load(b, first + stride + v * lanes);
+        load(c, first + down + v * lanes);
+        load(d, first + down + stride + v * lanes);
         sum[v] += a * w0 + b * w1 + c * w2 + d * w3;
       }
     } else if (corners != 0) {
       for (int corner = 0; corner < 4; ++corner) {
         if (corners >> corner & 1) {
+          const S* from = value + rows[corner];
           for (int v = 0; v < N; ++v) {
             V a;
-            load(a, rows[corner] + v * lanes);
+            load(a, from + v * lanes);
             sum[v] += a * s.weight[corner][i];
           }
         }

@@ -9,7 +9,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <limits>
 
 #include "../assign_objects.h"
 #include "../assignment_problem.h"
@@ -87,10 +86,10 @@ int threads_for(int64_t group_slots) {
 template <typename T>
 void solve_segment(const MatchSegment& segment, const at::Tensor& image_of, int64_t batch) {
   const int64_t problems = segment.problems(batch), objects = image_of.numel();
+  check_product(
+      "L * num_groups * T * matches_per_object",
+      {segment.layers, segment.groups, objects, segment.matches_per_object}, 48);
   const int64_t workspace = segment.layers * segment.groups * objects * segment.matches_per_object;
-  TORCH_CHECK_VALUE(
-      problems < std::numeric_limits<int32_t>::max(),
-      "expected less than 2^31 layers x images x groups, got ", problems);
   if (problems == 0 || objects == 0) {
     return;
   }
@@ -170,9 +169,6 @@ at::Tensor has_nonfinite(const at::Tensor& values_, const std::optional<at::Tens
   const c10::cuda::CUDAGuard guard(values_.device());
   const int64_t layers = values_.size(0), batch = values_.size(1), slots = values_.size(2);
   const int64_t width = values_.size(3);
-  TORCH_CHECK_VALUE(
-      batch <= 65535 && layers <= 65535, "expected at most 65535 images and layers, got ", batch,
-      " and ", layers);
   const bool is_flat = values_.stride(3) == 1 && values_.stride(2) == width;
   const auto values = is_flat ? values_ : values_.contiguous();
   const at::Tensor is_empty = is_empty_ ? is_empty_->contiguous() : at::Tensor();

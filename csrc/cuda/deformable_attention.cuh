@@ -41,9 +41,6 @@ struct DeformableInputs {
 
   template <typename S, typename O, typename T>
   Params<S, O, T> params(const DeformableSizes& sizes) const {
-    TORCH_CHECK_VALUE(
-        sizes.samples() * sizes.points < std::numeric_limits<int32_t>::max(),
-        "expected levels * P * P below 2^31, got P = ", sizes.points);
     Params<S, O, T> params{};
     params.g = geometry_of(sizes);
     params.samples = static_cast<int32_t>(sizes.samples());
@@ -107,7 +104,8 @@ __device__ __forceinline__ void pin_in_register(T*& pointer) {
 #endif
 }
 
-// `from + by` as one instruction. size: sizeof(T), a kernel argument so that it stays one.
+// `from + by` as one instruction, of integers: a corner that does not exist has no valid address.
+// size: sizeof(T), a kernel argument so that it stays one.
 template <typename T>
 __device__ __forceinline__ T* advance(T* from, int32_t by, int32_t size) {
 #if defined(__CUDA_ARCH__)
@@ -256,14 +254,15 @@ __device__ __forceinline__ Sample<T> locate(
   const SamplePosition<T> position(
       level, centre.x * valid.x + raw.offset_x * slope_x - T(0.5),
       centre.y * valid.y + raw.offset_y * slope_y - T(0.5), exists);
-  const int32_t upper = position.token * stride;
-  Sample<T> sample{position, upper, upper + level.width * stride, slope_x, slope_y, valid};
+  // Unsigned: beyond the last cell, the product may exceed 31 bits.
+  const uint32_t step = stride, upper = position.token * step, lower = upper + level.width * step;
+  Sample<T> sample{position, static_cast<int32_t>(upper), static_cast<int32_t>(lower), slope_x,
+                   slope_y, valid};
   if (params.padding != nullptr) {
-    const bool* padding =
-        params.padding + static_cast<int64_t>(q.image) * params.g.tokens + position.token;
+    const int64_t first = static_cast<int64_t>(q.image) * params.g.tokens + position.token;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      sample.has[i] = sample.has[i] && !padding[(i / 2) * level.width + i % 2];
+      sample.has[i] = sample.has[i] && !params.padding[first + (i / 2) * level.width + i % 2];
     }
   }
   return sample;

@@ -100,9 +100,6 @@ at::Tensor matching_costs(
     double alpha,
     double gamma) {
   const MatchSizes z = check_matching_costs(logits_, boxes_, image_of_, labels_, object_boxes_);
-  TORCH_CHECK_VALUE(
-      z.batch <= 65535 && z.layers <= 65535, "expected at most 65535 images and layers, got ",
-      z.batch, " and ", z.layers);
   const c10::cuda::CUDAGuard guard(logits_.device());
   const auto logits = logits_.stride(3) == 1 ? logits_ : logits_.contiguous();
   const auto boxes = boxes_.stride(3) == 1 ? boxes_ : boxes_.contiguous();

@@ -33,10 +33,6 @@ struct Geometry {
 inline Geometry geometry_of(const Sizes& sizes) {
   const auto levels = static_cast<int64_t>(sizes.levels.size());
   TORCH_CHECK_VALUE(levels <= MAX_LEVELS, "expected at most ", MAX_LEVELS, " levels, got ", levels);
-  const int64_t most = std::numeric_limits<int32_t>::max();
-  TORCH_CHECK_VALUE(
-      sizes.queries * sizes.heads * 32 < most && sizes.points < most && sizes.batch < most,
-      "expected Q * H below 2^26, got ", sizes.queries * sizes.heads);
   Geometry g{static_cast<int32_t>(sizes.batch), static_cast<int32_t>(sizes.tokens),
              static_cast<int32_t>(sizes.heads), static_cast<int32_t>(sizes.channels),
              static_cast<int32_t>(sizes.queries), static_cast<int32_t>(sizes.points),

@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(
           for (int i = 0; i < 4; ++i) {
             const T corner_weight = position.has[i] ? weight * position.bilinear(i) : T(0);
             grad_value.add(
-                grad_value.sums + base + position.offset(i, level, stride) + c / VECTOR * UNIT,
+                grad_value.sums + base + c / VECTOR * UNIT +
+                    (position.has[i] ? position.offset(i, level, stride) : 0),
                 step, corner_weight, grad);
             T element[VECTOR];
             unpack(corner[i], element);

@@ -103,7 +103,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> noise_obj
                        contrastive ? 2 : 1, num_classes, num_matched, box_noise,
                        label_noise, hide_empty};
   check_noise_objects(o, labels_, boxes_, is_object_, noise_seeds_, mask_dtype);
-  TORCH_CHECK_VALUE(o.batch <= 65535, "expected at most 65535 images, got ", o.batch);
   const c10::cuda::CUDAGuard guard(labels_.device());
   const auto labels = labels_.contiguous(), boxes = boxes_.contiguous();
   const auto is_object = is_object_.contiguous(), noise_seeds = noise_seeds_.contiguous();
@@ -113,9 +112,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> noise_obj
   const int64_t slot_blocks =
       blocks_for(o.slots == 0 ? 0 : o.groups * o.most_objects, THREADS);
   const int64_t blocks = slot_blocks + blocks_for(o.side(), ROWS);
-  TORCH_CHECK_VALUE(
-      blocks < std::numeric_limits<int32_t>::max(), "expected a smaller mask, got ",
-      mask.sizes());
   if (blocks * o.batch > 0) {
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(o.batch));
     const auto stream = c10::cuda::getCurrentCUDAStream();

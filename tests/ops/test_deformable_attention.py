@@ -546,7 +546,7 @@ def test_images_beyond_32_bits_are_refused(deform_device):
         shapes=((1 << 14, 1 << 14),),
         padding=None,
     )
-    with pytest.raises(ValueError, match=r"S \* H \* D below 2\^31"):
+    with pytest.raises(ValueError, match=r"S \* H \* D in \[0, 2\^31\)"):
         deformable_attention(*inputs)
 
 

@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dn_detr.ops.extension import use_kernel
-from dn_detr.ops.matching import assign_objects
+from dn_detr.ops.matching import assign_objects, check_counts
 
 
 def solve(
@@ -47,6 +47,7 @@ def solve_pytorch(
     matches_per_object: list[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Reference implementation of `solve` by SciPy, with the same shapes ([L, T, Q] costs, ...)."""
+    check_counts(costs, batch, num_groups, matches_per_object)
     if not costs:
         return [], []
     is_empty = [
@@ -90,7 +91,8 @@ def _solve_segment(
         if not np.isfinite(matrix).all():
             is_bad[layer, image] = True
         elif end > first:
-            rows, columns = linear_sum_assignment(np.tile(matrix, (matches_per_object, 1)))
+            copies = min(matches_per_object, width)  # more have no effect
+            rows, columns = linear_sum_assignment(np.tile(matrix, (copies, 1)))
             object_of[layer, image, real[columns]] = rows % (end - first)
     return object_of, is_bad
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dn_detr.ops.extension import KERNELS, use_kernel
-from dn_detr.ops.ms_deform_attn import ms_deform_attn_pytorch
+from dn_detr.ops.ms_deform_attn import check_value, ms_deform_attn_pytorch
 
 
 def deformable_attention(
@@ -73,27 +73,6 @@ def deformable_attention_pytorch(
     Same arguments and result, [B, Q, H * D]. The one difference: an infinite or NaN offset from a
     box makes the gradient of the box NaN.
     """
-    return _compose(
-        value,
-        shapes,
-        valid_sizes,
-        reference,
-        offsets,
-        logits,
-        padding,
-    )
-
-
-def _compose(
-    value: Tensor,
-    shapes: Sequence[tuple[int, int]],
-    valid_sizes: Tensor,
-    reference: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-    padding: Tensor | None,
-) -> Tensor:
-    """Compute sampling locations and weights, then sample."""
     _check(value, shapes, valid_sizes, reference, offsets, logits, padding)
     precise = torch.float64 if value.dtype == torch.float64 else torch.float32
     levels, points = offsets.shape[3], offsets.shape[4]
@@ -107,7 +86,7 @@ def _compose(
     if reference.shape[-1] == 2:
         cells = reference * valid + offsets
     else:
-        cells = (reference[..., :2] + offsets * reference[..., 2:] * (0.5 / points)) * valid
+        cells = (reference[..., :2] + offsets * reference[..., 2:] * (0.5 / max(points, 1))) * valid
     sides = [(h, w) if h * w else (1, 1) for h, w in shapes]  # a level may have no cells
     x = torch.stack([cells[..., i, :, 0] / w for i, (_, w) in enumerate(sides)], dim=-2)
     y = torch.stack([cells[..., i, :, 1] / h for i, (h, _) in enumerate(sides)], dim=-2)
@@ -124,13 +103,14 @@ def _check(
     logits: Tensor,
     padding: Tensor | None,
 ) -> None:
-    if value.ndim != 4:
-        raise ValueError(f"value must be [B, S, H, D], got {list(value.shape)}")
-    batch, tokens, heads, _ = value.shape
-    levels = len(shapes)
     if offsets.ndim != 6:
         raise ValueError(f"offsets must be [B, Q, H, levels, P, 2], got {list(offsets.shape)}")
     queries, points = offsets.shape[1], offsets.shape[4]
+    check_value(value, shapes, queries, points)
+    batch, tokens, heads, _ = value.shape
+    levels = len(shapes)
+    if levels == 0:
+        raise ValueError("shapes must have at least one level, got none")
     if reference.ndim not in (3, 4) or reference.shape[-1] not in (2, 4):
         raise ValueError(
             "reference must be [B, Q, 2 or 4] or [B, Q, levels, 2 or 4], "
@@ -148,9 +128,6 @@ def _check(
             raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
     if padding is not None and padding.dtype != torch.bool:
         raise ValueError(f"padding must be {torch.bool}, got {padding.dtype}")
-    cells = sum(height * width for height, width in shapes)
-    if cells != tokens:
-        raise ValueError(f"shapes must hold S = {tokens} cells, got {cells}")
 
 
 def _fake(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dn_detr.ops.checks import check_images, check_product
 from dn_detr.ops.extension import KERNELS
 
 
@@ -88,6 +89,27 @@ def assign_objects(
     )
 
 
+def check_counts(
+    costs: list[Tensor], batch: int, num_groups: list[int], matches_per_object: list[int]
+) -> None:
+    """Check the counts of `assign_objects` with its costs [L, T, Q] of each segment.
+
+    Raises:
+        ValueError: If they do not fit, or are too large for a kernel.
+    """
+    check_images(batch)
+    for cost, groups, matches in zip(costs, num_groups, matches_per_object, strict=True):
+        layers, objects, queries = cost.shape
+        if groups <= 0 or queries % groups or matches <= 0:
+            raise ValueError(
+                f"expected matches_per_object > 0 and num_groups to divide {queries} slots, got "
+                f"{matches} and {groups}"
+            )
+        check_product("slots", (queries,), 30)
+        check_product("L * B * num_groups", (layers, batch, groups), 31)
+        check_product("T * matches_per_object", (objects, matches), 30)
+
+
 def has_nonfinite(values: Tensor, is_empty: Tensor | None) -> Tensor:
     """Find NaN and infinity in values [L, B, Q, C] of queries that are not empty: [L, B] bool.
 
@@ -101,8 +123,14 @@ def _fake_costs(logits: Tensor, _boxes: Tensor, image_of: Tensor, *_: object) ->
 
 
 def _fake_assign(
-    costs: list[Tensor], image_of: Tensor, batch: int, *_: object
+    costs: list[Tensor],
+    image_of: Tensor,
+    batch: int,
+    _is_empty: list[Tensor | None],
+    num_groups: list[int],
+    matches_per_object: list[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
+    check_counts(costs, batch, num_groups, matches_per_object)
     return (
         [image_of.new_empty(cost.shape[0], batch, cost.shape[2]) for cost in costs],
         [image_of.new_empty(cost.shape[0], batch, dtype=torch.bool) for cost in costs],

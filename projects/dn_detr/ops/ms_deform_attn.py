@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dn_detr.ops.checks import check_product
 from dn_detr.ops.extension import KERNELS, use_kernel
 
 
@@ -81,21 +82,44 @@ def ms_deform_attn_pytorch(
     return output.transpose(1, 2).contiguous().to(value.dtype)
 
 
+def check_value(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], queries: int, points: int
+) -> None:
+    """Check a value [B, S, H, D], its levels, and the sizes that a kernel multiplies.
+
+    Raises:
+        ValueError: If they do not fit, or are too large for a kernel.
+    """
+    if value.ndim != 4:
+        raise ValueError(f"value must be [B, S, H, D], got {list(value.shape)}")
+    if value.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise ValueError(f"value must be float32, float16, bfloat16 or float64, got {value.dtype}")
+    batch, tokens, heads, channels = value.shape
+    check_product("S * H * D", (tokens, heads, channels), 31)
+    check_product("B", (batch,), 24)
+    check_product("Q * H", (queries, heads), 26)
+    check_product("levels * P * P", (len(spatial_shapes), points, points), 31)
+    for shape in spatial_shapes:
+        check_product("h * w of spatial_shapes", shape, 31)
+    cells = sum(height * width for height, width in spatial_shapes)
+    if cells != tokens:
+        raise ValueError(f"spatial_shapes must hold S = {tokens} cells, got {cells}")
+
+
 def _check(
     value: Tensor,
     spatial_shapes: Sequence[tuple[int, int]],
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> None:
-    if value.ndim != 4:
-        raise ValueError(f"value must be [B, S, H, D], got {list(value.shape)}")
-    batch, tokens, heads, _ = value.shape
-    levels = len(spatial_shapes)
     if sampling_locations.ndim != 6 or sampling_locations.shape[5] != 2:
         raise ValueError(
             "sampling_locations must be [B, Q, H, levels, P, 2], "
             f"got {list(sampling_locations.shape)}"
         )
+    check_value(value, spatial_shapes, sampling_locations.shape[1], sampling_locations.shape[4])
+    batch, _, heads, _ = value.shape
+    levels = len(spatial_shapes)
     if sampling_locations.shape[0] != batch or sampling_locations.shape[2:4] != (heads, levels):
         raise ValueError(
             f"sampling_locations must be [{batch}, Q, {heads}, {levels}, P, 2], "
@@ -106,9 +130,6 @@ def _check(
             f"attention_weights must be {list(sampling_locations.shape[:5])}, "
             f"got {list(attention_weights.shape)}"
         )
-    cells = sum(height * width for height, width in spatial_shapes)
-    if cells != tokens:
-        raise ValueError(f"spatial_shapes must hold S = {tokens} cells, got {cells}")
     precise = torch.float64 if value.dtype == torch.float64 else torch.float32
     for name, tensor in (
         ("sampling_locations", sampling_locations),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dn_detr.ops.checks import check_images, check_product
 from dn_detr.ops.extension import KERNELS, use_kernel
 from dn_detr.ops.philox import BOX_DRAW, LABEL_DRAW, philox
 
@@ -114,9 +116,12 @@ def noise_objects_pytorch(
     hide_empty: bool = True,
 ) -> NoisedSlots:
     """Reference implementation of `noise_objects`, for labels [B, M]; bit-equal to the kernels."""
-    _check(labels, boxes, is_object, noise_seeds, num_groups, slots_per_group)
-    batch = labels.shape[0]
     kinds = 2 if contrastive else 1  # positives, negatives
+    _check(
+        labels, boxes, is_object, noise_seeds, num_groups, slots_per_group, num_classes, box_noise,
+        label_noise, kinds, num_matched, mask_dtype,
+    )  # fmt: skip
+    batch = labels.shape[0]
     key = noise_seeds.view(batch, 1, 1, 1)
     group = torch.arange(num_groups, device=labels.device).view(1, num_groups, 1, 1)
     kind = torch.arange(kinds, device=labels.device).view(1, 1, kinds, 1)
@@ -206,6 +211,12 @@ def _check(
     noise_seeds: Tensor,
     num_groups: int,
     slots_per_group: int,
+    num_classes: int,
+    box_noise: float,
+    label_noise: float,
+    kinds: int,
+    num_matched: int,
+    mask_dtype: torch.dtype,
 ) -> None:
     if labels.ndim != 2:
         raise ValueError(f"labels must be [B, M], got {list(labels.shape)}")
@@ -225,11 +236,21 @@ def _check(
     ):
         if tensor.dtype not in dtypes:
             raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-    if num_groups < 0 or not 0 <= slots_per_group <= max_objects:
+    check_images(batch)
+    if not 0 <= slots_per_group <= max_objects:
+        raise ValueError(f"expected slots_per_group in [0, {max_objects}], got {slots_per_group}")
+    check_product("num_groups * M", (num_groups, max_objects), 38)
+    check_product("num_groups * slots_per_group", (num_groups, kinds, slots_per_group), 30)
+    check_product("num_matched", (num_matched,), 30)
+    check_product("num_classes", (num_classes,), 31)
+    if num_classes == 0:
+        raise ValueError("num_classes must be > 0, got 0")
+    if not (math.isfinite(box_noise) and math.isfinite(label_noise)):
         raise ValueError(
-            f"num_groups must be >= 0 and slots_per_group in [0, {max_objects}], "
-            f"got {num_groups} and {slots_per_group}"
+            f"box_noise and label_noise must be finite, got {box_noise} and {label_noise}"
         )
+    if not mask_dtype.is_floating_point:
+        raise ValueError(f"mask_dtype must be a floating point type, got {mask_dtype}")
 
 
 def _fake(
@@ -239,17 +260,21 @@ def _fake(
     noise_seeds: Tensor,
     num_groups: int,
     slots_per_group: int,
-    _num_classes: int,
-    _box_noise: float,
-    _label_noise: float,
+    num_classes: int,
+    box_noise: float,
+    label_noise: float,
     contrastive: bool,
     num_matched: int,
     mask_dtype: torch.dtype,
     _hide_empty: bool,
 ) -> tuple[Tensor, ...]:
-    _check(labels, boxes, is_object, noise_seeds, num_groups, slots_per_group)
+    kinds = 2 if contrastive else 1
+    _check(
+        labels, boxes, is_object, noise_seeds, num_groups, slots_per_group, num_classes, box_noise,
+        label_noise, kinds, num_matched, mask_dtype,
+    )  # fmt: skip
     batch = labels.shape[0]
-    slots = num_groups * slots_per_group * (2 if contrastive else 1)
+    slots = num_groups * slots_per_group * kinds
     total = slots + num_matched
     pitch = (total + MASK_PITCH - 1) // MASK_PITCH * MASK_PITCH
     return (
