@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import re
 import shutil
 from pathlib import Path
 
@@ -264,3 +266,36 @@ def test_links_are_followed_and_cycles_end(tmp_path):
     os.symlink(tmp_path / "cells", tmp_path / "cells" / "loop")
     (tmp_path / "cells/.hidden.xml").write_text("<annotation>")
     assert "train 4, val 2" in read_folder(tmp_path / "cells").sentence
+
+
+SCRAPS = (
+    b"null",
+    b"[]",
+    b"{}",
+    b"1e400",
+    b'"x"',
+    b"-1",
+    b"true",
+    b"[[[]]]",
+    b"\xff\xfe",
+    b"",
+    b"9" * 400,
+)
+TOKEN = re.compile(rb'"[^"]*"|-?\d+\.?\d*|\{|\[|names|train')
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_any_damage_is_read_or_refused_in_one_line(seed, tmp_path):
+    draw = random.Random(seed)
+    draw.choice([*folders.WITH_SPLITS, *folders.WITHOUT_SPLITS])(tmp_path / "cells")
+    files = sorted(p for p in (tmp_path / "cells").rglob("*.*") if p.suffix != ".jpg")
+    for path in draw.choices(files, k=2):
+        content = path.read_bytes()
+        start, end = draw.choice([m.span() for m in TOKEN.finditer(content)] or [(0, 0)])
+        path.write_bytes(content[:start] + draw.choice(SCRAPS) + content[end:])
+    try:
+        found = read_folder(tmp_path / "cells")
+    except InputError as error:
+        assert "\n" not in str(error)
+    else:
+        assert all(Path(json_file).is_file() for json_file, _ in found.files.values())

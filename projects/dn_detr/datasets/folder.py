@@ -160,7 +160,7 @@ def _walk(root: Path) -> list[Path]:
 def _named(root: Path, setting: str, key: str) -> list[Path]:
     """List the files that a setting names: a folder, a file or a pattern."""
     path = root / Path(setting).expanduser()
-    named = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path)))]
+    named = [path] if os.path.exists(path) else [Path(p) for p in sorted(glob.glob(str(path)))]
     if not named:
         raise InputError(f"DATASETS.{key} (--{key.lower()}) is {setting!r}: {path} does not exist.")
     return [file for path in named for file in (_walk(path) if path.is_dir() else [path])]
@@ -240,7 +240,7 @@ def _read_coco(
         _find_images(root, part, by_name, set(map(str, images)))
     dropped = _empty_supercategories([part.content for part in parts.values()])
     for part in parts.values() if dropped else ():
-        kept = [c for c in part.content["categories"] if c["id"] not in dropped]
+        kept = [c for c in part.content.get("categories", []) if c["id"] not in dropped]
         part.content, part.json_file = {**part.content, "categories": kept}, None
     if dropped:
         names = ", ".join(map(repr, dropped.values()))
@@ -300,7 +300,7 @@ def _empty_supercategories(contents: list[dict]) -> dict:
     """Return ids and names of Roboflow's categories without objects that only group the others."""
     used = {a["category_id"] for content in contents for a in content.get("annotations", [])}
     categories = [c for content in contents for c in content.get("categories", [])]
-    groups = {c.get("supercategory") for c in categories if c.get("supercategory") != "none"}
+    groups = {str(c.get("supercategory", "none")) for c in categories} - {"none"}
     return {
         c["id"]: c["name"]
         for c in categories
@@ -360,7 +360,7 @@ def _pictures_of(path: Path, data: dict, key: str) -> list[Path]:
         parts = Path(entry).parts
         places = [base / entry for base in bases]
         places += [path.parent.joinpath(*parts[i:]) for i in range(1, len(parts))]
-        place = next((place for place in places if place.exists()), None)
+        place = next((place for place in places if os.path.exists(place)), None)
         if place is None and key == "test":
             continue
         if place is None:
@@ -371,7 +371,10 @@ def _pictures_of(path: Path, data: dict, key: str) -> list[Path]:
         else:
             lines = [line.strip() for line in yolo.read_text(place).splitlines() if line.strip()]
             found += [
-                next((b / line for b in (place.parent, *bases) if (b / line).is_file()), Path(line))
+                next(
+                    (b / line for b in (place.parent, *bases) if os.path.isfile(b / line)),
+                    Path(line),
+                )
                 for line in lines
             ]
     return [path.absolute() for path in found]
@@ -518,7 +521,7 @@ def _outcome(layout: Layout, root: Path, records: tuple[Path, Path]) -> Path:
     """The file that says what was made of these files with this split; it may not exist."""
     stamps = [str(_VERSION), str(root), layout.name, *map(str, layout.places)]
     for path in (*records, *layout.files):
-        status = path.stat() if path.is_file() else None
+        status = os.stat(path) if os.path.isfile(path) else None
         stamps.append(f"{path} {status and (status.st_size, status.st_mtime_ns)}")
     return cache_folder() / f"folder_{_digest(*stamps)}" / "outcome.json"
 

@@ -7,6 +7,7 @@ coordinates are fractions of the image width and height. Images without a text f
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 from yaml import YAMLError
@@ -105,7 +106,7 @@ def from_pairs(pairs: list[tuple[Path, Path]], class_names: list[str], root: Pat
         used.add(text_file)
         width, height = image_size(path)
         coco.add_image(path.relative_to(root).as_posix(), (width, height))
-        if not text_file.is_file():
+        if not os.path.isfile(text_file):
             continue
         for number, line in enumerate(read_text(text_file).splitlines(), 1):
             if line.strip():
