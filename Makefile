@@ -34,7 +34,7 @@ SANITIZE := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recov
 SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONPATH=build/sanitize/lib OMP_NUM_THREADS=1 $(PYTHON)
-TRIALS := 1500
+TRIALS := 4000
 
 sanitize: $(READY)
 	FORCE_CUDA=0 LDFLAGS="$(SANITIZE)" \
@@ -42,7 +42,7 @@ sanitize: $(READY)
 		--build-lib build/sanitize/lib --build-temp build/sanitize/temp
 	$(SANITIZED) tests/ops/fuzz_operators.py --trials $(TRIALS)
 	ATEN_CPU_CAPABILITY=default $(SANITIZED) tests/ops/fuzz_operators.py --trials $(TRIALS) --seed 1
-	$(SANITIZED) -m pytest -q tests/ops
+	$(SANITIZED) -m pytest -q -n 2 --dist worksteal tests/ops -k "not pytorch-cpu and not graph"
 
 lint: $(if $(wildcard $(VENV)/bin/mypy),,$(READY))
 	$(PYTHON) -m ruff check .
