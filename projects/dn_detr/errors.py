@@ -34,14 +34,14 @@ def quoted(value: object, longest: int = 80) -> str:
 class InputError(ValueError):
     """Invalid user input; the message is one readable sentence that names the fix.
 
-    The message is one line of at most 400 characters without control characters.
+    The message is one line of at most `longest` characters without control characters.
     `train_net.py` prints the message without a traceback and exits with status 1. When torch
     re-raises the error of a DataLoader worker with the traceback of the worker as its message, only
     the sentence is kept.
     """
 
-    def __init__(self, sentence: str):
-        super().__init__(on_one_line(sentence_in(sentence) or sentence))
+    def __init__(self, sentence: str, longest: int = 400):
+        super().__init__(on_one_line(sentence_in(sentence) or sentence, longest))
 
 
 class BadImage(InputError):

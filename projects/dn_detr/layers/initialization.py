@@ -6,7 +6,7 @@ layer also draws its own biases, from the same distribution.
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
@@ -14,9 +14,12 @@ from torch import nn
 M = TypeVar("M", bound=nn.Module)
 
 
-def copies(module: M, count: int) -> list[M]:
-    """Make `count` copies of a module, which start from equal values."""
-    return [copy.deepcopy(module) for _ in range(count)]
+def copies(make: Callable[[], M], count: int) -> list[M]:
+    """Make `count` modules that start from equal values."""
+    modules = [make() for _ in range(count)]
+    for module in modules[1:]:
+        module.load_state_dict(modules[0].state_dict())
+    return modules
 
 
 def xavier_(module: nn.Module) -> None:

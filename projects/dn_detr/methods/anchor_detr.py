@@ -125,7 +125,7 @@ class RowColumnEncoder(nn.Module):
     def __init__(self, c: ModelConfig, *, axis: AxisPosition):
         super().__init__()
         self.axis = axis
-        self.layers = nn.ModuleList(copies(RowColumnEncoderLayer(c), c.encoder_layers))
+        self.layers = nn.ModuleList(copies(lambda: RowColumnEncoderLayer(c), c.encoder_layers))
 
     def forward(self, memory: Memory) -> Memory:
         """Encode the tokens [B, h * w, C] of a single-level memory."""
@@ -223,7 +223,7 @@ def anchor_detr(
             epsilon=c.epsilon,
         ),
         decoder=Decoder(
-            layers=copies(decoder_layer(c), c.decoder_layers),
+            layers=copies(lambda: decoder_layer(c), c.decoder_layers),
             position=PointPosition(channels=c.channels, axis=axis),
             predictor=PointOffsetBoxes(
                 heads=shared_heads(c, size_bias=-2.0), norm=None, epsilon=c.epsilon

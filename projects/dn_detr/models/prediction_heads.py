@@ -45,8 +45,8 @@ class Heads(nn.Module):
     ):
         super().__init__()
         count = 1 if shared else num_layers
-        self.class_heads = nn.ModuleList(copies(class_head(channels, num_classes), count))
-        self.box_heads = nn.ModuleList(copies(box_head(channels), count))
+        self.class_heads = nn.ModuleList(copies(lambda: class_head(channels, num_classes), count))
+        self.box_heads = nn.ModuleList(copies(lambda: box_head(channels), count))
         bias = self.box_heads[0].layers[-1].bias  # type: ignore[index, union-attr]
         nn.init.constant_(bias[2:], size_bias)
 

@@ -314,7 +314,8 @@ class Checkpointer(DetectionCheckpointer):
                 raise InputError(
                     f"{self.path!r}, read as {match.source}, does not fit the backbone of "
                     f"{len(expected)} parameters and statistics: {fault}, {len(names)} in all, "
-                    f"e.g. {names[0]}.{hint}"
+                    f"e.g. {names[0]}.{hint}",
+                    longest=1000,
                 )
         self._check_floats(match.found, expected)
         broken = [name for name, v in match.found.items() if not v.float().isfinite().all()]
@@ -365,7 +366,7 @@ class Checkpointer(DetectionCheckpointer):
     def _refuse(self, *faults: str) -> None:
         """InputError of all faults, if any."""
         if faults:
-            raise InputError(f"{'; and '.join(faults)}.")
+            raise InputError(f"{'; and '.join(faults)}.", longest=1000)
 
     def _network_faults(
         self, body, strides_in_1x1: bool | None, *, is_affine: bool
