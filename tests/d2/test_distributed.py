@@ -172,7 +172,8 @@ def test_torchrun_trains_and_evaluates_in_two_processes(arguments, tmp_path):
             "INPUT.MIXUP.ENABLED",
             "True",
         ]
-        + ["INPUT.MOSAIC.PROBABILITY", "1.0", "INPUT.MIXUP.PROBABILITY", "1.0"],
+        + ["INPUT.MOSAIC.PROBABILITY", "1.0", "INPUT.MIXUP.PROBABILITY", "1.0"]
+        + ["SOLVER.CHECKPOINT_PERIOD", "1", "TEST.EVAL_PERIOD", "1", "TEST.BEST.METRIC", "bbox/AP"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

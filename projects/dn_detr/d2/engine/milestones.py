@@ -145,7 +145,8 @@ class Milestones(HookBase):
 
     def save(self, name: str = "") -> None:
         """Write a checkpoint of the iterations done; every process must call this."""
-        run_on_main_rank(lambda: self._save(name))
+        path = run_on_main_rank(lambda: self._save(name))
+        self.saved = {self.num_done: path}  # on every process: what follows depends on it
         self.save_time = time.monotonic()
 
     def save_after_error(self) -> None:
@@ -161,11 +162,10 @@ class Milestones(HookBase):
             logger.error("the weights are not finite: no checkpoint of them was written")
             return
         try:
-            self._save("")
+            self.saved = {self.num_done: self._save("")}
         except InputError as error:
             logger.error(str(error))
 
-    def _save(self, name: str) -> None:
+    def _save(self, name: str) -> str:
         iteration = self.num_done - 1
-        path = self.checkpointer.save(name or f"model_{iteration:07d}", iteration=iteration)
-        self.saved = {self.num_done: path}
+        return self.checkpointer.save(name or f"model_{iteration:07d}", iteration=iteration)
