@@ -175,8 +175,9 @@ template <typename T>
 inline typename Simd<T>::vector exp_of_negative(const typename Simd<T>::vector& x) {
 #ifdef VECTOR_BYTES
   using V = typename Simd<T>::vector;
-  using I = typename Simd<T>::integers;
   constexpr bool is_single = sizeof(T) == 4;
+  // Unsigned: the bits of NaN overflow.
+  using U = typename Vector<std::conditional_t<is_single, uint32_t, uint64_t>, VECTOR_BYTES>::type;
   constexpr int mantissa = is_single ? 23 : 52, terms = is_single ? 7 : 13;
   // Adding and subtracting it rounds to an integer, which is then in the lowest bits.
   constexpr T rounder = is_single ? T(12582912) : T(6755399441055744); // 1.5 * 2^mantissa
@@ -189,7 +190,7 @@ inline typename Simd<T>::vector exp_of_negative(const typename Simd<T>::vector& 
   for (int i = terms; i > 0; --i) { // |rest| <= log(2) / 2
     series = series * rest * (T(1) / i) + 1;
   }
-  I exponent;
+  U exponent;
   std::memcpy(&exponent, &shifted, sizeof(V));
   exponent = (exponent + (is_single ? 127 : 1023)) << mantissa; // shifts out the bits of rounder
   V scale;

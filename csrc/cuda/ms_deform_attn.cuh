@@ -203,9 +203,12 @@ struct SamplePosition {
             location.x * static_cast<T>(level.width) - T(0.5),
             location.y * static_cast<T>(level.height) - T(0.5)) {}
 
-  // Channels from the image's first one to cell i.
+  // Channels from the image's first one to cell i; unsigned, as it may overflow for one that does
+  // not exist.
   __device__ __forceinline__ int32_t offset(int i, const Level& level, int32_t stride) const {
-    return token * stride + (i % 2 ? stride : 0) + (i / 2 ? level.width * stride : 0);
+    const uint32_t step = stride;
+    return static_cast<int32_t>(
+        token * step + (i % 2 ? step : 0) + (i / 2 ? level.width * step : 0));
   }
 
   __device__ __forceinline__ T bilinear(int i) const {

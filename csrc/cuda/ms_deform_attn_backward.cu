@@ -15,6 +15,12 @@
 namespace dn_detr {
 namespace {
 
+// from + by, as integers: a corner that does not exist has no valid address.
+template <typename T>
+__device__ __forceinline__ T* offset_by(T* from, int64_t by) {
+  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(from) + by * sizeof(T));
+}
+
 template <typename S, typename T, int VECTOR, int LANES, typename Sum>
 __global__ void __launch_bounds__(THREADS) backward_kernel(
     const Geometry g,
@@ -75,8 +81,8 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(
           for (int i = 0; i < 4; ++i) {
             const T corner_weight = position.has[i] ? weight * position.bilinear(i) : T(0);
             grad_value.add(
-                grad_value.sums + base + c / VECTOR * UNIT +
-                    (position.has[i] ? position.offset(i, level, stride) : 0),
+                offset_by(
+                    grad_value.sums, base + position.offset(i, level, stride) + c / VECTOR * UNIT),
                 step, corner_weight, grad);
             T element[VECTOR];
             unpack(corner[i], element);
