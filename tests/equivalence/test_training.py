@@ -155,8 +155,8 @@ class Ours:
         self.model = build_model(cfg)
         self.assignments = {}
 
-        def assign(predictions, targets, costs):
-            found = original(predictions, targets, costs)
+        def assign(predictions, targets, costs, **options):
+            found = original(predictions, targets, costs, **options)
             self.assignments = found
             return found
 
