@@ -213,6 +213,9 @@ at::Tensor has_nonfinite(const at::Tensor& values_, const std::optional<at::Tens
   const auto values = is_flat ? values_ : values_.contiguous();
   const at::Tensor is_empty = is_empty_ ? is_empty_->contiguous() : at::Tensor();
   auto found = at::zeros({values.size(0), batch}, values.options().dtype(at::kBool));
+  if (values.numel() == 0) { // whose strides may be absurd
+    return found;
+  }
   bool* to = found.mutable_data_ptr<bool>();
   AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "has_nonfinite", [&] {
     const auto has_nonfinite = Scans<scalar_t>().has_nonfinite;
