@@ -15,12 +15,6 @@
 namespace dn_detr {
 namespace {
 
-// from + by, as integers: a corner that does not exist has no valid address.
-template <typename T>
-__device__ __forceinline__ T* offset_by(T* from, int64_t by) {
-  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(from) + by * sizeof(T));
-}
-
 template <typename S, typename T, int VECTOR, int LANES, typename Sum>
 __global__ void __launch_bounds__(THREADS) backward_kernel(
     const Geometry g,
@@ -81,8 +75,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(
           for (int i = 0; i < 4; ++i) {
             const T corner_weight = position.has[i] ? weight * position.bilinear(i) : T(0);
             grad_value.add(
-                offset_by(
-                    grad_value.sums, base + position.offset(i, level, stride) + c / VECTOR * UNIT),
+                grad_value.sums + base + position.offset(i, level, stride) + c / VECTOR * UNIT,
                 step, corner_weight, grad);
             T element[VECTOR];
             unpack(corner[i], element);

@@ -291,7 +291,7 @@ def fuzz_assign_objects(t):
 
 def total(cost, images, object_of):
     """Cost [L, B] of an assignment, of costs [L, T, Q] and objects [L, B, Q]."""
-    first = torch.searchsorted(images, torch.arange(object_of.shape[1]))
+    first = torch.searchsorted(images.contiguous(), torch.arange(object_of.shape[1]))
     row = (object_of + first[:, None]).clamp(0, max(len(images) - 1, 0))
     costs = torch.zeros(object_of.shape, dtype=torch.float64)
     if len(images):

@@ -114,8 +114,9 @@ def test_costs_and_values_of_more_images_than_memory_are_refused():
 
 
 @needs_kernels
-@pytest.mark.parametrize("shape", [(2, 3, 0, 1 << 40), (2, 3, 1 << 40, 0), (2, 0, 5, 1 << 40)])
+@pytest.mark.parametrize("shape", [(3, 1, 0, 1 << 62), (2, 0, 5, 1 << 40)])
 def test_no_values_with_absurd_strides_are_finite(shape):
+    """Their offsets overflowed, which only `make sanitize` sees."""
     result = has_nonfinite(torch.zeros(shape), None)
     assert result.shape == shape[:2] and not result.any()
 
