@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 import torch
-from check_resume import TRAIN_NET, are_equal, leaves
+from check_resume import TRAIN_NET, are_equal, leaves, parse
 
 ITERATIONS, LIMIT = 24, 300
 SETTINGS = (
@@ -144,15 +144,11 @@ def chain(folder: Path, options, args, seconds: float, rng, counts) -> list[str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output", type=Path, help="an empty or new folder")
     parser.add_argument("--kills", type=int, default=10, help="of all chains together")
     parser.add_argument("--longest", type=int, default=8, help="kills of one chain, at most")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    args, options = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
-    if args.output.exists() and any(args.output.iterdir()):
-        sys.exit(f"{args.output} is not empty")
+    args, options = parse(parser)
     seconds = undisturbed(args.output / "undisturbed", options, args.processes)
     rng, counts, broken = random.Random(args.seed), collections.Counter(), 0
     number = 0

@@ -77,15 +77,21 @@ def are_equal(one, other) -> bool:
     return type(one) is type(other) and one == other
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """Add and check `output`; return the arguments, and those of train_net.py behind "--"."""
     parser.add_argument("output", type=Path, help="an empty or new folder")
-    parser.add_argument("--iterations", type=int, default=30)
-    parser.add_argument("--checkpoint", type=int, default=10, help="iterations between checkpoints")
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    args, options = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
+    args = parser.parse_args(sys.argv[1:cut])
     if args.output.exists() and any(args.output.iterdir()):
         sys.exit(f"{args.output} is not empty")
+    return args, sys.argv[cut + 1 :]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--iterations", type=int, default=30)
+    parser.add_argument("--checkpoint", type=int, default=10, help="iterations between checkpoints")
+    args, options = parse(parser)
     settings = [
         *("SOLVER.MAX_ITER", str(args.iterations), "LOG_PERIOD", "1"),
         *("SOLVER.CHECKPOINT_PERIOD", str(args.checkpoint)),

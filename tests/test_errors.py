@@ -33,6 +33,14 @@ def test_a_loss_that_is_not_finite_is_an_error_with_a_sentence():
     assert sentence_in(text) == "loss_bbox is not finite."
 
 
+def test_a_loss_that_is_not_finite_keeps_its_place_among_many_losses():
+    """The middle of the message says where, and was left out."""
+    names = [f"loss_giou_dn_{layer}" for layer in range(60)]
+    losses = {name: float("nan") for name in names}
+    text = f"not finite: {', '.join(names)}, in image 7: lower the rate; all losses: {losses}"
+    assert str(NotFinite(text)) == text
+
+
 def test_a_message_is_one_line_of_at_most_400_characters_without_control_characters():
     """Names of the user's came out raw: with line breaks, escape codes and right-to-left marks."""
     message = str(InputError(f"a\nb\r\x1b[31m\u202e\u2028\ud800: {'x' * 5000} fix it."))

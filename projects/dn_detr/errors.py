@@ -49,7 +49,12 @@ class BadImage(InputError):
 
 
 class NotFinite(InputError, FloatingPointError):
-    """A training loss is NaN or infinite; the message names the location and the fix."""
+    """A training loss is NaN or infinite; the message names the location, the fix and all losses,
+    whose names make it longer than others.
+    """
+
+    def __init__(self, sentence: str):
+        super().__init__(sentence, longest=20_000)
 
 
 class RemoteInputError(InputError):

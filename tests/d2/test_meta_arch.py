@@ -10,7 +10,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.events import EventStorage
 from samples import sample
 
@@ -121,7 +121,8 @@ def test_the_normaliser_counts_the_objects_of_the_batch(model_of):
 def test_the_normaliser_is_at_least_one():
     counts = [[3, 0, 2], [0, 0]]
     batches = [[sample(i, n) for i, n in enumerate(batch)] for batch in counts]
-    wholes = [batch_stats(batch, torch.device("cpu")) for batch in batches]
+    wholes = [batch_stats(batch, torch.device("cpu"), [1.0]) for batch in batches]
+    assert wholes[0].requests is None  # nothing to ask of others: no copy to the device
     assert [whole.num_objects for whole in wholes] == [5, 1]
     assert [whole.most_objects for whole in wholes] == [3, 1]
 
@@ -292,7 +293,7 @@ class Oracle(torch.nn.Module):
     def answer(self, sample):
         objects = self.records[sample["image_id"]]["annotations"]
         found = Instances((sample["height"], sample["width"]))
-        corners = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in objects)]
+        corners = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
         found.pred_boxes = Boxes(torch.tensor(corners).reshape(-1, 4))
         found.pred_classes = torch.tensor([a["category_id"] for a in objects], dtype=torch.int64)
         found.scores = torch.ones(len(objects))

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -120,9 +118,8 @@ def test_generalized_iou_gradient_agrees_with_finite_differences():
 
 
 @pytest.mark.parametrize("epsilon", [1e-3, 1e-5])
-def test_inverse_sigmoid_is_within_its_stated_bounds_of_the_published_one(epsilon):
-    for dtype, rounding in ((torch.float64, 1e-9), (torch.float32, 2**-24 / epsilon)):
-        x = torch.linspace(0, 1, 400_001, dtype=dtype)
-        published = torch.log(x.clamp(min=epsilon) / (1 - x).clamp(min=epsilon))
-        bound = -math.log1p(-epsilon) + rounding + 32 * torch.finfo(dtype).eps
-        assert (inverse_sigmoid(x, epsilon) - published).abs().max() <= bound
+def test_inverse_sigmoid_is_the_published_formula_in_float32_too(epsilon):
+    """Equal bits: the same operations on the same numbers."""
+    x = torch.linspace(0, 1, 400_001)
+    published = torch.log(x.clamp(min=epsilon) / (1 - x).clamp(min=epsilon))
+    assert torch.equal(inverse_sigmoid(x, epsilon), published)

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from dn_detr.datasets import split, voc, yolo
+from dn_detr.datasets.cache import cache_folder
 from dn_detr.datasets.coco_json import IMAGE_SUFFIXES, CocoFile
 from dn_detr.errors import InputError
 
@@ -72,12 +73,6 @@ class Dataset:
 
     sentence: str
     files: dict[str, tuple[str, str]]
-
-
-def cache_folder() -> Path:
-    """Return the folder of what is made of datasets: DN_DETR_CACHE, else in the user's cache."""
-    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("DN_DETR_CACHE") or f"{user}/dn_detr").expanduser()
 
 
 def read_folder(folder: str | Path, images: str = "", annotations: str = "") -> Dataset:

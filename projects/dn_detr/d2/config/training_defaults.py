@@ -102,7 +102,8 @@ LEAST = {
 }
 """Keys and their smallest values."""
 
-FORMATS = ("BGR", "RGB", "L", "HSV", "YUV-BT.601")
+FORMATS = ("RGB", "BGR")
+"""Channel orders that `mapper.in_order` makes."""
 
 
 def check_values(cfg: CfgNode) -> None:

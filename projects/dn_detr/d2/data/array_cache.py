@@ -13,16 +13,12 @@ from pathlib import Path
 
 import torch
 
+from dn_detr.datasets.cache import cache_folder
+
 logger = logging.getLogger(__name__)
 
 SMALL = 1 << 20
 """Bytes of a file that is parsed faster than a cache is looked up."""
-
-
-def cache_folder() -> Path:
-    """Return the folder of checked arrays: DN_DETR_CACHE, else dn_detr in the user's cache."""
-    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("DN_DETR_CACHE") or f"{user}/dn_detr").expanduser()
 
 
 def content_key(path: Path, salt: str) -> str | None:

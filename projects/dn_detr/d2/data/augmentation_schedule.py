@@ -17,7 +17,7 @@ from dn_detr.d2.data.mixup import mix_batch
 from dn_detr.d2.data.mosaic import Mosaic, RandomAffine, check_mosaic
 from dn_detr.errors import InputError
 
-_MOSAIC, _MIXUP = 2, 3  # first words of seeds; the loader uses 0 and 1
+_MOSAIC, _MIXUP = 2, 3  # first words of seeds; the loader uses 0, 1 and 4
 
 
 @dataclass(frozen=True)

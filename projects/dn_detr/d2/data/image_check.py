@@ -12,8 +12,8 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from dn_detr.d2.data.array_cache import cache_folder
 from dn_detr.d2.data.mapper import local_path
+from dn_detr.datasets.cache import cache_folder
 from dn_detr.datasets.image_files import fault_of
 from dn_detr.errors import InputError
 

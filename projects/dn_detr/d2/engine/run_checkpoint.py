@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
@@ -24,6 +23,7 @@ from dn_detr.d2.engine.run_folder import (
     replacing,
 )
 from dn_detr.errors import InputError
+from dn_detr.safe_yaml import read_yaml
 
 RUN = "run"
 """Key of the facts about a training in its checkpoints, see `facts`."""
@@ -163,7 +163,7 @@ class RunCheckpointer(Checkpointer):
                 f"the number of processes {run['num_processes']} -> {our_run['num_processes']} "
                 "(sums are rounded differently)"
             )
-        old, new = (flat(yaml.safe_load(about.get("config", "{}"))) for about in (saved, ours))
+        old, new = (flat(read_yaml(about.get("config", "{}"))) for about in (saved, ours))
         for key in sorted(old.keys() & new.keys()):
             is_silent = any(f"{key}.".startswith(f"{node}.") for node in SILENT)
             if old[key] == new[key] or is_silent or (key == "SEED" and self.draws_seed):

@@ -143,7 +143,8 @@ class TrainStep(SimpleTrainer):
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(mean)
             mean /= comm.get_world_size()
-        on_host = torch.cat((own, mean, stats.requests.to(mean))).tolist()
+        asked = () if stats.requests is None else (stats.requests.to(mean),)
+        on_host = torch.cat((own, mean, *asked)).tolist()
         own, mean = on_host[: len(own)], on_host[len(own) : 2 * len(own)]
         self.asked, data_time = on_host[2 * len(own) :], mean.pop()
         losses = dict(zip(names, mean, strict=True))

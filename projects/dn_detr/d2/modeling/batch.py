@@ -26,7 +26,7 @@ class BatchStats:
         most_objects: in one image, at least 1.
         height, width: of the tallest and of the widest image, in pixels.
         num_teacher_boxes: as num_objects, of a teacher's boxes.
-        requests: [N] what processes ask of each other, summed over them.
+        requests: [N] what processes ask of each other, summed over them; None for one process.
     """
 
     num_objects: float | Tensor
@@ -74,7 +74,7 @@ def batch_stats(
     counts = [len(sample["instances"]) for sample in samples]
     num_taught = sum(len(sample.get("teacher_instances", ())) for sample in samples)
     normalizers: tuple | Tensor = max(1.0, float(sum(counts))), max(1.0, float(num_taught))
-    asked = torch.tensor(requests)
+    asked = None
     if comm.get_world_size() > 1:
         total = torch.tensor([float(sum(counts)), float(num_taught), *requests], device=device)
         torch.distributed.all_reduce(total)
