@@ -6,6 +6,7 @@
 # make sanitize: compiles the CPU operators with GCC's address and undefined behaviour sanitizers,
 # into build/sanitize, and runs their tests and a fuzzer with them (TRIALS=...).
 # make lint: checks style and types; needs no operators, so it takes any .venv as it is.
+# make docs: makes a site of the documents and docstrings, build/docs/docs/index.html.
 # All set up .venv in a fresh clone and reuse it later. PYTHON=... uses an existing interpreter.
 
 VENV := .venv
@@ -16,7 +17,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: demo test fuzz sanitize lint test-pypi-detectron2 clean
+.PHONY: demo test fuzz sanitize lint docs test-pypi-detectron2 clean
 
 demo: $(READY)
 	$(PYTHON) tools/run_demo.py
@@ -48,6 +49,9 @@ lint: $(if $(wildcard $(VENV)/bin/mypy),,$(READY))
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+docs: $(if $(wildcard $(VENV)/bin/sphinx-build),,$(READY))
+	$(PYTHON) -m sphinx --quiet --fail-on-warning --keep-going -c docs -b html . build/docs
 
 $(VENV)/ready: setup.py pyproject.toml dev/setup_venv.sh projects/dn_detr/install_detectron2.py $(wildcard csrc/* csrc/*/*)
 	bash dev/setup_venv.sh $(VENV)

@@ -1,4 +1,4 @@
-"""Inference with trained detectors: from images to boxes, scores and class names.
+"""Inference with trained detectors: from images to boxes, scores and class names::
 
     from dn_detr import Detector
 
