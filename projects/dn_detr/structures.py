@@ -194,6 +194,18 @@ class NoisedObjects:
         _check(self.assignment, "assignment", (batch, queries), integer=True)
         _check(self.is_empty, "is_empty", (batch, queries), boolean=True)
 
+    def segment(self, *, attends_to: tuple[str, ...] = (), trains_empty: bool = False) -> Segment:
+        """Return the segment "dn" of these queries, whose assignment is the noised objects'."""
+        return Segment(
+            name="dn",
+            size=self.labels.shape[1],
+            num_groups=self.num_groups,
+            attends_to=attends_to,
+            assignment=self.assignment,
+            is_empty=None if trains_empty else self.is_empty,
+            positives_per_object=self.num_groups,
+        )
+
 
 # --------------------------------------------------------------------------------------- images
 

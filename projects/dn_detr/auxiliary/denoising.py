@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dn_detr.layers.query_attention import attention_dtype
 from dn_detr.ops import noise_objects
 from dn_detr.protocols import MaskQuerySource, QuerySource
-from dn_detr.structures import NoisedObjects, Queries, QueryState, Segment, Targets
+from dn_detr.structures import NoisedObjects, Queries, QueryState, Targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +124,8 @@ class DenoisingQueries(nn.Module):
         if self.as_published:
             content = state.content.masked_fill(noised.is_empty[..., None], 0)
             state = replace(state, content=content)
-        segment = Segment(
-            name="dn",
-            size=noised.labels.shape[1],
-            num_groups=noised.num_groups,
-            attends_to=("match",),
-            assignment=noised.assignment,
-            is_empty=None if self.as_published and self.trains_empty else noised.is_empty,
-            positives_per_object=noised.num_groups,
+        segment = noised.segment(
+            attends_to=("match",), trains_empty=self.as_published and self.trains_empty
         )
         return Queries(
             state=QueryState.cat([state, queries.state]),
