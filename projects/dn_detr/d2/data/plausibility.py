@@ -47,12 +47,14 @@ def box_warnings(
             f"{leaves.sum()} of {len(boxes)} boxes leave their image, but none would as [left, "
             "top, right, bottom]: COCO's boxes are [x, y, width, height]"
         )
-    rows = np.column_stack((image_index, labels, boxes))
-    _, first, counts = np.unique(rows, axis=0, return_index=True, return_counts=True)
-    if doubled := int((counts - 1).sum()):
-        images = dict.fromkeys(file_names[image_index[i]] for i in first[counts > 1])
+    rows = np.column_stack((image_index, labels, boxes + 0.0))
+    rows = rows[np.lexsort(rows.T)]
+    repeats = rows[1:][(rows[1:] == rows[:-1]).all(1)]
+    if len(repeats):
+        images = dict.fromkeys(file_names[i] for i in np.unique(repeats[:, 0]).astype(int))
         found.append(
-            f"{doubled} boxes repeat another of the same class in the same image: {_few(images)}"
+            f"{len(repeats)} boxes repeat another of the same class in the same image: "
+            f"{_few(images)}"
         )
     return found
 
@@ -78,7 +80,7 @@ def file_warnings(files: dict[str, list[str]], groups: list[list[int]]) -> list[
     for group in groups:
         first: dict[str, str] = {}  # dataset -> its first file of this content
         for name, file in (owners[i] for i in group):
-            for other in (name,) if name in first else first:
+            for other in first:
                 found[other, name].append(f"{file} = {first[other]}")
             first.setdefault(name, file)
     return [
