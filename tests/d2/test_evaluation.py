@@ -422,6 +422,12 @@ def test_results_of_any_detector_are_evaluated(tool, dataset, tmp_path, capsys):
         (tmp_path / "r.json").write_text(json.dumps(content))
         with pytest.raises(SystemExit, match=f"evaluate.py: .*{words}"):
             main([*source, "--results", str(tmp_path / "r.json"), *output])
+    (tmp_path / "r.json").write_text(json.dumps([*good, {**good[0], "bbox": [1e8, 1, 1e9, 1e9]}]))
+    main([*source, "--results", str(tmp_path / "r.json"), *output])  # and can be drawn
+    with pytest.raises(SystemExit, match="the limit of detections must be at least 1, got -1"):
+        main([*source, "--results", str(tmp_path / "r.json"), *output, "--limit", "-1"])
+    with pytest.raises(SystemExit, match="the folder of the report cannot be made"):
+        main([*source, "--results", str(tmp_path / "r.json"), "--output", str(tmp_path / "r.json")])
     with pytest.raises(SystemExit, match="there is no result file none.json"):
         main([*source, "--results", "none.json", *output])
     with pytest.raises(SystemExit, match="there is no dataset 'none'"):

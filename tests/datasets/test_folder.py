@@ -304,6 +304,12 @@ def test_converted_data_are_removed_beyond_a_size(tmp_path, cache, monkeypatch):
     assert 10_000 < size <= 20_000
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "x" * 5000 + ".yaml"])
+def test_names_that_no_file_can_have_name_no_folder(name):
+    with pytest.raises(InputError, match="there is no folder 'x|there is no folder 'a"):
+        read_folder(name)
+
+
 SCRAPS = (
     b"null",
     b"[]",

@@ -87,9 +87,9 @@ def read_folder(folder: str | Path, images: str = "", annotations: str = "") -> 
         InputError: if nothing is recognised, or more than one thing.
     """
     root = Path(folder).expanduser().absolute()
-    if root.suffix in yolo.YAML_SUFFIXES and root.is_file():
+    if root.suffix in yolo.YAML_SUFFIXES and os.path.isfile(root):
         root, annotations = root.parent, root.name
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise InputError(f"there is no folder {str(folder)!r} (DATASETS.FOLDER).")
     layout = recognise(root, images, annotations)
     place = cache_folder() / f"split_{_digest(str(root))}.json"

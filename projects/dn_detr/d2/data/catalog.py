@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -76,6 +76,12 @@ def is_coco_file(name: str) -> bool:
     )
 
 
+@cache
+def _read_once(name: str, function) -> GroundTruth:  # noqa: ARG001
+    """Read the file of a dataset; `function` is a key, as a re-registered name is read again."""
+    return read_coco(MetadataCatalog.get(name).json_file)
+
+
 def read_registered(name: str) -> GroundTruth:
     """Read the annotation file of a registered dataset, and set its metadata as Detectron2 does."""
     metadata = MetadataCatalog.get(name)
@@ -84,7 +90,7 @@ def read_registered(name: str) -> GroundTruth:
         from dn_detr.datasets.shapes import generate
 
         generate(Path(metadata.json_file).parents[1], name.removeprefix("shapes_"))
-    truth = read_coco(metadata.json_file)
+    truth = _read_once(name, DatasetCatalog[name])
     if truth.group is not None and metadata.get("left_out_class") == truth.class_names[truth.group]:
         truth = truth.without_group()
     ids = {category: label for label, category in enumerate(truth.category_ids)}
@@ -109,7 +115,7 @@ def leave_out_group(names: Iterable[str]) -> None:
     files = [name for name in names if name in DatasetCatalog and is_coco_file(name)]
     if any(MetadataCatalog.get(name).get("thing_classes") for name in files):
         return  # chosen by the user, or known from an earlier call
-    truths = [read_coco(MetadataCatalog.get(name).json_file) for name in files]
+    truths = [_read_once(name, DatasetCatalog[name]) for name in files]
     groups = {None if t.group is None else t.class_names[t.group] for t in truths}
     for name in files if len(groups) == 1 else ():
         MetadataCatalog.get(name).set(left_out_class=next(iter(groups)))

@@ -194,6 +194,8 @@ def evaluate(
     """
     if not results:
         return None
+    if max_detections < 1:
+        raise InputError(f"the limit of detections must be at least 1, got {max_detections}.")
     if task == "segm":  # pycocotools would use the area of a box for its mask
         results = [{k: v for k, v in result.items() if k != "bbox"} for result in results]
     evaluated = (coco_eval or coco_eval_class("detectron2"))(coco, coco.loadRes(results), task)
