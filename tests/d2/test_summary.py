@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from coco_files import forget, make_content, write
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -295,6 +296,7 @@ def test_what_a_function_returns_is_a_list_of_dicts_that_can_be_pickled():
         ({"a": record}, "dict 0 must be a dict, got 'a'"),
         ([{**record, "mine": lambda: 0}], "cannot be pickled"),
         ([{**record, "height": np.longdouble(3)}], "not usable"),
+        ([{**record, "annotations": torch.ones(2)}], "not usable"),
     ]:
         forget("made_up")
         DatasetCatalog.register("made_up", lambda given=given: given)

@@ -123,7 +123,7 @@ def from_dicts(
         try:
             objects = [_as_coco(a, i, class_names) for a in record.get("annotations") or ()]
             text = msgspec.json.encode({**given, "annotations": objects}, enc_hook=_as_json)
-        except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
+        except (TypeError, ValueError, KeyError, OverflowError, RuntimeError) as error:
             file_name = quoted(record.get("file_name"))
             raise InputError(f"{where} ({file_name}) is not usable: {quoted(error)}.") from error
         checked = decode(text, _Dict, where)
