@@ -46,9 +46,10 @@ from dn_detr.d2.data.summary import check_once
 from dn_detr.d2.engine.checkpoint import AVERAGED, Checkpointer
 from dn_detr.d2.engine.collective import raise_on_all_ranks, run_on_main_rank
 from dn_detr.d2.engine.endings import SIGNALS, Stopped
-from dn_detr.d2.engine.run_folder import checkpoints_in, clear_folder, lock, replacing
+from dn_detr.d2.engine.run_folder import checkpoints_in, clear_folder, lock
 from dn_detr.d2.engine.trainer import Trainer, use_deterministic_algorithms
 from dn_detr.d2.inference.saved_detector import read_evaluation_config
+from dn_detr.datasets.cache import replacing
 from dn_detr.errors import InputError, RemoteInputError, sentence_in
 from dn_detr.ops.extension import slow_sentence
 

@@ -2,6 +2,7 @@
 """Check datasets: print the report that every training starts with.
 
     python tools/check_data.py shapes_train shapes_val
+    python tools/check_data.py --data cells
     python tools/check_data.py --coco cells/train.json cells/images --write-cleaned cells/clean.json
     python tools/check_data.py coco_2017_train --config-file configs/dn_deformable.yaml
 
@@ -31,13 +32,15 @@ from dn_detr.d2.data.augmentation_schedule import build_dense_o2o
 from dn_detr.d2.data.catalog import (
     dataset_names,
     is_coco_file,
+    leave_out_group,
     read_registered,
+    register_all,
     register_coco_format,
-    register_shapes,
 )
-from dn_detr.d2.data.ground_truth import GroundTruth, decode
+from dn_detr.d2.data.dataset_folder import SENTENCES
+from dn_detr.d2.data.ground_truth import decode
 from dn_detr.d2.data.image_check import equal_files, find_faults
-from dn_detr.d2.data.plausibility import box_warnings, file_warnings, name_warnings, size_table
+from dn_detr.d2.data.plausibility import file_warnings, size_table
 from dn_detr.d2.data.summary import num_queries_of, report_on
 from dn_detr.errors import InputError
 
@@ -65,30 +68,6 @@ def report(cfg: CfgNode, name: str, *, knows_model: bool) -> str:
     )
 
 
-def as_annotated(truth: GroundTruth) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return boxes xywh [N, 4], labels [N] and image indices [N] of objects without crowds, before
-    boxes are dropped and clipped.
-    """
-    content = decode(Path(truth.source).read_bytes(), dict, truth.source)
-    objects = [a for a in content.get("annotations", ()) if not a.get("iscrowd")]
-    labels = [truth.category_ids.index(a["category_id"]) for a in objects]
-    images = [truth.index(a["image_id"], truth.source) for a in objects]
-    boxes = np.array([a["bbox"] for a in objects], np.float64).reshape(-1, 4)
-    return boxes, np.array(labels, int), np.array(images, int)
-
-
-def examine(name: str) -> list[str]:
-    """Print objects by class and size of a loaded dataset; return what looks wrong in it."""
-    loaded = dataset_dicts.load(name)
-    truth, files = loaded.truth, [image["file_name"] for image in loaded.images()]
-    objects = ~truth.is_crowd
-    kept = truth.boxes[objects], truth.labels[objects], truth.image_of_box[objects]
-    print(size_table(*kept[:2], loaded.class_names))
-    given = as_annotated(truth) if is_coco_file(name) else kept
-    warnings = name_warnings(loaded.class_names) + box_warnings(*given, truth.sizes, files)
-    return [f"dataset {name}: {warning}" for warning in warnings]
-
-
 def write_cleaned(name: str, target: Path) -> str:
     """Write an annotation file without its dropped boxes and with clipped ones as in training.
 
@@ -98,7 +77,7 @@ def write_cleaned(name: str, target: Path) -> str:
         raise InputError(f"the dataset {name!r} has no json file to clean.")
     truth = read_registered(name)
     content = decode(Path(truth.source).read_bytes(), dict, truth.source)
-    given, kept, num_clipped = content.get("annotations", []), [], 0
+    given, kept, num_clipped = content.get("annotations") or [], [], 0
     for n in np.argsort(truth.entries):
         annotation, box = given[truth.entries[n]], truth.boxes[n].tolist()
         if box != annotation["bbox"]:
@@ -117,23 +96,31 @@ def write_cleaned(name: str, target: Path) -> str:
 
 def run(args: argparse.Namespace) -> None:
     cfg = configuration(args.config_file, args.opts)
-    register_shapes()
-    register_coco_format(cfg.DATASETS.COCO_FORMAT)
-    names = list(args.datasets)
+    node, names = cfg.DATASETS, list(args.datasets)
+    if args.data:
+        node.FOLDER, node.IMAGES, node.ANNOTATIONS = args.data, args.images, args.annotations
+        node.TRAIN, node.TEST = (), ()
+        names += register_all(cfg, eval_only=True)
+        print(SENTENCES[node.FOLDER])
+    else:
+        register_all(cfg)
     for json_file, image_root in args.coco:
         register_coco_format([[json_file, json_file, image_root]])
         names.append(json_file)
     if not names and args.config_file is not None:
         names = dataset_names(cfg)
     if not names:
-        raise InputError("pass a dataset name, --coco JSON IMAGES, or --config-file.")
+        raise InputError("pass a dataset name, --coco JSON IMAGES, --data or --config-file.")
+    leave_out_group(names)
     if args.write_cleaned and len(names) != 1:
         raise InputError(f"--write-cleaned is for one dataset, got {len(names)}.")
     warnings, faults, files = [], [], {}
     for name in names:
         print(report(cfg, name, knows_model=args.config_file is not None))
-        warnings += examine(name)
-        images = dataset_dicts.load(name).images()
+        loaded = dataset_dicts.load(name)
+        truth, images, objects = loaded.truth, loaded.images(), ~loaded.truth.is_crowd
+        print(size_table(truth.boxes[objects], truth.labels[objects], loaded.class_names))
+        warnings += [f"dataset {name}: {warning}" for warning in loaded.warnings]
         files[name] = [image["file_name"] for image in images]
         faults += find_faults(images, decodes=args.decode, shows_progress=True).values()
     warnings += file_warnings(
@@ -167,6 +154,9 @@ def main(arguments: list[str] | None = None) -> None:
         metavar=("JSON", "IMAGES"),
         help="a dataset by its paths",
     )
+    parser.add_argument("--data", default="", help="a dataset folder, as DATASETS.FOLDER")
+    parser.add_argument("--images", default="", help="folder of the images, if it is not found")
+    parser.add_argument("--annotations", default="", help="folder, file or pattern of annotations")
     parser.add_argument(
         "--write-cleaned",
         type=Path,

@@ -6,6 +6,11 @@ import json
 import logging
 import multiprocessing
 import os
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -280,6 +285,61 @@ def test_a_fifo_among_the_images_is_a_fault_and_no_hang(records):
     assert "is not a regular file" in find_faults(records)[0]
 
 
+def test_a_start_waits_a_bounded_time_and_a_thread_names_what_it_finds_later(
+    records, monkeypatch, caplog
+):
+    go_on, check = threading.Event(), image_check.fault_of
+    last = records[max(BAD)]["file_name"]
+
+    def slow(job):
+        if job[0] == last:
+            go_on.wait(60)
+        return check(job)
+
+    monkeypatch.setattr(image_check, "fault_of", slow)
+    monkeypatch.setattr(image_check, "WAIT", 2.0)
+    monkeypatch.setattr(image_check, "_CHUNK", 1)
+    caplog.set_level(logging.INFO)
+    check_image_files(records, "a", bad_images="skip", most=5)
+    assert "are checked while the run goes on" in caplog.text and last not in caplog.text
+    go_on.set()
+    for _ in range(100):
+        if "are checked: done" in caplog.text:
+            break
+        time.sleep(0.05)
+    assert f"dataset 'a': the image '{last}' cannot be read" in caplog.text
+    go_on.clear()
+    with pytest.raises(InputError, match="1 of the 10 images"):  # what was found by then
+        check_image_files(records, "a", bad_images="stop", most=5)
+    go_on.set()
+
+
+def test_a_run_ends_without_waiting_for_a_check():
+    """Also where the check waits for a file system that does not answer."""
+    program = (
+        "import sys, time, logging\nfrom dn_detr.d2.data import image_check\n"
+        "image_check.fault_of = lambda job: time.sleep(100)\nimage_check.WAIT = 0.2\n"
+        "records = [{'file_name': str(i)} for i in range(20000)]\n"
+        "image_check.check_image_files(records, 'a', bad_images='stop', most=1)\nprint('trained')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert ended.stdout == "trained\n" and ended.stderr == ""
+
+
+def test_the_oldest_checks_are_forgotten_and_only_those_of_the_folder_are_read(
+    records, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DN_DETR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(image_check, "MOST_REMEMBERED", 5)
+    find_faults(records)
+    with sqlite3.connect(tmp_path / "cache/images.sqlite") as database:
+        names = [os.path.basename(path) for (path,) in database.execute("SELECT path FROM sound")]
+    sound = [f"{i}.png".encode() for i in range(10) if i not in BAD]
+    assert sorted(names) == sound[-5:]
+
+
 # ------------------------------------------------------------------------------------- the tool
 
 
@@ -346,6 +406,6 @@ def test_validation_images_that_are_training_images_are_said_at_the_start(
     register_coco_format(entries)
     with caplog.at_level(logging.WARNING):
         check_datasets(cfg)
-    assert "dataset same_val: 4 of its 4 images are training images" in caplog.text
+    assert "dataset same_val: 4 images are equal to images of same_train" in caplog.text
     assert MetadataCatalog.get("same_val").json_file == json_file
     forget("same_train", "same_val")

@@ -99,6 +99,13 @@ def test_mistakes_are_said_in_one_sentence(check_data, tmp_path):
     forget(json_file, "none.json")
 
 
+def test_a_file_whose_annotations_are_null_can_be_checked_and_cleaned(check_data, tmp_path):
+    json_file, images = write(tmp_path, {**make_content(), "annotations": None})
+    check_data(["--coco", json_file, images, "--write-cleaned", str(tmp_path / "b.json")])
+    assert json.loads((tmp_path / "b.json").read_text())["annotations"] == []
+    forget(json_file)
+
+
 @pytest.mark.usefixtures("check_data")
 def test_a_converted_folder_is_a_dataset(tool, tmp_path, capsys):
     (tmp_path / "images").mkdir()

@@ -6,9 +6,11 @@ from pathlib import Path
 import dataset_folders as folders
 import pytest
 from coco_files import forget
+from detectron2.data import MetadataCatalog
 
 from dn_detr.d2.config.defaults import read_config
-from dn_detr.d2.data.catalog import prepare, register_coco_format
+from dn_detr.d2.data.catalog import class_names, prepare, register_coco_format
+from dn_detr.d2.data.dataset_dicts import load
 from dn_detr.errors import InputError
 
 QUICK = Path(__file__).resolve().parents[2] / "configs/quick/dn_deformable.yaml"
@@ -90,6 +92,83 @@ def test_relative_and_absolute_paths_name_the_same_files(tmp_path, monkeypatch):
     prepared(QUICK, "DATASETS.FOLDER", "cells")
     with pytest.raises(InputError, match="choose another name"):
         register_coco_format(["cells_train", "cells/annotations/val.json", "cells/images"])
+
+
+def categories_of(*json_files, **metadata) -> list[str]:
+    """The classes of a run with these files."""
+    entries = [[name, str(file), "."] for name, file in zip(NAMES, json_files, strict=False)]
+    names = tuple(name for name, *_ in entries)
+    register_coco_format(entries)
+    MetadataCatalog.get(names[0]).set(**metadata)
+    cfg = read_config(
+        QUICK,
+        ["DATASETS.COCO_FORMAT", str(entries), "DATASETS.TRAIN", str(names[:1]), "DATASETS.TEST"]
+        + [str(names[1:])],
+    )
+    prepare(cfg)
+    classes = class_names(names[0])
+    assert [load(name).class_names for name in names] == [classes] * len(names)
+    counts = dict(zip(classes, load(names[0]).class_counts, strict=True))
+    assert counts.get("cells", 0) == 0 and counts["red cell"] + counts["white cell"] >= 2
+    assert len(classes) == cfg.MODEL.DN_DETR.NUM_CLASSES
+    forget(*names)
+    return classes
+
+
+def test_the_empty_super_category_of_roboflow_is_no_class_unless_it_has_objects(tmp_path):
+    folders.roboflow_coco(tmp_path / "cells")
+    train, val = (tmp_path / f"cells/{k}/_annotations.coco.json" for k in ("train", "valid"))
+    cfg = prepared(QUICK, "DATASETS.FOLDER", tmp_path / "cells")
+    assert cfg.MODEL.DN_DETR.NUM_CLASSES == 2
+    assert "the super-category 'cells' has no objects" in load("cells_train").warnings[0]
+    assert load("cells_train").truth.category_ids == [1, 2]  # results keep the user's ids
+    forget(*NAMES)
+    assert categories_of(train, val) == folders.NAMES
+    everything = ["cells", *folders.NAMES]
+    assert categories_of(train, val, thing_classes=everything) == everything  # the user's choice
+    content = json.loads(val.read_text())
+    content["annotations"][0]["category_id"] = 0
+    val.write_text(json.dumps(content))
+    assert categories_of(train, val) == everything
+    content["annotations"][0]["category_id"] = 1
+    content["categories"][2]["supercategory"] = "others"
+    val.write_text(json.dumps(content))
+    assert categories_of(val) == everything
+
+
+def test_the_tool_checks_a_folder_as_a_training_reads_it(tool, tmp_path, capsys):
+    folders.kangaroo(tmp_path / "cells")
+    main = tool("check_data").main
+    main(["--data", str(tmp_path / "cells")])
+    printed = capsys.readouterr().out
+    assert "is Pascal VOC with images: train 4, val 2" in printed
+    assert "dataset cells_train" in printed and "dataset cells_val" in printed
+    forget(*NAMES)
+    folders.yolo_of_ultralytics(tmp_path / "cells")
+    with pytest.raises(SystemExit, match="holds YOLO .* and Pascal VOC: choose by"):
+        main(["--data", str(tmp_path / "cells")])
+    main(["--data", str(tmp_path / "cells"), "--annotations", "data.yaml"])
+    assert "dataset cells_test" in capsys.readouterr().out  # all splits
+
+
+def test_what_looks_wrong_is_said_at_the_start_of_a_training(run, tmp_path):
+    folders.coco_of_one_image_folder(tmp_path / "cells")
+    path = tmp_path / "cells/annotations/train.json"
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [0.1, 0.1, 0.5, 0.5]
+    content["annotations"].append({**content["annotations"][0], "id": 99})
+    path.write_text(json.dumps(content))
+    image = tmp_path / "cells/images/a.jpg"
+    (tmp_path / "cells/images/d.jpg").write_bytes(image.read_bytes())
+    run("DATASETS.FOLDER", tmp_path / "cells")
+    log = (tmp_path / "run/log.txt").read_text()
+    for words in (
+        "dataset cells_train: all boxes lie between 0 and 1, as if divided by the image size",
+        "dataset cells_train: 1 boxes repeat another of the same class in the same image: a.jpg",
+        "dataset cells_val: 1 images are equal to images of cells_train: ",
+    ):
+        assert log.count(words) == 1, words
 
 
 def test_a_folder_is_converted_by_the_same_code(tool, tmp_path, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from coco_files import forget
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools.coco import COCO
@@ -157,6 +157,21 @@ def test_the_configuration_asks_for_all_detections_of_an_image(tiny_config):
     for detections, limit, expected in [(10, 0, 100), (300, 0, 300), (300, 100, 100)]:
         cfg = tiny_config("TEST.DETECTIONS_PER_IMAGE", detections, "TEST.COCO_LIMIT", limit)
         assert build_evaluator(cfg, "tiny_val").max_detections == expected
+
+
+@pytest.mark.usefixtures("tiny_data")
+def test_results_of_a_dataset_whose_name_is_a_path_stay_in_the_output_folder(tmp_path, tiny_config):
+    cfg, val = tiny_config(), MetadataCatalog.get("tiny_val")
+    names = ["../up", "/abs/val.json", "a/b"]
+    register_coco_format([[name, val.json_file, val.image_root] for name in names])
+    cfg.OUTPUT_DIR, cfg.DATASETS.TEST = str(tmp_path / "run"), tuple(names)
+    for name in names:
+        build_evaluator(cfg, name)
+    assert [path.parent for path in tmp_path.glob("*/*/*")] == [tmp_path / "run/inference"] * 3
+    assert {p.name for p in (tmp_path / "run/inference").iterdir()} == {
+        name.replace("/", "%2F") for name in names
+    }
+    forget(*names)
 
 
 def test_an_annotation_with_the_id_zero_is_found_like_any_other(dataset, tmp_path):
@@ -407,6 +422,12 @@ def test_results_of_any_detector_are_evaluated(tool, dataset, tmp_path, capsys):
         (tmp_path / "r.json").write_text(json.dumps(content))
         with pytest.raises(SystemExit, match=f"evaluate.py: .*{words}"):
             main([*source, "--results", str(tmp_path / "r.json"), *output])
+    (tmp_path / "r.json").write_text(json.dumps([*good, {**good[0], "bbox": [1e8, 1, 1e9, 1e9]}]))
+    main([*source, "--results", str(tmp_path / "r.json"), *output])  # and can be drawn
+    with pytest.raises(SystemExit, match="the limit of detections must be at least 1, got -1"):
+        main([*source, "--results", str(tmp_path / "r.json"), *output, "--limit", "-1"])
+    with pytest.raises(SystemExit, match="the folder of the report cannot be made"):
+        main([*source, "--results", str(tmp_path / "r.json"), "--output", str(tmp_path / "r.json")])
     with pytest.raises(SystemExit, match="there is no result file none.json"):
         main([*source, "--results", "none.json", *output])
     with pytest.raises(SystemExit, match="there is no dataset 'none'"):

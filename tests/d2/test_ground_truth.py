@@ -374,6 +374,27 @@ def test_a_broken_or_read_only_cache_is_no_error(small_files_are_kept, tmp_path,
     assert same(first, read_coco(str(path))) and "are not kept in" in caplog.text
 
 
+def test_arrays_that_were_not_used_for_longest_are_removed_beyond_a_size(
+    small_files_are_kept, tmp_path, monkeypatch
+):
+    truths = {}
+    for name in ("a", "b", "c"):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({**make_content(), "info": name}))
+        truths[name] = read_coco(str(path))
+        [found] = [p for p in small_files_are_kept.glob("*.pt") if p.stem == truths[name].key]
+        os.utime(found, (len(truths), len(truths)))
+        size = found.stat().st_size
+    read_coco(str(tmp_path / "a.json"))  # used again
+    monkeypatch.setattr("dn_detr.datasets.cache.MOST_BYTES", int(3.5 * size))
+    (tmp_path / "d.json").write_text(json.dumps({**make_content(), "info": "d"}))
+    read_coco(str(tmp_path / "d.json"))
+    left = {path.stem for path in small_files_are_kept.glob("*.pt")}
+    assert len(left) == 3 and left == {p.stem for p in small_files_are_kept.glob("*.lock")}
+    assert truths["b"].key not in left
+    np.testing.assert_array_equal(truths["b"].boxes, truths["a"].boxes)  # removed, but mapped
+
+
 def _read_in_process(path, folder, barrier, queue):
     os.environ["DN_DETR_CACHE"] = folder
     array_cache.SMALL = 0

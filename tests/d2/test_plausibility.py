@@ -78,6 +78,8 @@ def test_equal_files_are_said_once_for_a_dataset_and_once_for_a_pair():
     within, between = file_warnings(files, [[0, 1, 4], [2, 3]])
     assert within == "dataset train: 1 images are equal to others of it: b = a"
     assert between == "dataset val: 2 images are equal to images of train: e = a, d = c"
+    (_, between, _) = file_warnings(files, [[0, 1, 3, 4]])  # every one of them is named
+    assert between == "dataset val: 2 images are equal to images of train: d = a, e = a"
 
 
 def test_objects_are_counted_by_class_and_size():

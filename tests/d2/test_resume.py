@@ -316,6 +316,7 @@ def test_two_trainings_in_one_folder_are_kept_apart_until_the_first_is_killed(ru
     ("opts", "words"),
     [
         (("SOLVER.MAX_ITER", 0), "SOLVER.MAX_ITER must be at least 1, got 0"),
+        (("TEST.COCO_LIMIT", -1), "TEST.COCO_LIMIT must be at least 0, got -1"),
         (("SOLVER.CHECKPOINT_PERIOD", 0), "SOLVER.CHECKPOINT_PERIOD must be at least 1, got 0"),
         (("LOG_PERIOD", 0), "LOG_PERIOD must be at least 1, got 0"),
         (("INPUT.MIN_SIZE_TRAIN", "()"), "INPUT.MIN_SIZE_TRAIN must be one or more sizes"),

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from coco_files import forget, make_content, write
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -280,6 +281,35 @@ def test_datasets_of_the_user_s_own_pass_the_same_gate():
     assert box["bbox"] == [2, 3, 15, 8]  # not changed
     nameless = [{"file_name": "a.png"}, {"file_name": "b.png"}]
     assert [record["image_id"] for record in own(*nameless).records] == [0, 1]
+
+
+def test_what_a_function_returns_is_a_list_of_dicts_that_can_be_pickled():
+    record = {"file_name": "a.png", "annotations": []}
+    for given in ([record], (record,), iter([record])):
+        forget("made_up")
+        DatasetCatalog.register("made_up", lambda given=given: given)
+        MetadataCatalog.get("made_up").thing_classes = ["x"]
+        assert dataset_dicts.load("made_up").records[0]["file_name"] == "a.png"
+    for given, words in [
+        (5, "must be a list of dicts, got 5"),
+        (None, "must be a list of dicts, got None"),
+        ({"a": record}, "dict 0 must be a dict, got 'a'"),
+        ([{**record, "mine": lambda: 0}], "cannot be pickled"),
+        ([{**record, "height": np.longdouble(3)}], "not usable"),
+        ([{**record, "annotations": torch.ones(2)}], "not usable"),
+    ]:
+        forget("made_up")
+        DatasetCatalog.register("made_up", lambda given=given: given)
+        MetadataCatalog.get("made_up").thing_classes = ["x"]
+        with pytest.raises(InputError, match=words):
+            dataset_dicts.load("made_up")
+    for classes in ([1, 2], "ab", ["a", None]):
+        forget("made_up")
+        DatasetCatalog.register("made_up", lambda: [record])
+        MetadataCatalog.get("made_up").thing_classes = classes
+        with pytest.raises(InputError, match="thing_classes of the dataset 'made_up' must be a"):
+            dataset_dicts.load("made_up")
+    forget("made_up")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def boxes(json_file, images) -> dict:
     """image name -> [(class name, box)]; every image must exist."""
     content = json.loads(Path(json_file).read_text())
     names = {c["id"]: c["name"] for c in content["categories"]}
-    assert sorted(names.values()) == folders.NAMES
+    assert sorted(set(names.values()) - {"cells"}) == folders.NAMES  # Roboflow's super-category
     found = {}
     for entry in content["images"]:
         assert (Path(images) / entry["file_name"]).is_file()
@@ -129,20 +129,6 @@ def test_changed_files_are_read_again_and_unchanged_ones_are_not(tmp_path, monke
     label = root / "train/labels/a.txt"
     folders.text(label, folders.yolo_lines("b") + "\n")
     assert boxes(*read_folder(root).files["train"])["a"] == expected("b")["b"]
-
-
-def test_the_empty_super_category_of_roboflow_is_no_class_unless_it_has_objects(tmp_path):
-    folders.roboflow_coco(tmp_path / "cells")
-    found = read_folder(tmp_path / "cells")
-    content = json.loads(Path(found.files["train"][0]).read_text())
-    assert [c["name"] for c in content["categories"]] == folders.NAMES
-    assert "'cells' has no objects and is no class" in found.sentence
-    file = tmp_path / "cells/valid/_annotations.coco.json"
-    content = json.loads(file.read_text())
-    content["annotations"][0]["category_id"] = 0
-    file.write_text(json.dumps(content))
-    for json_file, _ in read_folder(tmp_path / "cells").files.values():
-        assert len(json.loads(Path(json_file).read_text())["categories"]) == 3
 
 
 def test_where_guessing_fails_folders_and_patterns_choose(tmp_path):
@@ -266,6 +252,62 @@ def test_links_are_followed_and_cycles_end(tmp_path):
     os.symlink(tmp_path / "cells", tmp_path / "cells" / "loop")
     (tmp_path / "cells/.hidden.xml").write_text("<annotation>")
     assert "train 4, val 2" in read_folder(tmp_path / "cells").sentence
+
+
+@pytest.mark.parametrize("special", ["fifo", "device", "dangling link"])
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        (folders.own_coco, "annotations/instances_train2017.json"),
+        (folders.yolo_of_ultralytics, "data.yaml"),
+        (folders.yolo_of_ultralytics, "labels/train/a.txt"),
+        (folders.voc2007, "VOCdevkit/VOC2007/Annotations/a.xml"),
+        (folders.voc2007, "VOCdevkit/VOC2007/ImageSets/Main/train.txt"),
+    ],
+)
+def test_files_that_never_end_or_lead_nowhere_are_refused(layout, name, special, tmp_path):
+    layout(tmp_path / "cells")
+    path = tmp_path / "cells" / name
+    path.unlink()
+    if special == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if special == "device" else "nowhere")
+    with pytest.raises(InputError, match=f"{path.name} (is not a regular file|cannot be read: No)"):
+        read_folder(tmp_path / "cells")
+
+
+@pytest.mark.parametrize("encoding", ["utf-32", "cp932", "none"])
+def test_an_encoding_that_xml_does_not_know_is_one_sentence(encoding, tmp_path):
+    folders.kangaroo(tmp_path / "cells")
+    path = tmp_path / "cells/annots/a.xml"
+    path.write_text(f'<?xml version="1.0" encoding="{encoding}"?>{path.read_text()}')
+    with pytest.raises(InputError, match="a.xml is not valid XML: .*encoding"):
+        read_folder(tmp_path / "cells")
+
+
+def test_annotations_that_are_null_are_none(tmp_path):
+    folders.coco_of_one_image_folder(tmp_path / "cells")
+    path = tmp_path / "cells/annotations/test.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": None}))
+    assert read_folder(tmp_path / "cells").files["test"][1] == str(tmp_path / "cells/images")
+
+
+def test_converted_data_are_removed_beyond_a_size(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr("dn_detr.datasets.cache.MOST_BYTES", 20_000)
+    folders.yolo_of_ultralytics(tmp_path / "cells")
+    for number in range(30):  # each change is converted anew, to about 2 kB
+        folders.text(tmp_path / "cells/labels/train/a.txt", folders.yolo_lines("a") + "\n" * number)
+        found = read_folder(tmp_path / "cells")
+    assert all(Path(json_file).is_file() for json_file, _ in found.files.values())
+    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    assert 10_000 < size <= 20_000
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "x" * 5000 + ".yaml"])
+def test_names_that_no_file_can_have_name_no_folder(name):
+    with pytest.raises(InputError, match="there is no folder 'x|there is no folder 'a"):
+        read_folder(name)
 
 
 SCRAPS = (

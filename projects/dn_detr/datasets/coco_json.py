@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 from dn_detr.errors import InputError
@@ -64,6 +66,25 @@ def _area(polygon: list[float]) -> float:
     x, y = polygon[::2], polygon[1::2]
     twice = sum(x[i - 1] * y[i] - x[i] * y[i - 1] for i in range(len(x)))
     return abs(twice) / 2
+
+
+def read_bytes(path: Path, most: int = -1) -> bytes:
+    """Read a file, or its first bytes; InputError if that fails or might never end."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO, or a link to a device
+            raise InputError(f"{path} is not a regular file.")
+        with open(path, "rb") as file:
+            return file.read(most)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8, with or without byte order mark; InputError as in `read_bytes`."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}.") from error
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -18,15 +18,15 @@ from functools import partial
 from pathlib import Path
 
 from dn_detr.datasets import split, voc, yolo
-from dn_detr.datasets.cache import cache_folder
-from dn_detr.datasets.coco_json import IMAGE_SUFFIXES, CocoFile
+from dn_detr.datasets.cache import cache_folder, evict
+from dn_detr.datasets.coco_json import IMAGE_SUFFIXES, CocoFile, read_bytes, read_text
 from dn_detr.errors import InputError
 
 RECORD = "dn_detr_split.json"
 """The file beside the data that lists the images of a split that was drawn."""
 
 SPLITS = ("train", "val", "test")
-_VERSION = 1  # increase when the same files give other results
+_VERSION = 2  # increase when the same files give other results
 _SPLIT = re.compile(r"(?<![a-z])(train|val|test)(?:val|ing|id|idation)?(?![a-z])")
 _COCO_HEAD = re.compile(rb'"(?:images|annotations|categories)"\s*:\s*\[')
 _HEAD = 1 << 16  # bytes that tell what a file is
@@ -87,9 +87,9 @@ def read_folder(folder: str | Path, images: str = "", annotations: str = "") -> 
         InputError: if nothing is recognised, or more than one thing.
     """
     root = Path(folder).expanduser().absolute()
-    if root.suffix in yolo.YAML_SUFFIXES and root.is_file():
+    if root.suffix in yolo.YAML_SUFFIXES and os.path.isfile(root):
         root, annotations = root.parent, root.name
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise InputError(f"there is no folder {str(folder)!r} (DATASETS.FOLDER).")
     layout = recognise(root, images, annotations)
     place = cache_folder() / f"split_{_digest(str(root))}.json"
@@ -186,7 +186,11 @@ def _group(root: Path, paths: Iterable[Path], *, with_name: bool = False) -> dic
 
 def _coco(root: Path, images: list[Path], files: list[Path]) -> Layout | None:
     """COCO's own layout, Roboflow's, and others with json files that tell their split."""
-    found = [path for path in files if path.suffix == ".json" and _COCO_HEAD.search(_head(path))]
+    found = [
+        path
+        for path in files
+        if path.suffix == ".json" and _COCO_HEAD.search(read_bytes(path, _HEAD))
+    ]
     found = [path for path in found if not path.name.startswith(_OTHER_TASKS)] or found
     if not found:
         return None
@@ -201,27 +205,16 @@ def _coco(root: Path, images: list[Path], files: list[Path]) -> Layout | None:
             )
     name = "COCO" + (" (Roboflow)" if found[0].name == "_annotations.coco.json" else "")
     jsons = {key: paths[0] for key, paths in groups.items()}
-    notes: list[str] = []
-    read = partial(_read_coco, root, jsons, images, notes)
-    return Layout(name, read, [*jsons.values()], notes, images)
+    return Layout(name, partial(_read_coco, root, jsons, images), [*jsons.values()], [], images)
 
 
-def _head(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(_HEAD)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _read_coco(
-    root: Path, jsons: dict[str, Path], images: list[Path], notes: list[str]
-) -> dict[str, Part]:
+def _read_coco(root: Path, jsons: dict[str, Path], images: list[Path]) -> dict[str, Part]:
     parts = {}
     for key, path in jsons.items():
+        text = read_text(path)
         try:
-            content = json.loads(path.read_bytes().decode("utf-8-sig"))
-        except (OSError, ValueError, RecursionError) as error:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not valid JSON: {error}.") from error
         if not isinstance(content, dict):
             raise InputError(f"{path} must hold an object with images, annotations and categories.")
@@ -233,13 +226,6 @@ def _read_coco(
         by_name[os.path.basename(image)].append(image)
     for part in parts.values():
         _find_images(root, part, by_name, set(map(str, images)))
-    dropped = _empty_supercategories([part.content for part in parts.values()])
-    for part in parts.values() if dropped else ():
-        kept = [c for c in part.content.get("categories", []) if c["id"] not in dropped]
-        part.content, part.json_file = {**part.content, "categories": kept}, None
-    if dropped:
-        names = ", ".join(map(repr, dropped.values()))
-        notes.append(f"the super-category {names} has no objects and is no class")
     return parts
 
 
@@ -247,7 +233,7 @@ def _is_sound(content: dict) -> bool:
     """Whether the content has the keys that are read here."""
 
     def has(key: str, **types: type | tuple[type, ...]) -> bool:
-        entries = content.get(key, [])
+        entries = content.get(key) or []
         return isinstance(entries, list) and all(
             isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in types.items())
             for entry in entries
@@ -263,7 +249,7 @@ def _is_sound(content: dict) -> bool:
 
 def _find_images(root: Path, part: Part, by_name: dict[str, list[str]], images: set[str]) -> None:
     """Find the folder that file_names are relative to; else find every image by its name alone."""
-    entries = part.content.get("images", [])
+    entries = part.content.get("images") or []
     names = [entry["file_name"].replace("\\", "/") for entry in entries]
     key = _split_of(root, part.json_file, with_name=True)
     roots = {
@@ -291,21 +277,6 @@ def _find_images(root: Path, part: Part, by_name: dict[str, list[str]], images: 
         part.content, part.json_file = {**part.content, "images": renamed}, None
 
 
-def _empty_supercategories(contents: list[dict]) -> dict:
-    """Return ids and names of Roboflow's categories without objects that only group the others."""
-    used = {a["category_id"] for content in contents for a in content.get("annotations", [])}
-    categories = [c for content in contents for c in content.get("categories", [])]
-    groups = {str(c.get("supercategory", "none")) for c in categories} - {"none"}
-    return {
-        c["id"]: c["name"]
-        for c in categories
-        if c.get("supercategory") == "none"
-        and c["id"] not in used
-        and groups
-        and (c["id"] == 0 or c["name"] in groups)
-    }
-
-
 # -------------------------------------------------------------------------------------------- YOLO
 
 
@@ -313,7 +284,9 @@ def _yolo_with_yaml(root: Path, files: list[Path]) -> Layout | None:
     """YOLO's data.yaml, whose paths are relative to it, to its `path`, or from another machine."""
     found = {}
     for path in files:
-        if path.suffix in yolo.YAML_SUFFIXES and re.search(rb"(?m)^\W*names\W*:", _head(path)):
+        if path.suffix in yolo.YAML_SUFFIXES and re.search(
+            rb"(?m)^\W*names\W*:", read_bytes(path, _HEAD)
+        ):
             data = yolo.read_data_yaml(path)
             if "train" in data or "val" in data:
                 found[path] = data
@@ -364,7 +337,7 @@ def _pictures_of(path: Path, data: dict, key: str) -> list[Path]:
         if place.is_dir():
             found += [p for p in _walk(place) if p.suffix.lower() in IMAGE_SUFFIXES]
         else:
-            lines = [line.strip() for line in yolo.read_text(place).splitlines() if line.strip()]
+            lines = [line.strip() for line in read_text(place).splitlines() if line.strip()]
             found += [
                 next(
                     (b / line for b in (place.parent, *bases) if os.path.isfile(b / line)),
@@ -389,7 +362,9 @@ def _yolo(
     if not used:
         return None
     named = [path for path in files if path.name in _NAME_FILES or path.suffix == ".names"]
-    named += [p for p in files if p.suffix in yolo.YAML_SUFFIXES and b"names" in _head(p)]
+    named += [
+        p for p in files if p.suffix in yolo.YAML_SUFFIXES and b"names" in read_bytes(p, _HEAD)
+    ]
     if not named:
         raise InputError(
             f"{root} has text files of YOLO, but no class names: add a data.yaml with `names`, or "
@@ -437,7 +412,7 @@ def _voc(
     xmls = [path for path in files if path.suffix.lower() == ".xml"]
     folders = {path.parent for path in xmls}
     first = {folder: next(p for p in xmls if p.parent == folder) for folder in folders}
-    folders = {folder for folder in folders if b"<annotation" in _head(first[folder])}
+    folders = {folder for folder in folders if b"<annotation" in read_bytes(first[folder], _HEAD)}
     xmls = [path for path in xmls if path.parent in folders]
     if not xmls:
         return None
@@ -547,6 +522,7 @@ def _convert(layout: Layout, root: Path, records: tuple[Path, Path]) -> None:
         counts = ", ".join(f"{key} {len(part.content['images'])}" for key, part in parts.items())
         sentence = "; ".join([f"{root} is {layout.name} with images: {counts}", *notes])
         split.write_whole(outcome, json.dumps({"sentence": sentence, "files": files}))
+        evict(outcome.parent)
     except OSError as error:
         raise InputError(
             f"what is made of {root} cannot be written ({error}): set DN_DETR_CACHE to a folder."

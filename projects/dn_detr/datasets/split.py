@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
-import tempfile
 from collections import Counter
 from pathlib import Path
 
+from dn_detr.datasets.cache import replacing
+from dn_detr.datasets.coco_json import read_text
 from dn_detr.errors import InputError
 
 SHARE, SEED = 0.2, 0
@@ -59,7 +60,7 @@ def divide(content: dict, record: Path, fallback: Path) -> tuple[dict, dict, Pat
     names = {image["id"]: image["file_name"] for image in content["images"]}
     if len(classes) < 2:
         raise InputError(f"{record.parent} has {len(classes)} images: a split needs at least two.")
-    for annotation in content.get("annotations", []):
+    for annotation in content.get("annotations") or []:
         if annotation["image_id"] in names:
             classes[names[annotation["image_id"]]].add(annotation["category_id"])
     known = read_record(record) or read_record(fallback) or {"train": [], "val": []}
@@ -86,7 +87,7 @@ def divide(content: dict, record: Path, fallback: Path) -> tuple[dict, dict, Pat
 
 def _part(content: dict, ids: set) -> dict:
     images = [image for image in content["images"] if image["id"] in ids]
-    annotations = [a for a in content.get("annotations", []) if a["image_id"] in ids]
+    annotations = [a for a in (content.get("annotations") or []) if a["image_id"] in ids]
     return {**content, "images": images, "annotations": annotations}
 
 
@@ -95,11 +96,11 @@ def read_record(path: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8-sig"))
+        record = json.loads(read_text(path))
         if all(isinstance(name, str) for key in ("train", "val") for name in record[key]):
             return record
         reason = "it must list file names under train and val"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise InputError(f"the split {path} cannot be read ({reason}): correct or delete it.")
 
@@ -107,7 +108,5 @@ def read_record(path: Path) -> dict | None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    with replacing(path, os.getpid()) as file:
+        file.write(text.encode())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from xml.etree import ElementTree
 
-from dn_detr.datasets.coco_json import IMAGE_SUFFIXES, CocoFile
+from dn_detr.datasets.coco_json import IMAGE_SUFFIXES, CocoFile, read_bytes, read_text
 from dn_detr.datasets.image_files import image_size
 from dn_detr.errors import InputError
 
@@ -124,11 +124,7 @@ def _named(folder: Path, split: str, known: dict) -> list[str]:
 
 def read_names(path: Path) -> list[str]:
     """Read a list of image names, one per line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the list of images {path} cannot be read: {error}.") from error
-    names = [line.split()[0] for line in lines if line.strip()]
+    names = [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
     if not names:
         raise InputError(f"{path} lists no images.")
     return names
@@ -143,8 +139,8 @@ def _images(folder: Path) -> dict[str, Path]:
 def parse_xml(path: Path) -> ElementTree.Element:
     """Parse an XML file; InputError if it is none."""
     try:
-        return ElementTree.parse(path).getroot()
-    except (ElementTree.ParseError, OSError) as error:
+        return ElementTree.fromstring(read_bytes(path))
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # also unknown encodings
         raise InputError(f"{path} is not valid XML: {error}.") from error
 
 

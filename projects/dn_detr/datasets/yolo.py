@@ -12,7 +12,7 @@ from pathlib import Path
 
 from yaml import YAMLError
 
-from dn_detr.datasets.coco_json import CocoFile, find_images
+from dn_detr.datasets.coco_json import CocoFile, find_images, read_text
 from dn_detr.datasets.image_files import image_size
 from dn_detr.errors import InputError
 from dn_detr.safe_yaml import read_yaml
@@ -45,14 +45,6 @@ def read_data_yaml(path: Path) -> dict:
     except YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     return content if isinstance(content, dict) else {}
-
-
-def read_text(path: Path) -> str:
-    """Read a text file, with or without byte order mark."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
 
 
 def label_folder_of(images: Path) -> Path:
@@ -106,7 +98,7 @@ def from_pairs(pairs: list[tuple[Path, Path]], class_names: list[str], root: Pat
         used.add(text_file)
         width, height = image_size(path)
         coco.add_image(path.relative_to(root).as_posix(), (width, height))
-        if not os.path.isfile(text_file):
+        if not os.path.lexists(text_file):
             continue
         for number, line in enumerate(read_text(text_file).splitlines(), 1):
             if line.strip():

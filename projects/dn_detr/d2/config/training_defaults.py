@@ -98,6 +98,7 @@ def add_training_config(cfg: CfgNode) -> None:
 LEAST = {
     **dict.fromkeys(("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "LOG_PERIOD"), 1),
     **dict.fromkeys(("SOLVER.KEEP_NEWEST", "SOLVER.KEEP_EVERY", "TEST.EVAL_PERIOD"), 0),
+    "TEST.COCO_LIMIT": 0,
     **{"SOLVER.CHECKPOINT_MINUTES": 0, "PROCESS_TIMEOUT": 0.01},
 }
 """Keys and their smallest values."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import logging
 import os
 import pickle
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from dn_detr.datasets.cache import cache_folder
+from dn_detr.datasets.cache import cache_folder, evict, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +42,11 @@ def kept(key: str | None, make: Callable[[], dict]) -> dict:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # one process reads, others wait for its arrays
                 if (found := _open(path)) is None:
                     made = make()
-                    _save(made, path)
+                    with replacing(path) as file:
+                        torch.save(made, file)
+                    evict(path)
                     found = _open(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's, on a full disk
         logger.warning(f"checked annotations are not kept in {path.parent}: {error}")
     return found or made or make()
 
@@ -52,19 +54,11 @@ def kept(key: str | None, make: Callable[[], dict]) -> dict:
 def _open(path: Path) -> dict | None:
     """Map saved arrays into memory; None if there are none."""
     try:
+        with contextlib.suppress(OSError):
+            os.utime(path)  # for `evict`
         return torch.load(path, mmap=True, weights_only=True)
     except FileNotFoundError:
         return None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         logger.warning(f"{path} is broken and made again: {error}")
         return None
-
-
-def _save(values: dict, path: Path) -> None:
-    """Write a file that appears complete or not at all."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        try:
-            torch.save(values, f"{folder}/new")
-        except RuntimeError as error:  # on a full disk
-            raise OSError(str(error)) from error
-        os.rename(f"{folder}/new", path)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from functools import partial
+from collections.abc import Iterable
+from functools import cache, partial
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -15,7 +16,7 @@ from dn_detr.d2.data.dataset_folder import use_folder
 from dn_detr.d2.data.ground_truth import GroundTruth, read_coco
 from dn_detr.d2.data.records import Records
 from dn_detr.datasets.shape_drawing import CLASSES
-from dn_detr.errors import InputError
+from dn_detr.errors import InputError, quoted
 
 
 def prepare(cfg, eval_only: bool = False) -> None:
@@ -27,6 +28,7 @@ def prepare(cfg, eval_only: bool = False) -> None:
     register_all(cfg, eval_only)
     node = cfg.MODEL.DN_DETR
     names = dataset_names(cfg, eval_only)
+    leave_out_group(names)
     if not eval_only or not node.CLASS_NAMES:
         node.NUM_CLASSES = resolve_num_classes(node.NUM_CLASSES, names)
         return
@@ -74,6 +76,12 @@ def is_coco_file(name: str) -> bool:
     )
 
 
+@cache
+def _read_once(name: str, function) -> GroundTruth:  # noqa: ARG001
+    """Read the file of a dataset; `function` is a key, as a re-registered name is read again."""
+    return read_coco(MetadataCatalog.get(name).json_file)
+
+
 def read_registered(name: str) -> GroundTruth:
     """Read the annotation file of a registered dataset, and set its metadata as Detectron2 does."""
     metadata = MetadataCatalog.get(name)
@@ -82,7 +90,9 @@ def read_registered(name: str) -> GroundTruth:
         from dn_detr.datasets.shapes import generate
 
         generate(Path(metadata.json_file).parents[1], name.removeprefix("shapes_"))
-    truth = read_coco(metadata.json_file)
+    truth = _read_once(name, DatasetCatalog[name])
+    if truth.group is not None and metadata.get("left_out_class") == truth.class_names[truth.group]:
+        truth = truth.without_group()
     ids = {category: label for label, category in enumerate(truth.category_ids)}
     known = list(metadata.get("thing_classes", truth.class_names))
     if (known, metadata.get("thing_dataset_id_to_contiguous_id", ids)) != (truth.class_names, ids):
@@ -92,6 +102,23 @@ def read_registered(name: str) -> GroundTruth:
         )
     metadata.set(thing_classes=known, thing_dataset_id_to_contiguous_id=ids)
     return truth
+
+
+def leave_out_group(names: Iterable[str]) -> None:
+    """Make a class that only groups the others no class of datasets, if none has boxes of it.
+
+    Roboflow adds such a category to its files in COCO format.
+
+    Args:
+        names: All datasets that must have the same classes.
+    """
+    files = [name for name in names if name in DatasetCatalog and is_coco_file(name)]
+    if any(MetadataCatalog.get(name).get("thing_classes") for name in files):
+        return  # chosen by the user, or known from an earlier call
+    truths = [_read_once(name, DatasetCatalog[name]) for name in files]
+    groups = {None if t.group is None else t.class_names[t.group] for t in truths}
+    for name in files if len(groups) == 1 else ():
+        MetadataCatalog.get(name).set(left_out_class=next(iter(groups)))
 
 
 def register_shapes(root: str | Path | None = None) -> None:
@@ -116,12 +143,16 @@ def register_shapes(root: str | Path | None = None) -> None:
         )
 
 
-def register_all(cfg, eval_only: bool = False) -> None:
-    """Register everything that a configuration names; DATASETS.FOLDER sets other keys, in place."""
+def register_all(cfg, eval_only: bool = False) -> list[str]:
+    """Register everything that a configuration names; DATASETS.FOLDER sets other keys, in place.
+
+    Returns:
+        The datasets of DATASETS.FOLDER.
+    """
     register_shapes()
-    if cfg.DATASETS.FOLDER:
-        use_folder(cfg.DATASETS, eval_only)
+    found = use_folder(cfg.DATASETS, eval_only) if cfg.DATASETS.FOLDER else []
     register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    return found
 
 
 def register_coco_format(entries) -> None:
@@ -178,7 +209,13 @@ def class_names(name: str) -> list[str]:
         raise InputError(
             f"the dataset {name!r} has no class names: set thing_classes in its metadata."
         )
-    return list(metadata.thing_classes)
+    names = list(metadata.thing_classes)
+    if isinstance(metadata.thing_classes, str) or not all(isinstance(n, str) for n in names):
+        raise InputError(
+            f"thing_classes of the dataset {name!r} must be a list of names, got "
+            f"{quoted(metadata.thing_classes)}."
+        )
+    return names
 
 
 def resolve_num_classes(configured: int, names: list[str]) -> int:
@@ -229,6 +266,7 @@ def with_num_classes(cfg: CfgNode) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     register_all(cfg)
+    leave_out_group(cfg.DATASETS.TRAIN)
     cfg.MODEL.DN_DETR.NUM_CLASSES = len(class_names(cfg.DATASETS.TRAIN[0]))
     return cfg
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -11,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from dn_detr.d2.data.catalog import class_names, is_coco_file, read_registered
 from dn_detr.d2.data.ground_truth import GroundTruth, describe, with_outlines
+from dn_detr.d2.data.plausibility import name_warnings
 from dn_detr.d2.data.records import Records, from_dicts
 from dn_detr.errors import InputError
 
@@ -35,6 +37,11 @@ class LoadedDataset:
     def class_names(self) -> list[str]:
         """Names of the K classes."""
         return self.truth.class_names
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences on what looks wrong in boxes and class names."""
+        return name_warnings(self.class_names) + self.truth.warnings
 
     def images(self) -> list[dict]:
         """Return the dataset dict of every image without its annotations."""
@@ -90,7 +97,9 @@ def _load(name: str, function, with_masks: bool) -> LoadedDataset:
             originals = function()
         except FileNotFoundError as error:
             raise InputError(f"the dataset {name!r} cannot be loaded: {error}.") from error
-        if not originals:
+        if not isinstance(originals, Iterable):
+            raise InputError(f"the dataset {name!r} must be a list of dicts, got {originals!r}.")
+        if not (originals := list(originals)):
             raise InputError(f"the dataset {name!r} has no images.")
         names = class_names(name)
         ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}

@@ -14,11 +14,14 @@ SENTENCES: dict[str, str] = {}
 """DATASETS.FOLDER -> what was recognised in it, for the log of a run, which begins later."""
 
 
-def use_folder(node: CfgNode, eval_only: bool = False) -> None:
+def use_folder(node: CfgNode, eval_only: bool = False) -> list[str]:
     """Set COCO_FORMAT, TRAIN and TEST of the node DATASETS, in place.
 
     TRAIN and TEST stay if they name datasets of the folder, as in the configuration that a run has
     saved; otherwise they become train and val, or test where there is no val.
+
+    Returns:
+        All datasets of the folder.
 
     Raises:
         InputError: If the folder is not recognised, or lacks what is needed.
@@ -40,3 +43,4 @@ def use_folder(node: CfgNode, eval_only: bool = False) -> None:
         raise InputError(f"{found.sentence}: there is nothing to train on.")
     purposes = f"trained on {', '.join(node.TRAIN) or 'nothing'}, tested on {', '.join(node.TEST)}"
     SENTENCES[node.FOLDER] = f"{found.sentence}; {purposes}"
+    return [*names.values()]

@@ -27,6 +27,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from dn_detr.d2.data.array_cache import content_key, kept
+from dn_detr.d2.data.plausibility import box_warnings
 from dn_detr.errors import InputError, on_one_line, quoted
 
 _SALT = sha256(Path(__file__).read_bytes()).hexdigest()[:8]
@@ -76,6 +77,7 @@ class Category(msgspec.Struct):
 
     id: Id
     name: str
+    supercategory: Any = None
 
 
 class Annotation(msgspec.Struct, gc=False):
@@ -268,6 +270,8 @@ class GroundTruth:
         faulty_boxes: [F, 4] float64, xywh pixels of dropped and clipped boxes, as given.
         faulty_images: [F] int64, their images.
         faults: [F] uint8, what is wrong with them.
+        warnings: Sentences on what looks wrong.
+        group: Class without boxes that only groups all others, as Roboflow writes; else None.
         key: Of the file in the cache; None for dicts.
     """
 
@@ -287,6 +291,8 @@ class GroundTruth:
     faulty_boxes: np.ndarray
     faulty_images: np.ndarray
     faults: np.ndarray
+    warnings: list[str]
+    group: int | None = None
     key: str | None = None
 
     def __len__(self) -> int:
@@ -316,6 +322,20 @@ class GroundTruth:
                 f"{where} has the image_id {quoted(image_id)}, which is not in {self.source}."
             )
         return self.index_of_id[image_id]
+
+    def without_group(self) -> GroundTruth:
+        """Return the same without the class `group`."""
+        names, ids, k = list(self.class_names), list(self.category_ids), self.group
+        said = f"the super-category {quoted(names.pop(k))} has no objects and is no class"
+        del ids[k]
+        return replace(
+            self,
+            class_names=names,
+            category_ids=ids,
+            labels=self.labels - (self.labels > k),
+            warnings=[*self.warnings, said],
+            group=None,
+        )
 
     def findings(self) -> list[Finding]:
         """Count dropped and clipped boxes; see `find_faults`."""
@@ -420,7 +440,9 @@ def judge(file: CocoFile, source: str) -> GroundTruth:
     given = np.array([a.bbox for a in annotations], np.float64).reshape(-1, 4)
     area = np.array([np.nan if a.area is None else a.area for a in annotations], np.float64)
     has_outline = np.fromiter((_has_outline(a) for a in annotations), bool, num)
+    is_crowd = np.fromiter((bool(a.iscrowd) for a in annotations), bool, num)
     sizes = np.array([(image.width, image.height) for image in images], np.float64)
+    objects = [array[~is_crowd] for array in (given, label, image)]
     boxes, faults = fit_boxes(given, sizes[image])
     area[(faults == CLIPPED) & ~has_outline] = np.nan  # of the whole box
     kept = np.flatnonzero(faults >= CLIPPED)
@@ -436,14 +458,25 @@ def judge(file: CocoFile, source: str) -> GroundTruth:
         starts=np.searchsorted(image[kept], np.arange(len(images) + 1)),
         boxes=boxes[kept],
         labels=label[kept],
-        is_crowd=np.fromiter((bool(annotations[i].iscrowd) for i in kept), bool, len(kept)),
+        is_crowd=is_crowd[kept],
         given_areas=area[kept],
         entries=kept,
         outlines=Texts.of([annotations[i].segmentation if has_outline[i] else b"[]" for i in kept]),
         faulty_boxes=given[faulty],
         faulty_images=image[faulty],
         faults=faults[faulty],
+        warnings=box_warnings(*objects, sizes, [image.file_name for image in images]),
+        group=_group(categories, label),
     )
+
+
+def _group(categories: list[Category], labels: np.ndarray) -> int | None:
+    """Return the class without boxes that is the supercategory of all others, None if none is."""
+    for parent in (category.supercategory for category in categories[:2]):  # one of them is another
+        odd = [k for k, category in enumerate(categories) if category.supercategory != parent]
+        if len(odd) == 1 and categories[odd[0]].name == parent and odd[0] not in labels:
+            return odd[0]
+    return None
 
 
 def _by_id(entry) -> tuple[bool, int | str]:

@@ -9,6 +9,7 @@ import numpy as np
 SIZES = (32**2, 96**2)
 """Areas in square pixels below which an object is small, and medium, in COCO's evaluation."""
 
+_MIXERS = np.random.default_rng(0).integers(2**63, size=6, dtype=np.uint64) * 2 + 1
 _FEWEST = 3  # boxes, without which nothing is concluded about their format
 _SHARE = 0.1  # of boxes that leave their image, as nearly no true xywh boxes do
 _NUM_NAMES = 5  # most examples in a warning
@@ -47,12 +48,15 @@ def box_warnings(
             f"{leaves.sum()} of {len(boxes)} boxes leave their image, but none would as [left, "
             "top, right, bottom]: COCO's boxes are [x, y, width, height]"
         )
-    rows = np.column_stack((image_index, labels, boxes))
-    _, first, counts = np.unique(rows, axis=0, return_index=True, return_counts=True)
-    if doubled := int((counts - 1).sum()):
-        images = dict.fromkeys(file_names[image_index[i]] for i in first[counts > 1])
+    rows = np.column_stack((image_index, labels, boxes + 0.0))
+    hashes = rows.view(np.uint64) @ _MIXERS  # sorting them is faster than sorting rows
+    rows = rows[np.argsort(hashes, kind="stable")]
+    repeats = rows[1:][(rows[1:] == rows[:-1]).all(1)]
+    if len(repeats):
+        images = dict.fromkeys(file_names[i] for i in np.unique(repeats[:, 0]).astype(int))
         found.append(
-            f"{doubled} boxes repeat another of the same class in the same image: {_few(images)}"
+            f"{len(repeats)} boxes repeat another of the same class in the same image: "
+            f"{_few(images)}"
         )
     return found
 
@@ -78,7 +82,7 @@ def file_warnings(files: dict[str, list[str]], groups: list[list[int]]) -> list[
     for group in groups:
         first: dict[str, str] = {}  # dataset -> its first file of this content
         for name, file in (owners[i] for i in group):
-            for other in (name,) if name in first else first:
+            for other in first:
                 found[other, name].append(f"{file} = {first[other]}")
             first.setdefault(name, file)
     return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import pickle
 from dataclasses import replace
 
 import msgspec
@@ -42,7 +43,10 @@ class Records(Dataset):
         self.truth, self.folder, self.with_masks = truth, folder, with_masks
         self.originals = self.first_entries = None
         if originals is not None:
-            self.originals = DatasetFromList(originals, copy=False)
+            try:
+                self.originals = DatasetFromList(originals, copy=False)
+            except (AttributeError, TypeError, pickle.PicklingError) as error:
+                raise InputError(f"{truth.source} cannot be pickled: {quoted(error)}.") from error
             counts = [len(record.get("annotations") or ()) for record in originals]
             self.first_entries = np.cumsum([0, *counts])
 
@@ -119,7 +123,7 @@ def from_dicts(
         try:
             objects = [_as_coco(a, i, class_names) for a in record.get("annotations") or ()]
             text = msgspec.json.encode({**given, "annotations": objects}, enc_hook=_as_json)
-        except (TypeError, ValueError, KeyError, OverflowError) as error:
+        except (TypeError, ValueError, KeyError, OverflowError, RuntimeError) as error:
             file_name = quoted(record.get("file_name"))
             raise InputError(f"{where} ({file_name}) is not usable: {quoted(error)}.") from error
         checked = decode(text, _Dict, where)

@@ -14,8 +14,8 @@ from dn_detr.d2.data.catalog import dataset_names
 from dn_detr.d2.data.dataset_dicts import LoadedDataset
 from dn_detr.d2.data.dataset_folder import SENTENCES
 from dn_detr.d2.data.ground_truth import Finding, describe
-from dn_detr.d2.data.image_check import check_image_files
-from dn_detr.d2.data.plausibility import name_warnings
+from dn_detr.d2.data.image_check import check_image_files, equal_files, in_time
+from dn_detr.d2.data.plausibility import file_warnings
 from dn_detr.d2.data.teacher_boxes import load_teacher_boxes, teacher_files
 from dn_detr.d2.engine.collective import run_on_main_rank
 from dn_detr.errors import on_one_line
@@ -23,6 +23,7 @@ from dn_detr.errors import on_one_line
 logger = logging.getLogger(__name__)
 
 _NUM_NAMES = 10  # most ids or classes that are listed
+_MOST_COMPARED = 5000  # images whose content is compared; check_data.py compares any number
 _LONGEST_LINE = 1000  # characters; names may be long
 
 
@@ -174,8 +175,8 @@ def check_datasets(cfg, eval_only: bool = False) -> list[DatasetReport]:
             is_for_training=not eval_only and name in cfg.DATASETS.TRAIN,
         )
         files[name] = [image["file_name"] for image in images]
-        for warning in name_warnings(loaded.class_names):
-            logger.warning(f"dataset {name}: {warning}")
+        for warning in loaded.warnings:
+            logger.warning(on_one_line(f"dataset {name}: {warning}", _LONGEST_LINE))
         report = report_on(
             loaded,
             is_for_training=not eval_only and name in cfg.DATASETS.TRAIN,
@@ -188,14 +189,15 @@ def check_datasets(cfg, eval_only: bool = False) -> list[DatasetReport]:
         reports.append(report)
         if name in teachers:
             logger.info(load_teacher_boxes(loaded, teachers[name]).report())
-    training = {file for name in files if name in cfg.DATASETS.TRAIN for file in files[name]}
-    for name in files:
-        shared = [file for file in files[name] if file in training]
-        if shared and not eval_only and name not in cfg.DATASETS.TRAIN:
-            logger.warning(
-                f"dataset {name}: {len(shared)} of its {len(files[name])} images are training "
-                f"images, the first is {shared[0]}"
+    in_time(
+        lambda is_late: [
+            logger.warning(on_one_line(warning, _LONGEST_LINE))
+            for warning in file_warnings(
+                files, equal_files([f for part in files.values() for f in part], _MOST_COMPARED)
             )
+        ],
+        "equal images are looked for",
+    )
     return reports
 
 

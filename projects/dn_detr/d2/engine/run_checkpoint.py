@@ -16,12 +16,8 @@ from dn_detr.d2.data.dataset_dicts import load_annotations
 from dn_detr.d2.data.teacher_boxes import teacher_files
 from dn_detr.d2.engine.checkpoint import DETECTOR, Checkpointer
 from dn_detr.d2.engine.collective import raise_on_all_ranks
-from dn_detr.d2.engine.run_folder import (
-    LAST,
-    iteration_of,
-    remove_old_checkpoints,
-    replacing,
-)
+from dn_detr.d2.engine.run_folder import LAST, iteration_of, remove_old_checkpoints
+from dn_detr.datasets.cache import replacing
 from dn_detr.errors import InputError
 from dn_detr.safe_yaml import read_yaml
 

@@ -1,54 +1,26 @@
-"""The output folder of a training: its lock, writing that survives crashes, earlier runs."""
+"""The output folder of a training: its lock, its checkpoints, earlier runs."""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from dn_detr.datasets.cache import UNFINISHED
 from dn_detr.errors import InputError
 
 logger = logging.getLogger(__name__)
-
-UNFINISHED = ".unfinished"
-"""Part of the name of a file while it is written."""
 
 LAST = "last_checkpoint"
 """File with the name of the newest checkpoint, as Detectron2 has it."""
 
 _LOG_FILES = ("metrics.json", "events.*", "log.txt*", "wandb_run.txt", "inference", "ema")
 """What a new run would continue or mix with its own."""
-
-
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `path` when the block ends, on disk by then.
-
-    After an error, also a crash of the machine, `path` is as before.
-    """
-    path = Path(path)
-    unfinished = path.with_name(path.name + UNFINISHED)
-    try:
-        with open(unfinished, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name
-    finally:
-        os.close(folder)
 
 
 def iteration_of(path: str | Path) -> int | None:

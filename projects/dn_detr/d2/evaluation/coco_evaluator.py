@@ -137,7 +137,7 @@ class Evaluator(COCOEvaluator):
             )
         if self.writes_report and evaluated["bbox"] is not None:
             report = write_report(
-                os.path.join(self._output_dir, f"report_{self.dataset_name}"),
+                os.path.join(self._output_dir, f"report_{_part_of_path(self.dataset_name)}"),
                 evaluated["bbox"],
                 results,
                 name=self.dataset_name,
@@ -147,15 +147,22 @@ class Evaluator(COCOEvaluator):
             self._logger.info(f"wrote the report {report}")
 
 
+def _part_of_path(name: str) -> str:
+    """Return the name of a dataset, which may be a path, as the name of one folder."""
+    return name.replace("/", "%2F")
+
+
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> Evaluator:
     """Build the evaluator of a configuration for one of its datasets.
 
     Its files go to the folder "inference", and there to a folder of its own if there are several.
     """
-    test, several = cfg.TEST, len(cfg.DATASETS.TEST) > 1
+    test, folder = cfg.TEST, os.path.join(cfg.OUTPUT_DIR, "inference")
+    if len(cfg.DATASETS.TEST) > 1:
+        folder = os.path.join(folder, _part_of_path(dataset_name))
     return Evaluator(
         dataset_name,
-        output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name if several else ""),
+        output_dir=folder,
         max_detections=test.COCO_LIMIT or max(COCO_LIMIT, test.DETECTIONS_PER_IMAGE),
         implementation=test.COCO_EVAL,
         model_classes=list(cfg.MODEL.DN_DETR.CLASS_NAMES),
@@ -187,6 +194,8 @@ def evaluate(
     """
     if not results:
         return None
+    if max_detections < 1:
+        raise InputError(f"the limit of detections must be at least 1, got {max_detections}.")
     if task == "segm":  # pycocotools would use the area of a box for its mask
         results = [{k: v for k, v in result.items() if k != "bbox"} for result in results]
     evaluated = (coco_eval or coco_eval_class("detectron2"))(coco, coco.loadRes(results), task)

@@ -19,7 +19,7 @@ from dn_detr.d2.evaluation.error_analysis import IOU, Analysis, ImageResult, ana
 from dn_detr.d2.inference.plot_text import class_label, literal_text
 from dn_detr.d2.inference.visualization import draw_styled
 from dn_detr.datasets.image_files import read_rgb
-from dn_detr.errors import BadImage
+from dn_detr.errors import BadImage, InputError
 
 NUM_IMAGES = 12  # images with most errors in the report
 _MOST_CURVES = 12  # most classes with their own curve
@@ -102,7 +102,10 @@ def write_report(
     Returns:
         The path of report.html, which embeds all pictures.
     """
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder of the report cannot be made: {error}.") from error
     analysis = analyse(evaluated, results, masks)
     content = to_json(analysis, name)
     with literal_text(result.name for result in analysis.classes):

@@ -104,11 +104,11 @@ def draw_styled(
     line_styles: list[str],
 ) -> np.ndarray:
     """Draw boxes [N, 4], each with its own colour and line style ("-", "--"); see `draw_boxes`."""
-    scale = _scale(image)
+    scale, (height, width) = _scale(image), image.shape[:2]
     canvas, size = _Canvas(image, scale=scale), 8 / scale  # in points of the picture
-    for box, caption, color, style in zip(
-        boxes_xyxy_px, captions, colors, line_styles, strict=True
-    ):
+    # Matplotlib fails at points far outside; edges a little outside cannot be seen either.
+    boxes = np.clip(boxes_xyxy_px, -9, [width + 9, height + 9] * 2)
+    for box, caption, color, style in zip(boxes, captions, colors, line_styles, strict=True):
         canvas.draw_box(box, alpha=0.9, edge_color=color, line_style=style)
         canvas.draw_text(caption, box[:2], color=color, horizontal_alignment="left", font_size=size)
     return canvas.output.get_image()
