@@ -124,13 +124,15 @@ class DenoisingQueries(nn.Module):
         if self.as_published:
             content = state.content.masked_fill(noised.is_empty[..., None], 0)
             state = replace(state, content=content)
+        # Without any object in the batch there are no denoising queries in their code.
+        trains_empty = self.as_published and self.trains_empty and any(targets.counts)
         segment = Segment(
             name="dn",
             size=noised.labels.shape[1],
             num_groups=noised.num_groups,
             attends_to=("match",),
             assignment=noised.assignment,
-            is_empty=None if self.as_published and self.trains_empty else noised.is_empty,
+            is_empty=None if trains_empty else noised.is_empty,
             positives_per_object=noised.num_groups,
         )
         return Queries(

@@ -126,8 +126,6 @@ class TokenQueries(nn.Module):
     """
 
     starts_from_masks = False
-    as_published = False
-    """Initial boxes are relative to the padded canvas."""
 
     def __init__(
         self,
@@ -205,11 +203,7 @@ class TokenSource:
         mask_features, epsilon = self.memory.mask_features, self.design.epsilon
         with torch.no_grad():
             masks = mask_logits(embeddings, mask_features.features)
-            valid = mask_features.valid_sizes
-            if self.design.as_published:
-                sides = masks.shape[:1:-1]
-                valid = torch.cat([valid.new_full((valid.shape[0], 1), side) for side in sides], 1)
-            around, is_empty = boxes_of_masks(masks, valid)
+            around, is_empty = boxes_of_masks(masks, mask_features.valid_sizes)
             around = torch.where(is_empty[..., None], boxes, around.to(boxes.dtype))
             return keep_inside(around, epsilon)
 

@@ -19,9 +19,6 @@ class MaskHead(nn.Module):
     3x3 convolution, but still enters the statistics of the group norms.
     """
 
-    as_published = False
-    """Treat padding as part of the image."""
-
     def __init__(self, *, in_channels: int, channels: int):
         super().__init__()
         self.lateral = nn.Sequential(
@@ -39,10 +36,9 @@ class MaskHead(nn.Module):
         """Return mask features [B, C, h, w] from feature [B, C_in, h, w], padding [B, H, W]."""
         lateral = self.lateral(feature)
         height, width = lateral.shape[-2:]
-        finest = finest_level(memory, extends_border=not self.as_published)
+        finest = finest_level(memory)
         joined = lateral + F.interpolate(finest, size=(height, width), mode="bilinear")
-        if not self.as_published:
-            joined = joined.masked_fill(resize_padding(padding, height, width)[:, None], 0)
+        joined = joined.masked_fill(resize_padding(padding, height, width)[:, None], 0)
         features = self.project(self.output(joined).relu())
         inside = ~padding
         valid_width = inside[:, 0].sum(1) * width / padding.shape[2]
@@ -51,13 +47,11 @@ class MaskHead(nn.Module):
         return MaskFeatures(features, valid)
 
 
-def finest_level(memory: Memory, *, extends_border: bool) -> Tensor:
-    """Return the finest level [B, C, h, w]; extends_border: its padding replaced by the border."""
+def finest_level(memory: Memory) -> Tensor:
+    """Return the finest level [B, C, h, w], its padding replaced by the border."""
     (height, width), *_ = memory.shapes
     tokens = memory.tokens.narrow(1, 0, height * width)
     features = tokens.transpose(1, 2).unflatten(2, (height, width))
-    if not extends_border:
-        return features
     last = (memory.valid_sizes[:, 0].long() - 1).clamp(min=0)  # column, row
     for axis, size, index in ((3, width, last[:, 0]), (2, height, last[:, 1])):
         source = torch.arange(size, device=index.device).minimum(index[:, None])
