@@ -53,11 +53,23 @@ def test_our_configurations_set_only_what_is_read(path, caplog):
         ("dn_deformable", "BACKBONE", "timm/resnet18"),
         ("dn_detr_vanilla", "LOSS.FOCAL_ALPHA", "0.5"),
         ("dn_faster_rcnn_fpn", "NUM_QUERIES", "10"),
+        ("dn_detr", ".MODEL.ROI_HEADS.NUM_CLASSES", "3"),
+        ("dn_detr", ".TEST.AUG.ENABLED", "True"),
+        ("dn_detr", ".DATALOADER.ASPECT_RATIO_GROUPING", "True"),
+        ("dn_detr", ".DATALOADER.REPEAT_THRESHOLD", "0.1"),
+        ("dn_detr", ".VIS_PERIOD", "10"),
+        ("dn_detr", ".SOLVER.BIAS_LR_FACTOR", "2.0"),
+        ("dn_detr", ".SOLVER.MOMENTUM", "0.5"),
+        ("dn_detr", ".SOLVER.FLAT_ITERS", "10"),
+        ("dn_detr", ".SOLVER.BASE_LR_END", "0.1"),
+        ("deim_dino", ".SOLVER.STEPS", "[10]"),
+        ("mask2former", ".INPUT.MIN_SIZE_TRAIN", "[300]"),
+        ("faster_rcnn_fpn", ".MODEL.ROI_HEADS.NUM_CLASSES", "3"),
     ],
 )
 def test_a_key_that_is_not_read_is_refused_on_the_command_line(file, key, value, tmp_path, caplog):
     path = next(CONFIGS.rglob(f"{file}.yaml"))
-    name = f"MODEL.DN_DETR.{key}"
+    name = f"MODEL.DN_DETR.{key}".rpartition("..")[2]
     with pytest.raises(InputError, match=f"{name} has no effect: .*"):
         read_config(str(path), [name, value])
     *parts, last = name.split(".")
