@@ -121,18 +121,20 @@ def check_keys(cfg: CfgNode, default: CfgNode, config_file: str, opts: list[str]
         default: all keys with their defaults.
         config_file: keys in the file itself (not in its _BASE_) that are not read and differ from
             the default give one warning line.
-        opts: pairs of key and value; one that is not read is an error.
+        opts: pairs of key and value; one of this project that is not read is an error, those of
+            Detectron2 give one warning line.
 
     Raises:
         InputError: for the first such key of `opts`.
     """
-    for key in map(str, opts[::2]):
-        if why := why_unread(cfg, key):
+    given = list(map(str, opts[::2]))
+    for key in given:
+        if key.startswith(PREFIX) and (why := why_unread(cfg, key)):
             raise InputError(f"{key} has no effect: {why}.")
-    changed = _changed_in(config_file, default)
-    ignored = [f"{key} ({why})" for key in changed if (why := why_unread(cfg, key))]
-    if ignored:
-        logger.warning(f"{config_file} sets keys that have no effect: {', '.join(ignored)}")
+    for where, keys in ((config_file, _changed_in(config_file, default)), ("the command", given)):
+        ignored = [f"{key} ({why})" for key in keys if (why := why_unread(cfg, key))]
+        if ignored:
+            logger.warning(f"{where} sets keys that have no effect: {', '.join(ignored)}")
 
 
 def _is_below(key: str, prefix: str) -> bool:
