@@ -279,7 +279,6 @@ def mask_dino(load, monkeypatch):
         "MODEL.MaskDINO.DEC_LAYERS": 3,
         "MODEL.MaskDINO.TRAIN_NUM_POINTS": NUM_POINTS,
         "MODEL.MaskDINO.DN_NOISE_SCALE": 0.0,
-        "MODEL.MaskDINO.INITIALIZE_BOX_TYPE": "bitmask",
     }
     path = load.path / "configs/coco/instance-segmentation"
     path = path / "maskdino_R50_bs16_50ep_3s_dowsample1_2048.yaml"

@@ -89,12 +89,13 @@ def mask_logits(embeddings: Tensor, features: Tensor) -> Tensor:
     return masks.unflatten(2, (height, width))
 
 
-def boxes_of_masks(masks: Tensor, valid_sizes: Tensor) -> tuple[Tensor, Tensor]:
+def boxes_of_masks(masks: Tensor, valid_sizes: Tensor, last: int = 1) -> tuple[Tensor, Tensor]:
     """Compute the bounding boxes of masks (logits above 0).
 
     Args:
         masks: Logits [B, Q, h, w].
         valid_sizes: [B, 2], (w, h) of the unpadded image in cells.
+        last: How much of their last row and column the boxes hold.
 
     Returns:
         Boxes [B, Q, 4] cxcywh in [0, 1] of the unpadded image, 0.5 for empty masks, and is_empty
@@ -109,13 +110,13 @@ def boxes_of_masks(masks: Tensor, valid_sizes: Tensor) -> tuple[Tensor, Tensor]:
 
     def extent(is_covered: Tensor, cells: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         first = torch.where(is_covered, cells, torch.inf).amin(-1)
-        end = torch.where(is_covered, cells + 1, 0).amax(-1)
+        end = torch.where(is_covered, cells + last, 0).amax(-1)
         return first / valid, end.minimum(valid) / valid
 
     (x0, x1), (y0, y1) = (
         extent(is_on.any(-2), columns, valid_width),
         extent(is_on.any(-1), rows, valid_height),
     )
-    is_empty = x1 == 0
+    is_empty = ~is_on.flatten(2).any(-1)
     boxes = xyxy_to_cxcywh(torch.stack((x0, y0, x1, y1), dim=-1))
     return torch.where(is_empty[..., None], 0.5, boxes), is_empty

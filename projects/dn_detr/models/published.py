@@ -11,6 +11,8 @@ says what differs:
 - `layers.row_column_attention.RowColumnAttention`: means include padding (Anchor DETR);
 - `models.detection_transformer.DETR` with masks: padding is part of the image (Mask2Former, Mask
   DINO), and `d2.data.mapper` pads training images to one size;
+- `methods.mask_dino.TokenQueries`: boxes around masks are a cell smaller, and in a corner for empty
+  masks;
 - `auxiliary.denoising.DenoisingQueries`: empty queries are visible, and in DINO and Mask DINO they
   are trained as negatives.
 """
