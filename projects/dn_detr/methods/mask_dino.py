@@ -15,9 +15,10 @@ What differs from DINO:
 
 Deviations from the authors' code: padding tokens and tokens at the image border never become
 queries (theirs can); the box around a first mask holds all of it (theirs: but for the last row and
-column), and a query whose first mask is empty keeps its proposed box; empty denoising queries are masked and are not negatives; images with more objects than the budget noise a random
-subset (theirs skips denoising); see also `losses.mask_points`. As in their code but not their
-paper, the coarsest level proposes the smallest boxes.
+column), and a query whose first mask is empty keeps its proposed box (theirs: a corner); empty
+denoising queries are masked and are not negatives; images with more objects than the budget noise a
+random subset (theirs skips denoising); see also `losses.mask_points`. As in their code but not
+their paper, the coarsest level proposes the smallest boxes.
 """
 
 from __future__ import annotations
@@ -127,8 +128,8 @@ class TokenQueries(nn.Module):
 
     starts_from_masks = False
     as_published = False
-    """Boxes around masks as "mask2box" makes them: without the last row and column, and in the lower
-    right corner for empty masks."""
+    """Boxes around masks as "mask2box" makes them: without the last row and column, and in the
+    lower right corner for empty masks."""
 
     def __init__(
         self,
@@ -209,7 +210,8 @@ class TokenSource:
             is_theirs = self.design.as_published
             around, is_empty = boxes_of_masks(masks, mask_features.valid_sizes, 1 - is_theirs)
             if is_theirs:
-                boxes = boxes.new_tensor([1, 1, 0, 0]).expand_as(boxes)
+                corner = torch.ones_like(boxes[..., :2])
+                boxes = torch.cat((corner, torch.zeros_like(corner)), dim=-1)
             around = torch.where(is_empty[..., None], boxes, around.to(boxes.dtype))
             return keep_inside(around, epsilon)
 
