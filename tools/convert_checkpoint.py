@@ -42,7 +42,7 @@ def main() -> None:
         "--classes",
         choices=("keep", "coco80"),
         default="keep",
-        help="coco80: select COCO's 80 categories from the raw ids 0 to 90, and name them",
+        help="coco80: name COCO's 80 categories, selected from the raw ids 0 to 90 if need be",
     )
     parser.add_argument(
         "--config-file", help="configuration of this model, kept in the converted checkpoint"
@@ -53,7 +53,7 @@ def main() -> None:
         ours, table = convert(state, args.method)
         about = {"format": FORMAT, "as_published": True}
         if args.classes == "coco80":
-            ours = keep_coco_classes(ours)
+            ours = keep_coco_classes(ours, table.empty_classes)
             about["class_names"] = COCO80
         if args.config_file:
             about["config"] = described_by(args.config_file, args.method, about)

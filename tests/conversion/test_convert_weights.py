@@ -127,8 +127,25 @@ def test_the_80_categories_are_taken_out_of_raw_numbers():
 
 
 def test_a_head_of_other_classes_cannot_be_taken_for_raw_numbers():
-    with pytest.raises(ValueError, match="91 or 92 rows"):
-        keep_coco_classes({"core.decoder.predictor.heads.class_heads.0.bias": torch.ones(80)})
+    with pytest.raises(ValueError, match="80 or 91 rows of COCO's classes, got 20"):
+        keep_coco_classes({"core.decoder.predictor.heads.class_heads.0.bias": torch.ones(20)})
+
+
+@pytest.mark.parametrize(
+    ("rows", "empty_classes", "kept"),
+    [
+        (80, 0, range(80)),  # Mask DINO
+        (81, 0, range(81)),  # Mask2Former, with "no object"
+        (92, 0, [*COCO_CATEGORIES, 91]),  # DETR, with "no object"
+        (92, 1, COCO_CATEGORIES),  # SMCA, with a row that no object has
+        (1, 0, [0]),  # two-stage Deformable DETR
+    ],
+)
+def test_the_80_categories_are_found_whatever_rows_a_head_has(rows, empty_classes, kept):
+    state = {"core.query_design.heads.class_head.bias": torch.arange(rows)}
+    (bias,) = keep_coco_classes(state, empty_classes).values()
+    assert bias.tolist() == list(kept)
+    assert TABLES["smca"][0].empty_classes == 1
 
 
 def other_method(path):

@@ -197,6 +197,32 @@ def test_masks_stay_on_their_objects_through_flips_resizes_and_crops(tmp_path, a
     assert num_cut > 3
 
 
+def test_polygons_are_drawn_in_the_size_of_the_augmented_image(tmp_path):
+    """As in Detectron2: enlarged masks have smooth borders. The record keeps its polygons."""
+    record = make_record(tmp_path, 120, 100, [(60, 20, 35, 90)])
+    record = with_masks(record, [np.array(TRIANGLE, np.float64)], as_code=False)
+    mapper = train_mapper(min_sizes=(400,), crop=None, flip="none")
+    mapper.with_masks = True
+    (mask,) = mapper(record)["instances"].gt_masks.tensor
+    code = coco_mask.frPyObjects([[4 * x for x in TRIANGLE]], 480, 400)
+    assert np.array_equal(mask.numpy(), coco_mask.decode(code)[..., 0].astype(bool))
+    assert record["annotations"][0]["segmentation"][0].tolist() == TRIANGLE
+
+
+@pytest.mark.parametrize("as_code", [False, True])
+def test_large_scale_jitter_pads_with_grey_as_published(tmp_path, as_code):
+    record = make_record(tmp_path, 120, 100, [(60, 20, 35, 90)], colours=[(255, 0, 0)])
+    record = with_masks(record, [TRIANGLE], as_code)
+    mapper = train_mapper(jitter=(0.5, 0.5, 200, True), flip="none")
+    mapper.with_masks = True
+    sample = mapper(record)
+    assert sample["image"].shape == (3, 200, 200)
+    assert bool((sample["image"][:, 100:] == 128).all())
+    (mask,) = sample["instances"].gt_masks.tensor
+    assert mask.shape == (200, 200) and mask.any() and not mask[100:].any()
+    assert sample["instances"].image_size == (200, 200)
+
+
 def test_the_box_of_a_cut_object_is_that_of_what_is_left_of_it(tmp_path):
     """A triangle whose wide side is cut off: its box shrinks more than the crop asks for."""
     record = make_record(tmp_path, 120, 100, [(60, 20, 35, 90)])
@@ -258,7 +284,7 @@ AUGMENTATIONS = {
     "flip": {"crop": None, "flip": "vertical"},
     "resize": {"crop": None, "flip": "none", "min_sizes": (50, 64, 90)},
     "crop": {"crop": ((100, 140), "absolute_range", (40, 80)), "min_sizes": (70, 90)},
-    "jitter": {"jitter": (0.4, 2.0, 96)},
+    "jitter": {"jitter": (0.4, 2.0, 96, False)},
 }
 
 

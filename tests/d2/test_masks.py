@@ -51,6 +51,16 @@ def test_losses_have_the_same_keys_with_and_without_objects(name, model_of):
     assert losses[2]["loss_dice_dn"] == 0 and losses[2]["loss_mask"] == 0
 
 
+def test_training_as_published_needs_images_without_padding(model_of):
+    """The authors' are all of 1024 x 1024: boxes relative to a larger canvas would mean another."""
+    model = model_of("mask_dino", "MODEL.DN_DETR.AS_PUBLISHED", True)
+    samples = [sample(0, 3), sample(1, 1)]
+    assert all(loss.isfinite() for loss in model(samples).values())
+    samples[1]["image"] = samples[1]["image"][:, :-1]
+    with pytest.raises(InputError, match="AS_PUBLISHED with masks needs images of one size"):
+        model(samples)
+
+
 @both
 def test_mixed_precision_gives_finite_losses_and_gradients(name, model_of):
     model = model_of(name)

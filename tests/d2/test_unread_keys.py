@@ -41,6 +41,18 @@ def test_our_configurations_set_only_what_is_read(path, caplog):
     assert not [text for text in caplog.messages if "no effect" in text]
 
 
+def warning_of_file(base, name, value, tmp_path, caplog) -> str:
+    """The one warning of a file that sets a key on top of `base`."""
+    *parts, last = name.split(".")
+    lines = [f"{'  ' * depth}{part}:" for depth, part in enumerate(parts)]
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("\n".join([f"_BASE_: {base}", *lines, f"{'  ' * len(parts)}{last}: {value}\n"]))
+    with caplog.at_level("WARNING"):
+        read_config(str(mine), [])
+    (text,) = [text for text in caplog.messages if "no effect" in text]
+    return text
+
+
 @pytest.mark.parametrize(
     ("file", "key", "value"),
     [
@@ -60,14 +72,33 @@ def test_a_key_that_is_not_read_is_refused_on_the_command_line(file, key, value,
     name = f"MODEL.DN_DETR.{key}"
     with pytest.raises(InputError, match=f"{name} has no effect: .*"):
         read_config(str(path), [name, value])
-    *parts, last = name.split(".")
-    lines = [f"{'  ' * depth}{part}:" for depth, part in enumerate(parts)]
-    mine = tmp_path / "mine.yaml"
-    mine.write_text("\n".join([f"_BASE_: {path}", *lines, f"{'  ' * len(parts)}{last}: {value}\n"]))
+    assert name in warning_of_file(path, name, value, tmp_path, caplog)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("dn_detr", "MODEL.ROI_HEADS.NUM_CLASSES", "3"),
+        ("dn_detr", "TEST.AUG.ENABLED", "True"),
+        ("dn_detr", "DATALOADER.ASPECT_RATIO_GROUPING", "True"),
+        ("dn_detr", "DATALOADER.REPEAT_THRESHOLD", "0.1"),
+        ("dn_detr", "VIS_PERIOD", "10"),
+        ("dn_detr", "SOLVER.BIAS_LR_FACTOR", "2.0"),
+        ("dn_detr", "SOLVER.MOMENTUM", "0.5"),
+        ("dn_detr", "SOLVER.FLAT_ITERS", "10"),
+        ("dn_detr", "SOLVER.BASE_LR_END", "0.1"),
+        ("deim_dino", "SOLVER.STEPS", "[10]"),
+        ("mask2former", "INPUT.MIN_SIZE_TRAIN", "[300]"),
+        ("faster_rcnn_fpn", "MODEL.ROI_HEADS.NUM_CLASSES", "3"),
+    ],
+)
+def test_a_key_of_detectron2_that_is_not_read_gives_a_warning(file, key, value, tmp_path, caplog):
+    path = CONFIGS / f"{file}.yaml"
     with caplog.at_level("WARNING"):
-        read_config(str(mine), [])
-    (text,) = [text for text in caplog.messages if "no effect" in text]
-    assert name in text
+        read_config(str(path), [key, value])
+    assert f"the command sets keys that have no effect: {key} (" in caplog.messages[-1]
+    caplog.clear()
+    assert key in warning_of_file(path, key, value, tmp_path, caplog)
 
 
 def test_keys_of_parts_that_are_switched_off_count_as_read():

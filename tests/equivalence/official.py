@@ -10,6 +10,7 @@ import runpy
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -74,12 +75,14 @@ class Official:
 
     Attributes:
         step: batch -> {name: weighted loss}.
+        detect: batch -> for each image boxes xyxy in pixels, scores, labels and masks.
         matched: of the last step, for each call of their matcher the (queries, objects) of images.
         backbone: prefix of the parameters of the tiny backbone.
     """
 
     model: nn.Module
     step: callable
+    detect: callable
     matched: list
     backbone: str = "backbone.0"
     is_detectron2: bool = False
@@ -114,7 +117,8 @@ def with_config(args: Namespace, path: Path, **changes) -> Namespace:
 
 
 def build(load, builder: str, args: Namespace, stages: list[str], monkeypatch):
-    """Model and criterion by their own `builder` ("module:function") on the tiny backbone."""
+    """Model, criterion and postprocessors by their own `builder` ("module:function") on the tiny
+    backbone."""
     name, function = builder.split(":")
     module = load(name)
     package = name.rpartition(".")[0]
@@ -132,14 +136,13 @@ def build(load, builder: str, args: Namespace, stages: list[str], monkeypatch):
         return joined
 
     monkeypatch.setattr(module, "build_backbone", build_backbone)
-    model, criterion, _ = getattr(module, function)(args)
-    return model, criterion
+    return getattr(module, function)(args)
 
 
 def detr_like(load, builder, args, stages, monkeypatch, **loop) -> Official:
     """One of the repositories that grew from DETR's. loop: arguments of their train_one_epoch."""
     main, engine = load("main"), load("engine")
-    model, criterion = build(load, builder, args, stages, monkeypatch)
+    model, criterion, postprocessors = build(load, builder, args, stages, monkeypatch)
     values = {**vars(main), "args": args, "model_without_ddp": model, "criterion": criterion}
     code = statements_of_main(main, {"match_name_keywords", "param_dicts", "optimizer"})
     exec(compile(code, main.__file__, "exec"), values)  # noqa: S102
@@ -175,8 +178,31 @@ def detr_like(load, builder, args, stages, monkeypatch, **loop) -> Official:
         weights = criterion.weight_dict  # Anchor DETR's loop logs their sum only
         return {n: float(v) * weights[n] for n, v in computed.items() if n in weights}
 
+    def detect(batch):
+        """Run their evaluation, without COCO's."""
+        evaluator, found = mock.MagicMock(), {}
+        evaluator.update = found.update
+        monkeypatch.setattr(engine, "CocoEvaluator", lambda *_a, **_b: evaluator)
+        object.__setattr__(model, "module", model)  # some expect several processes
+        accepted = inspect.signature(engine.evaluate).parameters
+        targets = batch.their_targets()
+        for number, target in enumerate(targets):
+            target |= {"image_id": torch.tensor(number), "orig_size": target["size"]}
+        with contextlib.redirect_stdout(io.StringIO()):
+            engine.evaluate(
+                model,
+                criterion,
+                postprocessors,
+                [(collate(batch.images), targets)],
+                None,
+                torch.device("cpu"),
+                "",
+                **({"args": args} if "args" in accepted else {}),
+            )
+        return [found[number] for number, _ in enumerate(targets)]
+
     is_joined = isinstance(model.backbone, nn.Sequential)
-    return Official(model, step, matched, "backbone.0" if is_joined else "backbone")
+    return Official(model, step, detect, matched, "backbone.0" if is_joined else "backbone")
 
 
 def detectron2_like(load, config: Path, names: str, changes: dict) -> Official:
@@ -216,4 +242,16 @@ def detectron2_like(load, config: Path, names: str, changes: dict) -> Official:
         optimizer.step()
         return {name: float(value) for name, value in losses.items()}
 
-    return Official(model, step, matched, "backbone", is_detectron2=True)
+    def detect(batch):
+        found = [output["instances"] for output in model.eval()(batch.samples())]
+        return [
+            {
+                "boxes": one.pred_boxes.tensor,
+                "scores": one.scores,
+                "labels": one.pred_classes,
+                "masks": one.pred_masks,
+            }
+            for one in found
+        ]
+
+    return Official(model, step, detect, matched, "backbone", is_detectron2=True)

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-COLUMNS = ("outputs", "losses", "gradients", "starting values", "optimizer groups", "20 steps")
+COLUMNS = (
+    "outputs",
+    "losses",
+    "gradients",
+    "starting values",
+    "optimizer groups",
+    "20 steps",
+    "detections",
+)
 _CELLS: dict[tuple[str, str], float] = {}
 
 

@@ -204,13 +204,14 @@ def test_mask_dino_equals_the_authors(authors, features, monkeypatch, counts):
         dn="seg",
         noise_scale=0.0,
         dn_num=12,
-        initialize_box_type="bitmask",
+        initialize_box_type="mask2box",
         initial_pred=True,
         learn_tgt=False,
         total_num_feature_levels=4,
     )
     theirs = Head(pixel_decoder, predictor).train()
     randomize(theirs)
+    pixel_decoder.mask_features.bias.data -= 3  # some of the first masks are then empty
     given = dict(zip(shapes(), features, strict=True))
     their_targets, targets = with_masks(*counts)
     maps, _, scales = pixel_decoder.forward_features(given, None)
@@ -233,6 +234,8 @@ def test_mask_dino_equals_the_authors(authors, features, monkeypatch, counts):
         found[f"{name} boxes"] = difference(part.boxes, layers_of(their_output, "pred_boxes"))
         found[f"{name} masks"] = compare_masks(part, layers_of(their_output, "pred_masks"))
     first = output["interm_outputs"]
+    is_empty = (first["pred_masks"] <= 0).all(dim=(2, 3))
+    assert is_empty.any() and not is_empty.all()  # their boxes are in a corner
     found["proposed logits"] = difference(proposals.logits[0], first["pred_logits"])
     found["proposed boxes"] = difference(proposals.boxes[0], first["pred_boxes"])
     found["proposed masks"] = compare_masks(proposals, first["pred_masks"][None])

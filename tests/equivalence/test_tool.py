@@ -11,8 +11,30 @@ import pytest
 import torch
 import torchvision
 from peers import randomize
+from published import PUBLISHED, Authors, our_config
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_documented_command_converts_every_method(name, authors, monkeypatch, tmp_path):
+    """Nothing but the file, the method and the configuration is known."""
+    from dn_detr.d2.inference.saved_detector import load_detector
+
+    published = PUBLISHED[name]
+    load = authors(published.repository)
+    monkeypatch.chdir(load.path)
+    source, converted = tmp_path / "checkpoint.pth", tmp_path / "converted.pth"
+    torch.save({"model": Authors(published, load, monkeypatch).model().state_dict()}, source)
+    method = our_config(name, published.num_classes).MODEL.DN_DETR.METHOD
+    config = ROOT / "configs" / f"{name}.yaml"
+    options = ["--method", method, "--classes", "coco80", "--config-file", config]
+    tool = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", source, converted]
+    subprocess.run([*tool, *options], check=True, cwd=ROOT)
+    saved = load_detector(str(converted), device="cpu")
+    assert saved.model.num_classes == 80 and saved.class_names[11] == "stop sign"
+    source.unlink()
+    converted.unlink()
 
 
 def test_a_checkpoint_of_the_authors_becomes_one_of_the_configured_detector(authors, tmp_path):

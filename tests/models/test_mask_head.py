@@ -20,6 +20,8 @@ def test_the_box_around_a_mask_ends_with_the_image():
     expected = [[2 / 6, 1 / 3, 4 / 6, 1.0], [5 / 6, 2 / 3, 1.0, 1.0]]
     torch.testing.assert_close(cxcywh_to_xyxy(boxes[0, :2]), torch.tensor(expected))
     assert is_empty.tolist() == [[False, False, True]]
+    smaller, _ = boxes_of_masks(masks, torch.tensor([[6.0, 3.0]]), last=0)
+    torch.testing.assert_close(boxes[0, 0, 2:] - smaller[0, 0, 2:], torch.tensor([1 / 6, 1 / 3]))
     assert boxes[0, 2].tolist() == [0.5] * 4
 
 

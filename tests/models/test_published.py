@@ -71,6 +71,21 @@ def test_as_published_changes_predictions_of_padded_images_only(method):
             assert not differ
 
 
+@pytest.mark.parametrize("method", ["mask2former", "mask_dino"])
+def test_padding_is_part_of_the_image_in_published_masks(method):
+    """The model sees the canvas; its boxes are given relative to the unpadded image."""
+    model, features, padding = model_of(method)
+    set_as_published(model)
+    with torch.no_grad():
+        padded = model(features, padding)
+        canvas = model(features, torch.zeros_like(padding))
+    torch.testing.assert_close(padded.logits, canvas.logits)
+    torch.testing.assert_close(padded.mask_embeddings, canvas.mask_embeddings)
+    if method == "mask_dino":
+        sides = torch.tensor([96 / 64, 64 / 48] * 2)
+        torch.testing.assert_close(padded.boxes, canvas.boxes * sides)
+
+
 @pytest.mark.parametrize("method", ["dab_detr", "dino", "mask_dino"])
 def test_empty_denoising_queries_are_visible_and_negatives_in_dino_alone(method):
     model, features, padding = model_of(method, denoising=Denoising(num_groups=2))
@@ -97,6 +112,10 @@ def test_empty_denoising_queries_are_visible_and_negatives_in_dino_alone(method)
         assert segment.is_empty.sum(1).tolist() == [2, 0]
     else:
         assert segment.is_empty is None
+        masks = torch.zeros(0, 48, 64, dtype=torch.bool) if "mask" in method else None
+        none = Target(torch.zeros(0, dtype=torch.int64), box[:0], noise_seed=0, masks=masks)
+        segment = model(features, padding, pad_targets([none, none])).segment("dn")
+        assert segment.is_empty.all()
 
 
 def test_mask2former_with_denoising_has_no_published_form():

@@ -124,9 +124,9 @@ class DenoisingQueries(nn.Module):
         if self.as_published:
             content = state.content.masked_fill(noised.is_empty[..., None], 0)
             state = replace(state, content=content)
-        segment = noised.segment(
-            attends_to=("match",), trains_empty=self.as_published and self.trains_empty
-        )
+        # Without any object in the batch there are no denoising queries in their code.
+        trains_empty = self.as_published and self.trains_empty and any(targets.counts)
+        segment = noised.segment(attends_to=("match",), trains_empty=trains_empty)
         return Queries(
             state=QueryState.cat([state, queries.state]),
             segments=(segment, *queries.segments),

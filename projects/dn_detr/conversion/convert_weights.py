@@ -41,12 +41,14 @@ def convert(state: dict[str, Tensor], method: str) -> tuple[dict[str, Tensor], T
     return ours, table
 
 
-def keep_coco_classes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def keep_coco_classes(state: dict[str, Tensor], empty_classes: int = 0) -> dict[str, Tensor]:
     """Select the rows of the 80 COCO categories from class heads and label embeddings.
 
     Args:
         state: our name -> parameter; heads have 91 or 92 rows of category ids 0 to 90 [91 or 92,
-            ...]. A row after 90 ("no object" or "unknown") is kept as the last one.
+            ...]. A row after 90 ("no object" or "unknown") is kept as the last one. Heads of 80 or
+            81 rows have the 80 categories already.
+        empty_classes: of `Table`; these last rows are dropped.
 
     Raises:
         ValueError: if a head has another number of rows.
@@ -55,11 +57,11 @@ def keep_coco_classes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if not {"class_heads", "label_embedding", "class_head"} & set(name.split(".")):
             continue
-        rows = tensor.shape[0]
-        if rows == 1:  # class-agnostic
-            continue
-        if rows not in (91, 92):
-            raise ValueError(f"{name} must have 91 or 92 rows of COCO category ids, got {rows}")
-        keep = torch.tensor([*COCO_CATEGORIES, *range(91, rows)])
-        converted[name] = tensor[keep]
+        rows = tensor.shape[0] - empty_classes
+        keep = [*COCO_CATEGORIES, *range(91, rows)]
+        if rows in (1, 80, 81):  # class-agnostic, or COCO's 80 already
+            keep = list(range(rows))
+        elif rows not in (91, 92):
+            raise ValueError(f"{name} must have 80 or 91 rows of COCO's classes, got {rows}")
+        converted[name] = tensor[torch.tensor(keep)]
     return converted

@@ -34,11 +34,13 @@ class Table:
         source: project that published the files.
         rules: see the module docstring.
         optional: keys of rules that a file may lack (variants of one architecture).
+        empty_classes: rows at the end of its class heads that no object has.
     """
 
     source: str
     rules: dict[str, Rule]
     optional: frozenset[str] = frozenset()
+    empty_classes: int = 0
 
     def apply(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]]:
         """Rename the parameters [...] of a checkpoint.

@@ -40,16 +40,9 @@ from dn_detr.models.detection_transformer import DETR
 from dn_detr.models.learned_queries import LearnedQueryParameters
 from dn_detr.models.mask_head import MaskHead, MaskHeads, mask_logits
 from dn_detr.models.model_config import ModelConfig, MultiScaleConfig
-from dn_detr.models.multi_scale import deformable_encoder, feed_forward
-from dn_detr.models.neck import Flatten, MultiScaleNeck
-from dn_detr.structures import (
-    FeatureMaps,
-    Memory,
-    Predictions,
-    Queries,
-    QueryState,
-    Segment,
-)
+from dn_detr.models.multi_scale import deformable_encoder, feed_forward, multi_scale_neck
+from dn_detr.models.neck import Flatten
+from dn_detr.structures import Memory, Predictions, Queries, QueryState, Segment
 
 POINTS_PER_SIDE = 4
 """A cell belongs to a shifted mask if any of 4 x 4 points in it does."""
@@ -63,12 +56,7 @@ def mask2former(
     position = SinePosition(channels=c.channels, temperature=10000.0, cell_offset=0.0)
     heads = MaskHeads(channels=c.channels, num_classes=c.num_classes, has_no_object=c.has_no_object)
     return DETR(
-        neck=PaddingBlindNeck(
-            in_channels=in_channels[1:],
-            strides=strides[1:],
-            channels=c.channels,
-            num_levels=c.num_levels,
-        ),
+        neck=multi_scale_neck(c, in_channels[1:], strides[1:]),
         flatten=Flatten(position=position, channels=c.channels, num_levels=c.num_levels),
         encoder=deformable_encoder(c),
         query_design=MaskQueries(
@@ -86,17 +74,6 @@ def mask2former(
         ),
         mask_head=MaskHead(in_channels=in_channels[0], channels=c.channels),
     )
-
-
-class PaddingBlindNeck(MultiScaleNeck):
-    """Neck whose published form knows no padding; the encoder and the decoder follow it."""
-
-    as_published = False
-    """Treat padding as part of the image."""
-
-    def forward(self, features: list[Tensor], padding: Tensor) -> FeatureMaps:
-        """Project features [B, C_i, h_i, w_i], fine to coarse; padding [B, H, W] bool."""
-        return super().forward(features, padding & (not self.as_published))
 
 
 def level_of(layer: int, num_levels: int) -> int:

@@ -14,10 +14,11 @@ What differs from DINO:
  - unified denoising (3.3): non-contrastive noise on boxes and labels; masks are reconstructed too.
 
 Deviations from the authors' code: padding tokens and tokens at the image border never become
-queries (theirs can); a query whose first mask is empty keeps its proposed box; empty denoising
-queries are masked and are not negatives; images with more objects than the budget noise a random
-subset (theirs skips denoising); see also `losses.mask_points`. As in their code but not their
-paper, the coarsest level proposes the smallest boxes.
+queries (theirs can); the box around a first mask holds all of it (theirs: but for the last row and
+column), and a query whose first mask is empty keeps its proposed box (theirs: a corner); empty
+denoising queries are masked and are not negatives; images with more objects than the budget noise a
+random subset (theirs skips denoising); see also `losses.mask_points`. As in their code but not
+their paper, the coarsest level proposes the smallest boxes.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ class TokenQueries(nn.Module):
 
     starts_from_masks = False
     as_published = False
-    """Initial boxes are relative to the padded canvas."""
+    """Boxes around masks as "mask2box" makes them: without the last row and column, and in the
+    lower right corner for empty masks."""
 
     def __init__(
         self,
@@ -205,11 +207,11 @@ class TokenSource:
         mask_features, epsilon = self.memory.mask_features, self.design.epsilon
         with torch.no_grad():
             masks = mask_logits(embeddings, mask_features.features)
-            valid = mask_features.valid_sizes
-            if self.design.as_published:
-                sides = masks.shape[:1:-1]
-                valid = torch.cat([valid.new_full((valid.shape[0], 1), side) for side in sides], 1)
-            around, is_empty = boxes_of_masks(masks, valid)
+            is_theirs = self.design.as_published
+            around, is_empty = boxes_of_masks(masks, mask_features.valid_sizes, 1 - is_theirs)
+            if is_theirs:
+                corner = torch.ones_like(boxes[..., :2])
+                boxes = torch.cat((corner, torch.zeros_like(corner)), dim=-1)
             around = torch.where(is_empty[..., None], boxes, around.to(boxes.dtype))
             return keep_inside(around, epsilon)
 

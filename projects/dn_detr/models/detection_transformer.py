@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dn_detr.protocols import QueryDesign
@@ -26,6 +27,9 @@ class DETR(nn.Module):
         mask_head: (finest feature, padding, memory) -> MaskFeatures, or None for a model without
             masks. With a mask head, the neck does not get the finest feature.
     """
+
+    as_published = False
+    """With a mask head, padding is part of the image (Mask2Former, Mask DINO)."""
 
     def __init__(
         self,
@@ -63,8 +67,12 @@ class DETR(nn.Module):
             prompt: (queries, source) -> queries, adds box prompts at inference
                 (`auxiliary.box_prompts.add_prompts`).
         """
+        canvas_per_image = None
         if self.mask_head is not None:
             finest, *features = features
+            if self.as_published:
+                canvas_per_image = share_of_canvas(padding).reciprocal()
+                padding = torch.zeros_like(padding)
         memory = self.encoder(self.flatten(self.neck(features, padding)))
         if self.mask_head is not None:
             memory = replace(memory, mask_features=self.mask_head(finest, padding, memory))
@@ -75,4 +83,13 @@ class DETR(nn.Module):
                 queries = auxiliary(queries, source, targets)
         if prompt is not None:
             queries = prompt(queries, source)
-        return self.decoder(queries, memory)
+        predictions = self.decoder(queries, memory)
+        if canvas_per_image is None or predictions.boxes is None:
+            return predictions
+        return replace(predictions, boxes=predictions.boxes * canvas_per_image[:, None])
+
+
+def share_of_canvas(padding: Tensor) -> Tensor:
+    """Return what image sides are of the canvas's [B, 4] (w, h, w, h); padding [B, H, W] bool."""
+    inside = (~padding).float()
+    return torch.stack((inside[:, 0].mean(1), inside[:, :, 0].mean(1)), dim=1).repeat(1, 2)

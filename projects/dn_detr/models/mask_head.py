@@ -19,9 +19,6 @@ class MaskHead(nn.Module):
     3x3 convolution, but still enters the statistics of the group norms.
     """
 
-    as_published = False
-    """Treat padding as part of the image."""
-
     def __init__(self, *, in_channels: int, channels: int):
         super().__init__()
         self.lateral = nn.Sequential(
@@ -39,10 +36,9 @@ class MaskHead(nn.Module):
         """Return mask features [B, C, h, w] from feature [B, C_in, h, w], padding [B, H, W]."""
         lateral = self.lateral(feature)
         height, width = lateral.shape[-2:]
-        finest = finest_level(memory, extends_border=not self.as_published)
+        finest = finest_level(memory)
         joined = lateral + F.interpolate(finest, size=(height, width), mode="bilinear")
-        if not self.as_published:
-            joined = joined.masked_fill(resize_padding(padding, height, width)[:, None], 0)
+        joined = joined.masked_fill(resize_padding(padding, height, width)[:, None], 0)
         features = self.project(self.output(joined).relu())
         inside = ~padding
         valid_width = inside[:, 0].sum(1) * width / padding.shape[2]
@@ -51,13 +47,11 @@ class MaskHead(nn.Module):
         return MaskFeatures(features, valid)
 
 
-def finest_level(memory: Memory, *, extends_border: bool) -> Tensor:
-    """Return the finest level [B, C, h, w]; extends_border: its padding replaced by the border."""
+def finest_level(memory: Memory) -> Tensor:
+    """Return the finest level [B, C, h, w], its padding replaced by the border."""
     (height, width), *_ = memory.shapes
     tokens = memory.tokens.narrow(1, 0, height * width)
     features = tokens.transpose(1, 2).unflatten(2, (height, width))
-    if not extends_border:
-        return features
     last = (memory.valid_sizes[:, 0].long() - 1).clamp(min=0)  # column, row
     for axis, size, index in ((3, width, last[:, 0]), (2, height, last[:, 1])):
         source = torch.arange(size, device=index.device).minimum(index[:, None])
@@ -95,12 +89,13 @@ def mask_logits(embeddings: Tensor, features: Tensor) -> Tensor:
     return masks.unflatten(2, (height, width))
 
 
-def boxes_of_masks(masks: Tensor, valid_sizes: Tensor) -> tuple[Tensor, Tensor]:
+def boxes_of_masks(masks: Tensor, valid_sizes: Tensor, last: int = 1) -> tuple[Tensor, Tensor]:
     """Compute the bounding boxes of masks (logits above 0).
 
     Args:
         masks: Logits [B, Q, h, w].
         valid_sizes: [B, 2], (w, h) of the unpadded image in cells.
+        last: How much of their last row and column the boxes hold.
 
     Returns:
         Boxes [B, Q, 4] cxcywh in [0, 1] of the unpadded image, 0.5 for empty masks, and is_empty
@@ -115,13 +110,13 @@ def boxes_of_masks(masks: Tensor, valid_sizes: Tensor) -> tuple[Tensor, Tensor]:
 
     def extent(is_covered: Tensor, cells: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         first = torch.where(is_covered, cells, torch.inf).amin(-1)
-        end = torch.where(is_covered, cells + 1, 0).amax(-1)
+        end = torch.where(is_covered, cells + last, 0).amax(-1)
         return first / valid, end.minimum(valid) / valid
 
     (x0, x1), (y0, y1) = (
         extent(is_on.any(-2), columns, valid_width),
         extent(is_on.any(-1), rows, valid_height),
     )
-    is_empty = x1 == 0
+    is_empty = ~is_on.flatten(2).any(-1)
     boxes = xyxy_to_cxcywh(torch.stack((x0, y0, x1, y1), dim=-1))
     return torch.where(is_empty[..., None], 0.5, boxes), is_empty

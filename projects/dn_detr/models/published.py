@@ -9,8 +9,10 @@ says what differs:
 - `models.proposals.ProposalHead`, `methods.mask_dino.TokenHead`: padding and border tokens propose
   (two-stage Deformable DETR, H-DETR, DINO, Mask DINO);
 - `layers.row_column_attention.RowColumnAttention`: means include padding (Anchor DETR);
-- `methods.mask2former.PaddingBlindNeck`, `models.mask_head.MaskHead` and
-  `methods.mask_dino.TokenQueries`: padding is part of the image;
+- `models.detection_transformer.DETR` with masks: padding is part of the image (Mask2Former, Mask
+  DINO), and `d2.data.mapper` pads training images to one size;
+- `methods.mask_dino.TokenQueries`: boxes around masks are a cell smaller, and in a corner for empty
+  masks;
 - `auxiliary.denoising.DenoisingQueries`: empty queries are visible, and in DINO and Mask DINO they
   are trained as negatives.
 """

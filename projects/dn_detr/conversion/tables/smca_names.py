@@ -40,4 +40,4 @@ RULES: dict[str, Rule] = {
     "query_embed.weight": "query_design.learned.position",
 }
 
-TABLES = [Table("gaopengcuhk/SMCA-DETR", RULES)]
+TABLES = [Table("gaopengcuhk/SMCA-DETR", RULES, empty_classes=1)]

@@ -1,7 +1,8 @@
-"""Keys that were set although the chosen method does not read them."""
+"""Keys that were set although nothing reads them with the chosen method and training."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import fields
@@ -20,12 +21,64 @@ WITHOUT_QUERIES = ("IN_FEATURES", "NUM_GROUPS", "LOSS.", "PAD_OBJECTS_TO")
 """What Faster R-CNN has no use for, beside the hyper-parameters of methods."""
 
 
+NOWHERE = (
+    *("MODEL.LOAD_PROPOSALS", "DATASETS.PROPOSAL_", "DATASETS.PRECOMPUTED_", "INPUT.MASK_FORMAT"),
+    *("DATALOADER.ASPECT_RATIO_GROUPING", "DATALOADER.REPEAT_", "TEST.AUG.", "GLOBAL.HACK"),
+    *("SOLVER.BIAS_LR_FACTOR", "SOLVER.WEIGHT_DECAY_BIAS", "TEST.KEYPOINT_OKS_SIGMAS"),
+)
+"""Detectron2's keys for what this project does not do, or does otherwise."""
+
+OTHER_DETECTORS = (
+    *("MODEL.PROPOSAL_GENERATOR.", "MODEL.ANCHOR_GENERATOR.", "MODEL.RPN.", "MODEL.ROI_"),
+    *("MODEL.RETINANET.", "MODEL.SEM_SEG_HEAD.", "MODEL.PANOPTIC_FPN.", "MODEL.KEYPOINT_ON"),
+    "VIS_PERIOD",
+)
+"""Detectron2's keys for its own detectors."""
+
+RESIZING = ("INPUT.MIN_SIZE_TRAIN", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "INPUT.MAX_SIZE_TRAIN")
+
+
 def unread_keys(cfg: CfgNode) -> Iterator[tuple[str, str]]:
-    """Keys below MODEL.DN_DETR that this model does not read, and why.
+    """Keys that this model and its training do not read, and why.
 
     Keys of parts that are switched off (TEACH, HYBRID, ...) count as read. Other meta-architectures
     than this project's are not judged.
     """
+    kind, solver, schedule = cfg.MODEL.META_ARCHITECTURE, cfg.SOLVER, cfg.SOLVER.LR_SCHEDULER_NAME
+    if kind not in ("DenoisingDETR", "DenoisingRCNN"):
+        return
+    yield from ((f"{PREFIX}{key}", why) for key, why in _unread_of_method(cfg))
+    scheduled, cosine = f"LR_SCHEDULER_NAME {schedule!r} does not read it", "Cosine" in schedule
+    for is_unread, why, keys in (
+        (True, "nothing reads it", NOWHERE),
+        (kind == "DenoisingDETR", f"{kind} does not read it", OTHER_DETECTORS),
+        (
+            kind == "DenoisingRCNN",
+            "MODEL.DN_DETR.NUM_CLASSES replaces it",
+            ("MODEL.ROI_HEADS.NUM_CLASSES",),
+        ),
+        (
+            cfg.MODEL.BACKBONE.NAME == "build_named_backbone",
+            "MODEL.DN_DETR.BACKBONE does not read it",
+            ("MODEL.RESNETS.",),
+        ),
+        (cfg.INPUT.SCALE_JITTER.ENABLED, "INPUT.SCALE_JITTER replaces it", RESIZING),
+        (
+            solver.OPTIMIZER != "SGD",
+            f"OPTIMIZER {solver.OPTIMIZER!r} does not read it",
+            ("SOLVER.MOMENTUM", "SOLVER.NESTEROV"),
+        ),
+        (cosine, scheduled, ("SOLVER.STEPS", "SOLVER.GAMMA")),
+        (not cosine, scheduled, ("SOLVER.BASE_LR_END",)),
+        ("Flat" not in schedule, scheduled, ("SOLVER.FLAT_ITERS", "SOLVER.FINAL_ITERS")),
+        ("FixedGamma" not in schedule, scheduled, ("SOLVER.NUM_DECAYS",)),
+    ):
+        if is_unread:
+            yield from ((key, why) for key in keys)
+
+
+def _unread_of_method(cfg: CfgNode) -> Iterator[tuple[str, str]]:
+    """Those below MODEL.DN_DETR, without this prefix."""
     node = cfg.MODEL.DN_DETR
     names = {field.name for method in METHODS for field in fields(config_class(method))}
     if cfg.MODEL.META_ARCHITECTURE == "DenoisingRCNN":
@@ -57,9 +110,6 @@ def unread_keys(cfg: CfgNode) -> Iterator[tuple[str, str]]:
 
 def why_unread(cfg: CfgNode, key: str) -> str | None:
     """Why this model does not read a key; None if it does."""
-    if not key.startswith(PREFIX):
-        return None
-    key = key.removeprefix(PREFIX)
     return next((why for k, why in unread_keys(cfg) if key == k or _is_below(key, k)), None)
 
 
@@ -71,18 +121,20 @@ def check_keys(cfg: CfgNode, default: CfgNode, config_file: str, opts: list[str]
         default: all keys with their defaults.
         config_file: keys in the file itself (not in its _BASE_) that are not read and differ from
             the default give one warning line.
-        opts: pairs of key and value; one that is not read is an error.
+        opts: pairs of key and value; one of this project that is not read is an error, those of
+            Detectron2 give one warning line.
 
     Raises:
         InputError: for the first such key of `opts`.
     """
-    for key in map(str, opts[::2]):
-        if why := why_unread(cfg, key):
+    given = list(map(str, opts[::2]))
+    for key in given:
+        if key.startswith(PREFIX) and (why := why_unread(cfg, key)):
             raise InputError(f"{key} has no effect: {why}.")
-    changed = _changed_in(config_file, default.MODEL.DN_DETR)
-    ignored = [f"{key} ({why})" for key in changed if (why := why_unread(cfg, key))]
-    if ignored:
-        logger.warning(f"{config_file} sets keys that have no effect: {', '.join(ignored)}")
+    for where, keys in ((config_file, _changed_in(config_file, default)), ("the command", given)):
+        ignored = [f"{key} ({why})" for key in keys if (why := why_unread(cfg, key))]
+        if ignored:
+            logger.warning(f"{where} sets keys that have no effect: {', '.join(ignored)}")
 
 
 def _is_below(key: str, prefix: str) -> bool:
@@ -90,13 +142,14 @@ def _is_below(key: str, prefix: str) -> bool:
 
 
 def _changed_in(config_file: str, default: CfgNode) -> Iterator[str]:
-    """Keys of a file itself, below MODEL.DN_DETR, that differ from the default."""
+    """Keys of a file itself that differ from the default."""
     with open(config_file, encoding="utf-8") as file:
         content = read_yaml(file.read()) or {}
-    parts = [(PREFIX, content.get("MODEL", {}).get("DN_DETR", {}), default)]
+    content.pop("_BASE_", None)
+    parts = [("", content, default)]
     for prefix, values, defaults in parts:
         for key, value in values.items():
             if isinstance(value, dict):
                 parts.append((f"{prefix}{key}.", value, defaults[key]))
-            elif value != defaults[key]:
+            elif json.dumps(value) != json.dumps(defaults[key]):  # tuples equal lists
                 yield prefix + key

@@ -39,8 +39,8 @@ def train_augmentations(*, min_sizes, max_size, sample_style, flip, crop=None, j
         flip: "horizontal", "vertical" or "none"; applied with probability 0.5.
         crop: (shorter sides before the crop, crop type, crop size), applied to every second image.
             DETR uses (400, 500, 600), "absolute_range", (384, 600) (2005.12872, appendix A.4).
-        jitter: (smallest factor, largest factor, size) of large scale jitter (2012.07177, sec. 3),
-            which replaces resizing and does not pad.
+        jitter: (smallest factor, largest factor, size, whether to pad with grey) of large scale
+            jitter (2012.07177, sec. 3), which replaces resizing.
 
     Returns:
         A list of Detectron2's augmentations.
@@ -51,9 +51,10 @@ def train_augmentations(*, min_sizes, max_size, sample_style, flip, crop=None, j
             T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")
         )
     if jitter is not None:
-        low, high, size = jitter
+        low, high, size, pads = jitter
         scale = ResizeScale(low, high, target_height=size, target_width=size)
-        return [*augmentations, scale, T.FixedSizeCrop((size, size), pad=False)]
+        crop = T.FixedSizeCrop((size, size), pad=pads, seg_pad_value=0)
+        return [*augmentations, scale, crop]
     resize = ResizeShortestEdge(min_sizes, max_size, sample_style)
     if crop is None:
         return [*augmentations, resize]
@@ -117,16 +118,15 @@ class ResizeScale(_KeepsPixels, T.ResizeScale):
     """Detectron2's `ResizeScale` to at least one pixel."""
 
 
-def _bitmask(segmentation, height, width):
-    """Return a mask [height, width] bool from polygons or a run-length code."""
+def _bitmask(segmentation, transforms, size):
+    """Return a transformed mask [height, width] bool from polygons or a run-length code."""
     if isinstance(segmentation, dict):
-        return coco_mask.decode(segmentation).astype(bool)
-    return polygons_to_bitmask(segmentation, height, width)
+        return transforms.apply_segmentation(coco_mask.decode(segmentation))
+    polygons = (np.array(polygon, np.float64).reshape(-1, 2) for polygon in segmentation)
+    return polygons_to_bitmask([transforms.apply_coords(p).flatten() for p in polygons], *size)
 
 
-def make_instances(
-    annotations, transforms, *, size_before, size, with_masks, with_teacher, min_visible=0.0
-):
+def make_instances(annotations, transforms, *, size, with_masks, with_teacher, min_visible=0.0):
     """Transform the annotations of an image to the instances of a sample.
 
     Crowd regions are left out.
@@ -134,8 +134,7 @@ def make_instances(
     Args:
         annotations: Annotations of a dataset dict; those with a "score" are teacher boxes.
         transforms: Detectron2's transforms of the image.
-        size_before: (height, width) of the image before the transforms.
-        size: (height, width) of the image after them.
+        size: (height, width) of the image after the transforms.
         with_masks: Whether to make gt_masks.
         with_teacher: Whether to make "teacher_instances".
         min_visible: Least fraction of a box's area inside the image; other boxes are dropped.
@@ -149,8 +148,7 @@ def make_instances(
     if with_masks:
         masks = np.zeros((len(objects), *size), bool)
         for i, annotation in enumerate(objects):
-            mask = _bitmask(annotation["segmentation"], *size_before)
-            masks[i] = transforms.apply_segmentation(mask.astype(np.uint8))
+            masks[i] = _bitmask(annotation["segmentation"], transforms, size)
         instances.gt_masks = BitMasks(torch.from_numpy(masks))
         visible = instances.gt_masks[is_cut].get_bounding_boxes().tensor
         instances.gt_boxes.tensor[is_cut] = visible
@@ -222,7 +220,9 @@ class DetrMapper:
                 sample_style=cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
                 flip=cfg.INPUT.RANDOM_FLIP,
                 crop=(crop.MIN_SIZE_BEFORE, crop.TYPE, crop.SIZE) if crop.ENABLED else None,
-                jitter=(*jitter.RANGE, jitter.SIZE) if jitter.ENABLED else None,
+                jitter=(*jitter.RANGE, jitter.SIZE, cfg.MODEL.DN_DETR.AS_PUBLISHED)
+                if jitter.ENABLED
+                else None,
             )
         else:
             augmentations = [
@@ -246,7 +246,6 @@ class DetrMapper:
             sample |= make_instances(
                 record["annotations"],
                 transforms,
-                size_before=(sample["height"], sample["width"]),
                 size=image.shape[1:],
                 with_masks=self.with_masks,
                 with_teacher=self.with_teacher,

@@ -134,13 +134,12 @@ class Mosaic:
             make_instances(
                 record["annotations"],
                 transforms + augmented,
-                size_before=image.shape[:2],
                 size=pixels.shape[1:],
                 with_masks=self.with_masks,
                 with_teacher=self.with_teacher,
                 min_visible=self.min_visible,
             )
-            for record, image, transforms in zip(records, images, placed, strict=True)
+            for record, transforms in zip(records, placed, strict=True)
         ]
         merged = {key: Instances.cat([part[key] for part in parts]) for key in parts[0]}
         if self.with_masks:

@@ -409,7 +409,9 @@ class Checkpointer(DetectionCheckpointer):
             if has_part(name, CLASS_DEPENDENT) and name in known and value.shape[0] > 1
         }
         is_coco = self.model.num_classes == len(COCO_CATEGORIES)
-        return keep_coco_classes(ours) if is_coco and surplus == {len(ABSENT) + 1} else ours
+        if is_coco and surplus == {len(ABSENT) + 1 + table.empty_classes}:
+            return keep_coco_classes(ours, table.empty_classes)
+        return ours
 
     def _normalisation_faults(
         self, normalisation: Normalisation | None, *others: Normalisation

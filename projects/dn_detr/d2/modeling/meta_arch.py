@@ -181,6 +181,12 @@ class DenoisingDETR(nn.Module):
         if not with_targets:
             prompts = prompts_from(samples, self.num_classes, self.device)
             return replace(batch, prompts=prompts)
+        sees_padding = self.training and self.has_masks and self.core.as_published
+        if sees_padding and {*sizes} != {tuple(padding.shape[1:])}:
+            raise InputError(
+                "MODEL.DN_DETR.AS_PUBLISHED with masks needs images of one size, a multiple of "
+                f"{self.size_divisibility}, as INPUT.SCALE_JITTER makes them, got {sizes}."
+            )
         taught = {}
         if self.teaching is not None and self.training:
             taught = {

@@ -121,17 +121,19 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
     clip = solver.CLIP_GRADIENTS
     if clip.ENABLED and clip.CLIP_TYPE == "full_model":
         optimizer = kind(groups, lr=solver.BASE_LR, **options)
-        clip_full_model(optimizer, clip.CLIP_VALUE)
+        clip_full_model(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
         return optimizer
     kind = maybe_add_gradient_clipping(cfg, kind)
     return kind(groups, lr=solver.BASE_LR, **options)
 
 
-def clip_full_model(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+def clip_full_model(
+    optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float = 2.0
+) -> None:
     """Clip the total norm of all gradients to `max_norm` before each step of an optimizer."""
 
     def clip(optimizer, args, kwargs) -> None:  # noqa: ARG001
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
 
     optimizer.register_step_pre_hook(clip)
