@@ -96,8 +96,8 @@ def filled(boxes: Boxes, height: int, width: int) -> BitMasks:
     return BitMasks((x0 <= x) & (x < x1) & (y0 <= y) & (y < y1))
 
 
-def make_step(case: Case):
-    """Return a function that runs one training step."""
+def make_model(case: Case):
+    """Make a model in training mode, with weights drawn from seed 0, and its optimizer."""
     cfg = read_config(case.config, list(case.opts))
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.SEED = case.device, "", 0
     cfg.MODEL.DN_DETR.NUM_CLASSES = NUM_CLASSES
@@ -105,7 +105,12 @@ def make_step(case: Case):
         cfg.MODEL.DN_DETR.DENOISING.ENABLED = False
     torch.manual_seed(0)
     model = build_model(cfg).train()
-    optimizer = build_optimizer(cfg, model)
+    return model, build_optimizer(cfg, model)
+
+
+def make_step(case: Case):
+    """Return a function that runs one training step."""
+    model, optimizer = make_model(case)
     batch = make_batch(case)
     has_amp = case.precision != "float32"
 

@@ -121,4 +121,4 @@ class LossTerm(Protocol):
     """One term of the loss."""
 
     def __call__(self, matched: Matched, num_objects: float | Tensor) -> Tensor:
-        """Return the loss of each layer, [L]."""
+        """Return the loss of each layer and segment, [L, n]."""

@@ -479,23 +479,26 @@ class Predictions:
         names = [segment.name for segment in self.segments]
         raise ValueError(f"there is no segment {name!r}, only {names}")
 
-    def of(self, name: str) -> Predictions:
-        """Return the predictions of one segment, as views."""
-        segment = self.segment(name)
-        start = 0
-        for other in self.segments:
-            if other is segment:
-                break
-            start += other.size
+    def of(self, *names: str) -> Predictions:
+        """Return the predictions of some segments; those of one, and of all, are views."""
+        segments = tuple(self.segment(name) for name in names)
+        sizes = [segment.size for segment in self.segments]
+        known = [segment.name for segment in self.segments]
+        places = [known.index(name) for name in names]
+        is_all = places == list(range(len(sizes)))
 
         def cut(value: Any, axis: int) -> Any:
-            return None if value is None else value.narrow(axis, start, segment.size)
+            if value is None or is_all:
+                return value
+            every = value.split(sizes, axis)
+            parts = [every[place] for place in places]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
         return Predictions(
             logits=cut(self.logits, 2),
             boxes=cut(self.boxes, 2),
             references=tuple(cut(reference, 1) for reference in self.references),
-            segments=(replace(segment, attends_to=()),),
+            segments=tuple(replace(segment, attends_to=()) for segment in segments),
             is_class_agnostic=self.is_class_agnostic,
             mask_embeddings=cut(self.mask_embeddings, 2),
             mask_features=self.mask_features,
@@ -547,38 +550,37 @@ class MaskPoints:
         logits: [L, B, n, P].
         labels: [L, B, n, P] in [0, 1].
         is_positive: [L, B, n] bool, False where there are fewer such queries than n.
-        scores: [L, B, n], of the target.
+        scores: [L, B, n], of the target, or None: all are 1.
     """
 
     logits: Tensor
     labels: Tensor
     is_positive: Tensor
-    scores: Tensor
+    scores: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
 class Matched:
-    """The input of every loss term: one segment, all layers, with its ground truth.
+    """The input of every loss term: n segments, all layers, with their ground truth.
 
     Attributes:
         logits: [L, B, q, K].
         boxes: [L, B, q, 4] cxcywh in [0, 1], or None.
         labels: [L, B, q] int64 of the assigned object (of object 0 where there is none: select with
-            is_positive), like target_boxes [L, B, q, 4] and target_scores [L, B, q].
+            is_positive), like target_boxes [L, B, q, 4].
+        target_scores: [L, B, q], or None: all are 1.
         is_positive: [L, B, q] bool, True where an object is assigned.
         is_real: [L, B, q] bool, False where the query does not exist.
-        assignment: of the segment.
-        positives_per_object: part of the normalizer.
-        mask_points: only if the criterion samples masks.
+        sizes: of the segments, which divide the query axis.
+        positives_per_object: of the segments, [n]; part of the normalizer.
     """
 
     logits: Tensor
     boxes: Tensor | None
     labels: Tensor
     target_boxes: Tensor
-    target_scores: Tensor
+    target_scores: Tensor | None
     is_positive: Tensor
     is_real: Tensor
-    assignment: Assignment
-    positives_per_object: float
-    mask_points: MaskPoints | None = None
+    sizes: tuple[int, ...]
+    positives_per_object: Tensor

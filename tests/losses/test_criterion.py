@@ -315,7 +315,7 @@ def test_matched_slots_stand_beside_their_object():
     predictions, targets = everything(3, 0, 5, has_scores=True)
     part = predictions.of("dn")
     assignment = assign(predictions, targets, Costs())["dn"]
-    matched = gather_targets(part, targets, assignment)
+    matched = gather_targets(part, targets, [assignment])
     assert matched.is_positive.sum() == 2 * 3 * 8  # groups x layers x objects
     for layer, image, slot in matched.is_positive.nonzero().tolist():
         j = assignment.object_of[layer, image, slot]

@@ -33,7 +33,7 @@ def random_matched(seed=0, has_scores=False, positives_per_object=2.0):
         count = min(count, slots.numel())
         object_of[0, image, slots[:count]] = torch.arange(count)
         object_of[1, image, slots[-count:]] = torch.arange(count)
-    return gather_targets(random_predictions(segment), targets, Assignment(object_of, is_real))
+    return gather_targets(random_predictions(segment), targets, [Assignment(object_of, is_real)])
 
 
 def one_slot(logits, box, label=None, target_box=(0.5, 0.5, 0.2, 0.2), score=1.0):
@@ -47,10 +47,8 @@ def one_slot(logits, box, label=None, target_box=(0.5, 0.5, 0.2, 0.2), score=1.0
         target_scores=torch.full((1, 1, 1), score),
         is_positive=torch.tensor([[[is_positive]]]),
         is_real=torch.ones(1, 1, 1, dtype=torch.bool),
-        assignment=Assignment(
-            torch.tensor([[[0 if is_positive else -1]]]), torch.ones(1, 1, dtype=torch.bool)
-        ),
-        positives_per_object=1.0,
+        sizes=(1,),
+        positives_per_object=torch.ones(1),
     )
 
 
@@ -63,7 +61,7 @@ def test_focal_agrees_with_a_loop_over_slots_and_classes():
             is_target &= matched.labels[layer, image, slot].item() == k
             expected[layer] += plain_loops.focal_loss(logit, is_target, 0.3, 1.7) / (2.0 * 4.0)
     found = Focal(alpha=0.3, gamma=1.7)(matched, 4.0)
-    assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    assert_close(found[:, 0], torch.tensor(expected, dtype=torch.float64))
 
 
 def test_focal_with_gamma_zero_is_cross_entropy():
@@ -73,7 +71,7 @@ def test_focal_with_gamma_zero_is_cross_entropy():
         answer[layer, image, slot, matched.labels[layer, image, slot]] = 1
     loss = binary_cross_entropy_with_logits(matched.logits, answer, reduction="none").sum(-1)
     expected = torch.stack([loss[i][matched.is_real[i]].sum() for i in range(2)]) / (2 * 5)
-    assert_close(2 * Focal(alpha=0.5, gamma=0.0)(matched, 5.0), expected)
+    assert_close(2 * Focal(alpha=0.5, gamma=0.0)(matched, 5.0)[:, 0], expected)
 
 
 def test_matchability_aware_loss_by_hand():
@@ -102,7 +100,7 @@ def test_matchability_aware_loss_agrees_with_a_loop_over_slots_and_classes(gamma
             loss = plain_loops.matchability_aware_loss(logit, overlap if is_target else None, gamma)
             expected[layer] += loss / (2.0 * 4.0)
     found = MatchabilityAware(gamma=gamma)(matched, 4.0)
-    assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    assert_close(found[:, 0], torch.tensor(expected, dtype=torch.float64))
 
 
 def test_the_class_loss_is_chosen_by_its_name():
@@ -147,8 +145,8 @@ def test_softmax_agrees_with_weighted_cross_entropy():
         label = torch.where(matched.is_positive[layer], matched.labels[layer].clamp(max=3), 4)
         expected.append(cross_entropy(matched.logits[layer][is_real], label[is_real], weight))
     matched = replace(matched, labels=matched.labels.clamp(max=3))
-    assert_close(Softmax()(matched, 1.0), torch.stack(expected))
-    assert_close(Softmax()(matched, 7.0), torch.stack(expected))
+    assert_close(Softmax()(matched, 1.0)[:, 0], torch.stack(expected))
+    assert_close(Softmax()(matched, 7.0)[:, 0], torch.stack(expected))
 
 
 def test_box_terms_agree_with_a_loop_over_slots_with_an_object():
@@ -160,8 +158,8 @@ def test_box_terms_agree_with_a_loop_over_slots_with_an_object():
         share = matched.target_scores[layer, image, slot].item() / (2.0 * 3.0)
         l1[layer] += share * plain_loops.l1(box, target)
         giou[layer] += share * (1 - plain_loops.generalized_iou(box, target))
-    assert_close(L1()(matched, 3.0), torch.tensor(l1, dtype=torch.float64))
-    assert_close(GIoU()(matched, 3.0), torch.tensor(giou, dtype=torch.float64))
+    assert_close(L1()(matched, 3.0)[:, 0], torch.tensor(l1, dtype=torch.float64))
+    assert_close(GIoU()(matched, 3.0)[:, 0], torch.tensor(giou, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("term", [Focal, MatchabilityAware, Softmax])
@@ -172,6 +170,7 @@ def test_scores_weigh_matched_slots_and_a_constant_the_others(term):
     if term is Softmax:  # a mean: weights cancel in one slot alone
         both = replace(
             matched,
+            sizes=(2,),
             **{
                 name: torch.cat((getattr(matched, name), getattr(other, name)), dim=2)
                 for name in (
@@ -232,7 +231,7 @@ def test_without_objects_and_without_slots_losses_are_finite_and_attached(name, 
         assignment = Assignment(
             torch.full((2, 2, slots), -1), torch.full((2, slots), is_real, dtype=torch.bool)
         )
-        matched = gather_targets(predictions, targets, assignment)
+        matched = gather_targets(predictions, targets, [assignment])
         logits, boxes = matched.logits.requires_grad_(), matched.boxes.requires_grad_()
         loss = TERMS[name](replace(matched, logits=logits, boxes=boxes), 1.0)
         assert loss.isfinite().all() and loss.requires_grad

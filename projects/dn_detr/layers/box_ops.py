@@ -38,8 +38,9 @@ def keep_inside(x: Tensor, epsilon: float) -> Tensor:
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """Convert boxes [..., 4] from (cx, cy, w, h) to (x0, y0, x1, y1)."""
-    cx, cy, w, h = at_least_float32(boxes).unbind(-1)
-    return torch.stack((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), dim=-1)
+    center, size = at_least_float32(boxes).split(2, dim=-1)
+    half = size * 0.5
+    return torch.cat((center - half, center + half), dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
@@ -48,17 +49,16 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     return torch.stack(((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0), dim=-1)
 
 
-def area(boxes_xyxy: Tensor) -> Tensor:
-    """Compute areas [...] of xyxy boxes [..., 4]; 0 for boxes of negative width or height."""
-    x0, y0, x1, y1 = at_least_float32(boxes_xyxy).unbind(-1)
-    return (x1 - x0).clamp(min=0) * (y1 - y0).clamp(min=0)
-
-
-def _intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    low = torch.maximum(a[..., :2], b[..., :2])
-    high = torch.minimum(a[..., 2:], b[..., 2:])
-    intersection = area(torch.cat((low, high), dim=-1))
-    return intersection, area(a) + area(b) - intersection
+def overlaps(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the areas [...] of intersection, union and hull of boxes [..., 4], broadcast."""
+    a, b = torch.broadcast_tensors(at_least_float32(a_xyxy), at_least_float32(b_xyxy))
+    (a_low, a_high), (b_low, b_high) = a.split(2, dim=-1), b.split(2, dim=-1)
+    inner, outer = torch.maximum(a_low, b_low), torch.minimum(a_low, b_low)
+    low = torch.stack((a_low, b_low, inner, outer))
+    inner, outer = torch.minimum(a_high, b_high), torch.maximum(a_high, b_high)
+    width, height = (torch.stack((a_high, b_high, inner, outer)) - low).clamp(min=0).unbind(-1)
+    area_a, area_b, intersection, hull = (width * height).unbind()
+    return intersection, area_a + area_b - intersection, hull
 
 
 def elementwise_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
@@ -66,8 +66,7 @@ def elementwise_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
 
     0 if neither box has an area. Gradients are finite.
     """
-    a, b = at_least_float32(a_xyxy), at_least_float32(b_xyxy)
-    intersection, union = _intersection_and_union(a, b)
+    intersection, union, _ = overlaps(a_xyxy, b_xyxy)
     return intersection / union.clamp(min=SMALLEST_AREA)
 
 
@@ -77,10 +76,6 @@ def elementwise_generalized_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     The boxes are broadcast against each other. Values and gradients stay finite for boxes without
     area.
     """
-    a, b = at_least_float32(a_xyxy), at_least_float32(b_xyxy)
-    intersection, union = _intersection_and_union(a, b)
-    low = torch.minimum(a[..., :2], b[..., :2])
-    high = torch.maximum(a[..., 2:], b[..., 2:])
-    hull = area(torch.cat((low, high), dim=-1))
+    intersection, union, hull = overlaps(a_xyxy, b_xyxy)
     iou = intersection / union.clamp(min=SMALLEST_AREA)
     return iou - (hull - union) / hull.clamp(min=SMALLEST_AREA)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from dn_detr.losses.mask_terms import MaskTerms
 from dn_detr.losses.segments import split_segments
 from dn_detr.protocols import LossTerm
 from dn_detr.structures import Assignment, Assignments, Matched, Predictions, Targets
+
+ENCODER = "encoder/"
+"""Prefix of the segments of proposals."""
 
 
 class Criterion:
@@ -69,30 +72,66 @@ class Criterion:
             graph. Layers with non-finite predictions or costs (`Assignment.is_bad`) are NaN, which
             reports them without another device synchronisation.
         """
-        losses = {}
+        names = list(split_segments(predictions, self.segments))
+        for name in names:
+            if name not in assignments:
+                raise ValueError(
+                    f"segment {name!r} has no assignment, only {sorted(assignments)} have"
+                )
+        losses: dict[str, Tensor] = {}
         with torch.autocast(predictions.logits.device.type, enabled=False):
             sampled = None if self.masks is None else self.masks.points.sample(predictions, targets)
-            for name, part in split_segments(predictions, self.segments).items():
-                if name not in assignments:
-                    raise ValueError(
-                        f"segment {name!r} has no assignment, only {sorted(assignments)} have"
-                    )
-                matched = gather_targets(part, targets, assignments[name])
-                is_bad = assignments[name].is_bad
-                terms = self.terms
-                if sampled is not None and name not in self.masks.without:
-                    points = sampled.of(part, assignments[name], matched.target_scores)
-                    matched = replace(matched, mask_points=points)
-                    terms = {**terms, **self.masks.terms}
-                for term_name, (term, weight) in terms.items():
-                    values = term(matched, num_objects) * (weight * part.segments[0].weight)
-                    if is_bad is not None:
-                        values = torch.where(is_bad.any(1), torch.nan, values)
-                    key = _joined("loss", term_name, _label(name), self.suffix)
-                    last = values.shape[0] - 1
-                    for layer, value in enumerate(values.unbind()):
-                        losses[key if layer == last else f"{key}_{layer}"] = value
+            for place, source in (("", predictions), (ENCODER, predictions.proposals)):
+                chosen = [name for name in names if name.startswith(ENCODER) == bool(place)]
+                if not chosen:
+                    continue
+                part = source.of(*(name.removeprefix(place) for name in chosen))
+                matched = gather_targets(part, targets, [assignments[name] for name in chosen])
+                values = self._weighted_terms(part, matched, num_objects)
+                for i, (name, segment) in enumerate(zip(chosen, part.segments, strict=True)):
+                    assignment, of_terms, term_names = assignments[name], values[i], [*self.terms]
+                    if sampled is not None and name not in self.masks.without:
+                        scores = matched.target_scores
+                        scores = None if scores is None else scores.split(matched.sizes, 2)[i]
+                        points = sampled.of(source.of(segment.name), assignment, scores)
+                        normalizer = segment.positives_per_object * num_objects
+                        for term_name, (term, weight) in self.masks.terms.items():
+                            value = term(points, normalizer) * (weight * segment.weight)
+                            of_terms = torch.cat((of_terms, value[None]))
+                            term_names.append(term_name)
+                    if assignment.is_bad is not None:
+                        of_terms = torch.where(assignment.is_bad.any(1), torch.nan, of_terms)
+                    keys = self._keys(term_names, name, layers=of_terms.shape[1])
+                    losses.update(zip(keys, of_terms.flatten().unbind(), strict=True))
         return losses
+
+    def _weighted_terms(
+        self, part: Predictions, matched: Matched, num_objects: float | Tensor
+    ) -> tuple[Tensor, ...]:
+        """Of each segment of `part`, the terms without masks [terms, L]."""
+        values = torch.stack([term(matched, num_objects) for term, _ in self.terms.values()])
+        weights = tuple(
+            (tuple(weight * segment.weight for segment in part.segments),)
+            for _, weight in self.terms.values()
+        )
+        return (values * constant(weights, values.dtype, values.device)).unbind(2)
+
+    def _keys(self, term_names: list[str], segment: str, layers: int) -> list[str]:
+        keys = [_joined("loss", name, _label(segment), self.suffix) for name in term_names]
+        names = [[*(f"{key}_{layer}" for layer in range(layers - 1)), key] for key in keys]
+        return [name for layer_names in names for name in layer_names]
+
+
+def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make a tensor of nested tuples of numbers, once, because the copy waits for the device."""
+    make = _constant.__wrapped__ if torch.compiler.is_compiling() else _constant
+    return make(values, dtype, device)
+
+
+@lru_cache(maxsize=256)
+def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _label(segment: str) -> str:
@@ -106,14 +145,17 @@ def _joined(*words: str) -> str:
     return "_".join([word for word in words if word])
 
 
-def gather_targets(part: Predictions, targets: Targets, assignment: Assignment) -> Matched:
-    """Pair the predictions of one segment with their assigned ground truth, see `Matched`.
+def gather_targets(part: Predictions, targets: Targets, assignments: list[Assignment]) -> Matched:
+    """Pair the predictions of some segments with their assigned ground truth, see `Matched`.
 
     Empty queries get logits 0 and boxes 0.5 without gradient. Tensors are [L, B, Q, ...].
     """
-    object_of = assignment.object_of
+    object_of, is_real = assignments[0].object_of, assignments[0].is_real
+    if len(assignments) > 1:
+        object_of = torch.cat([assignment.object_of for assignment in assignments], dim=2)
+        is_real = torch.cat([assignment.is_real for assignment in assignments], dim=1)
     layers = object_of.shape[0]
-    is_real = assignment.is_real.expand(layers, -1, -1)
+    is_real = is_real.expand(layers, -1, -1)
     index = object_of.clamp(min=0)
     logits = torch.where(is_real[..., None], at_least_float32(part.logits), 0)
     boxes = part.boxes
@@ -123,18 +165,19 @@ def gather_targets(part: Predictions, targets: Targets, assignment: Assignment) 
     def pick(values: Tensor) -> Tensor:  # [B, M] -> [L, B, Q]
         return values.expand(layers, -1, -1).gather(2, index)
 
-    target_boxes = torch.stack([pick(side) for side in targets.boxes.unbind(-1)], dim=-1)
-    scores = torch.ones_like(targets.boxes[..., 0]) if targets.scores is None else targets.scores
+    target_boxes = targets.boxes.expand(layers, -1, -1, -1)
+    target_boxes = target_boxes.gather(2, index[..., None].expand(-1, -1, -1, 4))
+    positives = tuple(segment.positives_per_object for segment in part.segments)
     return Matched(
         logits=logits,
         boxes=boxes,
         labels=torch.zeros_like(index) if part.is_class_agnostic else pick(targets.labels),
         target_boxes=target_boxes.to(logits.dtype),
-        target_scores=pick(scores).to(logits.dtype),
+        target_scores=None if targets.scores is None else pick(targets.scores).to(logits.dtype),
         is_positive=(object_of >= 0) & is_real,
         is_real=is_real,
-        assignment=assignment,
-        positives_per_object=part.segments[0].positives_per_object,
+        sizes=tuple(segment.size for segment in part.segments),
+        positives_per_object=constant(positives, logits.dtype, logits.device),
     )
 
 

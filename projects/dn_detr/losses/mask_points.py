@@ -84,8 +84,10 @@ class SampledMasks:
     num_uncertain: int
     most_objects: int
 
-    def of(self, part: Predictions, assignment: Assignment, scores: Tensor) -> MaskPoints:
-        """Sample the masks of the positive queries of a segment; scores: of targets [L, B, Q]."""
+    def of(self, part: Predictions, assignment: Assignment, scores: Tensor | None) -> MaskPoints:
+        """Sample the masks of the positive queries of a segment; scores: of targets [L, B, Q] or
+        None.
+        """
         segment = part.segments[0]
         limit = max(1, min(segment.size, round(self.most_objects * segment.positives_per_object)))
         queries = assignment.positive_slots(limit)  # [L, B, n]
@@ -101,7 +103,8 @@ class SampledMasks:
             for layer in zip(embeddings.unbind(), object_of.clamp(min=0).unbind(), strict=True)
         ]
         logits, labels = (torch.stack(values) for values in zip(*layers, strict=True))
-        return MaskPoints(logits, labels, is_positive, scores.gather(2, queries))
+        scores = None if scores is None else scores.gather(2, queries)
+        return MaskPoints(logits, labels, is_positive, scores)
 
     def _choose(self, embeddings: Tensor, object_of: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and labels [B, n, num_points] of embeddings [B, n, C] for objects [B, n]."""

@@ -78,7 +78,8 @@ def focal_penalty(logits: Tensor, gamma: float) -> Tensor:
     The focal loss (1708.02002) of negatives, or of positives with negated logits. Numerically
     stable for logits of any size.
     """
-    return torch.exp(-gamma * F.softplus(-logits)) * F.softplus(logits)
+    loss = F.softplus(logits)
+    return torch.exp(gamma * (logits - loss)) * loss  # softplus(-x) = softplus(x) - x
 
 
 def softmax_cost(logits: Tensor, image_of: Tensor, labels: Tensor) -> Tensor:

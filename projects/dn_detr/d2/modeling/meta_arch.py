@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dn_detr.auxiliary.box_prompts import add_prompts
 from dn_detr.d2.data.catalog import with_num_classes
 from dn_detr.d2.modeling.batch import Batch, BatchStats, batch_stats
+from dn_detr.d2.modeling.frozen_norm import join_frozen_norms
 from dn_detr.d2.modeling.from_config import core_from, losses_from
 from dn_detr.d2.modeling.images import pad_images
 from dn_detr.d2.modeling.instances import (
@@ -94,6 +95,7 @@ class DenoisingDETR(nn.Module):
     def from_config(cls, cfg) -> dict:
         cfg = with_num_classes(cfg)
         backbone = build_backbone(cfg)
+        join_frozen_norms(backbone)
         node, shapes = cfg.MODEL.DN_DETR, backbone.output_shape()
         core, (costs, criterion, teaching) = core_from(cfg, shapes), losses_from(cfg)
         size_divisibility = backbone.size_divisibility
@@ -168,6 +170,8 @@ class DenoisingDETR(nn.Module):
             self.size_divisibility,
             **canvas,
         )
+        if images.device.type == "cpu":  # oneDNN's convolutions are then faster
+            images = images.contiguous(memory_format=torch.channels_last)
         sizes = [tuple(sample["image"].shape[-2:]) for sample in samples]
         batch = Batch(
             images=images,
