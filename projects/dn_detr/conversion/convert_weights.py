@@ -46,7 +46,8 @@ def keep_coco_classes(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         state: our name -> parameter; heads have 91 or 92 rows of category ids 0 to 90 [91 or 92,
-            ...]. A row after 90 ("no object" or "unknown") is kept as the last one.
+            ...]. A row after 90 ("no object" or "unknown") is kept as the last one. Heads of 80 or
+            81 rows have these categories already.
 
     Raises:
         ValueError: if a head has another number of rows.
@@ -56,10 +57,12 @@ def keep_coco_classes(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if not {"class_heads", "label_embedding", "class_head"} & set(name.split(".")):
             continue
         rows = tensor.shape[0]
-        if rows == 1:  # class-agnostic
+        if rows in (1, 80, 81):  # class-agnostic, or selected already
             continue
         if rows not in (91, 92):
-            raise ValueError(f"{name} must have 91 or 92 rows of COCO category ids, got {rows}")
+            raise ValueError(
+                f"{name} must have 91 or 92 rows of COCO category ids, or 80 or 81, got {rows}"
+            )
         keep = torch.tensor([*COCO_CATEGORIES, *range(91, rows)])
         converted[name] = tensor[keep]
     return converted

@@ -1,4 +1,4 @@
-"""The folder for what is made of datasets and may be deleted at any time."""
+"""The folder for what can be made or fetched again and may be deleted at any time."""
 
 from __future__ import annotations
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -21,6 +19,7 @@ from dn_detr.conversion.backbone_weights import (
     resnet_depth,
 )
 from dn_detr.conversion.convert_weights import ABSENT, COCO_CATEGORIES, convert, keep_coco_classes
+from dn_detr.conversion.published_weights import catalogue, check_hash
 from dn_detr.conversion.safe_load import (
     as_parameters,
     read_arrays,
@@ -54,24 +53,18 @@ FOREIGN = ("transformer", "class_embed", "sem_seg_head", "input_proj", "query_em
 """Parts of parameter names in original implementations, detrex and Hugging Face."""
 
 
-def check_hash(address: str, filename: str) -> None:
-    """Check a file against the sha256 prefix in its address, as in torchvision's file names.
+def resolve_weights(name_or_path: str) -> str:
+    """Return the path of weights that the user named: a path, an address or a published name.
 
-    A number without letters counts as a date, except in PyTorch's own addresses.
-
-    Raises:
-        InputError: If the hash differs.
+    The main rank fetches and converts what is published under the name
+    (`conversion.published_weights`); a file of this name comes first.
     """
-    match = re.search(r"-([0-9a-f]{8,64})\.\w+$", address.removesuffix(AVERAGED))
-    if match is None or (match[1].isdigit() and "://download.pytorch.org/" not in address):
-        return
-    with open(filename, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if not found.startswith(match[1]):
-        raise InputError(
-            f"{filename}, fetched from {address}, is damaged: its sha256 begins with {found[:8]} "
-            f"and should begin with {match[1]}. Remove the file and try again."
-        )
+    from dn_detr.d2.inference.convert_file import fetch_converted  # which imports this module
+
+    name = name_or_path.removesuffix(AVERAGED)
+    if name not in catalogue() or os.path.isfile(name):
+        return name_or_path
+    return run_on_main_rank(lambda: str(fetch_converted(name)))
 
 
 def read_checkpoint(filename: str) -> dict:
@@ -178,10 +171,11 @@ class Checkpointer(DetectionCheckpointer):
         """Load a checkpoint.
 
         Args:
-            path: File or address; the suffix "@ema" selects the moving average of the weights.
+            path: File, address or name of published weights; the suffix "@ema" selects the moving
+                average of the weights.
             checkpointables: What to restore besides the model; None restores all (a resume).
         """
-        self.path = path
+        self.path = path = resolve_weights(path)
         path = path.removesuffix(AVERAGED)
         self.may_initialize = self.is_for_training and checkpointables is not None
         if path and "://" not in path and not os.path.isfile(path):
@@ -197,7 +191,7 @@ class Checkpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict:
         """Read {"model": name -> array, ...} without running code from the file."""
         if "://" in self.path:
-            check_hash(self.path, filename)
+            check_hash(self.path.removesuffix(AVERAGED), filename)
         checkpoint = read_checkpoint(filename)
         if self.path.endswith(AVERAGED):
             average = checkpoint.pop(EMA, None)
