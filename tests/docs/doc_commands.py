@@ -70,8 +70,8 @@ NOT_RUN = (
     "INPUT.SCHEDULE",
     "output/all_quick/backbone.pth",
 )
-"""Command lines of RUN that need a camera, a network, teachers, an earlier comparison's backbone, or
-the full number of iterations of a schedule."""
+"""Command lines of RUN that need a camera, a network, teachers, an earlier comparison's backbone,
+or the full number of iterations of a schedule."""
 
 
 @dataclass(frozen=True)

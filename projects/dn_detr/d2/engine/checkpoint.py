@@ -277,6 +277,7 @@ class Checkpointer(DetectionCheckpointer):
         expected = {name: value.shape for name, value in body.state_dict().items()}
         library = {}
         if isinstance(body, NamedBackbone):
+            state = body.stages.library_state(state)
             names, normalisation = body.library_names(), body.normalisation
             library = {
                 "library": body.name,
@@ -295,7 +296,8 @@ class Checkpointer(DetectionCheckpointer):
                 f"known name: the backbone has e.g. {next(iter(expected))}, the file "
                 f"{next(iter(checkpoint['model']), 'nothing')}.{self._hint(match, body)}"
             )
-        missing = [name for name in match.missing if not name.startswith(self.may_be_new or "\0")]
+        may_be_new = (*self.may_be_new, "pyramid.")
+        missing = [name for name in match.missing if not name.startswith(may_be_new)]
         for fault, names in (
             ("these shapes differ", match.wrong),
             ("the file lacks parameters of the backbone", missing),
