@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottleneckBlock
-from torch import nn
+from torch import Tensor, nn
 
 from dn_detr.conversion.backbone_weights import (
     IMAGENET,
@@ -48,6 +50,9 @@ DETECTOR = "detector"
 
 FORMAT = 2
 """Version of the parameter names; increase it when one changes (tests/d2/parameters.txt)."""
+
+QUERY_ROWS = re.compile(r"\.learned\.(\d+\.)?(position|content|box_logits|anchors)$")
+"""Parameters with one row per query: of the matched queries, of further groups and one-to-many."""
 
 FOREIGN = ("transformer", "class_embed", "sem_seg_head", "input_proj", "query_embed", "bbox_embed")
 """Parts of parameter names in original implementations, detrex and Hugging Face."""
@@ -129,13 +134,50 @@ def is_counter(key: str) -> bool:
     return key.endswith("num_batches_tracked")
 
 
+def fit_query_rows(state: dict[str, Tensor], known: Mapping[str, Tensor]) -> list[str]:
+    """Give the learned queries of `state`, in place, as many rows as those of a model have.
+
+    The first rows are kept, or all are repeated in turn. Rows of one query, e.g. its content and
+    its box, stay together, and in two-stage methods content stays with the rank of its proposal:
+    the first rows are those of the best. Equal queries part in a training as soon as one of them is
+    matched to an object.
+
+    Args:
+        state: Name -> parameter of a checkpoint [...].
+        known: Name -> parameter of the model [...].
+
+    Returns:
+        A sentence part for each number that changes.
+
+    Raises:
+        InputError: If the number of patterns changes, which all queries share: each has learned
+            another kind of object, so that none can be left out or stand for another.
+    """
+    changes = {}
+    for name in state.keys() & known.keys():
+        old, new = state[name], known[name]
+        if old.shape[1:] != new.shape[1:] or not old.shape or old.shape[0] in (0, new.shape[0]):
+            continue
+        if name.endswith("shared.patterns"):
+            raise InputError(
+                f"the checkpoint has {old.shape[0]} patterns, which are not copied or cut like "
+                f"queries: set MODEL.DN_DETR.NUM_PATTERNS to {old.shape[0]}, got {new.shape[0]}."
+            )
+        if QUERY_ROWS.search(name):
+            state[name] = old[torch.arange(new.shape[0]) % old.shape[0]]
+            how = "repeated in turn" if new.shape[0] > old.shape[0] else "of which the first stay"
+            changes[f"{old.shape[0]} learned queries became {new.shape[0]}, {how}"] = True
+    return sorted(changes)
+
+
 class Checkpointer(DetectionCheckpointer):
     """Load a detector of the same architecture, or initialize a training from other weights.
 
     A training can start from a detector with other classes (another number or other names), whose
-    class heads and label embedding are reinitialized, or from a backbone of any library
-    (`conversion.backbone_weights`). Other missing or unexpected parameters are an InputError, as
-    they would only show as a low AP. TRAINING_ONLY parameters are optional.
+    class heads and label embedding are reinitialized, from one with another number of queries
+    (`fit_query_rows`), or from a backbone of any library (`conversion.backbone_weights`). Other
+    missing or unexpected parameters are an InputError, as they would only show as a low AP.
+    TRAINING_ONLY parameters are optional.
 
     Args:
         model: Model to load.
@@ -233,6 +275,7 @@ class Checkpointer(DetectionCheckpointer):
         reinitialized = CLASS_DEPENDENT if has_other_classes else ()
         for key in [key for key in state if has_part(key, reinitialized)]:
             del state[key]
+        resized = fit_query_rows(state, known) if self.may_initialize else []
         self._check_floats(state, known)
         # Before loading: frozen batch norms then fill in missing statistics.
         missing = [key for key in known if key not in state and not is_counter(key)]
@@ -251,6 +294,7 @@ class Checkpointer(DetectionCheckpointer):
         if missing:
             cause = "other classes" if reinitialized else "not in the checkpoint"
             summary += f"; newly initialized ({cause}): {', '.join(missing)}"
+        summary = "; ".join([summary, *resized])
         self.logger.info(summary)
         return incompatible
 
