@@ -42,7 +42,8 @@ OTHERS = {
     "info": {"errors", "install_detectron2", "ops"},
     "install_detectron2": set(),
     "datasets": {"errors", "safe_yaml"},
-    "conversion": {"errors"},
+    "conversion": {"datasets", "errors"},
+    "cli": {"conversion", "d2", "errors"},
     "d2": {*CORE, "datasets", "errors", "conversion", "safe_yaml"},
     "detector": {"d2", "datasets", "errors"},
 }
@@ -53,7 +54,7 @@ OUTSIDE = {
     "info": {"torch"},
     "safe_yaml": {"yaml"},
     "datasets": {"numpy", "PIL", "yaml"},
-    "conversion": {"numpy", "torch"},
+    "conversion": {"numpy", "torch", "tqdm"},
     "detector": {"PIL", "detectron2", "numpy", "torch"},
 }
 """Subpackage -> packages it may import beside the standard library; none if not named."""

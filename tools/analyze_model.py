@@ -4,11 +4,12 @@
     python tools/analyze_model.py --config-file configs/dn_detr.yaml --flow
     python tools/analyze_model.py --config-file configs/*.yaml --size 800x1333 800x1066
     python tools/analyze_model.py --config-file configs/*.yaml --annotations instances_val2017.json
+    python tools/analyze_model.py --backbone torchvision/swin_t timm/convnext_tiny --size 640x640
 
 A multiply-add is one operation, as in the papers. --annotations averages over the first 100 images
 of COCO val2017, as they do. Activations are the outputs of convolutions and linear layers. Faster
 R-CNN is counted with its maximum number of proposals, without proposal selection and RoI pooling.
-Models have tensors without data, so this takes seconds and little memory.
+Detectors have tensors without data, so this takes seconds and little memory.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,9 +31,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dn_detr.d2  # noqa: F401
-from dn_detr.d2.config.defaults import read_config
+from dn_detr.d2.config.defaults import add_dn_detr_config, read_config
 from dn_detr.d2.data.ground_truth import read_coco
 from dn_detr.d2.modeling.faster_rcnn import DenoisingRCNN
+from dn_detr.d2.modeling.timm_torchvision import build_named_backbone
 from dn_detr.errors import InputError
 from dn_detr.models.detection_transformer import DETR
 
@@ -154,6 +158,27 @@ def is_trained(parameter: Tensor) -> bool:
     return parameter.requires_grad
 
 
+def backbone_row(name: str, sizes: list[tuple[int, int]]) -> str:
+    """Return a row of the table of backbones, by their name in MODEL.DN_DETR.BACKBONE."""
+    cfg = get_cfg()
+    add_dn_detr_config(cfg)
+    cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.DN_DETR.BACKBONE = 0, name
+    cfg.MODEL.DN_DETR.BACKBONE_PRETRAINED = False
+    counted = []
+    try:
+        backbone = build_named_backbone(cfg, ShapeSpec(channels=3)).eval().requires_grad_(False)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for height, width in sizes:
+                with FlopCounterMode(display=False, custom_mapping=counts()) as flops:
+                    backbone(torch.zeros(1, 3, height, width))
+                counted.append(f"{flops.get_total_flops() / 2e9:.1f}")
+    except ValueError as error:
+        return f"| `{name}` | refused: {error} |" + " |" * (1 + len(sizes))
+    features = ", ".join(f"{key} {one.channels}" for key, one in backbone.output_shape().items())
+    millions = sum(p.numel() for p in backbone.parameters()) / 1e6
+    return f"| `{name}` | {features} | {millions:.1f} | {' | '.join(counted)} |"
+
+
 def infer(model: nn.Module, height: int, width: int) -> Inference:
     """Count the inference of one image of this size, part by part."""
     step = max(1, model.backbone.size_divisibility)  # Detectron2 pads images to a multiple of it
@@ -269,6 +294,13 @@ def two_sides(text: str) -> tuple[int, int]:
 
 def analyze(args: argparse.Namespace) -> None:
     """Print the table."""
+    if args.backbone:
+        sizes = [f"GFLOPs at {height}x{width}" for height, width in args.size]
+        print("| backbone | features and channels | parameters (M) |", " | ".join(sizes), "|")
+        print("|---|---|---|" + "---|" * len(sizes))
+        for name in args.backbone:
+            print(backbone_row(name, args.size), flush=True)
+        return
     asked = {f"{height}x{width}": Counter({(height, width): 1}) for height, width in args.size}
     if args.annotations:
         name = f"the first {args.num_images} images"
@@ -297,7 +329,11 @@ def analyze(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config-file", nargs="+", required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config-file", nargs="+")
+    what.add_argument(
+        "--backbone", nargs="+", metavar="LIBRARY/NAME", help="count backbones of a library alone"
+    )
     parser.add_argument(
         "--size", nargs="+", type=two_sides, default=[(800, 1333)], metavar="HEIGHTxWIDTH"
     )

@@ -15,18 +15,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
-
-from dn_detr.conversion.convert_weights import convert, keep_coco_classes
-from dn_detr.conversion.safe_load import read_parameters
 from dn_detr.conversion.tables import TABLES
-from dn_detr.d2.config.defaults import read_config
-from dn_detr.d2.engine.checkpoint import DETECTOR, FORMAT
-from dn_detr.d2.inference.saved_detector import load_detector
+from dn_detr.d2.inference.convert_file import convert_file
 from dn_detr.errors import InputError
-
-COCO80 = [category["name"] for category in COCO_CATEGORIES if category["isthing"]]
 
 
 def main() -> None:
@@ -49,49 +40,16 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        state = read_parameters(args.source)
-        ours, table = convert(state, args.method)
-        about = {"format": FORMAT, "as_published": True}
-        if args.classes == "coco80":
-            ours = keep_coco_classes(ours, table.empty_classes)
-            about["class_names"] = COCO80
-        if args.config_file:
-            about["config"] = described_by(args.config_file, args.method, about)
-    except OSError as error:
-        sys.exit(f"convert_checkpoint.py: {args.source} cannot be read: {error.strerror}.")
+        done = convert_file(
+            args.source,
+            args.destination,
+            args.method,
+            is_coco=args.classes == "coco80",
+            config_file=args.config_file,
+        )
     except InputError as error:
         sys.exit(f"convert_checkpoint.py: {error}")
-    except ValueError as error:
-        sys.exit(f"convert_checkpoint.py: {args.source}: {error}.")
-    ours = {name: tensor.contiguous().clone() for name, tensor in ours.items()}
-    args.destination.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": ours, DETECTOR: about}, args.destination)
-    if args.config_file:
-        try:
-            load_detector(str(args.destination), device="cpu")
-        except InputError as error:
-            args.destination.unlink()
-            sys.exit(f"convert_checkpoint.py: {args.config_file} does not fit: {error}")
-    print(
-        f"{args.source}: {len(state)} tensors with the names of {table.source} "
-        f"-> {args.destination}: {len(ours)} tensors"
-    )
-
-
-def described_by(config_file: str, method: str, about: dict) -> str:
-    """Return the configuration as YAML, with the classes of `about` and as published.
-
-    Raises:
-        InputError: if it is of another method or leaves the classes open.
-    """
-    cfg = read_config(config_file, [])
-    node = cfg.MODEL.DN_DETR
-    if method != node.METHOD:
-        raise InputError(f"{config_file} is of the method {node.METHOD}, not {method}.")
-    if "class_names" not in about:
-        raise InputError("--config-file needs class names: add --classes coco80.")
-    node.NUM_CLASSES, node.AS_PUBLISHED, cfg.MODEL.WEIGHTS = len(COCO80), True, ""
-    return cfg.dump()
+    print(done)
 
 
 if __name__ == "__main__":

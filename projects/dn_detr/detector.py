@@ -120,7 +120,8 @@ class Detector:
         """Load a detector from a checkpoint.
 
         Args:
-            path: checkpoint; append "@ema" to load the moving average of the weights.
+            path: checkpoint, or a name that `dn-detr weights` lists; append "@ema" to load the
+                moving average of the weights.
             config_file: configuration. Checkpoints of `train_net.py` contain it; others, such as
                 converted ones, need it.
             class_names: default: those in the checkpoint, or of the training dataset.

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
+from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from dn_detr.conversion.name_table import Table, resnet
 from dn_detr.d2 import add_dn_detr_config
+from dn_detr.d2.config.defaults import read_config
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RGB = ShapeSpec(channels=3)
 
 
@@ -149,8 +155,8 @@ def test_an_unknown_backbone_is_refused_by_name(name):
     [
         ("timm/resnet50x", r"timm cannot build 'resnet50x': Unknown model \(resnet50x\)$"),
         (
-            "timm/vit_tiny_patch16_224",
-            "vit_tiny_patch16_224 is no backbone for images of any size: .*Input height .*[^.]$",
+            "timm/volo_d1_224",
+            "volo_d1_224 is no backbone for images of any size: .*size of tensor .*[^.]$",
         ),
         ("torchvision/inception_v3", "inception_v3 is no backbone for images of any size: "),
     ],
@@ -161,3 +167,156 @@ def test_a_network_that_is_no_backbone_is_refused_in_one_sentence(name, sentence
         pytest.importorskip("timm")
     with pytest.raises(ValueError, match=sentence):
         build("build_named_backbone", config(MODEL__DN_DETR__BACKBONE=name))
+
+
+@pytest.mark.parametrize(
+    "name", ["regnet_x_400mf", "shufflenet_v2_x0_5", "mnasnet0_5", "googlenet", "densenet121"]
+)
+def test_the_stages_of_torchvision_compute_what_its_classifier_computes(name):
+    """Some were refused, and RegNet had its last feature alone: its stages are in one sequence."""
+    backbone = build("build_named_backbone", config(MODEL__DN_DETR__BACKBONE=f"torchvision/{name}"))
+    assert list(backbone.output_shape()) == ["res2", "res3", "res4", "res5"]
+    classifier = torchvision.models.get_model(name, weights=None).eval()
+    names = backbone.library_names()
+    ours = {names[key]: value for key, value in classifier.state_dict().items() if names[key]}
+    assert not backbone.load_state_dict(ours, strict=False).missing_keys
+    seen = []
+    pooled = {"densenet121": "features", "shufflenet_v2_x0_5": "conv5", "mnasnet0_5": "layers"}
+    last = pooled.get(name, "inception5b" if name == "googlenet" else "trunk_output")
+    getattr(classifier, last).register_forward_hook(lambda _m, _a, out: seen.append(out.clone()))
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        classifier(images)
+        found = backbone.eval()(images)["res5"]
+    torch.testing.assert_close(found, seen[0])
+
+
+def test_googlenet_expects_the_pixels_that_its_weights_were_trained_with():
+    """Its classifier normalizes once more, to 0.5 and 0.5, which the backbone does not."""
+    backbone = build(
+        "build_named_backbone", config(MODEL__DN_DETR__BACKBONE="torchvision/googlenet")
+    )
+    images = torch.rand(1, 3, 8, 8)
+    order, mean, std = backbone.normalisation
+    ours = (255 * images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    classifier = torchvision.models.googlenet(
+        weights=None, transform_input=True, init_weights=False
+    )
+    transforms = torchvision.models.GoogLeNet_Weights.DEFAULT.transforms()
+    theirs = torchvision.transforms.functional.normalize(images, transforms.mean, transforms.std)
+    torch.testing.assert_close(ours, classifier._transform_input(theirs))
+    assert order == "RGB"
+
+
+PLAIN = ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"]
+
+
+def plain(name, **keys):
+    """A plain vision transformer with few blocks of random parameters, as a backbone."""
+    backbone = build(
+        "build_named_backbone", config(MODEL__DN_DETR__BACKBONE=f"timm/{name}", **keys)
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.normal_(std=0.05)
+    return backbone.eval()
+
+
+@pytest.mark.parametrize("size", [(224, 224), (64, 96), (96, 352)])
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_plain_vision_transformer_has_the_features_of_timm(name, size):
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model(name, num_classes=0, dynamic_img_size=True, patch_size=16)
+    backbone = plain(name).double()
+    names = backbone.library_names()
+    ours = backbone.state_dict()
+    theirs.load_state_dict({key: ours[names[key]] for key in theirs.state_dict()})
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        tokens = theirs.double().eval().forward_features(images)
+        found = backbone(images)
+    tokens = tokens[:, theirs.num_prefix_tokens :].transpose(1, 2)
+    expected = tokens.unflatten(2, (size[0] // 16, size[1] // 16))
+    torch.testing.assert_close(found["res4"], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found["res5"], nn.functional.max_pool2d(expected, 2))
+    for feature, (key, shape) in zip(found.values(), backbone.output_shape().items(), strict=True):
+        cells = size[0] // shape.stride, size[1] // shape.stride
+        assert feature.shape == (2, shape.channels, *cells), key
+
+
+def test_a_plain_vision_transformer_makes_the_features_that_the_detector_reads():
+    """No others, whose parameters would get no gradient."""
+    pytest.importorskip("timm")
+    features = ["res2", "res5"]
+    backbone = plain(PLAIN[0], MODEL__DN_DETR__IN_FEATURES=features)
+    assert list(backbone(torch.randn(1, 3, 64, 96))) == list(backbone.output_shape()) == features
+    sum(f.square().sum() for f in backbone(torch.randn(1, 3, 64, 96)).values()).backward()
+    assert [n for n, p in backbone.named_parameters() if p.grad is None] == []
+    with pytest.raises(ValueError, match="IN_FEATURES has 'p3', but the features .*'res2'"):
+        plain(PLAIN[0], MODEL__DN_DETR__IN_FEATURES=["p3"])
+
+
+def test_windows_are_those_of_attention_within_windows():
+    """Compared with blocks that get each window as an image of its own; the third is global."""
+    pytest.importorskip("timm")
+    backbone = plain("vit_tiny_patch16_224", MODEL__DN_DETR__BACKBONE_WINDOW=3).double()
+    model = backbone.stages.model
+    seen = []
+    model.blocks[2].register_forward_hook(lambda _m, _a, out: seen.append(out))
+    images = torch.randn(2, 3, 96, 64, dtype=torch.float64)  # 6 x 4 patches in 2 x 2 windows
+    with torch.no_grad():
+        backbone(images)
+        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        prefix, tokens = x[:, :1], x[:, 1:].reshape(2, 6, 4, -1)
+        for block in model.blocks[:2]:
+            padded = nn.functional.pad(tokens, (0, 0, 0, 2))
+            prefixes, new = [], torch.empty_like(padded)
+            for top, left in ((0, 0), (0, 3), (3, 0), (3, 3)):
+                place = (slice(None), slice(top, top + 3), slice(left, left + 3))
+                window = torch.cat([prefix, padded[place].reshape(2, 9, -1)], 1)
+                out = type(block).forward(block, window)  # without the hooks
+                prefixes.append(out[:, :1])
+                new[place] = out[:, 1:].reshape(2, 3, 3, -1)
+            prefix, tokens = torch.stack(prefixes).mean(0), new[:, :, :4]
+        expected = model.blocks[2](torch.cat([prefix, tokens.flatten(1, 2)], 1))
+    torch.testing.assert_close(seen[0], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "resnet10t"])
+def test_windows_need_absolute_positions(name):
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=f"BACKBONE_WINDOW needs .* and {name} is none"):
+        build(
+            "build_named_backbone",
+            config(MODEL__DN_DETR__BACKBONE=f"timm/{name}", MODEL__DN_DETR__BACKBONE_WINDOW=7),
+        )
+
+
+def test_a_copy_of_a_windowed_transformer_uses_its_own_windows():
+    """As the moving average of the weights does, whose images may have another size."""
+    pytest.importorskip("timm")
+    backbone = plain(PLAIN[0], MODEL__DN_DETR__BACKBONE_WINDOW=3)
+    copied = copy.deepcopy(backbone)
+    expected = backbone(torch.ones(1, 3, 64, 96))["res4"]
+    backbone(torch.ones(1, 3, 128, 32))
+    assert torch.equal(copied(torch.ones(1, 3, 64, 96))["res4"], expected)
+
+
+def test_the_configuration_with_a_vision_transformer_trains_all_that_it_has():
+    """Every parameter gets a gradient, or several processes would wait for it."""
+    pytest.importorskip("timm")
+    cfg = read_config(str(CONFIGS / "backbones" / "dn_deformable_vit.yaml"), [])
+    node, cfg.MODEL.DEVICE = cfg.MODEL.DN_DETR, "cpu"
+    node.BACKBONE, node.BACKBONE_PRETRAINED = "timm/vit_tiny_patch16_224", False
+    node.NUM_CLASSES = 2
+    model = build_model(cfg)
+    instances = Instances((75, 101))
+    instances.gt_boxes = Boxes(torch.tensor([[10.0, 20.0, 60.0, 70.0]]))
+    instances.gt_classes = torch.tensor([1])
+    image = torch.randint(0, 256, (3, 75, 101), dtype=torch.uint8)
+    sample = {"image": image, "height": 75, "width": 101, "image_id": 1, "instances": instances}
+    sum(model([sample]).values()).backward()
+    assert [n for n, p in model.backbone.named_parameters() if p.grad is None] == []
+    found = model.eval()([{"image": image, "height": 75, "width": 101}])[0]["instances"]
+    assert len(found) and found.image_size == (75, 101)

@@ -7,8 +7,11 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from samples import sample
+from tiny import tiny_model
+from torch import nn
 
-from dn_detr.d2.engine.checkpoint import FORMAT, Checkpointer
+from dn_detr.build import HybridMatching
+from dn_detr.d2.engine.checkpoint import FORMAT, Checkpointer, fit_query_rows
 from dn_detr.d2.engine.run_checkpoint import RunCheckpointer
 from dn_detr.d2.inference.saved_detector import description_in
 from dn_detr.errors import InputError
@@ -78,6 +81,94 @@ def test_a_denoised_checkpoint_gives_the_plain_model_the_same_detections(model_o
         found["instances"].pred_boxes.tensor, expected["instances"].pred_boxes.tensor
     )
     assert torch.equal(found["instances"].scores, expected["instances"].scores)
+
+
+LEARNED = {
+    "conditional_detr": {"position"},
+    "deformable_detr": {"position", "content"},
+    "dab_deformable": {"content", "box_logits"},
+    "dab_detr": {"anchors"},
+    "anchor_detr": {"anchors"},
+    "dino": {"content"},
+    "deformable_detr_two_stage": set(),
+    "mask2former": {"position", "content"},
+}
+"""Method -> its parameters with a row per query; proposals of a two-stage method have none."""
+
+
+def detector(method, **options):
+    return nn.ModuleDict({"core": tiny_model(method, **options)})
+
+
+def repeated(rows, number):
+    return torch.stack([rows[i % len(rows)] for i in range(number)])
+
+
+@pytest.mark.parametrize("wanted", [5, 23])
+@pytest.mark.parametrize("method", LEARNED)
+def test_a_training_with_another_number_of_queries_copies_or_cuts_their_rows(method, wanted):
+    """It was refused, though the report of the data itself says when queries are too few."""
+    trained = detector(method, num_queries=9, seed=1)
+    model = detector(method, num_queries=wanted, seed=2)
+    state = trained.state_dict()
+    said = fit_query_rows(state, model.state_dict())
+    model.load_state_dict(state)
+    resized = set()
+    for name, value in model.state_dict().items():
+        rows = trained.state_dict()[name]
+        if rows.shape != value.shape:
+            assert torch.equal(value, repeated(rows, wanted)), name
+            resized.add(name.rpartition(".learned.")[2])
+    assert resized == LEARNED[method]
+    how = "of which the first stay" if wanted == 5 else "repeated in turn"
+    assert said == ([f"9 learned queries became {wanted}, {how}"] if resized else [])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "count"),
+    [
+        ({"num_groups": 3, "num_queries": 4}, {"num_groups": 3, "num_queries": 6}, 4),
+        (
+            {"hybrid": HybridMatching(num_queries=7)},
+            {"hybrid": HybridMatching(num_queries=9)},
+            2,
+        ),
+    ],
+)
+def test_rows_of_further_groups_and_one_to_many_queries_are_copied_too(old, new, count):
+    trained, model = (detector("dab_deformable", **options) for options in (old, new))
+    state = trained.state_dict()
+    fit_query_rows(state, model.state_dict())
+    model.load_state_dict(state)
+    names = [n for n in state if "auxiliary" in n and n.endswith(("content", "box_logits"))]
+    assert len(names) == count
+    for name in names:
+        value = model.state_dict()[name]
+        assert torch.equal(value, repeated(trained.state_dict()[name], len(value)))
+
+
+def test_patterns_are_not_copied_or_cut():
+    """All anchors share them: a detector without one of them lacks what it had learned to find."""
+    states = [detector("anchor_detr", num_patterns=n).state_dict() for n in (3, 2)]
+    with pytest.raises(InputError, match="3 patterns.*set MODEL.DN_DETR.NUM_PATTERNS to 3, got 2"):
+        fit_query_rows(*states)
+
+
+def test_more_queries_are_said_in_a_sentence_and_not_taken_for_an_evaluation(
+    model_of, tmp_path, caplog
+):
+    path = save(model_of(seed=1), tmp_path)
+    number = torch.load(path)["model"]["core.query_design.learned.content"].shape[0]
+    model = model_of("MODEL.DN_DETR.NUM_QUERIES", number + 3, seed=2)
+    with caplog.at_level("INFO"):
+        load(model, path, is_for_training=True)
+    (line,) = [text for text in caplog.messages if text.startswith("Loaded")]
+    assert line.endswith(f"; {number} learned queries became {number + 3}, repeated in turn")
+    assert "newly initialized" not in line
+    rows = model.core.query_design.learned.content
+    assert torch.equal(rows[number:], rows[:3])
+    with pytest.raises(InputError, match=f"checkpoint of another model: it differs in .*{number}"):
+        load(model, path)
 
 
 def test_denoising_can_start_from_a_plain_checkpoint_and_says_what_is_new(

@@ -1,5 +1,7 @@
 """Learning-rate groups and clipping."""
 
+import re
+
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -7,6 +9,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from dn_detr.d2 import add_dn_detr_config
+from dn_detr.d2.modeling.timm_torchvision import build_named_backbone
 from dn_detr.d2.solver.optimizer import backbone_depths, build_optimizer, parameter_groups
 from dn_detr.errors import InputError
 
@@ -140,6 +143,30 @@ def test_blocks_of_a_transformer_are_layers_and_what_stands_before_them():
         **{f"backbone.blocks.0.{i}.{part}": 1 for i in (0, 1) for part in ("weight", "bias")},
         **{f"backbone.blocks.1.{part}": 0 for part in ("weight", "bias")},
     }
+
+
+def test_a_plain_vision_transformer_learns_slower_the_earlier_its_blocks():
+    """As in ViTDet: embeddings, blocks, the norm. The pyramid is new and learns like the rest."""
+    pytest.importorskip("timm")
+    cfg = get_cfg()
+    add_dn_detr_config(cfg)
+    node = cfg.MODEL.DN_DETR
+    node.BACKBONE, node.BACKBONE_PRETRAINED = "timm/vit_tiny_patch16_224", False
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    model = nn.ModuleDict({"backbone": build_named_backbone(cfg, None)})
+    options = {"base_lr": 1.0, "backbone_multiplier": 0.5, "sampling_multiplier": 1.0}
+    groups = parameter_groups(
+        model, **options, weight_decay=0.1, weight_decay_norm=None, backbone_layer_decay=0.5
+    )
+    lr_of = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+    found = {name: lr_of[parameter] for name, parameter in model.named_parameters()}
+    inside = "backbone.stages.model."
+    for name, lr in found.items():
+        block = re.match(rf"{inside}blocks\.(\d+)\.", name)
+        behind = 12 - int(block[1]) if block else 0 if name.startswith(f"{inside}norm.") else 13
+        assert lr == (1.0 if ".pyramid." in name else 0.5 * 0.5**behind), name
+    assert {f"{inside}pos_embed", f"{inside}blocks.11.mlp.fc2.bias"} < set(found)
+    assert "backbone.pyramid.res3.weight" in found
 
 
 def test_a_layer_decay_above_one_is_refused(cfg):

@@ -486,6 +486,37 @@ def test_backbones_that_timm_builds_take_its_files_and_its_normalisation(name, t
         load(model_of("dn_deformable.yaml", **changes), tmp_path / "a.pth")
 
 
+def test_a_file_of_a_plain_vision_transformer_is_resampled_to_patches_of_16_pixels(tmp_path):
+    """Its patches have 14 pixels and its positions a grid of 37 x 37 of them; not the pyramid."""
+    timm = pytest.importorskip("timm")
+    name = "vit_small_patch14_dinov2"
+    library = timm.create_model(name)
+    changes = {
+        "MODEL__BACKBONE__NAME": "build_named_backbone",
+        "MODEL__BACKBONE__FREEZE_AT": 0,
+        "MODEL__DN_DETR__BACKBONE": f"timm/{name}",
+        "MODEL__DN_DETR__BACKBONE_PRETRAINED": False,
+    }
+    state = random_state(library)
+    torch.save(state, tmp_path / "a.pth")
+    model = model_of("dn_deformable.yaml", **changes)
+    pyramid = model.backbone.pyramid["res3"].weight.clone()
+    load(model, tmp_path / "a.pth")
+    found = model.backbone.stages.model
+    for key, value in found.state_dict().items():
+        if key not in ("patch_embed.proj.weight", "pos_embed"):
+            assert torch.equal(value, state[key]), key
+    patches = timm.layers.resample_patch_embed(state["patch_embed.proj.weight"], [16, 16])
+    torch.testing.assert_close(found.patch_embed.proj.weight, patches)
+    own, grid = state["pos_embed"].split([1, 37 * 37], 1)  # of the class token, of the patches
+    grid = grid.unflatten(1, (37, 37)).permute(0, 3, 1, 2)
+    size = found.patch_embed.grid_size
+    grid = torch.nn.functional.interpolate(grid, size, mode="bicubic", antialias=True)
+    grid = grid.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(found.pos_embed, torch.cat([own, grid], 1))
+    assert torch.equal(model.backbone.pyramid["res3"].weight, pyramid)
+
+
 def test_weights_that_timm_downloads_need_their_normalisation():
     pytest.importorskip("timm")
     from dn_detr.d2.modeling.timm_torchvision import TimmStages

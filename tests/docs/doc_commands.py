@@ -52,6 +52,7 @@ PARSED = {
 """Programs whose command lines are only parsed, and why. Configurations and keys must exist."""
 
 NOT_TRIED = {
+    "dn-detr weights": "needs a network; tests/d2/test_convert_file.py runs it",
     "make": "make demo and make test are the commands of this repository's own checks",
     "pip": "installs",
     "export": "sets a variable of the shell",
@@ -60,6 +61,7 @@ NOT_TRIED = {
 
 NOT_RUN = (
     "webcam",
+    "MODEL.WEIGHTS detrex-",
     "coco_2017_train",
     "--num-machines",
     "@ema",
@@ -68,8 +70,8 @@ NOT_RUN = (
     "INPUT.SCHEDULE",
     "output/all_quick/backbone.pth",
 )
-"""Command lines of RUN that need a camera, teachers, an earlier comparison's backbone, or the full
-number of iterations of a schedule."""
+"""Command lines of RUN that need a camera, a network, teachers, an earlier comparison's backbone,
+or the full number of iterations of a schedule."""
 
 
 @dataclass(frozen=True)

@@ -109,3 +109,15 @@ def test_only_known_configurations_are_trained_side_by_side(monkeypatch, capsys)
     with pytest.raises(SystemExit):
         program["main"]()
     assert "there is no nonsense, only [" in capsys.readouterr().err
+
+
+def test_backbones_are_counted_alone_and_refused_ones_have_a_row():
+    """Of torchvision's MobileNetV2: 2.22 M parameters before the classifier (1801.04381: 3.4 - 1.28
+    with 1000 classes), and its counts grow with the area.
+    """
+    row = tool["backbone_row"]("torchvision/mobilenet_v2", [(224, 224), (448, 448)])
+    name, features, millions, small, large = row.strip("| ").split(" | ")
+    assert name == "`torchvision/mobilenet_v2`" and features.endswith("res5 1280")
+    assert millions == "2.2" and small == "0.3" and large == "1.2"
+    row = tool["backbone_row"]("torchvision/squeezenet1_1", [(224, 224)])
+    assert row.count("|") == 5 and "refused: torchvision/squeezenet1_1 has no features" in row

@@ -1,4 +1,4 @@
-"""The folder for what is made of datasets and may be deleted; files that appear as a whole."""
+"""The folder for what can be made or fetched again; files that appear as a whole."""
 
 from __future__ import annotations
 

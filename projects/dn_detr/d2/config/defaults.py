@@ -110,6 +110,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # and whether the library's ImageNet weights are downloaded if MODEL.WEIGHTS is "".
     node.BACKBONE = ""
     node.BACKBONE_PRETRAINED = True
+    # Side of the attention windows of a plain vision transformer of timm, in patches of 16 pixels;
+    # four of its blocks attend to the whole image (ViTDet, 2203.16527: 14). 0: all of them.
+    node.BACKBONE_WINDOW = 0
 
     # Backbone parameters that MODEL.WEIGHTS may lack, as prefixes, e.g. ["stem.conv1"]; they are
     # initialized randomly. A file that lacks others is refused.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottleneckBlock
-from torch import nn
+from torch import Tensor, nn
 
 from dn_detr.conversion.backbone_weights import (
     IMAGENET,
@@ -21,6 +21,7 @@ from dn_detr.conversion.backbone_weights import (
     resnet_depth,
 )
 from dn_detr.conversion.convert_weights import ABSENT, COCO_CATEGORIES, convert, keep_coco_classes
+from dn_detr.conversion.published_weights import catalogue, check_hash
 from dn_detr.conversion.safe_load import (
     as_parameters,
     read_arrays,
@@ -50,28 +51,25 @@ DETECTOR = "detector"
 FORMAT = 2
 """Version of the parameter names; increase it when one changes (tests/d2/parameters.txt)."""
 
+QUERY_ROWS = re.compile(r"\.learned\.(\d+\.)?(position|content|box_logits|anchors)$")
+"""Parameters with one row per query: of the matched queries, of further groups and one-to-many."""
+
 FOREIGN = ("transformer", "class_embed", "sem_seg_head", "input_proj", "query_embed", "bbox_embed")
 """Parts of parameter names in original implementations, detrex and Hugging Face."""
 
 
-def check_hash(address: str, filename: str) -> None:
-    """Check a file against the sha256 prefix in its address, as in torchvision's file names.
+def resolve_weights(name_or_path: str) -> str:
+    """Return the path of weights that the user named: a path, an address or a published name.
 
-    A number without letters counts as a date, except in PyTorch's own addresses.
-
-    Raises:
-        InputError: If the hash differs.
+    The main rank fetches and converts what is published under the name
+    (`conversion.published_weights`); a file of this name comes first.
     """
-    match = re.search(r"-([0-9a-f]{8,64})\.\w+$", address.removesuffix(AVERAGED))
-    if match is None or (match[1].isdigit() and "://download.pytorch.org/" not in address):
-        return
-    with open(filename, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if not found.startswith(match[1]):
-        raise InputError(
-            f"{filename}, fetched from {address}, is damaged: its sha256 begins with {found[:8]} "
-            f"and should begin with {match[1]}. Remove the file and try again."
-        )
+    from dn_detr.d2.inference.convert_file import fetch_converted  # which imports this module
+
+    name = name_or_path.removesuffix(AVERAGED)
+    if name not in catalogue() or os.path.isfile(name):
+        return name_or_path
+    return run_on_main_rank(lambda: str(fetch_converted(name)))
 
 
 def read_checkpoint(filename: str) -> dict:
@@ -136,13 +134,50 @@ def is_counter(key: str) -> bool:
     return key.endswith("num_batches_tracked")
 
 
+def fit_query_rows(state: dict[str, Tensor], known: Mapping[str, Tensor]) -> list[str]:
+    """Give the learned queries of `state`, in place, as many rows as those of a model have.
+
+    The first rows are kept, or all are repeated in turn. Rows of one query, e.g. its content and
+    its box, stay together, and in two-stage methods content stays with the rank of its proposal:
+    the first rows are those of the best. Equal queries part in a training as soon as one of them is
+    matched to an object.
+
+    Args:
+        state: Name -> parameter of a checkpoint [...].
+        known: Name -> parameter of the model [...].
+
+    Returns:
+        A sentence part for each number that changes.
+
+    Raises:
+        InputError: If the number of patterns changes, which all queries share: each has learned
+            another kind of object, so that none can be left out or stand for another.
+    """
+    changes = {}
+    for name in state.keys() & known.keys():
+        old, new = state[name], known[name]
+        if old.shape[1:] != new.shape[1:] or not old.shape or old.shape[0] in (0, new.shape[0]):
+            continue
+        if name.endswith("shared.patterns"):
+            raise InputError(
+                f"the checkpoint has {old.shape[0]} patterns, which are not copied or cut like "
+                f"queries: set MODEL.DN_DETR.NUM_PATTERNS to {old.shape[0]}, got {new.shape[0]}."
+            )
+        if QUERY_ROWS.search(name):
+            state[name] = old[torch.arange(new.shape[0]) % old.shape[0]]
+            how = "repeated in turn" if new.shape[0] > old.shape[0] else "of which the first stay"
+            changes[f"{old.shape[0]} learned queries became {new.shape[0]}, {how}"] = True
+    return sorted(changes)
+
+
 class Checkpointer(DetectionCheckpointer):
     """Load a detector of the same architecture, or initialize a training from other weights.
 
     A training can start from a detector with other classes (another number or other names), whose
-    class heads and label embedding are reinitialized, or from a backbone of any library
-    (`conversion.backbone_weights`). Other missing or unexpected parameters are an InputError, as
-    they would only show as a low AP. TRAINING_ONLY parameters are optional.
+    class heads and label embedding are reinitialized, from one with another number of queries
+    (`fit_query_rows`), or from a backbone of any library (`conversion.backbone_weights`). Other
+    missing or unexpected parameters are an InputError, as they would only show as a low AP.
+    TRAINING_ONLY parameters are optional.
 
     Args:
         model: Model to load.
@@ -178,10 +213,11 @@ class Checkpointer(DetectionCheckpointer):
         """Load a checkpoint.
 
         Args:
-            path: File or address; the suffix "@ema" selects the moving average of the weights.
+            path: File, address or name of published weights; the suffix "@ema" selects the moving
+                average of the weights.
             checkpointables: What to restore besides the model; None restores all (a resume).
         """
-        self.path = path
+        self.path = path = resolve_weights(path)
         path = path.removesuffix(AVERAGED)
         self.may_initialize = self.is_for_training and checkpointables is not None
         if path and "://" not in path and not os.path.isfile(path):
@@ -197,7 +233,7 @@ class Checkpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict:
         """Read {"model": name -> array, ...} without running code from the file."""
         if "://" in self.path:
-            check_hash(self.path, filename)
+            check_hash(self.path.removesuffix(AVERAGED), filename)
         checkpoint = read_checkpoint(filename)
         if self.path.endswith(AVERAGED):
             average = checkpoint.pop(EMA, None)
@@ -239,6 +275,7 @@ class Checkpointer(DetectionCheckpointer):
         reinitialized = CLASS_DEPENDENT if has_other_classes else ()
         for key in [key for key in state if has_part(key, reinitialized)]:
             del state[key]
+        resized = fit_query_rows(state, known) if self.may_initialize else []
         self._check_floats(state, known)
         # Before loading: frozen batch norms then fill in missing statistics.
         missing = [key for key in known if key not in state and not is_counter(key)]
@@ -257,6 +294,7 @@ class Checkpointer(DetectionCheckpointer):
         if missing:
             cause = "other classes" if reinitialized else "not in the checkpoint"
             summary += f"; newly initialized ({cause}): {', '.join(missing)}"
+        summary = "; ".join([summary, *resized])
         self.logger.info(summary)
         return incompatible
 
@@ -283,6 +321,7 @@ class Checkpointer(DetectionCheckpointer):
         expected = {name: value.shape for name, value in body.state_dict().items()}
         library = {}
         if isinstance(body, NamedBackbone):
+            state = body.stages.library_state(state)
             names, normalisation = body.library_names(), body.normalisation
             library = {
                 "library": body.name,
@@ -301,7 +340,8 @@ class Checkpointer(DetectionCheckpointer):
                 f"known name: the backbone has e.g. {next(iter(expected))}, the file "
                 f"{next(iter(checkpoint['model']), 'nothing')}.{self._hint(match, body)}"
             )
-        missing = [name for name in match.missing if not name.startswith(self.may_be_new or "\0")]
+        may_be_new = (*self.may_be_new, "pyramid.")
+        missing = [name for name in match.missing if not name.startswith(may_be_new)]
         for fault, names in (
             ("these shapes differ", match.wrong),
             ("the file lacks parameters of the backbone", missing),

@@ -14,7 +14,13 @@ from yaml import YAMLError
 from dn_detr.conversion.safe_load import read_pickle
 from dn_detr.d2.config.defaults import add_dn_detr_config, merge, read_config
 from dn_detr.d2.data.catalog import class_names, register_coco_format
-from dn_detr.d2.engine.checkpoint import AVERAGED, DETECTOR, Checkpointer, check_format
+from dn_detr.d2.engine.checkpoint import (
+    AVERAGED,
+    DETECTOR,
+    Checkpointer,
+    check_format,
+    resolve_weights,
+)
 from dn_detr.d2.engine.trainer import Trainer
 from dn_detr.errors import InputError
 from dn_detr.safe_yaml import read_yaml
@@ -39,7 +45,7 @@ def description_in(path: str) -> dict | None:
     Raises:
         InputError: If the file does not exist or is no checkpoint.
     """
-    path = path.removesuffix(AVERAGED)
+    path = resolve_weights(path).removesuffix(AVERAGED)
     if not os.path.isfile(path):
         raise InputError(f"there is no checkpoint {path!r}.")
     if path.endswith((".pkl", ".safetensors")):
@@ -133,7 +139,7 @@ def read_evaluation_config(config_file: str, opts: list[str]) -> CfgNode:
             cfg.OUTPUT_DIR = os.path.dirname(weights) or "."
     path = cfg.MODEL.WEIGHTS
     node = cfg.MODEL.DN_DETR
-    if not node.CLASS_NAMES and os.path.isfile(path.removesuffix(AVERAGED)):
+    if not node.CLASS_NAMES and os.path.isfile(resolve_weights(path).removesuffix(AVERAGED)):
         about = description_in(path)
         node.CLASS_NAMES = (about or {}).get("class_names", [])
     return cfg

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
-from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
 from dn_detr.conversion.backbone_weights import Normalisation, check_normalisation
+from dn_detr.d2.modeling.feature_names import check_features
 from dn_detr.errors import InputError
 
 STAGES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 """Stride -> name of the feature in Detectron2's ResNet."""
+
+PATCH = 16
+"""Side of the patches of plain vision transformers, in pixels."""
 
 PROBE = (128, 192)
 """Height and width of the image that reveals the strides of features; no two sides are equal."""
@@ -22,14 +28,20 @@ PROBE = (128, 192)
 class NamedBackbone(Backbone):
     """Backbone of a library with the feature names of Detectron2's ResNet.
 
+    A plain vision transformer has one feature map, of stride 16; a simple feature pyramid makes
+    the others from it (ViTDet, 2203.16527, section 3; the neck of the detector projects them).
+
     Args:
         stages: Maps images [B, 3, H, W] to a list of feature maps, channels first or last, one for
             each of its `parts`.
         freeze_at: Parts up to the feature "res<freeze_at>" are frozen; 0 freezes none.
         name: "<library>/<name>".
+        in_features: Features that the detector reads, of which a pyramid makes no others.
     """
 
-    def __init__(self, stages: nn.Module, freeze_at: int, name: str = ""):
+    def __init__(
+        self, stages: nn.Module, freeze_at: int, name: str = "", in_features: Sequence[str] = ()
+    ):
         super().__init__()
         self.stages = stages
         self.name = name
@@ -54,9 +66,20 @@ class NamedBackbone(Backbone):
                     self.is_channels_last[name] = is_last
                     self._out_feature_channels[name] = output.shape[-1 if is_last else 1]
                     self._out_feature_strides[name] = stride
-        self._out_features = list(self.place)
+        self.pyramid = nn.ModuleDict()
+        if list(self.place) == ["res4"]:
+            width = self._out_feature_channels["res4"]
+            levels = pyramid_levels(width)
+            check_features("MODEL.DN_DETR.IN_FEATURES", in_features, levels)
+            for name in in_features:
+                self.pyramid[name], channels = levels[name]
+                self._out_feature_channels[name] = channels
+            self._out_feature_strides.update((name, stride) for stride, name in STAGES.items())
+        self._out_features = list(self.pyramid or self.place)
         if not self.place:
-            raise ValueError("the backbone has no features of stride 4, 8, 16 or 32")
+            raise ValueError(
+                f"{self.name} has no features of stride 4, 8, 16 or 32, without rounding"
+            )
         if freeze_at:
             if not stages.parts:
                 raise ValueError(
@@ -96,7 +119,29 @@ class NamedBackbone(Backbone):
             if self.is_channels_last[name]:
                 feature = feature.permute(0, 3, 1, 2).contiguous()
             features[name] = feature
+        if self.pyramid:
+            return {name: level(features["res4"]) for name, level in self.pyramid.items()}
         return features
+
+
+def pyramid_levels(width: int) -> dict[str, tuple[nn.Module, int]]:
+    """Make the levels of a simple feature pyramid on features [B, width, H / 16, W / 16].
+
+    Returns:
+        Feature name -> module and its number of channels.
+    """
+
+    def double(channels: int) -> nn.Module:
+        return nn.ConvTranspose2d(channels, channels // 2, kernel_size=2, stride=2)
+
+    norm = get_norm("LN", width // 2)
+    res2 = nn.Sequential(double(width), norm, nn.GELU(), double(width // 2))
+    return {
+        "res2": (res2, width // 4),
+        "res3": (double(width), width // 2),
+        "res4": (nn.Identity(), width),
+        "res5": (nn.MaxPool2d(2), width),
+    }
 
 
 class TorchvisionStages(nn.Module):
@@ -113,26 +158,23 @@ class TorchvisionStages(nn.Module):
         if name not in models.list_models(models):
             raise ValueError(f"torchvision has no model {name!r}")
         classifier = models.get_model(name, weights="DEFAULT" if is_pretrained else None)
-        trunk = getattr(classifier, "features", None)
-        if trunk is None:
-            children = list(classifier.named_children())
-            names = [child for child, _ in children]
-            if "avgpool" not in names:
-                raise ValueError(f"torchvision's {name} has no pooling after a sequence of stages")
-            names = names[: names.index("avgpool")]
-            trunk = {child: getattr(classifier, child) for child in names}
-            prefixes = {child: f"parts.{index}" for index, child in enumerate(trunk)}
-        else:
-            trunk = dict(trunk.named_children())
-            prefixes = {f"features.{child}": f"parts.{index}" for index, child in enumerate(trunk)}
+        trunk = dict(_trunk(classifier))
+        prefixes = {child: f"parts.{index}" for index, child in enumerate(trunk)}
         self.parts = nn.ModuleList(trunk.values())
         self.names = {key: _rename(key, prefixes) for key in classifier.state_dict()}
         transforms = models.get_model_weights(name).DEFAULT.transforms()
-        self.normalisation = _normalisation(transforms.mean, transforms.std)
+        mean, std = transforms.mean, transforms.std
+        if hasattr(classifier, "transform_input"):  # which its forward does after these
+            mean = std = (0.5, 0.5, 0.5)
+        self.normalisation = _normalisation(mean, std)
 
     def library_names(self) -> dict[str, str]:
         """Return name in the classifier -> name here, "" for parameters after the pooling."""
         return self.names
+
+    def library_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parameters of a file as they are."""
+        return state
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Map images [B, 3, H, W] to the output of each part, [B, C, h, w] or [B, h, w, C]."""
@@ -143,15 +185,39 @@ class TorchvisionStages(nn.Module):
         return outputs
 
 
+def _trunk(classifier: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield names and modules of a torchvision classifier up to its pooling, in order.
+
+    Sequences with named members (the stages of RegNet) are taken apart, those with numbered members
+    (the blocks of a stage) are not.
+    """
+    for name, child in classifier.named_children():
+        if name in ("avgpool", "fc", "classifier"):
+            return
+        is_trunk = not prefix and name in ("features", "layers")
+        has_names = type(child) is nn.Sequential and not hasattr(child, "0")
+        if is_trunk or has_names:
+            yield from _trunk(child, f"{prefix}{name}.")
+        elif not name.startswith("aux"):
+            yield f"{prefix}{name}", child
+
+
 class TimmStages(nn.Module):
     """timm's feature extractor of a model.
+
+    Plain vision transformers get patches of 16 pixels and images of any size: timm resamples patch
+    and position embeddings. Their feature map is the normalized output of the last block. With
+    windows, most blocks attend within windows of the map, and the last one of each quarter of the
+    blocks to all of it (2203.16527, section 3); prefix tokens go through every window, and are
+    averaged.
 
     Args:
         name: Name of the model in timm.
         is_pretrained: Whether to load timm's weights.
+        window: Side of the windows in patches; 0: none.
     """
 
-    def __init__(self, name: str, is_pretrained: bool):
+    def __init__(self, name: str, is_pretrained: bool, window: int = 0):
         super().__init__()
         try:
             timm = importlib.import_module("timm")
@@ -160,17 +226,25 @@ class TimmStages(nn.Module):
         self.parts = nn.ModuleList()
         if ":" in name:  # timm would fetch what hf-hub:... names, or read it from a folder
             raise ValueError(f"timm has no model {name!r}")
-        options = {"pretrained": is_pretrained, "features_only": True}
         try:
-            try:  # windowed transformers accept only one image size by default
-                self.model = timm.create_model(name, strict_img_size=False, **options)
-            except TypeError as error:
-                if "strict_img_size" not in str(error):
-                    raise
-                self.model = timm.create_model(name, **options)
+            self.model, self.is_plain = _create(timm, name, is_pretrained)
         except RuntimeError as error:
             raise ValueError(f"timm cannot build {name!r}: {_one_line(error)}") from error
         self.name = name
+        self.window, self.grid = window, (0, 0)
+        if self.is_plain:
+            self.model.prune_intermediate_layers(1)
+        if window:
+            if not self.is_plain or getattr(self.model, "rope", None) is not None:
+                raise ValueError(
+                    "MODEL.DN_DETR.BACKBONE_WINDOW needs a plain vision transformer of timm with "
+                    f"absolute positions, and {name} is none"
+                )
+            blocks = self.model.blocks
+            is_global = {len(blocks) * quarter // 4 - 1 for quarter in (1, 2, 3, 4)}
+            for index in set(range(len(blocks))) - is_global:
+                blocks[index].register_forward_pre_hook(self._into_windows)
+                blocks[index].register_forward_hook(self._out_of_windows)
         self.normalisation = _normalisation(
             self.model.default_cfg["mean"], self.model.default_cfg["std"]
         )
@@ -190,7 +264,58 @@ class TimmStages(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Map images [B, 3, H, W] to feature maps [B, C, h, w] or [B, h, w, C]."""
-        return self.model(images)
+        if not self.is_plain:
+            return self.model(images)
+        self.grid = images.shape[2] // PATCH, images.shape[3] // PATCH
+        options = {"norm": True, "output_fmt": "NCHW", "intermediates_only": True}
+        return self.model.forward_intermediates(images, indices=1, **options)
+
+    def library_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Resample patch and position embeddings in a file of timm or of the authors of a plain
+        vision transformer to the sizes of this one; other files stay as they are.
+        """
+        if not self.is_plain or not any("patch_embed.proj.weight" in name for name in state):
+            return state
+        library = importlib.import_module(type(self.model).__module__)
+        return library.checkpoint_filter_fn(dict(state), self.model)
+
+    def _into_windows(self, block: nn.Module, args: tuple) -> tuple:  # noqa: ARG002
+        """Cut tokens [B, P + h * w, C] into N windows of each image [B * N, P + window ** 2, C],
+        padded by zeros.
+        """
+        prefix, tokens = args[0].split([self.model.num_prefix_tokens, math.prod(self.grid)], 1)
+        size, (height, width) = self.window, self.grid
+        tokens = tokens.unflatten(1, (height, width))
+        tokens = nn.functional.pad(tokens, (0, 0, 0, -width % size, 0, -height % size))
+        rows, columns = -(-height // size), -(-width // size)
+        windows = tokens.unflatten(2, (columns, size)).unflatten(1, (rows, size)).transpose(2, 3)
+        windows = windows.reshape(-1, size * size, tokens.shape[-1])
+        return (torch.cat([prefix.repeat_interleave(rows * columns, 0), windows], 1), *args[1:])
+
+    def _out_of_windows(self, block: nn.Module, args: tuple, out: Tensor) -> Tensor:  # noqa: ARG002
+        """Undo `_into_windows`."""
+        size, (height, width) = self.window, self.grid
+        rows, columns = -(-height // size), -(-width // size)
+        prefix, windows = out.split([self.model.num_prefix_tokens, size * size], 1)
+        tokens = windows.unflatten(0, (-1, rows, columns)).unflatten(3, (size, size))
+        tokens = tokens.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
+        prefix = prefix.unflatten(0, (-1, rows * columns)).mean(1)
+        return torch.cat([prefix, tokens.flatten(1, 2)], 1)
+
+
+def _create(timm, name: str, is_pretrained: bool) -> tuple[nn.Module, bool]:
+    """Build a model of timm for images of any size: as a windowed vision transformer, as a plain
+    one, or as any other network, whichever takes the options; and whether it is a plain one.
+    """
+    features = {"features_only": True}
+    plain = {"dynamic_img_size": True, "patch_size": PATCH, "num_classes": 0}
+    refused = None
+    for options in ({"strict_img_size": False, **features}, plain, features):
+        try:
+            return timm.create_model(name, pretrained=is_pretrained, **options), options is plain
+        except (AssertionError, TypeError) as error:
+            refused = error
+    raise RuntimeError(str(refused))
 
 
 def _one_line(error: Exception) -> str:
@@ -254,7 +379,8 @@ def build_named_backbone(cfg, input_shape: ShapeSpec) -> NamedBackbone:  # noqa:
         )
     is_pretrained = node.BACKBONE_PRETRAINED and not cfg.MODEL.WEIGHTS
     try:
-        stages = LIBRARIES[library](name, is_pretrained)
+        options = {"window": node.BACKBONE_WINDOW} if library == "timm" else {}
+        stages = LIBRARIES[library](name, is_pretrained, **options)
     except OSError as error:  # raised by urllib and timm's hub
         raise InputError(
             f"{library} cannot fetch its weights of {name} ({_one_line(error)}): copy the file to "
@@ -263,7 +389,9 @@ def build_named_backbone(cfg, input_shape: ShapeSpec) -> NamedBackbone:  # noqa:
         ) from error
     if cfg.MODEL.RESNETS.NORM == "FrozenBN":
         freeze_norms(stages)
-    backbone = NamedBackbone(stages, cfg.MODEL.BACKBONE.FREEZE_AT, node.BACKBONE)
+    backbone = NamedBackbone(
+        stages, cfg.MODEL.BACKBONE.FREEZE_AT, node.BACKBONE, in_features=node.IN_FEATURES
+    )
     if is_pretrained:
         given = (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
         check_normalisation(f"the weights of {node.BACKBONE}", backbone.normalisation, given)

@@ -11,6 +11,8 @@ from dn_detr.errors import InputError
 SAMPLING_LAYERS = ("sampling_offsets", "reference_points")
 """Linear layers that predict points; they have a lower rate (2010.04159, appendix A.4)."""
 
+PYRAMID = "pyramid"
+"""Module of a backbone that no pretrained weights have, and that learns like the detector."""
 
 EMBEDDINGS = (
     "query_design.content.label_embedding.weight",
@@ -55,7 +57,7 @@ def parameter_groups(
             seen.add(parameter)
             lr, decay = base_lr, weight_decay
             path = f"{module_name}.{name}".split(".")
-            if "backbone" in path:
+            if "backbone" in path and PYRAMID not in path:
                 lr *= backbone_multiplier
                 lr *= backbone_layer_decay ** depth[f"{module_name}.{name}"]
             elif any(layer in path for layer in SAMPLING_LAYERS):
@@ -75,18 +77,22 @@ def backbone_depths(model: nn.Module) -> dict[str, int]:
     """Count the layers of the backbone after each of its parameters: 0 in the last layer.
 
     A layer is a module whose name ends at the first part with a final digit (a stage "res3", a
-    block "blocks.7"), else the module of the parameter. Layers count in the order of registration,
-    which is that of the forward pass in Detectron2, torchvision and timm.
+    block "blocks.7"), or all neighbours without digits (position and patch embedding). Layers count
+    in the order of registration, which is that of the forward pass in Detectron2, torchvision and
+    timm.
     """
     layers: dict[str, list[str]] = {}
+    layer, was_numbered = "", True
     for name, _ in model.named_parameters():
         parts = name.split(".")
-        if "backbone" not in parts:
+        if "backbone" not in parts or PYRAMID in parts:
             continue
         inside = parts[parts.index("backbone") + 1 : -1]
         numbered = [i for i, part in enumerate(inside) if part[-1:].isdigit()]
-        layer = inside[: numbered[0] + 1] if numbered else inside
-        layers.setdefault(".".join(layer), []).append(name)
+        if numbered or was_numbered:
+            layer = ".".join(inside[: numbered[0] + 1] if numbered else inside)
+        was_numbered = bool(numbered)
+        layers.setdefault(layer, []).append(name)
     last = len(layers) - 1
     return {name: last - i for i, names in enumerate(layers.values()) for name in names}
 

@@ -1,0 +1,63 @@
+"""`dn-detr weights`: lists published weights, or fetches and converts some by name."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from itertools import groupby
+from pathlib import Path
+
+from dn_detr.conversion.published_weights import catalogue, find_weights, published_hash
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command to its parser."""
+    parser.description = (
+        "Lists the weights that others publish for the methods of this project, none of which was "
+        "tried here; with a name, downloads and converts them. MODEL.WEIGHTS and --weights take "
+        "the names as well."
+    )
+    parser.add_argument("name", nargs="?", help="which weights to fetch; without: list all")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="copy them to this file (.pth)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """List the catalogue, or fetch the weights `args.name`.
+
+    Raises:
+        InputError: If they cannot be fetched or converted.
+    """
+    if args.name is None:
+        return print_catalogue()
+    weights = find_weights(args.name)
+    print(
+        f"{weights.name}: {weights.address}, published in {weights.file} of {weights.repository} "
+        f"at commit {weights.commit[:8]}. Licence: {weights.licence}. AP {weights.ap} as "
+        "published, not tried here."
+    )
+    from dn_detr.d2.inference.convert_file import fetch_converted  # imports torch
+
+    path = fetch_converted(weights.name)
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        path = shutil.copyfile(path, args.output)
+    print(f"converted: {path}")
+
+
+def print_catalogue() -> None:
+    """Print all published weights, grouped by the file that names their addresses."""
+
+    def source(weights):
+        return weights.repository, weights.file, weights.commit, weights.licence
+
+    print("Published weights, not tried here. AP on COCO val2017 as published.")
+    for (repository, file, commit, licence), group in groupby(catalogue().values(), key=source):
+        print(f"\n{repository}, {file} at commit {commit[:8]}. Licence: {licence}")
+        for weights in group:
+            notes = [
+                weights.config or f"{weights.method}, cannot be converted",
+                f"AP {weights.ap}",
+                weights.format.removeprefix(".") or "download by hand",
+                *filter(None, [published_hash(weights.address) and "hash published"]),
+            ]
+            print(f"  {weights.name}: {'; '.join(notes)}\n    {weights.address}")
