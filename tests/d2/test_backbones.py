@@ -17,6 +17,7 @@ from torch import nn
 from dn_detr.conversion.name_table import Table, resnet
 from dn_detr.d2 import add_dn_detr_config
 from dn_detr.d2.config.defaults import read_config
+from dn_detr.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RGB = ShapeSpec(channels=3)
@@ -283,14 +284,29 @@ def test_windows_are_those_of_attention_within_windows():
     torch.testing.assert_close(seen[0], expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "resnet10t"])
-def test_windows_need_absolute_positions(name):
+@pytest.mark.parametrize(
+    ("name", "window"),
+    [
+        ("timm/vit_small_patch16_dinov3", 7),
+        ("timm/resnet10t", 7),
+        ("timm/vit_tiny_patch16_224", -7),
+        ("torchvision/resnet18", 7),
+    ],
+)
+def test_windows_need_absolute_positions(name, window):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    cfg = config(MODEL__DN_DETR__BACKBONE=name, MODEL__DN_DETR__BACKBONE_WINDOW=window)
+    with pytest.raises(ValueError, match=f"WINDOW must be 0, or .* is {name.partition('/')[2]}$"):
+        build("build_named_backbone", cfg)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_plain_vision_transformer_says_that_it_cannot_be_exported():
+    """The exported file failed in onnxruntime, on the example itself."""
     pytest.importorskip("timm")
-    with pytest.raises(ValueError, match=f"BACKBONE_WINDOW needs .* and {name} is none"):
-        build(
-            "build_named_backbone",
-            config(MODEL__DN_DETR__BACKBONE=f"timm/{name}", MODEL__DN_DETR__BACKBONE_WINDOW=7),
-        )
+    with pytest.raises(InputError, match="vit_tiny_patch16_224 resamples its positions"):
+        torch.export.export(plain(PLAIN[0]), (torch.zeros(1, 3, 64, 96),), strict=False)
 
 
 def test_a_copy_of_a_windowed_transformer_uses_its_own_windows():

@@ -515,6 +515,9 @@ def test_a_file_of_a_plain_vision_transformer_is_resampled_to_patches_of_16_pixe
     grid = grid.flatten(2).transpose(1, 2)
     torch.testing.assert_close(found.pos_embed, torch.cat([own, grid], 1))
     assert torch.equal(model.backbone.pyramid["res3"].weight, pyramid)
+    torch.save({**state, "pos_embed": torch.zeros(1, 12, 384)}, tmp_path / "odd.pth")
+    with pytest.raises(InputError, match="embeddings in this file cannot be resampled to those of"):
+        load(model, tmp_path / "odd.pth")
 
 
 def test_weights_that_timm_downloads_need_their_normalisation():

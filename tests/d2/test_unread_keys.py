@@ -63,6 +63,7 @@ def warning_of_file(base, name, value, tmp_path, caplog) -> str:
         ("dn_deformable", "LOSS.MAL_GAMMA", "2.0"),
         ("dn_deformable", "LOSS.MASK_POINTS", "100"),
         ("dn_deformable", "BACKBONE", "timm/resnet18"),
+        ("dn_deformable", "BACKBONE_WINDOW", "14"),
         ("dn_detr_vanilla", "LOSS.FOCAL_ALPHA", "0.5"),
         ("dn_faster_rcnn_fpn", "NUM_QUERIES", "10"),
     ],

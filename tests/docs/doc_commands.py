@@ -62,6 +62,7 @@ NOT_TRIED = {
 NOT_RUN = (
     "webcam",
     "MODEL.WEIGHTS detrex-",
+    "configs/backbones/",
     "coco_2017_train",
     "--num-machines",
     "@ema",
@@ -70,8 +71,8 @@ NOT_RUN = (
     "INPUT.SCHEDULE",
     "output/all_quick/backbone.pth",
 )
-"""Command lines of RUN that need a camera, a network, teachers, an earlier comparison's backbone,
-or the full number of iterations of a schedule."""
+"""Command lines of RUN that need a camera, a network, timm, teachers, the backbone of an earlier
+comparison, or the full number of iterations of a schedule."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,12 @@ import shutil
 from itertools import groupby
 from pathlib import Path
 
-from dn_detr.conversion.published_weights import catalogue, find_weights, published_hash
+from dn_detr.conversion.published_weights import (
+    PublishedWeights,
+    catalogue,
+    find_weights,
+    published_hash,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 def print_catalogue() -> None:
     """Print all published weights, grouped by the file that names their addresses."""
 
-    def source(weights):
+    def source(weights: PublishedWeights) -> tuple[str, ...]:
         return weights.repository, weights.file, weights.commit, weights.licence
 
     print("Published weights, not tried here. AP on COCO val2017 as published.")

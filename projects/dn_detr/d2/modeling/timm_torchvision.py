@@ -21,6 +21,11 @@ STAGES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 PATCH = 16
 """Side of the patches of plain vision transformers, in pixels."""
 
+NO_WINDOWS = (
+    "MODEL.DN_DETR.BACKBONE_WINDOW must be 0, or positive for a plain vision transformer of timm "
+    "with absolute positions; the backbone is {}"
+)
+
 PROBE = (128, 192)
 """Height and width of the image that reveals the strides of features; no two sides are equal."""
 
@@ -150,10 +155,13 @@ class TorchvisionStages(nn.Module):
     Args:
         name: Name of the model in torchvision.
         is_pretrained: Whether to load torchvision's weights.
+        window: Must be 0.
     """
 
-    def __init__(self, name: str, is_pretrained: bool):
+    def __init__(self, name: str, is_pretrained: bool, window: int = 0):
         super().__init__()
+        if window:
+            raise ValueError(NO_WINDOWS.format(name))
         models = importlib.import_module("torchvision.models")
         if name not in models.list_models(models):
             raise ValueError(f"torchvision has no model {name!r}")
@@ -235,11 +243,8 @@ class TimmStages(nn.Module):
         if self.is_plain:
             self.model.prune_intermediate_layers(1)
         if window:
-            if not self.is_plain or getattr(self.model, "rope", None) is not None:
-                raise ValueError(
-                    "MODEL.DN_DETR.BACKBONE_WINDOW needs a plain vision transformer of timm with "
-                    f"absolute positions, and {name} is none"
-                )
+            if window < 0 or not self.is_plain or getattr(self.model, "rope", None) is not None:
+                raise ValueError(NO_WINDOWS.format(name))
             blocks = self.model.blocks
             is_global = {len(blocks) * quarter // 4 - 1 for quarter in (1, 2, 3, 4)}
             for index in set(range(len(blocks))) - is_global:
@@ -266,6 +271,8 @@ class TimmStages(nn.Module):
         """Map images [B, 3, H, W] to feature maps [B, C, h, w] or [B, h, w, C]."""
         if not self.is_plain:
             return self.model(images)
+        if torch.compiler.is_exporting():  # the graph would keep the size of its example
+            raise InputError(f"{self.name} resamples its positions, which cannot be exported yet.")
         self.grid = images.shape[2] // PATCH, images.shape[3] // PATCH
         options = {"norm": True, "output_fmt": "NCHW", "intermediates_only": True}
         return self.model.forward_intermediates(images, indices=1, **options)
@@ -277,7 +284,13 @@ class TimmStages(nn.Module):
         if not self.is_plain or not any("patch_embed.proj.weight" in name for name in state):
             return state
         library = importlib.import_module(type(self.model).__module__)
-        return library.checkpoint_filter_fn(dict(state), self.model)
+        try:
+            return library.checkpoint_filter_fn(dict(state), self.model)
+        except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"the embeddings in this file cannot be resampled to those of {self.name}: "
+                f"{_one_line(error)}."
+            ) from error
 
     def _into_windows(self, block: nn.Module, args: tuple) -> tuple:  # noqa: ARG002
         """Cut tokens [B, P + h * w, C] into N windows of each image [B * N, P + window ** 2, C],
@@ -379,8 +392,7 @@ def build_named_backbone(cfg, input_shape: ShapeSpec) -> NamedBackbone:  # noqa:
         )
     is_pretrained = node.BACKBONE_PRETRAINED and not cfg.MODEL.WEIGHTS
     try:
-        options = {"window": node.BACKBONE_WINDOW} if library == "timm" else {}
-        stages = LIBRARIES[library](name, is_pretrained, **options)
+        stages = LIBRARIES[library](name, is_pretrained, node.BACKBONE_WINDOW)
     except OSError as error:  # raised by urllib and timm's hub
         raise InputError(
             f"{library} cannot fetch its weights of {name} ({_one_line(error)}): copy the file to "
