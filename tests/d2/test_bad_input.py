@@ -144,7 +144,10 @@ RESNET = ["MODEL.BACKBONE.NAME", "build_resnet_backbone"]
     ("opts", "words"),
     [
         (["MODEL.DN_DETR.NUM_CLASSES", 3], ("NUM_CLASSES is 3", "6 classes")),
-        (["MODEL.DN_DETR.NUM_QUERYS", 3], ("command line", "Non-existent key", "NUM_QUERYS.")),
+        (
+            ["MODEL.DN_DETR.NUM_QUERYS", 3],
+            ("command line", "Non-existent key", "did you mean MODEL.DN_DETR.NUM_QUERIES"),
+        ),
         (["SOLVER.MAX_ITER", "many"], ("SOLVER.MAX_ITER", "many")),
         (["SOLVER.MAX_ITER"], ("odd length",)),
         (["MODEL.DN_DETR.METHOD", "yolo"], ("no method 'yolo'", "dab_deformable")),
