@@ -230,7 +230,7 @@ def test_an_error_in_a_process_that_was_launched_is_said_as_well(answer, train_n
     def launch(*_, **__):
         raise torch.multiprocessing.ProcessRaisedException(text, 1, 100)
 
-    monkeypatch.setattr(train_net, "launch", launch)
+    monkeypatch.setattr(train_net.launch, "launch", launch)
     assert answer() == "it is at fault."
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 FLAGS = {
@@ -38,6 +39,12 @@ def share(text: str) -> float:
     return value
 
 
+def picture(text: str) -> Path:
+    """Read the name of a picture, a type of argparse; .png is added if it has no suffix."""
+    path = Path(text)
+    return path if path.suffix else path.with_suffix(".png")
+
+
 def height_and_width(text: str) -> tuple[int, int]:
     """Read 800x1333, a type of argparse."""
     height, width = text.split("x")
@@ -65,6 +72,6 @@ def pairs_of(args: argparse.Namespace, *flags: str) -> list[str]:
 
 def detector_of(args: argparse.Namespace, threshold: float = 0.3):
     """Load the `Detector` that a command line names."""
-    from dn_detr import Detector
+    from dn_detr.detector import Detector
 
     return Detector(args.weights, config_file=args.config, opts=args.opts, threshold=threshold)

@@ -102,7 +102,9 @@ def find_inputs(names: Iterable[str], output: Path | None = None) -> list[tuple[
     for name in names:
         path = Path(name).expanduser()
         if path.is_dir():
-            skipped = output if output and path.resolve() != output.resolve() else None
+            real, skipped = path.resolve(), None
+            if output is not None and real in output.resolve().parents:
+                skipped = path / output.resolve().relative_to(real)
             inside = sorted(
                 p
                 for p in path.rglob("[!.]*")
