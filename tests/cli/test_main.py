@@ -1,4 +1,4 @@
-"""The command line: table of commands, help without torch, keys anywhere, sentences for mistakes."""
+"""The command line: help without torch, keys anywhere, sentences for mistakes."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ def test_help_takes_no_time(command):
     assert f"dn-detr {command or 'COMMAND'}" in printed
 
 
-def test_the_table_is_the_package(tmp_path):
+def test_the_table_is_the_package():
     modules = {path.stem for path in Path(command_line.__file__).parent.glob("*.py")}
     assert modules - {"__init__", "main", "common"} == set(COMMANDS)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -115,9 +115,11 @@ def test_configurations_have_names_from_anywhere(tmp_path, monkeypatch):
     assert not any("Base" in name or "Small" in name for name in config_names())
     for name in ("quick/dino", "configs/quick/dino.yaml", "quick/dino.yaml"):
         assert Path(find_config(name)).samefile(ROOT / "configs/quick/dino.yaml")
-    Path("dino").write_text("_BASE_: quick/dino\nSEED: 3\n")
+    Path("dino").write_text("_BASE_: quick/dino\nSEED: 3\nSOLVER: {EPOCHS: 5}\n")
     assert find_config("dino") == "dino"  # a file of the user's comes first
     assert read_config("dino", []).MODEL.DN_DETR.METHOD == "dino"
+    assert read_config("dino", []).SOLVER.EPOCHS == 5.0
+    assert read_config("dino", ["SOLVER.EPOCHS", "7"]).SOLVER.EPOCHS == 7.0
     for name in ("../configs/dino", "/dino", "./dino.yaml"):
         with pytest.raises(InputError, match="there is no configuration"):
             find_config(name)

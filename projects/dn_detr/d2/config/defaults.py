@@ -9,7 +9,7 @@ from yaml import YAMLError
 
 from dn_detr.build import BoxPrompting, Denoising, HybridMatching, LossConfig
 from dn_detr.d2.config.fields import add_fields
-from dn_detr.d2.config.files import check_known, find_config, read_files
+from dn_detr.d2.config.files import checked_pairs, find_config, read_files, with_floats
 from dn_detr.d2.config.training_defaults import add_training_config
 from dn_detr.d2.config.unread_keys import check_keys
 from dn_detr.errors import InputError
@@ -157,7 +157,7 @@ def read_config(config_file: str, opts: list[str]) -> CfgNode:
     default = cfg.clone()
 
     def merge_file(path: str) -> None:
-        cfg.merge_from_other_cfg(CfgNode(read_files(path)))
+        cfg.merge_from_other_cfg(CfgNode(with_floats(read_files(path), cfg)))
 
     merge(f"the configuration {config_file}", merge_file, config_file)
     merge_opts(cfg, opts)
@@ -167,8 +167,8 @@ def read_config(config_file: str, opts: list[str]) -> CfgNode:
 
 def merge_opts(cfg: CfgNode, opts: list[str]) -> None:
     """Merge the KEY VALUE pairs of a command line; an unknown key becomes "did you mean"."""
-    check_known([str(key) for key in opts[::2]], cfg)
-    merge("the KEY VALUE pairs of the command line", cfg.merge_from_list, list(opts))
+    pairs = checked_pairs(opts, cfg)
+    merge("the KEY VALUE pairs of the command line", cfg.merge_from_list, pairs)
 
 
 def merge(name: str, into_config: Callable, source) -> None:

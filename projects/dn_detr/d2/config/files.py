@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 
 import dn_detr
@@ -72,8 +73,8 @@ def read_files(name: str, seen: tuple[str, ...] = ()) -> dict:
             )
         beside = os.path.join(os.path.dirname(path), os.path.expanduser(base))
         _merge(read_files(beside if os.path.isfile(beside) else base, (*seen, path)), merged)
-    _merge(content, merged)
     _find_data(content.get("DATASETS"), os.path.dirname(path))
+    _merge(content, merged)
     return merged
 
 
@@ -84,6 +85,18 @@ def _merge(new: dict, into: dict) -> None:
             _merge(value, into[key])
         else:
             into[key] = value
+
+
+def with_floats(new: dict, known: dict) -> dict:
+    """Return settings with floats for the integers of keys that are floats, as yacs demands."""
+    return {
+        key: with_floats(value, known[key])
+        if isinstance(value, dict) and isinstance(known.get(key), dict)
+        else float(value)
+        if type(value) is int and isinstance(known.get(key), float)
+        else value
+        for key, value in new.items()
+    }
 
 
 def _find_data(node: object, folder: str) -> None:
@@ -104,10 +117,14 @@ def _find_data(node: object, folder: str) -> None:
             entry[1:] = map(found, entry[1:])
 
 
-def check_known(keys: list[str], cfg: dict) -> None:
-    """Raise an InputError for the first key that a configuration does not have."""
-    known = _flat(cfg)
-    for key in keys:
+def checked_pairs(opts: list, cfg: dict) -> list:
+    """Return KEY, VALUE, ... with floats where keys are floats.
+
+    Raises:
+        InputError: For the first key that the configuration does not have.
+    """
+    known, checked = _flat(cfg), list(map(str, opts))
+    for i, key in enumerate(checked[::2]):
         if key not in known:
             similar = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {similar[0]}?" if similar else "see defaults.py for all keys."
@@ -115,13 +132,18 @@ def check_known(keys: list[str], cfg: dict) -> None:
                 f"the KEY VALUE pairs of the command line cannot be used: Non-existent key {key}: "
                 f"{hint}"
             )
+        if isinstance(known[key], float) and re.fullmatch(
+            r"[+-]?\d+", "".join(checked[2 * i + 1 :][:1])
+        ):
+            checked[2 * i + 1] += ".0"
+    return checked
 
 
-def _flat(node: dict, prefix: str = "") -> list[str]:
-    """Return the dotted names of all keys, those of nodes included."""
-    names = []
+def _flat(node: dict, prefix: str = "") -> dict:
+    """Return all values by dotted key, nodes included."""
+    values = {}
     for key, value in node.items():
-        names.append(prefix + key)
+        values[prefix + key] = value
         if isinstance(value, dict):
-            names += _flat(value, f"{prefix}{key}.")
-    return names
+            values |= _flat(value, f"{prefix}{key}.")
+    return values
