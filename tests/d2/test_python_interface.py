@@ -23,7 +23,7 @@ def test_every_name_of_the_interface_exists():
         _ = dn_detr.trian
 
 
-def test_training_in_python_gives_the_detector(tiny_data, arguments, tmp_path):
+def test_training_in_python_gives_the_detector(arguments, tmp_path):
     command = arguments()
     opts = command[command.index("OUTPUT_DIR") + 2 :]
     pairs = {k.replace(".", "__"): v for k, v in zip(opts[::2], opts[1::2], strict=True)}

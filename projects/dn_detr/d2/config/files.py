@@ -132,9 +132,8 @@ def checked_pairs(opts: list, cfg: dict) -> list:
                 f"the KEY VALUE pairs of the command line cannot be used: Non-existent key {key}: "
                 f"{hint}"
             )
-        if isinstance(known[key], float) and re.fullmatch(
-            r"[+-]?\d+", "".join(checked[2 * i + 1 :][:1])
-        ):
+        value = next(iter(checked[2 * i + 1 :]), "")
+        if isinstance(known[key], float) and re.fullmatch(r"[+-]?\d+", value):
             checked[2 * i + 1] += ".0"
     return checked
 
