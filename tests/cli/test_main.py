@@ -87,7 +87,7 @@ def test_file_and_class_names_in_capitals_are_no_keys(tmp_path, monkeypatch):
         ("predict a.jpg --weights b.pth --threshold 2", "must be in [0, 1], got 2"),
         ("info nothing", "there is no configuration 'nothing'"),
         ("info nothing.pth", "there is no checkpoint 'nothing.pth'"),
-        ("check nowhere", "there is no folder 'nowhere'"),
+        ("check nowhere/", "there is no folder 'nowhere/'"),
         ("split nowhere", "there is no folder 'nowhere'"),
         ("plot nowhere", "there is no nowhere"),
         ("visualize layers", "needs --weights FILE"),

@@ -42,7 +42,7 @@ def train_net():
 
 @pytest.fixture(scope="session")
 def tool():
-    """tool("demo") is tools/demo.py as a module."""
+    """tool("name") is tools/name.py as a module."""
     return lambda name: program(f"tools/{name}.py")
 
 

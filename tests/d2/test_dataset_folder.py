@@ -7,6 +7,7 @@ import dataset_folders as folders
 import pytest
 from coco_files import forget
 
+from dn_detr.cli.main import main
 from dn_detr.d2.config.defaults import read_config
 from dn_detr.d2.data.catalog import prepare, register_coco_format
 from dn_detr.errors import InputError
@@ -92,14 +93,13 @@ def test_relative_and_absolute_paths_name_the_same_files(tmp_path, monkeypatch):
         register_coco_format(["cells_train", "cells/annotations/val.json", "cells/images"])
 
 
-def test_a_folder_is_converted_by_the_same_code(tool, tmp_path, capsys):
+def test_a_folder_is_converted_by_the_same_code(tmp_path, capsys):
     folders.kangaroo(tmp_path / "cells")
-    main = tool("convert_dataset").main
-    main(["folder", str(tmp_path / "cells"), "--output", str(tmp_path / "converted")])
+    main(["convert", "folder", str(tmp_path / "cells"), "--output", str(tmp_path / "converted")])
     printed = capsys.readouterr().out
     assert "is Pascal VOC with images: train 4, val 2" in printed
     assert f"['my_val', '{tmp_path}/converted/val.json', '{tmp_path}/cells']" in printed
     content = json.loads((tmp_path / "converted/train.json").read_text())
     assert len(content["images"]) == 4 and len(content["categories"]) == 2
-    with pytest.raises(SystemExit, match="convert_dataset.py: .* is no dataset that is known"):
-        main(["folder", str(tmp_path / "cells/images"), "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="dn-detr convert: .* is no dataset that is known"):
+        main(["convert", "folder", str(tmp_path / "cells/images"), "--output", str(tmp_path)])
