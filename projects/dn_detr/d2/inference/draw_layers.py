@@ -114,6 +114,7 @@ def draw_look(axis: Axes, entry: LayerAttention, query: int, width: int, height:
 
 
 def draw_reference(axis: Axes, reference: torch.Tensor, width: int, height: int) -> None:
+    """Draw a reference: cxcywh [4] or a point [2], in [0, 1]."""
     if reference.shape[0] == 4:
         draw_box(axis, reference, width, height, edgecolor="white", lw=1.2, ls="--")
     else:
@@ -121,7 +122,7 @@ def draw_reference(axis: Axes, reference: torch.Tensor, width: int, height: int)
 
 
 def draw_box(axis: Axes, box: torch.Tensor, width: int, height: int, **style) -> None:
-    """box: cxcywh in [0, 1]."""
+    """Draw a box [4], cxcywh in [0, 1]."""
     x0, y0, x1, y1 = (cxcywh_to_xyxy(box) * torch.tensor([width, height] * 2)).tolist()
     axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **style))
 

@@ -136,6 +136,7 @@ def parameters(model: nn.Module) -> tuple[float, float]:
 
 
 def is_trained(parameter: Tensor) -> bool:
+    """Whether a parameter, of any shape, is trained."""
     return parameter.requires_grad
 
 
@@ -177,7 +178,10 @@ def infer(model: nn.Module, height: int, width: int) -> Inference:
 
 
 def decode(core: DETR, features: list[Tensor], padding: Tensor, enter: Callable) -> None:
-    """Run the inference of a method; enter(name, value) is called after every part."""
+    """Run the inference of a method; enter(name, value) is called after every part.
+
+    Features are [1, C, H, W] each, padding [1, height, width].
+    """
     hooks = [
         getattr(core, name).register_forward_hook(lambda _m, _x, out, name=name: enter(name, out))
         for name in ("neck", "flatten", "encoder", "decoder")
@@ -221,6 +225,7 @@ def describe(value) -> str:
 
 
 def shape(x: Tensor) -> str:
+    """Return the shape of a tensor of any shape as text, e.g. "1x100x256"."""
     return "x".join(map(str, x.shape))
 
 
