@@ -21,7 +21,7 @@ FLAGS = {
 def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
     """Return a type of argparse: a number that is not smaller."""
 
-    def number(text: str):
+    def number(text: str) -> Any:
         value = kind(text)
         if not value >= least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
@@ -51,9 +51,9 @@ def height_and_width(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def add_config(parser: argparse.ArgumentParser, about: str, **more) -> None:
+def add_config(parser: argparse.ArgumentParser, about: str) -> None:
     """Add the positional argument of a configuration, and accept keys of it on the line."""
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help=about, **more)
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help=about)
     parser.set_defaults(opts=())
 
 
@@ -70,7 +70,7 @@ def pairs_of(args: argparse.Namespace, *flags: str) -> list[str]:
     return [str(x) for pair in given if pair[1] is not None for x in pair] + list(args.opts)
 
 
-def detector_of(args: argparse.Namespace, threshold: float = 0.3):
+def detector_of(args: argparse.Namespace, threshold: float = 0.3) -> Any:
     """Load the `Detector` that a command line names."""
     from dn_detr.detector import Detector
 

@@ -46,9 +46,15 @@ def run(args: argparse.Namespace) -> None:
 
         if not (args.coco or args.dataset or args.data):
             raise InputError("--results needs ground truth: --data, --coco or --dataset.")
-        truth = {"coco": args.coco or (), "folder": args.data or "", "dataset": args.dataset or ""}
-        output = args.output or "report"
-        print(f"wrote {evaluate_results(args.results, output, limit=args.limit, **truth)}")
+        report = evaluate_results(
+            args.results,
+            args.output or "report",
+            coco=args.coco or (),
+            folder=args.data or "",
+            dataset=args.dataset or "",
+            limit=args.limit,
+        )
+        print(f"wrote {report}")
         return
     args.opts = pairs_of(args, "data", "weights", "output", "batch", "workers")
     if args.report:

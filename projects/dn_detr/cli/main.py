@@ -77,10 +77,10 @@ def split_keys(words: list[str]) -> tuple[list[str], list[str]]:
         if not is_key(key):
             others.append(word)
             continue
-        value = value if equals else next(rest, None)
-        if value is None:
-            raise ValueError(f"the key {key} needs a value: {key}=VALUE")
-        pairs += [key, value]
+        try:
+            pairs += [key, value if equals else next(rest)]
+        except StopIteration:
+            raise ValueError(f"the key {key} needs a value: {key}=VALUE") from None
     return others, pairs
 
 
