@@ -43,9 +43,10 @@ OTHERS = {
     "install_detectron2": set(),
     "datasets": {"errors", "safe_yaml"},
     "conversion": {"datasets", "errors"},
-    "cli": {"conversion", "d2", "errors"},
     "d2": {*CORE, "datasets", "errors", "conversion", "safe_yaml"},
     "detector": {"d2", "datasets", "errors"},
+    "cli": {"d2", "datasets", "detector", "errors", "conversion", "info"},
+    "__main__": {"cli"},
 }
 
 OUTSIDE = {
@@ -55,7 +56,7 @@ OUTSIDE = {
     "safe_yaml": {"yaml"},
     "datasets": {"numpy", "PIL", "yaml"},
     "conversion": {"numpy", "torch", "tqdm"},
-    "detector": {"PIL", "detectron2", "numpy", "torch"},
+    "detector": {"PIL", "detectron2", "numpy", "pycocotools", "supervision", "torch"},
 }
 """Subpackage -> packages it may import beside the standard library; none if not named."""
 

@@ -32,11 +32,11 @@ def main() -> None:
         return
     run("train_net.py", "--config-file", CONFIG, "--overwrite", "OUTPUT_DIR", str(OUTPUT))
     run(
-        "tools/draw_detections.py",
+        *("-m", "dn_detr", "visualize", "detections"),
+        *("--weights", str(OUTPUT / "model_final.pth")),
         *("--output", str(OUTPUT / "detections.png")),
-        *("MODEL.WEIGHTS", str(OUTPUT / "model_final.pth")),
     )
-    run("tools/plot_training.py", str(OUTPUT), "--output", str(OUTPUT / "curves.png"))
+    run("-m", "dn_detr", "plot", str(OUTPUT), "--output", str(OUTPUT / "curves.png"))
 
 
 if __name__ == "__main__":

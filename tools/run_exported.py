@@ -43,7 +43,7 @@ def load(path: Path) -> tuple[onnxruntime.InferenceSession, dict]:
         raise ValueError(f"{path} is not a file that onnxruntime can run") from error
     about = session.get_modelmeta().custom_metadata_map.get("dn_detr")
     if about is None:
-        raise ValueError(f"{path} was not made by tools/export.py: it has no metadata")
+        raise ValueError(f"{path} was not made by `dn-detr export`: it has no metadata")
     return session, json.loads(about)
 
 
@@ -141,7 +141,7 @@ def files(paths: list[Path]) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, help="file made by tools/export.py --format onnx")
+    parser.add_argument("model", type=Path, help="file made by `dn-detr export`")
     parser.add_argument("images", type=Path, nargs="+", help="images, or folders of images")
     parser.add_argument("--output", type=Path, help="folder for images with drawn boxes")
     parser.add_argument("--confidence-threshold", type=float, default=0.3)

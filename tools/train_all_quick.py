@@ -25,7 +25,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from plot_training import read_metrics, series
+
+from dn_detr.d2.evaluation.curves import read_metrics, series
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = {

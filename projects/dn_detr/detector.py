@@ -1,29 +1,44 @@
-"""Inference with trained detectors: from images to boxes, scores and class names::
+"""Detectors in Python: training, inference, evaluation::
 
-    from dn_detr import Detector
+    import dn_detr
 
-    detector = Detector.from_checkpoint("output/model_final.pth")
+    detector = dn_detr.train("dn_deformable", data="cells/", epochs=50)
+    detector = dn_detr.Detector("output/model_best.pth")
     found = detector("street.jpg")
     for box, score, name in zip(found.boxes_xyxy_px, found.scores, found.class_names):
         ...
+    found.save("found.jpg")
     found = detector("street.jpg", prompts=BoxPrompts([[10, 20, 90, 150]], ["dog"]))
+    print(detector.evaluate("cells/")["bbox"]["AP"])
 
 Requires Detectron2; `dn_detr.Detector` explains how to install it.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
+from pycocotools import mask as coco_mask
 
+from dn_detr.d2.config.defaults import merge_opts, read_config
+from dn_detr.d2.config.files import find_config
+from dn_detr.d2.data.catalog import prepare
 from dn_detr.d2.data.mapper import ResizeShortestEdge, in_order
+from dn_detr.d2.engine import launch
+from dn_detr.d2.engine.trainer import Trainer
 from dn_detr.d2.inference.saved_detector import load_detector
+from dn_detr.d2.inference.visualization import draw_found
 from dn_detr.d2.modeling.meta_arch import check_promptable
 from dn_detr.datasets.image_files import read_rgb, rgb_of
 from dn_detr.errors import InputError
@@ -40,6 +55,9 @@ class DetectedObjects:
     labels: int64 [N].
     class_names: names of the N labels.
     masks: bool [N, height, width], or None if the detector predicts no masks.
+    image_size: (height, width) in pixels, or None if unknown.
+    source: the image as it was given to the detector, for `draw`; or None.
+    channel_order: of `source`, if that is an array.
     """
 
     boxes_xyxy_px: np.ndarray
@@ -47,9 +65,94 @@ class DetectedObjects:
     labels: np.ndarray
     class_names: list[str]
     masks: np.ndarray | None = None
+    image_size: tuple[int, int] | None = None
+    source: object = None
+    channel_order: str | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def __repr__(self) -> str:
+        counts = Counter(self.class_names).most_common()
+        listed = ", ".join(f"{count} {name}" for name, count in counts) or "nothing"
+        best = f", scores {self.scores.min():.2f} to {self.scores.max():.2f}" if len(self) else ""
+        return f"DetectedObjects({listed}{best})"
+
+    def draw(self) -> np.ndarray:
+        """Return the image with boxes, masks, names and scores, uint8 RGB [height, width, 3].
+
+        Small images are enlarged. Raises an InputError without `source`.
+        """
+        if self.source is None:
+            raise InputError("these detections do not know their image, so they cannot be drawn.")
+        return draw_found(to_pixels(self.source, "RGB", self.channel_order), self)
+
+    def to_json(self) -> list[dict]:
+        """Return COCO results: category_id (label + 1), bbox as xywh pixels, score, class name.
+
+        Masks become "segmentation" with compressed run lengths.
+        """
+        boxes = self.boxes_xyxy_px.astype(float)
+        boxes = np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1).round(2)
+        results = [
+            {"category_id": label + 1, "bbox": box, "score": score, "category": name}
+            for label, box, score, name in zip(
+                self.labels.tolist(),
+                boxes.tolist(),
+                self.scores.astype(float).round(5).tolist(),
+                self.class_names,
+                strict=True,
+            )
+        ]
+        for result, mask in zip(results, () if self.masks is None else self.masks, strict=False):
+            encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+            result["segmentation"] = {**encoded, "counts": encoded["counts"].decode()}
+        return results
+
+    def to_yolo(self) -> str:
+        """Return YOLO's text: class, center x, y, width, height in parts of the image, score."""
+        if self.image_size is None:
+            raise InputError("these detections do not know the size of their image.")
+        height, width = self.image_size
+        boxes = self.boxes_xyxy_px.reshape(-1, 2, 2).astype(float) / (width, height)
+        values = np.concatenate((boxes.mean(1), boxes[:, 1] - boxes[:, 0]), axis=1)
+        return "".join(
+            f"{label} {' '.join(f'{x:.6f}' for x in box)} {score:.4f}\n"
+            for label, box, score in zip(self.labels, values, self.scores, strict=True)
+        )
+
+    def to_supervision(self):
+        """Return `supervision.Detections`; raises an InputError if supervision is missing."""
+        try:
+            import supervision
+        except ImportError as error:
+            raise InputError(
+                "to_supervision needs supervision: pip install supervision."
+            ) from error
+        return supervision.Detections(
+            xyxy=self.boxes_xyxy_px,
+            mask=self.masks,
+            confidence=self.scores,
+            class_id=self.labels,
+            data={"class_name": np.array(self.class_names, dtype=object)},
+        )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a picture (see `draw`), or with these suffixes .json `to_json`, .txt `to_yolo`."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(self.to_json()), encoding="utf-8")
+        elif path.suffix == ".txt":
+            path.write_text(self.to_yolo(), encoding="utf-8")
+        elif (
+            isinstance(self.source, (str, os.PathLike))
+            and path.exists()
+            and path.samefile(self.source)
+        ):
+            raise InputError(f"{path} is the image itself: name another file.")
+        else:
+            Image.fromarray(self.draw()).save(path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,68 +186,94 @@ class Detector:
     """A trained detector: images -> `DetectedObjects`.
 
     Args:
-        model: in evaluation mode, takes a list of dicts in Detectron2 format.
-        class_names: of all K classes, in the order of the model.
+        model: path of a checkpoint ("@ema" behind it: the moving average of the weights), which
+            brings along what follows from `config_file` on; or a module in evaluation mode that
+            takes a list of dicts in Detectron2 format, with class_names to max_size.
+        class_names: of all K classes, in the order of the model; default: those in the checkpoint,
+            or of the training dataset.
         input_format: channel order of the model input, "RGB" or "BGR".
         min_size, max_size: shorter and longer side after resizing, in pixels.
         threshold: minimum score of detections.
+        config_file: name or path of a configuration, for checkpoints without one, such as
+            converted ones.
+        opts: KEY, VALUE, ... to override the configuration.
+        device: default: a GPU if available.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: str | os.PathLike | torch.nn.Module,
         *,
-        class_names: list[str],
-        input_format: str,
-        min_size: int,
-        max_size: int,
+        class_names: Sequence[str] = (),
+        input_format: str = "RGB",
+        min_size: int = 800,
+        max_size: int = 1333,
         threshold: float = 0.3,
+        config_file: str | os.PathLike | None = None,
+        opts: Sequence = (),
+        device: str | None = None,
     ):
+        self.threshold = _checked(threshold)
+        self.cfg, self.weights = None, ""
+        if not isinstance(model, torch.nn.Module):
+            self.weights = os.fspath(model)
+            saved = load_detector(
+                self.weights,
+                config_file=None if config_file is None else os.fspath(config_file),
+                opts=list(opts),
+                names=list(class_names),
+                device=device,
+            )
+            model, class_names, self.cfg = saved.model, saved.class_names, saved.cfg
+            inputs = saved.cfg.INPUT
+            input_format, min_size, max_size = (
+                inputs.FORMAT,
+                inputs.MIN_SIZE_TEST,
+                inputs.MAX_SIZE_TEST,
+            )
         self.model = model
-        self.class_names = class_names
+        self.class_names = list(class_names)
         self.input_format = input_format
         self.resize = ResizeShortestEdge(min_size, max_size)
-        self.threshold = _checked(threshold)
 
     @classmethod
-    def from_checkpoint(
-        cls,
-        path: str | os.PathLike,
-        *,
-        config_file: str | os.PathLike | None = None,
-        class_names: Sequence[str] = (),
-        opts: Sequence = (),
-        threshold: float = 0.3,
-        device: str | None = None,
-    ) -> Detector:
-        """Load a detector from a checkpoint.
+    def from_checkpoint(cls, path: str | os.PathLike, **more) -> Detector:
+        """Load a detector from a checkpoint; the arguments are those of the class."""
+        return cls(path, **more)
+
+    def __repr__(self) -> str:
+        names = self.class_names
+        listed = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        method = "" if self.cfg is None else f"{self.cfg.MODEL.DN_DETR.METHOD}, "
+        return (
+            f"Detector({self.weights!r}: {method}{len(names)} classes: {listed}; threshold "
+            f"{self.threshold:g}, on {next(self.model.parameters()).device})"
+        )
+
+    def evaluate(self, data: str | os.PathLike = "", *, output: str = "", **overrides) -> dict:
+        """Compute AP on a dataset.
 
         Args:
-            path: checkpoint, or a name that `dn-detr weights` lists; append "@ema" to load the
-                moving average of the weights.
-            config_file: configuration. Checkpoints of `train_net.py` contain it; others, such as
-                converted ones, need it.
-            class_names: default: those in the checkpoint, or of the training dataset.
-            opts: KEY, VALUE, ... to override the configuration, as for `train_net.py`.
-            threshold: minimum score of detections.
-            device: default: a GPU if available.
+            data: dataset folder, of which val, else test, is used; "": the test dataset of the
+                configuration.
+            output: folder for results; "": none are kept.
+            **overrides: keys of the configuration, as in `train`.
+
+        Returns:
+            Metrics as Detectron2's: {"bbox": {"AP": ..., "AP50": ..., ...}}.
         """
-        saved = load_detector(
-            os.fspath(path),
-            config_file=None if config_file is None else os.fspath(config_file),
-            opts=list(opts),
-            names=list(class_names),
-            device=device,
-        )
-        inputs = saved.cfg.INPUT
-        return cls(
-            saved.model,
-            class_names=saved.class_names,
-            input_format=inputs.FORMAT,
-            min_size=inputs.MIN_SIZE_TEST,
-            max_size=inputs.MAX_SIZE_TEST,
-            threshold=threshold,
-        )
+        if self.cfg is None:
+            raise InputError("only detectors that were loaded from a checkpoint can be evaluated.")
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        merge_opts(cfg, keys_of(overrides))
+        cfg.MODEL.DN_DETR.CLASS_NAMES = self.class_names
+        cfg.DATASETS.FOLDER = os.fspath(data)
+        prepare(cfg, eval_only=True)
+        with tempfile.TemporaryDirectory() as folder:
+            cfg.OUTPUT_DIR = output or folder
+            cfg.freeze()
+            return Trainer.test(cfg, self.model)
 
     def __call__(
         self,
@@ -187,7 +316,13 @@ class Detector:
             with torch.inference_mode():
                 outputs = self.model(samples)
             for i, output in zip(batch, outputs, strict=True):
-                found[i] = self._named(output["instances"], threshold)
+                source = images[i] if is_many else images
+                found[i] = replace(
+                    self._named(output["instances"], threshold),
+                    image_size=pixels[i].shape[:2],
+                    source=source,
+                    channel_order=channel_order,
+                )
                 if given[i] is not None:
                     found[i] = self._with_prompts(given[i], output["prompts"].to("cpu"), found[i])
         return found if is_many else found[0]
@@ -236,11 +371,13 @@ class Detector:
         for i, name in enumerate(prompts.class_names):
             if name is not None:
                 labels[i], scores[i] = self.class_names.index(name), 1.0
-        return DetectedObjects(
+        return replace(
+            others,
             boxes_xyxy_px=np.concatenate((prompts.boxes_xyxy_px, others.boxes_xyxy_px)),
             scores=np.concatenate((np.array(scores, np.float32), others.scores)),
             labels=np.concatenate((np.array(labels, np.int64), others.labels)),
             class_names=[self.class_names[label] for label in labels] + others.class_names,
+            masks=None,
         )
 
     def _named(self, instances, threshold: float) -> DetectedObjects:
@@ -308,3 +445,69 @@ def _checked(threshold: float) -> float:
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be in [0, 1], got {threshold}")
     return threshold
+
+
+def keys_of(overrides: Mapping[str, object]) -> list:
+    """Return KEY, VALUE, ... of Python's keyword arguments, in which "__" stands for a dot."""
+    return [x for key, value in overrides.items() for x in (key.replace("__", "."), value)]
+
+
+def train(
+    config: str | os.PathLike,
+    *,
+    data: str | os.PathLike = "",
+    epochs: float | None = None,
+    weights: str | os.PathLike = "",
+    output: str | os.PathLike = "",
+    recipe: str = "",
+    num_gpus: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    **overrides,
+) -> Detector:
+    """Train a detector, like `dn-detr train`.
+
+    Args:
+        config: name or path of a configuration.
+        data: dataset folder; "": the datasets of the configuration.
+        epochs: length; None: as configured.
+        weights: detector or backbone to start from; "": as configured.
+        output: folder; "": as configured.
+        recipe: "auto" chooses sizes, queries, batch and epochs by the data.
+        num_gpus: None: what there is; 0: the CPU.
+        resume: whether to continue the training in `output`.
+        overwrite: whether to discard an earlier training in `output`.
+        **overrides: keys of the configuration, "__" for a dot: SOLVER__BASE_LR=1e-4, SEED=3.
+
+    Returns:
+        The detector with the best weights of all evaluations, else the last ones.
+
+    Raises:
+        InputError: for what the user can mend.
+    """
+    given = {
+        "DATASETS.FOLDER": data,
+        "SOLVER.EPOCHS": epochs,
+        "MODEL.WEIGHTS": weights,
+        "OUTPUT_DIR": output,
+    }
+    opts = keys_of({key: value for key, value in given.items() if value not in ("", None)})
+    opts = [os.fspath(x) if isinstance(x, os.PathLike) else x for x in opts] + keys_of(overrides)
+    config_file = find_config(os.fspath(config))
+    launch.run(
+        Namespace(
+            program="dn_detr.train",
+            config_file=config_file,
+            opts=opts,
+            recipe=recipe,
+            adapts=True,
+            eval_only=False,
+            resume=resume,
+            overwrite=overwrite,
+            num_gpus=num_gpus,
+            num_machines=1,
+            machine_rank=0,
+            dist_url="auto",
+        )
+    )
+    return Detector(launch.best_weights(read_config(config_file, opts).OUTPUT_DIR))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -169,15 +168,15 @@ def cut_off(path):
 def test_the_tool_says_in_one_line_what_is_wrong(tmp_path, make, words):
     path = tmp_path / "checkpoint.pth"
     make(path)
-    tool = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
+    tool = [sys.executable, "-m", "dn_detr", "convert", "weights", "--method", "detr"]
     result = subprocess.run(
-        [sys.executable, tool, "--method", "detr", path, tmp_path / "out.pth"],
+        [*tool, path, "--output", tmp_path / "out.pth"],
         capture_output=True,
         text=True,
     )
     assert result.returncode == 1
     assert words in result.stderr and "Traceback" not in result.stderr
-    assert result.stderr.startswith(f"convert_checkpoint.py: {path}")
+    assert result.stderr.startswith(f"dn-detr convert: {path}")
     assert not (tmp_path / "out.pth").exists()
 
 

@@ -1,15 +1,14 @@
 """Tiny trainings through train_net.py, in the process of the tests."""
 
 import importlib.util
-import logging
 from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils import logger as detectron2_logger
 from tiny import read_by
 
-from dn_detr.d2.engine.writers import LOGGERS
+from dn_detr.d2.config.defaults import read_config
+from dn_detr.d2.data.catalog import prepare
 from dn_detr.datasets.shapes import generate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +42,7 @@ def train_net():
 
 @pytest.fixture(scope="session")
 def tool():
-    """tool("demo") is tools/demo.py as a module."""
+    """tool("name") is tools/name.py as a module."""
     return lambda name: program(f"tools/{name}.py")
 
 
@@ -85,15 +84,8 @@ def arguments(tmp_path, tiny_data):
 
 
 def run_quietly(train_net, command_line: list[str]) -> None:
-    """Run train_net.py and undo what it has set up for logging."""
-    try:
-        train_net.invoke_main(command_line)
-    finally:
-        for name in LOGGERS:
-            logging.getLogger(name).handlers.clear()
-            logging.getLogger(name).propagate = True
-        detectron2_logger.setup_logger.cache_clear()
-        detectron2_logger._cached_log_stream.cache_clear()
+    """Run train_net.py."""
+    train_net.invoke_main(command_line)
 
 
 @pytest.fixture
@@ -139,10 +131,10 @@ def tiny_config(train_net, arguments):
     """The configuration of a tiny training, datasets registered, not frozen."""
 
     def config(*opts, **more):
-        args = train_net.default_argument_parser().parse_args(arguments(*opts, **more))
-        cfg = train_net.read_config(args.config_file, args.opts)
+        args = train_net.argument_parser().parse_args(arguments(*opts, **more))
+        cfg = read_config(args.config_file, args.opts)
         cfg.MODEL.DEVICE = "cpu"
-        train_net.prepare(cfg)
+        prepare(cfg)
         return cfg
 
     return config

@@ -296,7 +296,7 @@ def spoil_text(rng, text: str) -> bytes:
 
 
 def converted(content: dict, folder: Path, number: int) -> None:
-    """Read what was converted as a user would after tools/convert_dataset.py."""
+    """Read what was converted as a user would after dn-detr convert."""
     path = folder / f"{number}.json"
     path.write_text(json.dumps(content))
     register_coco_format([str(number), str(path), str(folder / "images")])

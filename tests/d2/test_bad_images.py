@@ -20,6 +20,7 @@ from coco_files import forget, make_content, write
 from detectron2.data import MetadataCatalog
 from PIL import Image
 
+from dn_detr.cli.main import main
 from dn_detr.d2.data import image_check
 from dn_detr.d2.data.augmentation_schedule import DenseO2O, Schedule
 from dn_detr.d2.data.image_check import check_image_files, equal_files, find_faults
@@ -343,23 +344,22 @@ def test_the_oldest_checks_are_forgotten_and_only_those_of_the_folder_are_read(
 # ------------------------------------------------------------------------------------- the tool
 
 
-def test_the_tool_names_every_fault_and_decodes_on_request(tool, tmp_path, capsys):
+def test_the_tool_names_every_fault_and_decodes_on_request(tmp_path, capsys):
     json_file, images = write(tmp_path, make_content())
     path = Path(images) / "12.png"
     Image.effect_noise((60, 40), 50).convert("RGB").save(path)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
-    main = tool("check_data").main
-    main(["--coco", json_file, images])
+    main(["check", "--coco", json_file, images])
     assert "fault:" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"1 of 4 images cannot be used: .*12.png"):
-        main(["--coco", json_file, images, "--decode"])
+        main(["check", "--coco", json_file, images, "--decode"])
     assert f"fault: the image '{path}' cannot be read" in capsys.readouterr().out
     forget(json_file)
 
 
-def test_the_tool_finds_equal_images_within_and_between_datasets(tool, tmp_path, capsys):
+def test_the_tool_finds_equal_images_within_and_between_datasets(tmp_path, capsys):
     paths = []
     for name in ("a", "b"):
         paths += [write(tmp_path / name, make_content())]
@@ -370,9 +370,7 @@ def test_the_tool_finds_equal_images_within_and_between_datasets(tool, tmp_path,
     first, second = Path(paths[0][1]), Path(paths[1][1])
     (first / "11.png").write_bytes((first / "10.png").read_bytes())
     (second / "13.png").write_bytes((first / "12.png").read_bytes())
-    tool("check_data").main(
-        [x for json_file, images in paths for x in ("--coco", json_file, images)]
-    )
+    main(["check"] + [x for json_file, images in paths for x in ("--coco", json_file, images)])
     printed = capsys.readouterr().out
     names = [json_file for json_file, _ in paths]
     assert (

@@ -144,7 +144,10 @@ RESNET = ["MODEL.BACKBONE.NAME", "build_resnet_backbone"]
     ("opts", "words"),
     [
         (["MODEL.DN_DETR.NUM_CLASSES", 3], ("NUM_CLASSES is 3", "6 classes")),
-        (["MODEL.DN_DETR.NUM_QUERYS", 3], ("command line", "Non-existent key", "NUM_QUERYS.")),
+        (
+            ["MODEL.DN_DETR.NUM_QUERYS", 3],
+            ("command line", "Non-existent key", "did you mean MODEL.DN_DETR.NUM_QUERIES"),
+        ),
         (["SOLVER.MAX_ITER", "many"], ("SOLVER.MAX_ITER", "many")),
         (["SOLVER.MAX_ITER"], ("odd length",)),
         (["MODEL.DN_DETR.METHOD", "yolo"], ("no method 'yolo'", "dab_deformable")),
@@ -227,7 +230,7 @@ def test_an_error_in_a_process_that_was_launched_is_said_as_well(answer, train_n
     def launch(*_, **__):
         raise torch.multiprocessing.ProcessRaisedException(text, 1, 100)
 
-    monkeypatch.setattr(train_net, "launch", launch)
+    monkeypatch.setattr(train_net.launch, "launch", launch)
     assert answer() == "it is at fault."
 
 

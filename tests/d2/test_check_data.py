@@ -1,4 +1,4 @@
-"""tools/check_data.py and tools/convert_dataset.py, and what a cleaned annotation file holds."""
+"""`dn-detr check` and `dn-detr convert`, and what a cleaned annotation file holds."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,16 @@ import pytest
 from coco_files import forget, make_content, write
 from PIL import Image
 
+from dn_detr.cli.main import main
 from dn_detr.d2.data import dataset_dicts
 from dn_detr.d2.data.catalog import register_coco_format
+from dn_detr.datasets.yolo import from_yolo
 from dn_detr.errors import InputError
 
 
 @pytest.fixture
-def check_data(tool):
-    return tool("check_data").main
+def check_data():
+    return lambda words: main(["check", *words])
 
 
 def loaded_boxes(json_file, images) -> list:
@@ -48,7 +50,7 @@ def test_a_configuration_gives_names_and_numbers(check_data, tmp_path, capsys):
         f"DATASETS: {{TRAIN: [pets], TEST: [], COCO_FORMAT: [[pets, {json_file}, {images}]]}}\n"
         "MODEL: {DN_DETR: {NUM_QUERIES: 1}}"
     )
-    check_data(["--config-file", str(config)])
+    check_data(["--config", str(config)])
     printed = capsys.readouterr().out
     assert "dataset pets (training)" in printed and "1 queries can find only 1 of them" in printed
     forget("pets")
@@ -83,18 +85,18 @@ def test_bccd_is_cleaned_of_its_box_without_size(check_data, real_data, tmp_path
 def test_mistakes_are_said_in_one_sentence(check_data, tmp_path):
     json_file, images = write(tmp_path, make_content())
     for arguments, words in [
-        ([], "pass a dataset name"),
+        ([], "name a folder or a dataset"),
         (["none"], "there is no dataset 'none'"),
         (["--coco", "none.json", images], "there is no annotation file none.json"),
         (["--coco", json_file, "none"], "4 of 4 images cannot be used: .* does not exist"),
         (["a", "b", "--write-cleaned", "c"], "--write-cleaned is for one dataset, got 2"),
     ]:
-        with pytest.raises(SystemExit, match=f"check_data.py: .*{words}"):
+        with pytest.raises(SystemExit, match=f"dn-detr check: .*{words}"):
             check_data(arguments)
     text = json.dumps(make_content() | {"info": 0}).replace('"info": 0', f'"info": {"9" * 5000}')
     forget(json_file)
     Path(json_file).write_text(text)  # where nothing is read but to write it again
-    with pytest.raises(SystemExit, match="check_data.py: .*nteger value out of range"):
+    with pytest.raises(SystemExit, match="dn-detr check: .*nteger value out of range"):
         check_data(["--coco", json_file, images, "--write-cleaned", str(tmp_path / "b.json")])
     forget(json_file, "none.json")
 
@@ -107,19 +109,22 @@ def test_a_file_whose_annotations_are_null_can_be_checked_and_cleaned(check_data
 
 
 @pytest.mark.usefixtures("check_data")
-def test_a_converted_folder_is_a_dataset(tool, tmp_path, capsys):
+def test_a_converted_folder_is_a_dataset(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
     Image.new("RGB", (40, 20)).save(tmp_path / "images/a.png")
     (tmp_path / "labels/a.txt").write_text("0 0.5 0.5 0.5 0.5")
     (tmp_path / "names.txt").write_text("cat")
-    convert = tool("convert_dataset").main
+
+    def convert(words):
+        main(["convert", *words])
+
     common = ["yolo", str(tmp_path / "images"), "--output", str(tmp_path / "a.json"), "--names"]
     convert([*common, str(tmp_path / "names.txt")])
     assert "1 images, 1 objects, 1 classes" in capsys.readouterr().out
     assert loaded_boxes(tmp_path / "a.json", tmp_path / "images") == [[(0, 10, 5, 30, 15)]]
-    with pytest.raises(SystemExit, match="convert_dataset.py: .*must contain the folders"):
+    with pytest.raises(SystemExit, match="dn-detr convert: .*must contain the folders"):
         convert(["voc", str(tmp_path), "--output", str(tmp_path / "b.json")])
     with pytest.raises(InputError, match="class names must be unique and not empty"):
         (tmp_path / "names.txt").write_text("cat\ncat")
-        tool("convert_dataset").from_yolo(tmp_path / "images", ["cat", "cat"])
+        from_yolo(tmp_path / "images", ["cat", "cat"])

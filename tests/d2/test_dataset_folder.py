@@ -8,6 +8,7 @@ import pytest
 from coco_files import forget
 from detectron2.data import MetadataCatalog
 
+from dn_detr.cli.main import main
 from dn_detr.d2.config.defaults import read_config
 from dn_detr.d2.data.catalog import class_names, prepare, register_coco_format
 from dn_detr.d2.data.dataset_dicts import load
@@ -136,18 +137,17 @@ def test_the_empty_super_category_of_roboflow_is_no_class_unless_it_has_objects(
     assert categories_of(val) == everything
 
 
-def test_the_tool_checks_a_folder_as_a_training_reads_it(tool, tmp_path, capsys):
+def test_a_folder_is_checked_as_a_training_reads_it(tmp_path, capsys):
     folders.kangaroo(tmp_path / "cells")
-    main = tool("check_data").main
-    main(["--data", str(tmp_path / "cells")])
+    main(["check", "--data", str(tmp_path / "cells")])
     printed = capsys.readouterr().out
     assert "is Pascal VOC with images: train 4, val 2" in printed
     assert "dataset cells_train" in printed and "dataset cells_val" in printed
     forget(*NAMES)
     folders.yolo_of_ultralytics(tmp_path / "cells")
     with pytest.raises(SystemExit, match="holds YOLO .* and Pascal VOC: choose by"):
-        main(["--data", str(tmp_path / "cells")])
-    main(["--data", str(tmp_path / "cells"), "--annotations", "data.yaml"])
+        main(["check", "--data", str(tmp_path / "cells")])
+    main(["check", "--data", str(tmp_path / "cells"), "--annotations", "data.yaml"])
     assert "dataset cells_test" in capsys.readouterr().out  # all splits
 
 
@@ -171,14 +171,13 @@ def test_what_looks_wrong_is_said_at_the_start_of_a_training(run, tmp_path):
         assert log.count(words) == 1, words
 
 
-def test_a_folder_is_converted_by_the_same_code(tool, tmp_path, capsys):
+def test_a_folder_is_converted_by_the_same_code(tmp_path, capsys):
     folders.kangaroo(tmp_path / "cells")
-    main = tool("convert_dataset").main
-    main(["folder", str(tmp_path / "cells"), "--output", str(tmp_path / "converted")])
+    main(["convert", "folder", str(tmp_path / "cells"), "--output", str(tmp_path / "converted")])
     printed = capsys.readouterr().out
     assert "is Pascal VOC with images: train 4, val 2" in printed
     assert f"['my_val', '{tmp_path}/converted/val.json', '{tmp_path}/cells']" in printed
     content = json.loads((tmp_path / "converted/train.json").read_text())
     assert len(content["images"]) == 4 and len(content["categories"]) == 2
-    with pytest.raises(SystemExit, match="convert_dataset.py: .* is no dataset that is known"):
-        main(["folder", str(tmp_path / "cells/images"), "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="dn-detr convert: .* is no dataset that is known"):
+        main(["convert", "folder", str(tmp_path / "cells/images"), "--output", str(tmp_path)])

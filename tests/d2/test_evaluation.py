@@ -14,6 +14,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from dn_detr.cli.main import main
 from dn_detr.d2.data.catalog import register_coco_format
 from dn_detr.d2.evaluation.coco_evaluator import (
     IMPLEMENTATIONS,
@@ -397,15 +398,14 @@ def test_evaluation_alone_writes_the_report_where_it_is_switched_on(run, trained
     assert (folder / "report.html").is_file()
 
 
-def test_results_of_any_detector_are_evaluated(tool, dataset, tmp_path, capsys):
+def test_results_of_any_detector_are_evaluated(dataset, tmp_path, capsys):
     coco = ground_truth([(1, 0, 20, 20, 60, 60, 0)])
     dataset(coco)
-    main = tool("evaluate").main
     good = results([(1, 0, 20, 20, 60, 60, 0.5)])
     (tmp_path / "r.json").write_text(json.dumps(good))
     source = ["--coco", str(tmp_path / "a.json"), str(tmp_path / "images")]
     output = ["--output", str(tmp_path / "report")]
-    main([*source, "--results", str(tmp_path / "r.json"), *output])
+    main(["eval", *source, "--results", str(tmp_path / "r.json"), *output])
     assert "report.html" in capsys.readouterr().out
     assert json.loads((tmp_path / "report/report.json").read_text())["metrics"][
         "AP"
@@ -420,15 +420,16 @@ def test_results_of_any_detector_are_evaluated(tool, dataset, tmp_path, capsys):
         ([{**good[0], "score": "1"}], r"\[0\].score .*: expected float, got str"),
     ]:
         (tmp_path / "r.json").write_text(json.dumps(content))
-        with pytest.raises(SystemExit, match=f"evaluate.py: .*{words}"):
-            main([*source, "--results", str(tmp_path / "r.json"), *output])
+        with pytest.raises(SystemExit, match=f"dn-detr eval: .*{words}"):
+            main(["eval", *source, "--results", str(tmp_path / "r.json"), *output])
     (tmp_path / "r.json").write_text(json.dumps([*good, {**good[0], "bbox": [1e8, 1, 1e9, 1e9]}]))
-    main([*source, "--results", str(tmp_path / "r.json"), *output])  # and can be drawn
+    main(["eval", *source, "--results", str(tmp_path / "r.json"), *output])  # and can be drawn
     with pytest.raises(SystemExit, match="the limit of detections must be at least 1, got -1"):
-        main([*source, "--results", str(tmp_path / "r.json"), *output, "--limit", "-1"])
+        main(["eval", *source, "--results", str(tmp_path / "r.json"), *output, "--limit", "-1"])
+    results = str(tmp_path / "r.json")
     with pytest.raises(SystemExit, match="the folder of the report cannot be made"):
-        main([*source, "--results", str(tmp_path / "r.json"), "--output", str(tmp_path / "r.json")])
+        main(["eval", *source, "--results", results, "--output", results])
     with pytest.raises(SystemExit, match="there is no result file none.json"):
-        main([*source, "--results", "none.json", *output])
+        main(["eval", *source, "--results", "none.json", *output])
     with pytest.raises(SystemExit, match="there is no dataset 'none'"):
-        main(["--dataset", "none", "--results", "none.json", *output])
+        main(["eval", "--dataset", "none", "--results", "none.json", *output])

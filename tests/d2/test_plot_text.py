@@ -14,6 +14,7 @@ from matplotlib import font_manager
 from PIL import Image
 from test_evaluation import dataset, ground_truth, metrics_of  # noqa: F401  (a fixture)
 
+from dn_detr.d2.evaluation import curves
 from dn_detr.d2.evaluation.coco_evaluator import Evaluator
 from dn_detr.d2.inference import plot_text
 from dn_detr.d2.inference.visualization import draw_boxes, draw_found, draw_record, draw_styled
@@ -141,7 +142,7 @@ def test_the_report_shows_any_names(dataset, tmp_path):  # noqa: F811
         assert Image.open(folder / picture).width > 200
 
 
-def test_several_test_sets_have_folders_and_panels_of_their_own(run, tool, tmp_path, tiny_data):
+def test_several_test_sets_have_folders_and_panels_of_their_own(run, tmp_path, tiny_data):
     entries = ast.literal_eval(tiny_data[1])
     copy = ["tiny_again", *entries[0][1:]]
     run(
@@ -155,17 +156,15 @@ def test_several_test_sets_have_folders_and_panels_of_their_own(run, tool, tmp_p
         assert len({result["image_id"] for result in results}) == num_images
         report = json.loads((folder / f"report_{name}/report.json").read_text())
         assert report["num_images"] == num_images
-    plot_training = tool("plot_training")
-    entries = plot_training.read_metrics(tmp_path / "run")
-    assert plot_training.test_sets(entries) == ["tiny_again/", "tiny_val/"]
-    figure = plot_training.draw({"$run$": entries})
+    entries = curves.read_metrics(tmp_path / "run")
+    assert curves.test_sets(entries) == ["tiny_again/", "tiny_val/"]
+    figure = curves.draw({"$run$": entries})
     titles = {axes.get_title(): len(axes.lines) for axes in figure.axes}
     assert titles == {"training losses": 3, "validation tiny_val": 2, "validation tiny_again": 2}
 
 
 @pytest.mark.parametrize("prefix", ["", "a/", "ema/"])
-def test_one_test_set_keeps_its_panel(tool, prefix):
-    plot_training = tool("plot_training")
+def test_one_test_set_keeps_its_panel(prefix):
     entries = {9: {"iteration": 9, "bbox/AP": 1.0, f"{prefix}bbox/AP": 2.0}}
     expected = ["", "a/"] if prefix == "a/" else [""]
-    assert plot_training.test_sets(entries) == expected
+    assert curves.test_sets(entries) == expected

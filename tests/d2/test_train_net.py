@@ -7,6 +7,9 @@ import sys
 import pytest
 import torch
 
+from dn_detr.d2.engine import launch
+from dn_detr.errors import InputError
+
 
 def metrics(folder) -> list[dict]:
     """All lines of metrics.json."""
@@ -20,7 +23,7 @@ def test_ctrl_c_ends_a_training_in_one_sentence(train_net, monkeypatch, capsys):
     def is_stopped(_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_net, "run", is_stopped)
+    monkeypatch.setattr(launch, "run", is_stopped)
     with pytest.raises(SystemExit) as caught:
         train_net.invoke_main([])
     assert caught.value.code == 130
@@ -38,7 +41,7 @@ def test_ctrl_c_ends_a_training_in_one_sentence(train_net, monkeypatch, capsys):
     ],
 )
 def test_a_process_of_torchrun_ends_with_its_status_and_without_pythons_finalisation(
-    train_net, monkeypatch, capsys, ending, status, said
+    monkeypatch, capsys, ending, status, said
 ):
     """In which a thread of gloo aborted it now and then, on a busy machine."""
 
@@ -47,10 +50,9 @@ def test_a_process_of_torchrun_ends_with_its_status_and_without_pythons_finalisa
             raise ending
 
     left, handlers = [], []
-    monkeypatch.setattr(train_net, "invoke_main", end)
-    monkeypatch.setattr(train_net.atexit, "_run_exitfuncs", lambda: handlers.append(len(left)))
-    monkeypatch.setattr(train_net.os, "_exit", left.append)
-    train_net.invoke_main_and_leave()
+    monkeypatch.setattr(launch.atexit, "_run_exitfuncs", lambda: handlers.append(len(left)))
+    monkeypatch.setattr(launch.os, "_exit", left.append)
+    launch.leave_after(end)
     assert left == [status]
     assert handlers == [0]  # before it leaves
     assert capsys.readouterr().err.endswith(said)
@@ -181,10 +183,8 @@ def test_machines_that_could_not_work_together_are_refused(run, flags, words):
 
 
 def test_the_address_of_the_first_machine_must_be_reachable(train_net, arguments):
-    args = train_net.default_argument_parser().parse_args(arguments(flags=["--num-machines", "2"]))
+    args = train_net.argument_parser().parse_args(arguments(flags=["--num-machines", "2"]))
     for address in (args.dist_url, "auto"):
         args.dist_url, args.num_gpus = address, 4
-        with pytest.raises(
-            train_net.InputError, match="--dist-url must be the address of the first"
-        ):
-            train_net.check_machines(args)
+        with pytest.raises(InputError, match="--dist-url must be the address of the first"):
+            launch.check_machines(args)

@@ -13,18 +13,20 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-CELL = re.compile(r"\| `((?:python|torchrun|make) [^`|]+)` \|")
+CELL = re.compile(r"\| `((?:python|torchrun|make|dn-detr) [^`|]+)` \|")
 """A cell of a table that holds a command and nothing else."""
 
 RUN = (
     "python train_net.py",
-    "python -m dn_detr.info",
     "python -m dn_detr.install_detectron2",
-    "python tools/check_data.py",
-    "python tools/demo.py",
-    "python tools/draw_detections.py",
-    "python tools/evaluate.py",
-    "python tools/plot_training.py",
+    "dn-detr check",
+    "dn-detr eval",
+    "dn-detr info",
+    "dn-detr plot",
+    "dn-detr predict",
+    "dn-detr split",
+    "dn-detr train",
+    "dn-detr visualize detections",
 )
 """Programs that run, made small by `reduced`, in the folder of the fixture `world`."""
 
@@ -34,18 +36,15 @@ PARSED = {
     "python benchmarks/ms_deform_attn.py": "tests/benchmarks run it",
     "python benchmarks/train_step.py": "tests/benchmarks run it",
     "python examples/plain_pytorch.py": "trains for minutes",
-    "python tools/analyze_model.py": "tests/tools run it",
-    "python tools/benchmark.py": "tests/tools run it",
-    "python tools/convert_checkpoint.py": "needs weights of others; tests/conversion run it",
-    "python tools/convert_dataset.py": "needs other formats; tests/data run it",
+    "dn-detr benchmark": "tests/cli run it",
+    "dn-detr convert": "needs weights of others and other formats; tests/conversion and d2 run it",
+    "dn-detr export": "takes a minute; tests/d2/test_export.py runs its parts",
+    "dn-detr visualize": "tests/d2 run it",
     "python tools/evaluate_prompts.py": "tests/d2/test_prompts.py runs it",
-    "python tools/export.py": "takes a minute; tests/d2/test_export.py runs it",
     "python tools/make_teacher_boxes.py": "tests/d2 run it",
     "python tools/replay_not_finite.py": "needs a training that failed; tests/d2 run it",
     "python tools/run_exported.py": "needs an exported file; tests/d2/test_export.py runs it",
     "python tools/train_all_quick.py": "trains for an hour",
-    "python tools/visualize.py": "tests/d2 run it",
-    "python tools/visualize_data.py": "tests/d2 run it",
     "python -m pytest": "tests within a test",
     "torchrun": "starts processes; tests/d2/test_distributed.py does",
 }
@@ -70,6 +69,8 @@ NOT_RUN = (
     "configs/quick/teach_dn_deformable",
     "INPUT.SCHEDULE",
     "output/all_quick/backbone.pth",
+    "configs/*.yaml",
+    "dn-detr train --resume",
 )
 """Command lines of RUN that need a camera, a network, timm, teachers, the backbone of an earlier
 comparison, or the full number of iterations of a schedule."""
@@ -117,11 +118,15 @@ def reduced(words: list[str], tiny: list[str]) -> list[str]:
     """
     small = []
     for word in words:
+        if word == "dn_deformable":
+            word = "configs/dn_deformable.yaml"
         if word.startswith("configs/") and not word.startswith("configs/quick/"):
             word = word.replace("configs/", "configs/quick/")
         small.append(word)
     if "--num-gpus" in small:
         small[small.index("--num-gpus") + 1] = "0"
+    if "--epochs" in small:
+        small[small.index("--epochs") + 1] = "0.5"
     small = [word for word in small if word not in ("KEY", "VALUE", "...", "[KEY", "VALUE]")]
     file = next((word for word in small if word.startswith("configs/")), None)
     opts = small[small.index("--config-file") + 2 :] if "--config-file" in small else []

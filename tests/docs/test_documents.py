@@ -49,7 +49,16 @@ class Parsed(Exception):
 @pytest.mark.usefixtures("in_world")
 def test_a_command_line_is_understood(command, monkeypatch):
     """By the program's own parser; configuration files must exist, and keys must be known."""
+    from dn_detr.cli.main import parse
+    from dn_detr.d2.config.defaults import read_config
+
     words = command.words
+    if words[0] == "dn-detr":
+        args = parse(words[1:])
+        config = getattr(args, "config", None)
+        if config and "*" not in config:
+            read_config(config, list(getattr(args, "opts", ())))
+        return
     if "python" not in words[0] and words[0] != "torchrun":
         pytest.skip(NOT_TRIED[command.begins_with(NOT_TRIED)])
     words = words[words.index("train_net.py") :] if words[0] == "torchrun" else words[1:]
@@ -72,8 +81,6 @@ def test_a_command_line_is_understood(command, monkeypatch):
     args = caught.value.args[0]
     files = getattr(args, "config_file", None) or []
     for file in [files] if isinstance(files, str) else files:
-        from dn_detr.d2.config.defaults import read_config
-
         if "*" not in str(file):
             read_config(str(file), list(getattr(args, "opts", None) or []))
 

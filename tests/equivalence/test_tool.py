@@ -73,10 +73,10 @@ def test_a_checkpoint_of_the_authors_becomes_one_of_the_configured_detector(auth
     randomize(theirs)
     source, converted = tmp_path / "checkpoint.pth", tmp_path / "converted.pth"
     torch.save({"model": theirs.state_dict(), "args": args, "epoch": 49}, source)
-    tool = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", "--method", "dab_detr"]
+    tool = [sys.executable, "-m", "dn_detr", "convert", "weights", "--method", "dab_detr"]
     config = ROOT / "configs" / "dn_detr.yaml"
-    options = ["--classes", "coco80", "--config-file", config]
-    subprocess.run([*tool, source, converted, *options], check=True)
+    options = ["--classes", "coco80", "--config", config]
+    subprocess.run([*tool, source, "--output", converted, *options], check=True)
     saved = load_detector(str(converted), device="cpu")
     assert saved.cfg.MODEL.DN_DETR.AS_PUBLISHED and saved.class_names[11] == "stop sign"
 

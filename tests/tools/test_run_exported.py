@@ -43,7 +43,7 @@ def test_files_that_are_no_exported_detectors(answer, tmp_path):
     (tmp_path / "a.onnx").write_text("no graph")
     assert "is not a file that onnxruntime can run." in answer(tmp_path / "a.onnx", tmp_path)
     identity(tmp_path / "a.onnx")
-    assert "was not made by tools/export.py" in answer(tmp_path / "a.onnx", tmp_path)
+    assert "was not made by `dn-detr export`" in answer(tmp_path / "a.onnx", tmp_path)
 
 
 def test_files_that_are_no_images(answer, tmp_path):

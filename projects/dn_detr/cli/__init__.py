@@ -1,1 +1,1 @@
-"""The commands of `dn-detr`, a file each."""
+"""The command `dn-detr`: one module per command, each a thin face on functions of the package."""

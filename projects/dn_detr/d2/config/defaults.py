@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 from detectron2.config import CfgNode, get_cfg
@@ -10,12 +9,12 @@ from yaml import YAMLError
 
 from dn_detr.build import BoxPrompting, Denoising, HybridMatching, LossConfig
 from dn_detr.d2.config.fields import add_fields
+from dn_detr.d2.config.files import checked_pairs, find_config, read_files, with_floats
 from dn_detr.d2.config.training_defaults import add_training_config
 from dn_detr.d2.config.unread_keys import check_keys
 from dn_detr.errors import InputError
 from dn_detr.losses.teacher_loss import Teach
 from dn_detr.methods import METHODS, config_class
-from dn_detr.safe_yaml import read_yaml
 
 
 def add_dn_detr_config(cfg: CfgNode) -> None:
@@ -140,45 +139,39 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     add_training_config(cfg)
 
 
-def read_config(config_file: str, opts: list[str]) -> CfgNode:
-    """The configuration in a file, with pairs of key and value on top of it."""
-    if not config_file:
-        raise InputError("--config-file is missing: name one of configs/, or one of your own.")
+def default_config() -> CfgNode:
+    """Return Detectron2's configuration with the keys of this project."""
     cfg = get_cfg()
     add_dn_detr_config(cfg)
+    return cfg
+
+
+def read_config(config_file: str, opts: list[str]) -> CfgNode:
+    """Read a configuration, with pairs of key and value on top of it.
+
+    Args:
+        config_file: Path, or name of one of this project's configurations (`files.find_config`).
+        opts: KEY, VALUE, ...
+    """
+    if not config_file:
+        raise InputError("--config-file is missing: name one of configs/, or one of your own.")
+    config_file = find_config(config_file)
+    cfg = default_config()
     default = cfg.clone()
 
     def merge_file(path: str) -> None:
-        check_file(path)
-        cfg.merge_from_file(path, allow_unsafe=False)
+        cfg.merge_from_other_cfg(CfgNode(with_floats(read_files(path), cfg)))
 
     merge(f"the configuration {config_file}", merge_file, config_file)
-    merge("the KEY VALUE pairs of the command line", cfg.merge_from_list, opts)
+    merge_opts(cfg, opts)
     check_keys(cfg, default, config_file, opts)
     return cfg
 
 
-def check_file(path: str, seen: tuple[str, ...] = ()) -> None:
-    """Check a configuration file and its bases before Detectron2 reads them.
-
-    Raises:
-        ValueError: for a file that is no mapping, that would execute code (YAML tags of Python
-            objects), or that has an address or itself as a base.
-    """
-    path = os.path.expanduser(path)
-    if path in seen:
-        raise ValueError(f"{path} is its own _BASE_")
-    with open(path, encoding="utf-8") as file:
-        content = read_yaml(file.read())
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must be a mapping of keys, got {type(content).__name__}")
-    bases = content.get("_BASE_", [])
-    for base in [bases] if isinstance(bases, str) else bases:
-        if "://" in base:
-            raise ValueError(
-                f"the _BASE_ {base} is an address: download the file, and name its path"
-            )
-        check_file(os.path.join(os.path.dirname(path), os.path.expanduser(base)), (*seen, path))
+def merge_opts(cfg: CfgNode, opts: list[str]) -> None:
+    """Merge the KEY VALUE pairs of a command line; an unknown key becomes "did you mean"."""
+    pairs = checked_pairs(opts, cfg)
+    merge("the KEY VALUE pairs of the command line", cfg.merge_from_list, pairs)
 
 
 def merge(name: str, into_config: Callable, source) -> None:

@@ -20,6 +20,10 @@ def add_training_config(cfg: CfgNode) -> None:
     # code except that of Mask2Former and Mask DINO (0) and Detectron2's own detectors (norms: 0).
     cfg.SOLVER.WEIGHT_DECAY_NORM = None
     cfg.SOLVER.WEIGHT_DECAY_EMBED = None
+    # Length in epochs of the training images: sets MAX_ITER and scales STEPS, warm-up, FLAT_ITERS,
+    # FINAL_ITERS, EMA.WARMUP, INPUT.SCHEDULE, TEST.EVAL_PERIOD and CHECKPOINT_PERIOD with it,
+    # except those that are set on the command line. 0: MAX_ITER as written.
+    cfg.SOLVER.EPOCHS = 0.0
     # Learning-rate factors of the backbone, and of the linear layers for sampling offsets and
     # reference points.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
@@ -99,6 +103,7 @@ LEAST = {
     **dict.fromkeys(("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "LOG_PERIOD"), 1),
     **dict.fromkeys(("SOLVER.KEEP_NEWEST", "SOLVER.KEEP_EVERY", "TEST.EVAL_PERIOD"), 0),
     "TEST.COCO_LIMIT": 0,
+    **dict.fromkeys(("SOLVER.EPOCHS", "DATALOADER.NUM_WORKERS"), 0),
     **{"SOLVER.CHECKPOINT_MINUTES": 0, "PROCESS_TIMEOUT": 0.01},
 }
 """Keys and their smallest values."""

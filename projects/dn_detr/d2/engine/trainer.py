@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import verify_results
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from fvcore.nn.precise_bn import get_bn_modules
@@ -36,7 +37,7 @@ from dn_detr.d2.engine.nonfinite_dump import NonFiniteDump
 from dn_detr.d2.engine.run_checkpoint import RunCheckpointer, facts
 from dn_detr.d2.engine.train_step import TrainStep
 from dn_detr.d2.engine.wandb_writer import WandbWriter
-from dn_detr.d2.engine.writers import ProgressBar, ProgressLines
+from dn_detr.d2.engine.writers import FOR_FILE, ProgressBar, ProgressLines
 from dn_detr.d2.evaluation.coco_evaluator import Evaluator, build_evaluator
 from dn_detr.d2.modeling.batch import num_parts
 from dn_detr.d2.modeling.meta_arch import core_of
@@ -329,11 +330,13 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg) -> nn.Module:
         try:
             with checked_operators(cfg):
-                return super().build_model(cfg)
+                model = build_model(cfg)
         except (ValueError, KeyError, AssertionError) as error:
             raise InputError(
                 f"the model cannot be built from this configuration: {reason_of(error)}."
             ) from error
+        logger.info(f"Model:\n{model}", **FOR_FILE)
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg, model):

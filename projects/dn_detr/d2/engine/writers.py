@@ -1,11 +1,15 @@
-"""Console output of a training: a progress bar on a terminal, lines in the log."""
+"""What a training prints: progress bar on a terminal, lines on the screen and in log.txt."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
+import os
+import re
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 
 import torch
 from detectron2.engine import HookBase
@@ -25,7 +29,70 @@ SHOWN = (
 """Losses on the console; metrics.json and TensorBoard have all."""
 
 LOGGERS = ("detectron2", "fvcore", "dn_detr")
-"""Loggers that Detectron2's setup connects to the terminal."""
+"""Loggers that are connected to the screen and to log.txt."""
+
+FOR_FILE = {"extra": {"is_for_file": True}}
+"""Arguments of a logging call whose text is not for the screen, because it is long."""
+
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
+
+
+class _Lines(logging.Formatter):
+    """Lines with time and source, without the colours that libraries put into messages."""
+
+    def __init__(self):
+        super().__init__("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%m/%d %H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _COLOUR.sub("", super().format(record))
+
+
+def open_log(folder: str, rank: int) -> Callable[[], None]:
+    """Connect the loggers to log.txt in a folder and, on the main rank, to the screen.
+
+    Returns:
+        A function that ends this.
+    """
+    name = f"log.txt{f'.rank{rank}' if rank else ''}"
+    file = logging.FileHandler(os.path.join(folder, name), encoding="utf-8")
+    screen = logging.StreamHandler(sys.stdout)
+    screen.addFilter(lambda record: not getattr(record, "is_for_file", False))
+    handlers = [file] if rank else [screen, file]
+    for handler in handlers:
+        handler.setFormatter(_Lines())
+    for logger in map(logging.getLogger, LOGGERS):
+        logger.setLevel(logging.DEBUG)
+        logger.propagate = False
+        logger.handlers = [*handlers]
+
+    def close() -> None:
+        for logger in map(logging.getLogger, LOGGERS):
+            logger.propagate = True
+            logger.handlers = [h for h in logger.handlers if h not in handlers]
+        file.close()
+
+    return close
+
+
+@contextlib.contextmanager
+def held_back(logger: logging.Logger) -> Iterator[Callable[[], None]]:
+    """Hold back what a logger says until the function that this gives is called, or the end."""
+    records: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        records.append(record)
+        return False
+
+    def release() -> None:
+        logger.removeFilter(hold)
+        while records:
+            logger.handle(records.pop(0))
+
+    logger.addFilter(hold)
+    try:
+        yield release
+    finally:
+        release()
 
 
 def summary(storage: EventStorage, window: int) -> list[str]:

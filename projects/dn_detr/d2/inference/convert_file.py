@@ -64,7 +64,7 @@ def convert_file(
                 f"{config_file} is of the method {cfg.MODEL.DN_DETR.METHOD}, not {method}."
             )
         if not is_coco:
-            raise InputError("--config-file needs class names: add --classes coco80.")
+            raise InputError("--config needs class names: add --classes coco80.")
         cfg.MODEL.DN_DETR.NUM_CLASSES, cfg.MODEL.DN_DETR.AS_PUBLISHED = len(COCO80), True
         cfg.MODEL.WEIGHTS = ""
         about["config"] = cfg.dump()
@@ -96,7 +96,7 @@ def fetch_converted(name: str) -> Path:
                 f"{name} cannot be converted: there is no configuration or no table of parameter "
                 f"names for it. It is published at {weights.address}."
             )
-        source, config_file = fetch(weights), f"configs/{weights.config}.yaml"
+        source, config_file = fetch(weights), weights.config
         opts = weights.options
         convert_file(source, path, weights.method, is_coco=True, config_file=config_file, opts=opts)
     logging.getLogger(__name__).info(

@@ -7,12 +7,12 @@ import zipfile
 from dataclasses import dataclass
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from torch import nn
 from yaml import YAMLError
 
 from dn_detr.conversion.safe_load import read_pickle
-from dn_detr.d2.config.defaults import add_dn_detr_config, merge, read_config
+from dn_detr.d2.config.defaults import default_config, merge, merge_opts, read_config
 from dn_detr.d2.data.catalog import class_names, register_coco_format
 from dn_detr.d2.engine.checkpoint import (
     AVERAGED,
@@ -64,6 +64,20 @@ def description_in(path: str) -> dict | None:
     return about
 
 
+def summary_of(path: str) -> str:
+    """Say in one line what a checkpoint holds."""
+    about = description_in(path)
+    if about is None or "config" not in about:
+        return f"{path}: parameters without configuration: a backbone, or weights of others"
+    cfg, names = read_saved_config(path)
+    node, inputs = cfg.MODEL.DN_DETR, cfg.INPUT
+    what = cfg.MODEL.META_ARCHITECTURE if node.METHOD == "" else node.METHOD
+    return (
+        f"{path}: {what}, {node.NUM_QUERIES} queries, images of {inputs.MIN_SIZE_TEST} to "
+        f"{inputs.MAX_SIZE_TEST} px, {len(names)} classes: {', '.join(names)}"
+    )
+
+
 def weights_named(config_file: str | None, opts: list[str]) -> str:
     """Return MODEL.WEIGHTS of the pairs `opts` of a command line, else of the config file."""
     pairs = dict(zip(opts[::2], opts[1::2], strict=False))
@@ -98,12 +112,11 @@ def read_saved_config(
     if config_file is not None:
         cfg = read_config(config_file, list(opts))
     elif about is not None and "config" in about:
-        cfg = get_cfg()
-        add_dn_detr_config(cfg)
+        cfg = default_config()
         saved = _parsed(about, path)
         merge(f"the configuration in {path}", cfg.merge_from_other_cfg, saved)
         cfg.MODEL.WEIGHTS, cfg.MODEL.DN_DETR.BACKBONE_PRETRAINED = "", False
-        merge("the KEY VALUE pairs of the command line", cfg.merge_from_list, list(opts))
+        merge_opts(cfg, list(opts))
     else:
         raise InputError(f"{path!r} holds no configuration: pass the config file of its training.")
     names = list(names) or (about or {}).get("class_names", [])

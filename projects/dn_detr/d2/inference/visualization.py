@@ -10,10 +10,21 @@ from detectron2.utils.visualizer import VisImage, Visualizer
 from dn_detr.d2.inference.plot_text import class_label, families
 
 _SHORTEST_SIDE = 480  # pixels; smaller images are enlarged, so that captions do not cover them
+_LONGEST_SIDE = 1600  # to which a long and narrow one is enlarged at most
+_TEXT_SHARE = 1 / 45  # height of large captions in the root of the picture's area
+_SMALLEST_TEXT = 14  # pixels; captions of small objects have half of it
 
 
 class _Canvas(Visualizer):
-    """Detectron2's visualizer with texts taken literally, in fonts that have their letters."""
+    """Detectron2's visualizer with texts taken literally, in fonts that have their letters.
+
+    Captions, and with them the widths of lines, grow with the picture.
+    """
+
+    def __init__(self, image: np.ndarray, *, scale: float = 1.0):
+        super().__init__(image, scale=scale)
+        height, width = image.shape[:2]
+        self._default_font_size = max((height * width) ** 0.5 * _TEXT_SHARE, _SMALLEST_TEXT / scale)
 
     def draw_text(self, text: str, *args, **kwargs) -> VisImage:
         """See the base class, which takes `$` for formulas and always the same font."""
@@ -30,7 +41,8 @@ def class_color(label: int) -> tuple[float, float, float]:
 
 
 def _scale(image: np.ndarray) -> float:
-    return max(1.0, _SHORTEST_SIDE / min(image.shape[:2]))
+    sides = image.shape[:2]
+    return max(1.0, min(_SHORTEST_SIDE / min(sides), _LONGEST_SIDE / max(sides)))
 
 
 def draw_boxes(

@@ -1,15 +1,15 @@
 """The benchmark measures what it says, and what it counts."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 
+from dn_detr.cli.main import main
+from dn_detr.d2.engine import benchmark
+
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = str(ROOT / "configs" / "quick" / "dn_detr.yaml")
-tool = runpy.run_path(str(ROOT / "tools" / "benchmark.py"))
 
 SMALL = """
     MODEL.RESNETS.STEM_OUT_CHANNELS 8  MODEL.RESNETS.RES2_OUT_CHANNELS 8
@@ -19,12 +19,11 @@ SMALL = """
 
 
 @pytest.mark.parametrize("task", ["train", "eval"])
-def test_a_task_is_measured_and_written(task, tmp_path, monkeypatch, capsys):
+def test_a_task_is_measured_and_written(task, tmp_path, capsys):
     path = tmp_path / "times.json"
-    arguments = ["--task", task, "--config-file", QUICK, "--batch", "2", "--size", "64x96"]
-    few = ["--warmup", "1", "--iterations", "3", "--json", str(path)]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, *few, *SMALL])
-    tool["main"]()
+    arguments = ["benchmark", QUICK, "--task", task, "--batch", "2", "--size", "64x96"]
+    few = ["--warmup", "1", "--iterations", "3", "--output", str(path)]
+    main([*arguments, *few, *SMALL])
     result = json.loads(path.read_text())
     assert (result["task"], result["batch"], result["size"]) == (task, 2, "64x96")
     assert result["iterations"] == 3
@@ -35,23 +34,19 @@ def test_a_task_is_measured_and_written(task, tmp_path, monkeypatch, capsys):
 
 def test_a_core_is_compiled_as_the_configuration_says(monkeypatch):
     compiled = []
-    names = tool["train_task"].__globals__
-    monkeypatch.setitem(names, "compile_core", lambda _core, backend: compiled.append(backend))
+    monkeypatch.setattr(benchmark, "compile_core", lambda _core, backend: compiled.append(backend))
     few = ["--size", "64x96", "--warmup", "0", "--iterations", "1"]
     options = ["MODEL.DN_DETR.COMPILE", "inductor", *SMALL]
-    command = ["benchmark.py", "--task", "train", "--config-file", QUICK, *few, *options]
-    monkeypatch.setattr(sys, "argv", command)
-    tool["main"]()
+    main(["benchmark", QUICK, "--task", "train", *few, *options])
     assert compiled == ["inductor"]
 
 
 def test_warm_up_is_run_but_not_counted():
     calls = []
-    seconds = tool["measure"](lambda: calls.append(1), warmup=2, iterations=3, is_cuda=False)
+    seconds = benchmark.measure(lambda: calls.append(1), warmup=2, iterations=3, is_cuda=False)
     assert len(calls) == 5 and len(seconds) == 3
 
 
-def test_an_exported_file_must_be_named(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--task", "export"])
+def test_an_exported_file_must_be_named():
     with pytest.raises(SystemExit, match="--task export needs --exported, a file ending in"):
-        tool["main"]()
+        main(["benchmark", "--task", "export"])

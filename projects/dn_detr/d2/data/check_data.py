@@ -1,26 +1,9 @@
-#!/usr/bin/env python
-"""Check datasets: print the report that every training starts with.
-
-    python tools/check_data.py shapes_train shapes_val
-    python tools/check_data.py --data cells
-    python tools/check_data.py --coco cells/train.json cells/images --write-cleaned cells/clean.json
-    python tools/check_data.py coco_2017_train --config-file configs/dn_deformable.yaml
-
-After the report come a table of objects by class and size, everything that looks wrong (boxes in
-another format, doubled boxes, equal images in one dataset or in two, as in training and validation)
-and the image files that cannot be used. --decode decodes every image and finds damage inside the
-files as well; what was sound is remembered.
-
-With --config-file, the datasets of the configuration can be used by name, and the report also
-checks the number of queries and denoising groups and prints when mosaic and mixup are used
-(INPUT.SCHEDULE).
-"""
+"""What `dn-detr check` prints: the report of a training, objects by size, what looks wrong."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +78,7 @@ def write_cleaned(name: str, target: Path) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Print everything about the datasets of a command line, see `dn_detr.cli.check`."""
     cfg = configuration(args.config_file, args.opts)
     node, names = cfg.DATASETS, list(args.datasets)
     if args.data:
@@ -110,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     if not names and args.config_file is not None:
         names = dataset_names(cfg)
     if not names:
-        raise InputError("pass a dataset name, --coco JSON IMAGES, --data or --config-file.")
+        raise InputError("name a folder or a dataset, --coco JSON IMAGES, or --config.")
     leave_out_group(names)
     if args.write_cleaned and len(names) != 1:
         raise InputError(f"--write-cleaned is for one dataset, got {len(names)}.")
@@ -137,40 +121,3 @@ def run(args: argparse.Namespace) -> None:
     if faults:
         count = sum(map(len, files.values()))
         raise InputError(f"{len(faults)} of {count} images cannot be used: {faults[0]}")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "datasets", nargs="*", help="dataset names; default: all of the configuration"
-    )
-    parser.add_argument(
-        "--coco",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("JSON", "IMAGES"),
-        help="a dataset by its paths",
-    )
-    parser.add_argument("--data", default="", help="a dataset folder, as DATASETS.FOLDER")
-    parser.add_argument("--images", default="", help="folder of the images, if it is not found")
-    parser.add_argument("--annotations", default="", help="folder, file or pattern of annotations")
-    parser.add_argument(
-        "--write-cleaned",
-        type=Path,
-        metavar="JSON",
-        help="write cleaned annotations of one dataset",
-    )
-    parser.add_argument("--decode", action="store_true", help="decode the pixels of every image")
-    parser.add_argument("--config-file")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs")
-    try:
-        run(parser.parse_args(arguments))
-    except InputError as error:
-        sys.exit(f"check_data.py: {error}")
-
-
-if __name__ == "__main__":
-    main()

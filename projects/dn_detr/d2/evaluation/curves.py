@@ -1,20 +1,15 @@
-#!/usr/bin/env python
-"""Plot losses and AP of one or several runs from their metrics.json.
-
-python tools/plot_training.py output/demo --output curves.png
-python tools/plot_training.py denoised=output/a plain=output/b --output comparison.png
-"""
+"""Losses and AP of trainings from their metrics.json, as curves."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from dn_detr.d2.inference.plot_text import literal_text
+from dn_detr.errors import InputError
 
 LOSSES = {"total_loss": "total", "loss_match": "matched", "loss_dn": "denoising"}
 METRICS = {"bbox/AP50": "AP50", "bbox/AP": "AP"}
@@ -29,7 +24,7 @@ def read_metrics(run: Path) -> dict[int, dict]:
     """Read metrics.json as iteration -> values; later entries replace earlier ones."""
     file = run / "metrics.json" if run.is_dir() else run
     if not file.is_file():
-        sys.exit(f"plot_training.py: there is no {file}")
+        raise InputError(f"there is no {file}.")
     entries: dict[int, dict] = {}
     for line in file.read_text().splitlines():
         if line.strip():
@@ -87,22 +82,18 @@ def draw(runs: dict[str, dict[int, dict]]) -> Figure:
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", help="output folder or metrics.json, or label=folder")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"))
-    args = parser.parse_args()
-    output = args.output if args.output.suffix else args.output.with_suffix(".png")
-    runs = {}
-    for run in args.runs:
+def plot(runs: Sequence[str], output: Path) -> None:
+    """Draw the curves of trainings into a file.
+
+    Args:
+        runs: Output folders or their metrics.json, or label=folder.
+        output: The picture.
+    """
+    entries = {}
+    for run in runs:
         label, _, path = run.rpartition("=")
-        runs[label or Path(path).name] = read_metrics(Path(path))
-    names = [name for entries in runs.values() for name in test_sets(entries)]
+        entries[label or Path(path).name] = read_metrics(Path(path))
+    names = [name for run in entries.values() for name in test_sets(run)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    with literal_text([*runs, *names]):
-        draw(runs).savefig(output)
-    print(f"wrote {output}")
-
-
-if __name__ == "__main__":
-    main()
+    with literal_text([*entries, *names]):
+        draw(entries).savefig(output)

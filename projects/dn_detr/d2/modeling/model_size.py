@@ -1,23 +1,9 @@
-#!/usr/bin/env python
-"""Count parameters, GFLOPs and activations of configurations, without running or downloading.
-
-    python tools/analyze_model.py --config-file configs/dn_detr.yaml --flow
-    python tools/analyze_model.py --config-file configs/*.yaml --size 800x1333 800x1066
-    python tools/analyze_model.py --config-file configs/*.yaml --annotations instances_val2017.json
-    python tools/analyze_model.py --backbone torchvision/swin_t timm/convnext_tiny --size 640x640
-
-A multiply-add is one operation, as in the papers. --annotations averages over the first 100 images
-of COCO val2017, as they do. Activations are the outputs of convolutions and linear layers. Faster
-R-CNN is counted with its maximum number of proposals, without proposal selection and RoI pooling.
-Detectors have tensors without data, so this takes seconds and little memory.
-"""
+"""Parameters, GFLOPs and activations of configurations, counted on tensors without data."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -30,12 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import dn_detr.d2  # noqa: F401
 from dn_detr.d2.config.defaults import add_dn_detr_config, read_config
 from dn_detr.d2.data.ground_truth import read_coco
 from dn_detr.d2.modeling.faster_rcnn import DenoisingRCNN
 from dn_detr.d2.modeling.timm_torchvision import build_named_backbone
-from dn_detr.errors import InputError
 from dn_detr.models.detection_transformer import DETR
 
 PUBLISHED = {
@@ -155,6 +139,7 @@ def parameters(model: nn.Module) -> tuple[float, float]:
 
 
 def is_trained(parameter: Tensor) -> bool:
+    """Whether a parameter, of any shape, is trained."""
     return parameter.requires_grad
 
 
@@ -217,7 +202,10 @@ def infer(model: nn.Module, height: int, width: int) -> Inference:
 
 
 def decode(core: DETR, features: list[Tensor], padding: Tensor, enter: Callable) -> None:
-    """Run the inference of a method; enter(name, value) is called after every part."""
+    """Run the inference of a method; enter(name, value) is called after every part.
+
+    Features are [1, C, H, W] each, padding [1, height, width].
+    """
     hooks = [
         getattr(core, name).register_forward_hook(lambda _m, _x, out, name=name: enter(name, out))
         for name in ("neck", "flatten", "encoder", "decoder")
@@ -261,6 +249,7 @@ def describe(value) -> str:
 
 
 def shape(x: Tensor) -> str:
+    """Return the shape of a tensor of any shape as text, e.g. "1x100x256"."""
     return "x".join(map(str, x.shape))
 
 
@@ -287,28 +276,30 @@ def mean(model: nn.Module, sizes: Counter) -> Inference:
     return result
 
 
-def two_sides(text: str) -> tuple[int, int]:
-    height, width = text.split("x")
-    return int(height), int(width)
+def print_table(
+    configs: list[str],
+    *,
+    sizes: Sequence[tuple[int, int]],
+    annotations: str | None = None,
+    num_images: int = 100,
+    flow: bool = False,
+) -> None:
+    """Print a table with a row for each configuration, as it is ready.
 
-
-def analyze(args: argparse.Namespace) -> None:
-    """Print the table."""
-    if args.backbone:
-        sizes = [f"GFLOPs at {height}x{width}" for height, width in args.size]
-        print("| backbone | features and channels | parameters (M) |", " | ".join(sizes), "|")
-        print("|---|---|---|" + "---|" * len(sizes))
-        for name in args.backbone:
-            print(backbone_row(name, args.size), flush=True)
-        return
-    asked = {f"{height}x{width}": Counter({(height, width): 1}) for height, width in args.size}
-    if args.annotations:
-        name = f"the first {args.num_images} images"
-        asked[name] = test_sizes(args.annotations, args.num_images)
+    Args:
+        configs: Names or paths; those of bases are left out.
+        sizes: Heights and widths of images.
+        annotations: json file in COCO format, to average over its first `num_images` as well.
+        num_images: See `annotations`.
+        flow: Whether outputs and cost of each part follow.
+    """
+    asked = {f"{height}x{width}": Counter({(height, width): 1}) for height, width in sizes}
+    if annotations:
+        asked[f"the first {num_images} images"] = test_sizes(annotations, num_images)
     titles = [f"{what} at {name}" for name in asked for what in ("GFLOPs", "activations (M)")]
     print("| configuration | parameters (M) | trained (M) |", " | ".join(titles), "| published |")
     print("|---|---|---|" + "---|" * len(titles) + "---|")
-    for file in args.config_file:
+    for file in configs:
         name = Path(file).stem
         if name.startswith("Base"):
             continue
@@ -318,7 +309,7 @@ def analyze(args: argparse.Namespace) -> None:
         cells += [f"{x:.1f}" for one in found for x in (one.gflops, one.activations)]
         cells.append("{}M / {}".format(*PUBLISHED[name]) if name in PUBLISHED else "")
         print(f"| {name} |", " | ".join(cells), "|", flush=True)
-        for height, width in args.size if args.flow else ():
+        for height, width in sizes if flow else ():
             print(f"\n| {height}x{width}: part | outputs | GFLOPs | activations (M) |")
             print("|---|---|---|---|")
             for part in infer(model, height, width).parts:
@@ -327,27 +318,10 @@ def analyze(args: argparse.Namespace) -> None:
                 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config-file", nargs="+")
-    what.add_argument(
-        "--backbone", nargs="+", metavar="LIBRARY/NAME", help="count backbones of a library alone"
-    )
-    parser.add_argument(
-        "--size", nargs="+", type=two_sides, default=[(800, 1333)], metavar="HEIGHTxWIDTH"
-    )
-    parser.add_argument("--annotations", help="json file: also average over its first images")
-    parser.add_argument("--num-images", type=int, default=100)
-    parser.add_argument(
-        "--flow", action="store_true", help="also print outputs and cost of each part"
-    )
-    args = parser.parse_args()
-    try:
-        analyze(args)
-    except InputError as error:
-        sys.exit(f"analyze_model.py: {error}")
-
-
-if __name__ == "__main__":
-    main()
+def print_backbones(names: list[str], sizes: Sequence[tuple[int, int]]) -> None:
+    """Print a table with a row for each backbone alone, such as "torchvision/swin_t"."""
+    columns = [f"GFLOPs at {height}x{width}" for height, width in sizes]
+    print("| backbone | features and channels | parameters (M) |", " | ".join(columns), "|")
+    print("|---|---|---|" + "---|" * len(columns))
+    for name in names:
+        print(backbone_row(name, sizes), flush=True)

@@ -1,23 +1,14 @@
-#!/usr/bin/env python
 """Draw training data: annotations, augmented batches, denoising queries, teachers' boxes, schedule.
 
-    python tools/visualize_data.py --source annotation --config-file configs/dn_deformable.yaml
-    python tools/visualize_data.py --source dataloader --config-file config.yaml --output-dir look/
-    python tools/visualize_data.py --source denoising --config-file configs/dino.yaml
-    python tools/visualize_data.py --source schedule --config-file configs/deim_dino.yaml
-    python tools/visualize_data.py --source teacher --config-file configs/teach_dn_deformable.yaml
-
-Batches and noise are those of a training with this configuration at --iteration, on one process.
-denoising: a picture per image with a panel per group; objects white, positives solid, negatives
-dashed, in the colour of their label; a flipped label is written as "was -> is". teacher: boxes
-dashed, with their scores, objects white. schedule: prints the share of images that are mosaics or
-mixed (INPUT.SCHEDULE).
+Batches and noise are those of a training with this configuration, on one process. Denoising: a
+picture per image with a panel per group; objects white, positives solid, negatives dashed, in the
+colour of their label; a flipped label is written as "was -> is". Teachers: boxes dashed, with their
+scores, objects white. Schedule: the share of images that are mosaics or mixed (INPUT.SCHEDULE).
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+import logging
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -30,7 +21,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dn_detr.auxiliary.denoising import DenoisingQueries
-from dn_detr.d2.config.defaults import read_config
 from dn_detr.d2.data import dataset_dicts
 from dn_detr.d2.data.catalog import class_names, prepare
 from dn_detr.d2.data.loader import TrainLoader
@@ -42,6 +32,8 @@ from dn_detr.d2.modeling.meta_arch import core_of
 from dn_detr.errors import BadImage, InputError
 from dn_detr.layers.box_ops import cxcywh_to_xyxy
 from dn_detr.structures import NoisedObjects, Targets
+
+logger = logging.getLogger(__name__)
 
 MOST_GROUPS = 6  # panels of a picture
 MOST_ITERATIONS = 5000  # of a schedule that are counted, evenly spread
@@ -58,7 +50,7 @@ def annotations(cfg: CfgNode) -> Pictures:
             try:
                 image = read_image(dict(record), "RGB")
             except BadImage as error:
-                print(f"visualize_data.py: {error}", file=sys.stderr)
+                logger.warning(str(error))
                 continue
             yield Path(record["file_name"]).stem, draw_record(image, record, loaded.class_names)
 
@@ -96,7 +88,7 @@ def denoised(cfg: CfgNode, iteration: int) -> Pictures:
     """Draw the denoising queries of every image, by group."""
     names = drawn_names(cfg)
     model = Trainer.build_model(cfg)
-    core = core_of(model, "--source denoising")
+    core = core_of(model, "visualize denoising")
     queries = next((a for a in core.auxiliary if isinstance(a, DenoisingQueries)), None)
     if queries is None:
         raise InputError("this configuration trains without denoising (DENOISING.ENABLED).")
@@ -234,47 +226,33 @@ def rgb_of_figure(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-def run(args: argparse.Namespace) -> None:
-    cfg = read_config(args.config_file, args.opts)
+SOURCES = {
+    "annotations": lambda cfg, _iteration: annotations(cfg),
+    "batches": augmented,
+    "denoising": denoised,
+    "schedule": lambda cfg, _iteration: scheduled(cfg),
+    "teacher": taught,
+}
+"""What can be drawn -> (configuration, iteration) -> pictures."""
+
+
+def draw_data(
+    source: str, cfg: CfgNode, folder: Path, *, num_images: int = 8, iteration: int = 0
+) -> Iterator[Path]:
+    """Write pictures of a source, and yield each file when it is written.
+
+    Args:
+        source: Of `SOURCES`.
+        cfg: Not frozen; changed in place.
+        folder: Where pictures are written.
+        num_images: Most pictures.
+        iteration: Training iteration of the first batch.
+    """
     cfg.MODEL.DEVICE, cfg.DATALOADER.NUM_WORKERS = "cpu", 0
     cfg.MODEL.DN_DETR.BACKBONE_PRETRAINED = False
     prepare(cfg)
-    pictures = {
-        "annotation": lambda: annotations(cfg),
-        "dataloader": lambda: augmented(cfg, args.iteration),
-        "denoising": lambda: denoised(cfg, args.iteration),
-        "schedule": lambda: scheduled(cfg),
-        "teacher": lambda: taught(cfg, args.iteration),
-    }[args.source]()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    for name, picture in islice(pictures, args.num_images):
-        path = args.output_dir / f"{args.source}_{name}.png"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in islice(SOURCES[source](cfg, iteration), num_images):
+        path = folder / f"{source}_{name}.png"
         Image.fromarray(picture).save(path)
-        print(path)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--source",
-        required=True,
-        choices=("annotation", "dataloader", "denoising", "schedule", "teacher"),
-    )
-    parser.add_argument("--config-file", required=True)
-    parser.add_argument("--output-dir", type=Path, default=Path("visualized"))
-    parser.add_argument("--num-images", type=int, default=8)
-    parser.add_argument("--iteration", type=int, default=0, help="training iteration")
-    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs")
-    args = parser.parse_args(arguments)
-    if args.iteration < 0 or args.num_images < 1:
-        parser.error("--iteration must be at least 0 and --num-images at least 1")
-    try:
-        run(args)
-    except InputError as error:
-        sys.exit(f"visualize_data.py: {error}")
-
-
-if __name__ == "__main__":
-    main()
+        yield path

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from detectron2.modeling import build_model
 
+from dn_detr.cli.main import main
 from dn_detr.d2.config.defaults import read_config
+from dn_detr.d2.modeling import model_size
 from dn_detr.ops import pytorch_operators
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = str(ROOT / "configs" / "quick" / "dn_deformable.yaml")
-tool = runpy.run_path(str(ROOT / "tools" / "analyze_model.py"))
+tool = vars(model_size)
 
 
 @pytest.fixture(scope="module")
@@ -88,22 +90,20 @@ def test_the_average_is_over_the_sizes_of_the_images(model, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config-file", "configs/no.yaml"], "configs/no.yaml"),
+        (["configs/no.yaml"], "configs/no.yaml"),
         (
-            ["--config-file", QUICK, "--annotations", "no.json"],
+            [QUICK, "--annotations", "no.json"],
             "there is no annotation file no.json",
         ),
     ],
 )
-def test_files_that_do_not_exist_are_named_in_one_sentence(monkeypatch, arguments, words):
-    monkeypatch.setattr(sys, "argv", ["analyze_model.py", *arguments])
+def test_files_that_do_not_exist_are_named_in_one_sentence(arguments, words):
     with pytest.raises(SystemExit) as caught:
-        tool["main"]()
-    assert caught.value.code.startswith("analyze_model.py: ") and words in caught.value.code
+        main(["info", *arguments])
+    assert caught.value.code.startswith("dn-detr info: ") and words in caught.value.code
 
 
 def test_only_known_configurations_are_trained_side_by_side(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     program = runpy.run_path(str(ROOT / "tools" / "train_all_quick.py"))
     monkeypatch.setattr(sys, "argv", ["train_all_quick.py", "--only", "dino", "nonsense"])
     with pytest.raises(SystemExit):

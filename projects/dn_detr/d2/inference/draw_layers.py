@@ -1,7 +1,4 @@
-#!/usr/bin/env python
 """Draw boxes and cross-attention of each decoder layer for one image.
-
-    python tools/visualize.py --input street.jpg --output layers.png --opts MODEL.WEIGHTS model.pth
 
 A row for each detection, a column for each decoder layer. White and dashed: the reference of the
 layer (a box or a point; DETR and Mask2Former have none). In the colour of the class: the predicted
@@ -11,8 +8,6 @@ level. Dense attention: the attention map, averaged over heads and levels.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +19,10 @@ from matplotlib.patches import Rectangle
 from dn_detr.d2.data.mapper import ResizeShortestEdge
 from dn_detr.d2.inference.attention_recorder import LayerAttention, record_attention
 from dn_detr.d2.inference.plot_text import class_label, families
-from dn_detr.d2.inference.saved_detector import SavedDetector, load_detector, weights_named
+from dn_detr.d2.inference.saved_detector import SavedDetector
 from dn_detr.d2.inference.visualization import class_color
 from dn_detr.d2.modeling.meta_arch import core_of
-from dn_detr.detector import to_pixels
+from dn_detr.datasets.image_files import read_rgb
 from dn_detr.errors import InputError
 from dn_detr.layers.box_ops import cxcywh_to_xyxy
 from dn_detr.structures import Predictions
@@ -43,7 +38,7 @@ def look(saved: SavedDetector, image: np.ndarray) -> tuple[Predictions, list[Lay
     model, inputs = saved.model, saved.cfg.INPUT
     resize = ResizeShortestEdge(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST).get_transform(image)
     pixels = torch.from_numpy(np.ascontiguousarray(resize.apply_image(image).transpose(2, 0, 1)))
-    with torch.inference_mode(), record_attention(core_of(model, "visualize.py")) as looks:
+    with torch.inference_mode(), record_attention(core_of(model, "visualize layers")) as looks:
         predictions = model.predict(model.make_batch([{"image": pixels}]))
     if not any(entry.samples or entry.maps for entry in looks):
         raise InputError("this model has no cross-attention that can be drawn.")
@@ -119,6 +114,7 @@ def draw_look(axis: Axes, entry: LayerAttention, query: int, width: int, height:
 
 
 def draw_reference(axis: Axes, reference: torch.Tensor, width: int, height: int) -> None:
+    """Draw a reference: cxcywh [4] or a point [2], in [0, 1]."""
     if reference.shape[0] == 4:
         draw_box(axis, reference, width, height, edgecolor="white", lw=1.2, ls="--")
     else:
@@ -126,37 +122,15 @@ def draw_reference(axis: Axes, reference: torch.Tensor, width: int, height: int)
 
 
 def draw_box(axis: Axes, box: torch.Tensor, width: int, height: int, **style) -> None:
-    """box: cxcywh in [0, 1]."""
+    """Draw a box [4], cxcywh in [0, 1]."""
     x0, y0, x1, y1 = (cxcywh_to_xyxy(box) * torch.tensor([width, height] * 2)).tolist()
     axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **style))
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", help="for checkpoints without a configuration")
-    parser.add_argument("--input", required=True, help="an image")
-    parser.add_argument("--output", type=Path, default=Path("layers.png"))
-    parser.add_argument("--num-objects", type=int, default=4, help="number of detections (rows)")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs")
-    args = parser.parse_args(arguments)
-    output = args.output if args.output.suffix else args.output.with_suffix(".png")
-    if args.num_objects < 1:
-        parser.error(f"--num-objects must be at least 1, got {args.num_objects}")
-    try:
-        path = weights_named(args.config_file, args.opts)
-        saved = load_detector(path, config_file=args.config_file, opts=args.opts)
-        image = to_pixels(args.input, "RGB")
-        channels = image if saved.cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1]
-        predictions, looks = look(saved, channels)
-    except InputError as error:
-        sys.exit(f"visualize.py: {error}")
-    figure = draw(saved, image, predictions, looks, num_objects=args.num_objects)
+def draw_layers(saved: SavedDetector, image: str, output: Path, *, num_objects: int = 4) -> None:
+    """Write the figure for an image file, with a row for each of the best detections."""
+    pixels = read_rgb(image)
+    channels = pixels if saved.cfg.INPUT.FORMAT == "RGB" else pixels[:, :, ::-1]
+    figure = draw(saved, pixels, *look(saved, channels), num_objects=num_objects)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
-    print(f"wrote {output}")
-
-
-if __name__ == "__main__":
-    main()
