@@ -426,9 +426,9 @@ def test_results_of_any_detector_are_evaluated(dataset, tmp_path, capsys):
     main(["eval", *source, "--results", str(tmp_path / "r.json"), *output])  # and can be drawn
     with pytest.raises(SystemExit, match="the limit of detections must be at least 1, got -1"):
         main(["eval", *source, "--results", str(tmp_path / "r.json"), *output, "--limit", "-1"])
-    results = str(tmp_path / "r.json")
+    file = str(tmp_path / "r.json")
     with pytest.raises(SystemExit, match="the folder of the report cannot be made"):
-        main(["eval", *source, "--results", results, "--output", results])
+        main(["eval", *source, "--results", file, "--output", file])
     with pytest.raises(SystemExit, match="there is no result file none.json"):
         main(["eval", *source, "--results", "none.json", *output])
     with pytest.raises(SystemExit, match="there is no dataset 'none'"):
