@@ -5,6 +5,10 @@
 # on a machine that cannot reach GitHub (see projects/dn_detr/install_detectron2.py).
 # make sanitize: compiles the CPU operators with GCC's address and undefined behaviour sanitizers,
 # into build/sanitize, and runs their tests and a fuzzer with them (TRIALS=...).
+# make emulate: compiles the CUDA operators for the CPU (dev/cuda_emulator), runs their tests with
+# them, and breaks them on purpose in a few places, which the tests must notice.
+# make check-long: everything that takes too long for every change: all of these mutations, other
+# orders of threads, and the code for sm_80.
 # make lint: checks style and types; needs no operators, so it takes any .venv as it is.
 # make docs: makes a site of the documents and docstrings, build/docs/docs/index.html.
 # All set up .venv in a fresh clone and reuse it later. PYTHON=... uses an existing interpreter.
@@ -17,7 +21,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: demo test fuzz sanitize lint docs test-pypi-detectron2 clean
+.PHONY: demo test fuzz sanitize emulate check-long lint docs test-pypi-detectron2 clean
 
 demo: $(READY)
 	$(PYTHON) tools/run_demo.py
@@ -44,6 +48,23 @@ sanitize: $(READY)
 	$(SANITIZED) tests/ops/fuzz_operators.py --trials $(TRIALS)
 	ATEN_CPU_CAPABILITY=default $(SANITIZED) tests/ops/fuzz_operators.py --trials $(TRIALS) --seed 1
 	$(SANITIZED) -m pytest -q -n 2 --dist worksteal tests/ops -k "not pytorch-cpu and not graph"
+
+EMULATED = PYTHONPATH=build/emulate/lib OMP_NUM_THREADS=1 $(PYTHON)
+# Not those of the CPU's own kernels, and of what only they refuse.
+EMULATED_TESTS := -m pytest -q -n 2 --dist worksteal tests/ops tests/losses/test_linear_assignment.py \
+	tests/losses/test_matcher.py tests/losses/test_matching_costs.py -k "not pytorch-cpu and not graph and not \
+	number_of_threads and not instruction_sets and not wrong_inputs_of_the and not cuda_emulator"
+
+emulate: $(READY)
+	$(PYTHON) dev/cuda_emulator/build.py build/emulate
+	$(EMULATED) $(EMULATED_TESTS)
+	$(PYTHON) dev/cuda_emulator/mutations.py build/emulate --few
+
+check-long: emulate
+	$(PYTHON) dev/cuda_emulator/mutations.py build/emulate
+	for seed in 1 2 3; do EMULATOR_SEED=$$seed $(EMULATED) $(EMULATED_TESTS) || exit 1; done
+	$(PYTHON) dev/cuda_emulator/build.py build/emulate-sm80 --arch 800
+	PYTHONPATH=build/emulate-sm80/lib OMP_NUM_THREADS=1 $(PYTHON) $(EMULATED_TESTS)
 
 lint: $(if $(wildcard $(VENV)/bin/mypy),,$(READY))
 	$(PYTHON) -m ruff check .

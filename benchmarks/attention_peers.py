@@ -21,6 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+DEFORMOPS_FLOAT32 = "deformops, float32 sums"
+FLOAT32_SUMS = {"backend": "triton", "fp32acc": True}
+"""deformops sums the value's gradient in float32; its default from sm_90 on is the value's type."""
+LOSSY = ("deformops",)
+"""Sum in bfloat16 where values are: timed beside their errors, however large."""
+
 Attend = Callable[[Tensor, tuple, Tensor, Tensor], Tensor]
 
 
@@ -62,6 +68,7 @@ def find_peers(device: str, paths: dict[str, Path | None]) -> tuple[dict[str, At
         "mmcv": lambda: _mmcv(device),
         "msda-triton": lambda: _msda_triton(device, paths.get("msda_triton")),
         "deformops": lambda: _deformops(),
+        DEFORMOPS_FLOAT32: lambda: _deformops(device, **FLOAT32_SUMS),
         "Hugging Face": lambda: _hugging_face(),
     }
     for name, find in finders.items():
@@ -161,23 +168,26 @@ def _msda_triton(device: str, folder: Path | None) -> Attend:
     return attend
 
 
-def _deformops() -> Attend:
+def _deformops(device: str = "cuda", **options) -> Attend:
+    if device != "cuda":
+        raise ImportError("has no such mode on a CPU")
     registry = importlib.import_module("deformops.registry")
 
     def attend(value, shapes, locations, weights):
         where = sizes(shapes, value.device)
-        return registry.msda(value, *where, locations, weights.to(value.dtype))
+        return registry.msda(value, *where, locations, weights.to(value.dtype), **options)
 
     return attend
 
 
 def deformops_with_softmax(
-    value: Tensor, shapes: tuple, locations: Tensor, logits: Tensor
+    value: Tensor, shapes: tuple, locations: Tensor, logits: Tensor, **options
 ) -> Tensor:
     """Run deformops with its own softmax over logits [B, Q, H, levels * P]."""
     registry = importlib.import_module("deformops.registry")
     where = sizes(shapes, value.device)
-    return registry.msda(value, *where, locations, logits.to(value.dtype), method="softmax")
+    logits = logits.to(value.dtype)
+    return registry.msda(value, *where, locations, logits, method="softmax", **options)
 
 
 def _hugging_face() -> Attend:

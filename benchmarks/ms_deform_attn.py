@@ -10,7 +10,8 @@ then the whole module from raw offsets and logits (location arithmetic, softmax,
 "dn_detr" is `deformable_attention`), both directions together and, on CUDA, each of them. On an
 image of 800x1066: 4 levels, 8 heads of 32 channels, 4 points; the encoder, where every cell is a
 query, and decoders of 300, 500 and 1100 queries. Results are first compared with the reference
-implementation; wrong ones are not timed.
+implementation; wrong ones are not timed, except those known to sum in bfloat16, whose largest error
+is printed. On CUDA the L2 cache is emptied before each run. Figures are saved case by case.
 
 "realistic" locations: a grid of references (boxes in decoders) and the offsets that training starts
 from, with normal noise of 2 cells; "uniform": anywhere, as in the tests of most libraries.
@@ -34,7 +35,14 @@ from attention_inputs import (
     make_inputs,
     normalize,
 )
-from attention_peers import Attend, deformops_with_softmax, find_peers
+from attention_peers import (
+    DEFORMOPS_FLOAT32,
+    FLOAT32_SUMS,
+    LOSSY,
+    Attend,
+    deformops_with_softmax,
+    find_peers,
+)
 from common import copy_bandwidth, make_parser, relative_error, save, table, time_side_by_side
 from peak_memory import peak_mib
 from torch import Tensor
@@ -61,10 +69,18 @@ def as_module(attend: Attend) -> Callable:
     return module
 
 
-def deformops_module(value, shapes, valid_sizes, reference, offsets, logits, padding):
+def deformops_module(
+    value, shapes, valid_sizes, reference, offsets, logits, padding, **options
+):  # fmt: skip
     locations = locate(shapes, valid_sizes, reference, offsets)
     value = value.masked_fill(padding[..., None, None], 0.0)
-    return deformops_with_softmax(value, shapes, locations, logits)
+    return deformops_with_softmax(value, shapes, locations, logits, **options)
+
+
+DEFORMOPS = {
+    "deformops": deformops_module,
+    DEFORMOPS_FLOAT32: partial(deformops_module, **FLOAT32_SUMS),
+}
 
 
 def deterministic(function: Callable) -> Callable:
@@ -81,6 +97,17 @@ def deterministic(function: Callable) -> Callable:
 
 
 # --------------------------------------------------------------------------------------- measures
+
+
+def from_cold_cache(prepare: Callable) -> Callable:
+    """`prepare`, followed by a write larger than the L2 cache of any GPU."""
+
+    def run():
+        prepared = prepare()
+        torch.empty(2**26, device="cuda").zero_()  # 256 MiB
+        return prepared
+
+    return run
 
 
 def sample(attend: Attend, x: Inputs) -> tuple[Tensor, ...]:
@@ -119,25 +146,26 @@ def prepare_module_backward(module: Callable, x: Inputs):
     return lambda: torch.autograd.grad(output, (x.value, x.offsets, x.logits), x.grad)
 
 
-def right_ones(case: Case, candidates: dict, run: Callable, expected: list, names: tuple) -> dict:
-    """Return an error message or None per name, comparing with "plain"."""
+def errors_of(case: Case, candidates: dict, run: Callable, expected: list, names: tuple) -> dict:
+    """Return (largest error over its tolerance, note or None) of each name, against "plain"."""
     tolerances = TOLERANCES[case.dtype]
-    verdicts = {}
+    found = {}
     for name, function in candidates.items():
-        verdicts[name] = None
-        if name == "plain" and case.dtype == "float32":
-            continue  # these are the expected results
         try:
             results = (deterministic(run) if "deterministic" in name else run)(function)
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            verdicts[name] = f"fails: {str(error).splitlines()[0][:60]}"
+            found[name] = (None, f"fails: {str(error).splitlines()[0][:60]}")
             continue
-        for what, got, want in zip(names, results, expected, strict=True):
-            error = relative_error(got, want)
-            if error > tolerances[what in ("locations", "offsets")]:
-                verdicts[name] = f"wrong: {what} off by {error:.1g}"
-                break
-    return verdicts
+        errors = {
+            what: relative_error(got, want)
+            for what, got, want in zip(names, results, expected, strict=True)
+        }
+        excess = {w: e / tolerances[w in ("locations", "offsets")] for w, e in errors.items()}
+        worst = max(excess, key=excess.get)
+        is_right = excess[worst] <= 1 or (name in LOSSY and errors[worst] < 1)
+        note = None if is_right else f"wrong: {worst} off by {errors[worst]:.1g}"
+        found[name] = ({"error": errors[worst], "error_of": worst}, note)
+    return found
 
 
 def measure(case: Case, device: str, peers: dict[str, Attend], seconds: float, peak: float) -> list:
@@ -146,23 +174,22 @@ def measure(case: Case, device: str, peers: dict[str, Attend], seconds: float, p
     modules = {"dn_detr": deformable_attention, "dn_detr, unfused": as_module(ms_deform_attn)}
     modules["plain"] = deformable_attention_pytorch
     modules.update({name: as_module(attend) for name, attend in peers.items()})
-    if "deformops" in peers:
-        modules["deformops"] = deformops_module
+    modules.update({name: DEFORMOPS[name] for name in DEFORMOPS if name in peers})
     if device == "cuda":
         sampling["dn_detr, deterministic"] = ms_deform_attn
         modules["dn_detr, deterministic"] = deformable_attention
     rows: list[dict] = []
 
     def add(measured: str, candidates: dict, verdicts: dict, prepare, busy_only: bool):
-        for name in candidates:
-            if verdicts[name] is not None:
-                note = verdicts[name]
-                rows.append({**case.row(), "measure": measured, "who": name, "note": note})
         prepared = {}
         for name, function in candidates.items():
-            if verdicts[name] is None:
-                one = partial(prepare, function, x)
-                prepared[name] = deterministic_run(one) if "deterministic" in name else one
+            note = verdicts[name][1]
+            if note is not None:
+                rows.append({**case.row(), "measure": measured, "who": name, "note": note})
+                continue
+            one = partial(prepare, function, x)
+            one = deterministic_run(one) if "deterministic" in name else one
+            prepared[name] = from_cold_cache(one) if device == "cuda" else one
         timings = time_side_by_side(prepared, device, seconds, busy_only=busy_only)
         total, work = bytes_and_operations(case, measured)
         for name, timing in timings.items():
@@ -171,18 +198,19 @@ def measure(case: Case, device: str, peers: dict[str, Attend], seconds: float, p
             limits |= {"gflop_per_s": work / (timing.ms * 1e6), "floor_ms": total / (peak * 1e6)}
             rows.append(
                 {**case.row(), "measure": measured, "who": name, **asdict(timing), **limits}
+                | verdicts[name][0]
             )
 
     names = ("output", "value", "locations", "weights")
     expected = [part.detach() for part in sample(ms_deform_attn_pytorch, in_float32(x))]
-    verdicts = right_ones(case, sampling, lambda f: sample(f, x), expected, names)
+    verdicts = errors_of(case, sampling, lambda f: sample(f, x), expected, names)
     plain_sampling = {k: v for k, v in sampling.items() if "deterministic" not in k}
     add("forward", plain_sampling, verdicts, prepare_forward, True)
     add("backward", sampling, verdicts, prepare_backward, True)
     if case.locations == "realistic":
         names = ("output", "value", "offsets", "logits")
         expected = [part.detach() for part in whole(deformable_attention_pytorch, in_float32(x))]
-        verdicts = right_ones(case, modules, lambda f: whole(f, x), expected, names)
+        verdicts = errors_of(case, modules, lambda f: whole(f, x), expected, names)
         add("module", modules, verdicts, lambda module, x: lambda: whole(module, x), False)
         if device == "cuda":
             once = {k: v for k, v in modules.items() if "deterministic" not in k}
@@ -212,8 +240,8 @@ def prepare_module(name: str, device: str, paths: dict, case: Case) -> Callable:
     """Prepare a call for `peak_mib`, in a separate process."""
     own = {"dn_detr": deformable_attention, "dn_detr, unfused": as_module(ms_deform_attn)}
     own["plain"] = deformable_attention_pytorch
-    if name == "deformops":
-        module = deformops_module
+    if name in DEFORMOPS:
+        module = DEFORMOPS[name]
     else:
         module = own[name] if name in own else as_module(find_peers(device, paths)[0][name])
     x = make_inputs(case, device)
@@ -266,25 +294,34 @@ def main():
         print("not measured:", sentence)
     peak = args.peak or copy_bandwidth(args.device, 1 if args.quick else 256)
     seconds = args.seconds if args.seconds is not None else (0.0 if args.quick else 1.0)
-    rows, first = [], cases(args)[0]
-    if "time" in args.measure:
-        for case in cases(args):
-            rows += measure(case, args.device, peers, seconds, peak)
-        rows += equal_twice(first, args.device)
-    if "memory" in args.measure:
-        rows += measure_memory(first, args.device, peers, paths)
     keys = ("case", "batch", "dtype", "locations", "measure")
-    print(table(rows, keys, against="dn_detr"))
-    print(f"\nmilliseconds, and times longer than dn_detr; a copy moves {peak:.0f} GB/s, dn_detr:")
-    for row in rows:
-        if row["who"] == "dn_detr" and "gb_per_s" in row:
-            print(
-                f"  {row['case']}, batch {row['batch']}, {row['dtype']}, {row['locations']}, "
-                f"{row['measure']}: {row['gb_per_s']:.1f} GB/s, {row['share_of_copy']:.0%} of a "
-                f"copy (at least {row['floor_ms']:.2g} ms), {row['gflop_per_s']:.0f} GFLOP/s"
-            )
-    save(args, "ms_deform_attn", rows, missing=missing, copy_gb_per_s=peak, keys=keys,
-         against="dn_detr")  # fmt: skip
+    facts = {"missing": missing, "copy_gb_per_s": peak, "against": "dn_detr"}
+    first = cases(args)[0]
+    parts = []
+    if "time" in args.measure:
+        parts = [partial(measure, case, args.device, peers, seconds, peak) for case in cases(args)]
+        parts.append(partial(equal_twice, first, args.device))
+    if "memory" in args.measure:
+        parts.append(partial(measure_memory, first, args.device, peers, paths))
+    for part in parts:  # what is printed and saved stays if time runs out in the next one
+        rows = part()
+        print(table(rows, keys, against="dn_detr"))
+        for row in rows:
+            describe(row)
+        save(args, "ms_deform_attn", rows, keys=keys, **facts)
+        print(flush=True)
+
+
+def describe(row: dict) -> None:
+    """Print the error of a result, or how near to its limits dn_detr is."""
+    name = f"  {row['measure']}, {row['who']}"
+    if row["who"] in LOSSY and row["dtype"] == "bfloat16" and "error" in row:
+        print(f"{name}: {row['error_of']} off by {row['error']:.2g}")
+    if row["who"] == "dn_detr" and "gb_per_s" in row:
+        print(
+            f"{name}: {row['gb_per_s']:.1f} GB/s, {row['share_of_copy']:.0%} of a copy (at least "
+            f"{row['floor_ms']:.2g} ms), {row['gflop_per_s']:.0f} GFLOP/s"
+        )
 
 
 if __name__ == "__main__":

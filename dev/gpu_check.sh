@@ -1,144 +1,172 @@
 #!/usr/bin/env bash
-# On a machine with a GPU, without a network: builds the operators, runs every test that uses the
-# GPU, checks for memory errors and races with compute-sanitizer, and runs all benchmarks. Writes
-# the output to gpu_check.txt and measurements to benchmarks/results/<device>.json.
+# On a machine with a GPU, without a network: builds the operators, measures them, runs every test
+# that uses the GPU, measures whole training steps, and checks for memory errors and races with
+# compute-sanitizer. Two calls of at most nine minutes, each useful alone:
 #
 #   dev/pack_for_gpu.sh                                    # before, where there is a network
-#   dev/gpu_check.sh --packed .gpu --out results           # there
-#   dev/gpu_check.sh --dry-run                             # anywhere: the same steps, tiny, on the CPU
+#   dev/gpu_check.sh first --packed .gpu --out results     # build smoke atomics bench
+#   dev/gpu_check.sh second --packed .gpu --out results    # build smoke test train sanitize
+#   DRY=1 dev/gpu_check.sh first                           # anywhere: the same, tiny, on the CPU
 #
-# --packed FOLDER: output of dev/pack_for_gpu.sh. --out FOLDER: copy results there.
-# --only STEPS: some of "build test sanitize bench train". --within SECONDS: time limit; steps that
-# exceed it are stopped or skipped with a message, and results so far are kept. With a limit of ten
-# minutes per command, first run --only "build bench" --within 570, which measures the operators,
-# and then --only "build test sanitize train" --within 570; the build is reused. These steps have
-# never been timed on a GPU.
+# What matters most comes first: each step saves what it has found before the next one starts, and
+# the benchmark of the operators after each case, in bfloat16 before float32. A step that exceeds
+# its time is interrupted as by Ctrl-C, so that pytest still lists its failures.
+#
+# Options: --packed FOLDER: output of dev/pack_for_gpu.sh. --out FOLDER: copy the results there.
+# --only STEPS: instead of a call. --within SECONDS: of the whole call (540).
 # PYTHON: the interpreter. A failing step does not stop the others, but sets the exit status.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
-packed="" out="" device=cuda only="build test sanitize bench train" within=86400
+python=${PYTHON:-python3} dry=${DRY:-}
+packed="" out="" steps="" within=540
 while [ $# -gt 0 ]; do
   case $1 in
+    first) steps="build smoke atomics bench" ;;
+    second) steps="build smoke test train sanitize" ;;
     --packed) packed=$2; shift ;;
     --out) out=$2; shift ;;
-    --only) only=$2; shift ;;
+    --only) steps=$2; shift ;;
     --within) within=$2; shift ;;
-    --dry-run) device=cpu ;;
     *) echo "unknown option $1" >&2; exit 2 ;;
   esac
   shift
 done
+[ -n "$steps" ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+device=${dry:+cpu} device=${device:-cuda}
 failed=()
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-exec > >(tee gpu_check.txt) 2>&1
-
-wants() { [[ " $only " == *" $1 "* ]]; }
-
-# limited SECONDS: that, or less where less is left of all; the last seconds are for the copies.
-limited() {
-  local left=$((within - SECONDS - 15))
-  echo $(($1 < left ? $1 : left > 1 ? left : 1))
+results=benchmarks/results
+[ -z "$dry" ] || results=$scratch/results
+report=gpu_check_${steps// /_}.txt
+[ -z "$out" ] || mkdir -p "$out"
+finish() { # also if this script is stopped from outside
+  [ -z "$out" ] || cp "$report" "$scratch"/*.xml "$scratch"/*.json "$results"/* "$out" 2> /dev/null
+  rm -rf "$scratch"
 }
+trap finish EXIT
+exec > >(tee "$report") 2>&1
 
-# step SECONDS COMMAND...: within a time limit; a failure is remembered.
+wants() { [[ " $steps " == *" $1 "* ]]; }
+
+# step SECONDS COMMAND...: within a time limit, or what is left of all but 15 s; then SIGINT, and 20
+# s later SIGKILL. A failure is remembered.
 step() {
-  local limit start=$SECONDS status=0
-  limit=$(limited "$1"); shift
+  local limit=$1 left=$((within - SECONDS - 15)) start=$SECONDS status=0
+  shift
+  [ "$limit" -le "$left" ] || limit=$left
   echo "== $*"
-  timeout "$limit" "$@" || { status=$?; failed+=("status $status: $*"); }
+  if [ "$limit" -lt 3 ]; then
+    echo "-- no time left"; failed+=("no time left: $*"); return 1
+  fi
+  timeout --signal=INT --kill-after=20 "$limit" "$@" || { status=$?; failed+=("status $status: $*"); }
   echo "-- status $status after $((SECONDS - start)) s, at $SECONDS s"
+  return $status
 }
 
 date -u +%Y-%m-%d
 [ -f "$packed/commit" ] && DN_DETR_COMMIT=$(cat "$packed/commit") && export DN_DETR_COMMIT
-[ $device = cpu ] || step 20 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+[ -n "$dry" ] || step 20 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
 
 # Packages go into a folder of their own: the machine's Python is not ours to change.
-export PYTHONPATH="$PWD/projects:$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
-if compgen -G "$packed/*.whl" > /dev/null; then
+export PYTHONPATH="$PWD/projects:$scratch/site:${packed:+$PWD/$packed/python}${PYTHONPATH:+:$PYTHONPATH}"
+if compgen -G "$packed/*.whl" > /dev/null && [ -z "$dry" ]; then
   step 120 "$python" -m pip install --quiet --no-index --no-deps --no-compile \
     --target "$scratch/site" "$packed"/*.whl
 fi
 
 if wants build; then
-  if [ $device = cuda ]; then
-    FORCE_CUDA=1 step 240 "$python" setup.py --quiet build_ext --inplace
-  else
+  if [ -n "$dry" ]; then
     step 60 "$python" setup.py --quiet --version
+  else
+    FORCE_CUDA=1 step 240 "$python" setup.py --quiet build_ext --inplace
   fi
 fi
 step 60 "$python" -m dn_detr.info
-
-# The sanitizers are slow and leave most of the GPU idle: they run in parallel with each other and
-# the tests.
-tools=() checks=()
-if wants sanitize && [ $device = cpu ]; then
-  tools=(none)
-elif wants sanitize && command -v compute-sanitizer > /dev/null; then
-  tools=(memcheck racecheck initcheck)
-elif wants sanitize; then
-  failed+=("compute-sanitizer is not installed")
+if wants smoke; then
+  # Without operators that work, nothing else is worth the time.
+  step 90 "$python" dev/run_operators.py --device $device --smoke || [ -n "$dry" ] || exit 1
 fi
-for tool in "${tools[@]}"; do
-  checker=(compute-sanitizer --tool "$tool" --error-exitcode 9)
-  [ "$tool" != none ] || checker=()
-  # PyTorch's pools of memory would hide what is out of bounds.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$(limited 360)" "${checker[@]}" \
-    "$python" dev/run_operators.py --device $device > "$scratch/$tool.txt" 2>&1 &
-  checks+=($!)
-done
-
-if wants test; then
-  # tests/ops selects its devices in conftest.py.
-  mapfile -t files < <(grep -rlE "cuda|DEVICES" tests --include="test_*.py" |
-    grep -v -e tests/ops -e tests/equivalence -e tests/test_packaging)
-  files=(tests/ops "${files[@]}")
-  parallel=()
-  "$python" -c "import xdist" 2> /dev/null && [ "$(nproc)" -ge 8 ] && parallel=(-n 4)
-  [ $device = cuda ] || files=(tests/layers/test_attention_mask.py)
-  step 280 "$python" -m pytest -q -p no:cacheprovider "${parallel[@]}" "${files[@]}"
+if wants atomics; then
+  step 90 "$python" dev/atomic_rates.py ${dry:+--compile-only} --save "$scratch/atomic_rates.json"
 fi
 
-for i in "${!tools[@]}"; do
-  wait "${checks[i]}" || failed+=("status $? of ${tools[i]}")
-  echo "== sanitizer: ${tools[i]}"
-  tail -n 40 "$scratch/${tools[i]}.txt"
-done
-
-common=(--device cuda --save)
-folder=benchmarks/results
-attention=(--original "$packed/Deformable-DETR" --uniform 0 --seconds 0.2 --dtype)
+save=(--device $device --save) attention=(--original "$packed/Deformable-DETR" --uniform 0 --seconds 0.2)
 train=(--batch 2 8 --plain-operators --seconds 2)
-if [ $device = cpu ]; then
-  folder=$scratch/results
-  common=(--device cpu --quick --save "$folder/cpu.json")
-  attention=(--dtype)
+if [ -n "$dry" ]; then
+  save=(--device cpu --quick --save "$results/cpu.json") attention=()
   train=(--config-file configs/quick/dn_deformable.yaml --size 64 96 --batch 1 --no-memory)
 fi
 if wants bench; then
-  step 60 "$python" benchmarks/denoising_queries.py "${common[@]}"
-  step 60 "$python" benchmarks/matcher.py "${common[@]}"
-  # One type after the other: if time runs out, the first one's figures are saved.
-  for dtype in float32 bfloat16; do
-    step 240 "$python" benchmarks/ms_deform_attn.py "${common[@]}" "${attention[@]}" $dtype
-  done
+  step 300 "$python" benchmarks/ms_deform_attn.py "${save[@]}" "${attention[@]}" \
+    --dtype bfloat16 float32 --measure time
+  step 60 "$python" benchmarks/denoising_queries.py "${save[@]}"
+  step 60 "$python" benchmarks/matcher.py "${save[@]}"
+  step 120 "$python" benchmarks/ms_deform_attn.py "${save[@]}" "${attention[@]}" \
+    --dtype bfloat16 --measure memory
 fi
-if wants train && "$python" -c "import detectron2" 2> /dev/null; then
-  step 150 "$python" benchmarks/train_step.py "${common[@]}" "${train[@]}"
-elif wants train; then
-  echo "Detectron2 is not installed: no training steps"
+
+if wants test; then
+  # Files of other folders that need Detectron2 are left out without it: an error while pytest
+  # collects them would end the run before the first test.
+  mapfile -t files < <(grep -rlE "cuda|DEVICES" tests --include="test_*.py" |
+    grep -v -e tests/ops -e tests/equivalence -e tests/test_packaging -e tests/benchmarks)
+  if ! "$python" -c "import detectron2" 2> /dev/null; then
+    mapfile -t files < <(printf '%s\n' "${files[@]}" | grep -v -e tests/d2 -e tests/tools)
+  fi
+  files=(tests/ops "${files[@]}")
+  workers=1
+  ! "$python" -c "import xdist" 2> /dev/null || [ "$(nproc)" -lt 8 ] || workers=4
+  export OMP_NUM_THREADS=$(($(nproc) > workers ? $(nproc) / workers : 1))
+  [ -z "$dry" ] || files=(tests/layers/test_attention_mask.py)
+  parallel=()
+  [ $workers = 1 ] || parallel=(-n $workers)
+  step 240 "$python" -m pytest -q -rf -p no:cacheprovider --continue-on-collection-errors \
+    --junitxml "$scratch/tests.xml" "${parallel[@]}" "${files[@]}"
+  unset OMP_NUM_THREADS
+fi
+
+if wants train; then
+  if "$python" -c "import detectron2" 2> /dev/null; then
+    step 150 "$python" benchmarks/train_step.py "${save[@]}" "${train[@]}"
+  else
+    echo "Detectron2 is not installed: no training steps"
+  fi
 fi
 if wants bench || wants train; then
-  step 30 "$python" benchmarks/render.py --folder "$folder"
+  step 30 "$python" benchmarks/render.py --folder "$results"
+fi
+
+if wants sanitize; then
+  # On the PATH, beside nvcc, or in a toolkit.
+  beside=$(dirname "$(readlink -f "$(command -v nvcc || echo /)")")
+  sanitizer=""
+  for path in "$(command -v compute-sanitizer)" "$beside/compute-sanitizer" \
+    "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" /usr/local/cuda*/bin/compute-sanitizer; do
+    [ -n "$sanitizer" ] || [ ! -x "$path" ] || sanitizer=$path
+  done
+  tools=(memcheck racecheck initcheck)
+  if [ -z "$sanitizer" ] && [ -z "$dry" ]; then
+    failed+=("compute-sanitizer is neither on the PATH nor beside nvcc")
+    tools=()
+  fi
+  # They leave most of the GPU idle, so all run at once. Only kernels of this project are checked.
+  # PyTorch's pools of memory would hide what is out of bounds.
+  left=$((within - SECONDS - 20)) checks=()
+  for tool in "${tools[@]}"; do
+    checker=("$sanitizer" --tool "$tool" --error-exitcode 9 --kernel-name kernel_substring=dn_detr)
+    [ -z "$dry" ] || checker=()
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout $((left > 1 ? left : 1)) "${checker[@]}" \
+      "$python" dev/run_operators.py --device $device ${dry:+--smoke} > "$scratch/$tool.txt" 2>&1 &
+    checks+=($!)
+  done
+  for i in "${!tools[@]}"; do
+    wait "${checks[i]}" || failed+=("status $? of ${tools[i]}")
+    echo "== sanitizer: ${tools[i]}"
+    tail -n 40 "$scratch/${tools[i]}.txt"
+  done
 fi
 
 echo "== $SECONDS s, ${#failed[@]} failed"
 [ ${#failed[@]} = 0 ] || printf '%s\n' "${failed[@]}"
-if [ -n "$out" ]; then
-  sleep 1 # until all of it is in gpu_check.txt
-  mkdir -p "$out"
-  cp gpu_check.txt benchmarks/results/* "$out"
-fi
+sleep 1 # until all of it is in the report
 [ ${#failed[@]} = 0 ]

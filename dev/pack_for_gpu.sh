@@ -3,8 +3,8 @@
 # 2.11, numpy, scipy, pytest and ninja: wheels of missing packages, including Detectron2, and
 # checkouts of other implementations to measure. Writes to a folder that git ignores.
 #   dev/pack_for_gpu.sh [--original CHECKOUT] [--msda-triton CHECKOUT] [--detectron2 CHECKOUT] [FOLDER]
-# Detectron2 is built if there is a Python 3.12 with torch 2.11 (PYTHON312=...); otherwise training
-# steps are not measured.
+# Detectron2 is built if there is a Python 3.12 with torch 2.11 (PYTHON312=...); otherwise its Python
+# files are taken, which training steps need: from --detectron2, this Python's, or a wheel on PyPI.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=.gpu original="" triton="" detectron2=""
@@ -51,7 +51,20 @@ if "$python312" -c "import torch" 2> /dev/null; then
   FORCE_CUDA=0 "$python312" -m pip --disable-pip-version-check wheel --quiet --no-deps \
     --no-build-isolation --wheel-dir "$folder" "$source"
 else
-  echo "no Python 3.12 with torch (PYTHON312=...): without Detectron2"
+  # 3 MB without compiled operators, which no method needs.
+  rm -rf "$folder/python"
+  found=$("$python" -c "import importlib.util as u; s = u.find_spec('detectron2'); print(s.origin if s else '')")
+  source=${detectron2:+$detectron2/detectron2} source=${source:-${found%/__init__.py}}
+  if [ -n "$source" ]; then
+    mkdir -p "$folder/python"
+    (cd "$source/.." && find -L detectron2 -name "*.py" -o -name "*.yaml") |
+      tar -C "$source/.." -chf - -T - | tar -C "$folder/python" -xf -
+  else
+    "$python" -m dn_detr.install_detectron2 --files "$folder/python"
+  fi
 fi
 du -sh "$folder"
-ls "$folder"
+ls "$folder" "$folder"/python 2> /dev/null || true
+# What one run may carry, with the repository itself.
+most=60 size=$(du -sm "$folder" | cut -f1)
+[ "$size" -le $most ] || { echo "$folder has $size MiB, more than $most" >&2; exit 1; }

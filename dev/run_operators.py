@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Run every compiled operator on small and unusual inputs, in all types, forward and backward.
 
-    python dev/run_operators.py --device cuda
+    python dev/run_operators.py --device cuda [--smoke]
     compute-sanitizer --tool memcheck python dev/run_operators.py --device cuda
 
 For compute-sanitizer, under which the test suite takes too long. Also compares each result with the
@@ -177,7 +177,12 @@ def _noise(function, inputs, numbers):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    device = parser.parse_args().device
+    parser.add_argument("--smoke", action="store_true", help="each operator at one size")
+    options = parser.parse_args()
+    device = options.device
+    if options.smoke:
+        global DTYPES, LEVELS, SIZES
+        DTYPES, LEVELS, SIZES = DTYPES[:2], LEVELS[:1], SIZES[-1:]
     missing = [name for name, devices in KERNELS.items() if device not in devices]
     for is_deterministic in (False, True):
         run_sampling(device, is_deterministic)

@@ -124,7 +124,8 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 2)
       Pack<S, VECTOR> result;
 #pragma unroll
       for (int k = 0; k < VECTOR; ++k) {
-        result.element[k] = static_cast<S>(sum[k] * factor);
+        // Without samples inside zero, even if a weight is NaN.
+        result.element[k] = static_cast<S>(sum[k] == T(0) ? T(0) : sum[k] * factor);
       }
       result.store(output + q.row * g.channels + channel);
     }

@@ -62,7 +62,7 @@ def random_costs(generator, kind, shape):
         "competing": generator.normal(size=(shape[0], 1, shape[2])) + 1e-3 * values,
         "one direction": np.arange(shape[2]) * np.arange(1, shape[1] + 1)[:, None] + 0 * values,
     }
-    return torch.from_numpy(np.asarray(kinds[kind], dtype=np.float64))
+    return torch.tensor(np.asarray(kinds[kind], dtype=np.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -81,7 +81,7 @@ def test_the_total_cost_is_that_of_scipy(kind, dtype):
         slots = num_groups * int(generator.choice([1, 2, 7, 16, 33, 60]))
         cost = random_costs(generator, kind, (2, sum(counts), slots)).to(dtype)
         share = generator.choice([0.0, 0.2, 0.8, 1.0])
-        is_empty = torch.from_numpy(generator.random((4, slots)) < share) if share else None
+        is_empty = torch.tensor(generator.random((4, slots)) < share) if share else None
         (object_of,), (is_bad,) = solve(
             [cost], image_numbers(counts), 4, [is_empty], [num_groups], [matches_per_object]
         )

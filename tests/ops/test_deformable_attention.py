@@ -321,6 +321,16 @@ def test_an_impossible_reference_gives_zero(deform, bad, reference):
     assert torch.equal(results[0][:, [0, 1, 3, 4]], expected[0][:, [0, 1, 3, 4]])
 
 
+def test_a_query_without_samples_inside_gives_zero_even_if_a_logit_is_nan(deform):
+    """The kernel for GPUs gave NaN: zero divided by the sum of the softmax."""
+    function, device = deform
+    inputs = make_inputs(device=device, channels=8)
+    with torch.no_grad():
+        inputs.offsets[:, 1] = 1e6
+        inputs.logits[:, 1, :, 0] = float("nan")
+    assert (function(*inputs)[:, 1] == 0).all()
+
+
 def test_nan_next_door_is_not_multiplied_by_zero(deform):
     """Corners outside of the map must not be read in clamped form: another cell may hold NaN."""
     function, device = deform

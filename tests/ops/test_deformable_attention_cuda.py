@@ -1,4 +1,7 @@
-"""What only a GPU shows of deformable attention. What it computes is tested beside the CPU."""
+"""What only a GPU shows of deformable attention. What it computes is tested beside the CPU.
+
+`make emulate` runs those tests of them that need no GPU but its kernels.
+"""
 
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -8,12 +11,16 @@ import torch
 from deformable_cases import away_from_whole_cells, make_inputs, run
 
 from dn_detr.ops import deformable_attention, deformable_attention_pytorch
-from dn_detr.ops.extension import KERNELS
+from dn_detr.ops.extension import KERNELS, read_record
 
+IS_EMULATED = bool((read_record() or {}).get("emulated"))  # see dev/cuda_emulator
+DEVICE = "cpu" if IS_EMULATED else "cuda"
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or "cuda" not in KERNELS.get("deformable_attention", ()),
+    not (IS_EMULATED or torch.cuda.is_available())
+    or DEVICE not in KERNELS.get("deformable_attention", ()),
     reason="no GPU, or no kernel for it",
 )
+needs_gpu = pytest.mark.skipif(IS_EMULATED, reason="needs a GPU")
 
 # No side is a multiple of a tile's, some are smaller.
 PYRAMID = ((19, 27), (10, 14), (5, 7), (3, 4))
@@ -43,7 +50,7 @@ def moved(inputs, device, dtype=None):
 
 def on_gpu(**sizes):
     """Away from whole cells: there, a rounding error can make another gradient."""
-    return moved(away_from_whole_cells(make_inputs(**{"dtype": torch.float32, **sizes})), "cuda")
+    return moved(away_from_whole_cells(make_inputs(**{"dtype": torch.float32, **sizes})), DEVICE)
 
 
 @CASES
@@ -94,7 +101,7 @@ def test_deterministic_backward_is_as_precise():
     grad_output[:, ::2] *= 1e-6
     with deterministic():
         results = run(deformable_attention, inputs, grad_output)
-    expected = run(deformable_attention_pytorch, moved(inputs, "cuda", torch.float64), grad_output)
+    expected = run(deformable_attention_pytorch, moved(inputs, DEVICE, torch.float64), grad_output)
     for got, want in zip(results, expected, strict=True):
         assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
@@ -121,6 +128,7 @@ def test_asking_only_for_warnings_gives_none():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@needs_gpu
 @CASES
 @pytest.mark.parametrize("is_deterministic", [False, True])
 def test_nothing_waits_for_the_gpu(case, is_deterministic):
@@ -135,6 +143,7 @@ def test_nothing_waits_for_the_gpu(case, is_deterministic):
         torch.use_deterministic_algorithms(False)
 
 
+@needs_gpu
 @CASES
 @pytest.mark.parametrize("is_deterministic", [False, True])
 def test_a_cuda_graph_computes_with_what_its_inputs_hold_then(case, is_deterministic):
@@ -162,6 +171,7 @@ def test_a_cuda_graph_computes_with_what_its_inputs_hold_then(case, is_determini
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@needs_gpu
 def test_work_is_queued_on_the_current_stream():
     inputs = on_gpu(**ENCODER)
     expected = deformable_attention(*inputs)
