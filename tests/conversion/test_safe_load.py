@@ -6,6 +6,9 @@ import argparse
 import json
 import pickle
 import struct
+import subprocess
+import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -138,6 +141,7 @@ def header_of(dtype="F32", shape=(2,), data_offsets=(0, 8)) -> str:
     [
         *("{1: 2}", "{}1", '{"a": 1}', '{"a": []}', '{"a": {"dtype": "F32"}}'),
         *('{"a":' * 100_000, header_of(data_offsets=[0]), header_of(data_offsets=["x", 8])),
+        header_of(shape=[2**70, 0], data_offsets=[0, 0]),
         *(header_of(shape="x"), header_of(shape=[-1, -2]), header_of(shape=[float("inf")])),
     ],
 )
@@ -168,6 +172,8 @@ LOOP["model"] = LOOP
             {"a": torch.quantize_per_tensor(WEIGHT, 0.1, 0, torch.qint8)},
             "a must be a dense tensor, got a quantized one",
         ),
+        ({"a": torch.nested.nested_tensor([WEIGHT])}, "a must be a dense tensor, got a nested one"),
+        ({"a": torch.zeros(1).expand(2**40)}, "a must be a dense tensor, got an expanded one"),
         ({"module.a": WEIGHT, "a": WEIGHT + 1}, "a and module.a have different values"),
         ({"a": WEIGHT, "module.a": WEIGHT.double()}, "a and module.a have different values"),
     ],
@@ -205,6 +211,60 @@ def test_a_pickle_of_dicts_in_each_other_is_read_in_its_own_size(tmp_path):
         (tmp_path / "a.pkl").write_bytes(pickle.dumps(nested))
         with pytest.raises(ValueError, match="no parameters"):
             read_parameters(tmp_path / "a.pkl")
+
+
+X = b"X\x01\x00\x00\x00x"
+BOMBS = {
+    "a key of tuples from the memo": b"}"
+    + X
+    + b"\x85q\x00"
+    + b"".join(bytes((104, i, 104, i, 0x86, 113, i + 1)) for i in range(40))
+    + b"K\x01s.",
+    "a key of doubled tuples": b"}" + X + b"\x85" + b"2\x86" * 40 + b"K\x01s.",
+    "an array of 8 GB": b"}" + X + b"cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x02\x85Rs.",
+}
+
+
+def test_small_pickles_need_neither_hours_nor_gigabytes(tmp_path):
+    """In a process of its own, which fails after a minute of processor time or at 6 GB."""
+    for i, bomb in enumerate(BOMBS.values()):
+        data = b"\x80\x02" + bomb
+        (tmp_path / f"{i}.pkl").write_bytes(data)
+        with zipfile.ZipFile(tmp_path / f"{i}.pth", "w") as archive:
+            archive.writestr("a/data.pkl", data)
+            archive.writestr("a/version", "3\n")
+            archive.writestr("a/byteorder", "little")
+        legacy = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+        data = b"".join(pickle.dumps(value, 2) for value in legacy) + data + pickle.dumps([], 2)
+        (tmp_path / f"{i}.bin").write_bytes(data)
+    program = """
+import resource, sys
+from dn_detr.conversion.safe_load import read_parameters
+resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+for path in sys.argv[1:]:
+    try:
+        read_parameters(path)
+    except ValueError as error:
+        print(error, repr(error.__context__))
+"""
+    paths = sorted(tmp_path.iterdir())
+    done = subprocess.run(
+        [sys.executable, "-c", program, *paths], capture_output=True, text=True, timeout=300
+    )
+    sentences = done.stdout.splitlines()
+    assert done.returncode == 0 and len(sentences) == 3 * len(BOMBS), done.stderr
+    assert all("would need too much time or memory" in sentence for sentence in sentences)
+
+
+def test_tensors_of_a_safetensors_file_do_not_share_their_data(tmp_path):
+    """Five thousand of one megabyte each, in a file of one megabyte."""
+    entry = {"dtype": "F32", "shape": [2**18], "data_offsets": [0, 2**20]}
+    header = json.dumps({str(i): entry for i in range(5000)}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(2**20))
+    with pytest.raises(ValueError, match="the file is damaged: its header cannot be read"):
+        read_parameters(path)
 
 
 def test_one_parameter_under_two_names_of_distributed_training_is_read(tmp_path):

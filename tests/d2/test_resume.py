@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,10 +66,27 @@ def test_resuming_ignores_the_configured_weights(run, tmp_path):
     assert "Starting training from iteration 2" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_an_optimizer_with_other_groups_cannot_be_resumed(run):
+def test_other_groups_of_learning_rates_keep_the_state_of_each_parameter(run, tmp_path):
+    """The groups change and, up to 1e-9, their values do not: then nor does the training."""
+    run("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2)
+    weights = torch.load(tmp_path / "run" / "model_final.pth")["model"]
+    (tmp_path / "run" / "model_final.pth").unlink()
+    (tmp_path / "run" / "model_0000003.pth").unlink()
+    near = ("SOLVER.BACKBONE_MULTIPLIER", 1 + 1e-9, "SOLVER.WEIGHT_DECAY_NORM", 1e-4 + 1e-13)
+    run("SOLVER.MAX_ITER", 4, *near, flags=["--resume"])
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "SOLVER.BACKBONE_MULTIPLIER 1.0 -> 1.000000001" in log
+    after = torch.load(tmp_path / "run" / "model_final.pth")["model"]
+    for name, value in weights.items():
+        assert torch.allclose(value, after[name], rtol=1e-5, atol=1e-7), name
+
+
+def test_a_resumed_training_can_end_its_denoising(run, tmp_path):
     run("SOLVER.MAX_ITER", 2)
-    with pytest.raises(SystemExit, match="the optimizer of this checkpoint does not fit"):
-        run("SOLVER.BACKBONE_MULTIPLIER", 0.5, flags=["--resume"])
+    run("SOLVER.MAX_ITER", 3, "MODEL.DN_DETR.DENOISING.ENABLED", False, flags=["--resume"])
+    state = torch.load(tmp_path / "run" / "model_final.pth")["trainer"]
+    steps = [int(s["step"]) for s in state["_trainer"]["optimizer"]["state"].values()]
+    assert len(steps) == len(state["parameters"]) and set(steps) == {3}
 
 
 def test_a_training_in_float16_resumes_one_in_float32(run, tmp_path):
@@ -209,12 +227,112 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(run, tmp_path)
     assert_equal_runs(tmp_path / "whole", folder)
 
 
-@pytest.mark.parametrize("content", ["", "model_0000009.pth", "\0"])
+@pytest.mark.parametrize("content", ["", "model_0000009.pth", "\0", "a" * 5000])
 def test_a_wrong_last_checkpoint_hides_no_good_file(run, tmp_path, content):
     run("SOLVER.MAX_ITER", 2)
     (tmp_path / "run" / "last_checkpoint").write_text(content)
     run("SOLVER.MAX_ITER", 3, flags=["--resume"])
     assert "Starting training from iteration 2" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_what_is_no_file_hides_no_checkpoint(run, tmp_path):
+    run("SOLVER.MAX_ITER", 2)
+    folder = tmp_path / "run"
+    (folder / "model_0000007.pth").symlink_to("nowhere")
+    (folder / "model_0000008.pth").symlink_to("model_0000008.pth")
+    (folder / "model_0000009.pth").mkdir()
+    (folder / "last_checkpoint").unlink()
+    os.mkfifo(folder / "last_checkpoint")
+    run("SOLVER.MAX_ITER", 3, flags=["--resume"])
+    assert "Starting training from iteration 2" in (folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "log.txt", "a.unfinished", ".lock"])
+def test_a_folder_in_the_place_of_a_file_is_one_sentence(run, tmp_path, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"written.*Is a directory"):
+        run(flags=["--resume"])
+
+
+def without(*keys):
+    def change(content):
+        for key in keys[:-1]:
+            content = content[key]
+        del content[keys[-1]]
+
+    return change
+
+
+def with_value(value, *keys):
+    def change(content):
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = value
+
+    return change
+
+
+FIRST_STATE = ("trainer", "_trainer", "optimizer", "state", 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(without("trainer"), without("trainer", "_trainer", "optimizer")),
+        *(without("run", "num_processes"), with_value(7, "run"), with_value([1], "trainer")),
+        *(with_value(v, "trainer", "iteration") for v in (-5, "3", 2.5, None)),
+        *(with_value(v, "detector", "config") for v in (None, "[1", "x")),
+        *(with_value([1], "detector", "class_names"), with_value(5, "trainer", "hooks")),
+        with_value({"best": "x", "num_worse": 0}, "trainer", "hooks", "EarlyStopping"),
+        # Written beyond their end by the fused optimizer step
+        *(with_value(torch.zeros(1), *FIRST_STATE, key) for key in ("exp_avg", "exp_avg_sq")),
+    ],
+)
+def test_a_checkpoint_without_the_state_of_a_training_is_refused(run, tmp_path, change):
+    stop = ("TEST.EVAL_PERIOD", 9, "TEST.EARLY_STOP.METRIC", "bbox/AP")
+    run("SOLVER.MAX_ITER", 1, *stop)
+    path = tmp_path / "run" / "model_final.pth"
+    content = torch.load(path)
+    change(content)
+    torch.save(content, path)
+    with pytest.raises(SystemExit, match=r"--resume cannot continue '.*/model_final.pth', which"):
+        run("SOLVER.MAX_ITER", 2, *stop, flags=["--resume"])
+
+
+def test_overlapping_values_of_an_optimizer_get_memory_of_their_own(run, tmp_path):
+    run("SOLVER.MAX_ITER", 1)
+    path = tmp_path / "run" / "model_final.pth"
+    content = torch.load(path)
+    state = content["trainer"]["_trainer"]["optimizer"]["state"][0]
+    state["exp_avg"] = torch.zeros(1).expand(state["exp_avg"].shape)
+    torch.save(content, path)
+    run("SOLVER.MAX_ITER", 2, flags=["--resume"])
+    state = torch.load(path)["trainer"]["_trainer"]["optimizer"]["state"][0]
+    assert state["exp_avg"].is_contiguous() and state["exp_avg"].unique().numel() > 1
+
+
+def test_metrics_have_every_iteration_once_after_a_kill(run, tmp_path):
+    """What a killed process has written beyond its last checkpoint goes, evaluations as well."""
+    options = ("SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 2, "SOLVER.MAX_ITER", 5)
+    run(*options)
+    folder = tmp_path / "run"
+    before = metrics_of(folder)
+    (folder / "model_final.pth").unlink()  # as if killed before it was written
+    with open(folder / "metrics.json", "a") as file:
+        file.write('{"iteration": 5, "total_l')  # and while this was
+    run(*options, flags=["--resume"])
+    after = metrics_of(folder)
+    assert set(before) == set(after) and len(after) == len(set(after))
+    assert [k for k in after if k[0] == "bbox/AP"] == [("bbox/AP", i) for i in (1, 3, 5)]
+    run(*options, "SOLVER.MAX_ITER", 6, flags=["--resume"])  # keeps the evaluation after 5
+    after = metrics_of(folder)
+    assert len(after) == len(set(after)) and ("bbox/AP", 5) in after
+
+
+def metrics_of(folder) -> list[tuple[str, int]]:
+    """Names and iterations of the losses and of AP."""
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return [(k, r["iteration"]) for r in rows for k in r if "loss" in k or k == "bbox/AP"]
 
 
 def test_where_all_are_damaged_a_resume_is_refused(run, tmp_path):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import pickle
+import pickletools
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -20,6 +23,12 @@ SAFETENSORS_TYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
 }
+
+MOST_HELD = 10_000
+"""Values in a tuple of a pickle, counted as often as they are held."""
+
+_PICKLES_OF_LEGACY = 5
+"""Pickles at the start of a file of `torch.save` before torch 1.6."""
 
 
 class StandIn:
@@ -86,14 +95,23 @@ def as_parameters(state: dict) -> dict[str, Tensor]:
             if value.dtype.kind not in "fiub" or value.itemsize > 8 or not value.dtype.isnative:
                 raise ValueError(f"{name} must be an array of numbers, got {value.dtype}")
             value = torch.from_numpy(value.copy())
-        if value.is_meta or value.is_quantized or value.layout != torch.strided:
-            kind = "meta" if value.is_meta else "quantized" if value.is_quantized else "sparse"
-            raise ValueError(f"{name} must be a dense tensor, got a {kind} one")
+        if kind := _kind_if_not_dense(value):
+            raise ValueError(f"{name} must be a dense tensor, got {kind} one")
         short = name.removeprefix("module.")
         if short in parameters and not is_same(parameters[short], value):
             raise ValueError(f"{short} and module.{short} have different values")
         parameters[short] = value
     return parameters
+
+
+def _kind_if_not_dense(value: Tensor) -> str:
+    for kind in ("meta", "quantized", "nested"):
+        if getattr(value, f"is_{kind}"):
+            return f"a {kind}"
+    if value.layout != torch.strided:
+        return "a sparse"
+    is_expanded = value.untyped_storage().nbytes() < value.numel() * value.element_size()
+    return "an expanded" if is_expanded else ""
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:
@@ -121,10 +139,52 @@ def read_pickle(path: str | Path, *, mmap: bool = False) -> object:
                     raise ValueError("torch.save compresses nothing, and little may become much")
                 if not mmap and archive.testzip() is not None:
                     raise ValueError("a checksum is wrong")
+                for name in archive.namelist():
+                    if name.endswith("data.pkl"):
+                        check_pickle(io.BytesIO(archive.read(name)))
+        else:
+            with open(path, "rb") as file:
+                check_pickle(file, _PICKLES_OF_LEGACY)
         with torch.serialization.safe_globals(_stand_ins(path)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged files may raise any exception
         raise ValueError("the file is damaged or was not written by torch.save") from error
+
+
+def check_pickle(file: BinaryIO, number: int = 1) -> None:
+    """Refuse pickles of a few bytes that need hours or gigabytes to read.
+
+    To hash a tuple is to visit all that it holds, as often as it is held: nested tuples double it
+    with every three bytes. `bytearray(n)`, which `torch.load` calls, allocates n bytes.
+
+    Args:
+        file: Open at the start of a pickle.
+        number: How many pickles follow each other.
+
+    Raises:
+        ValueError: A tuple holds more than MOST_HELD values, or the pickle is damaged.
+    """
+    for _ in range(number):
+        stack, memo = [], {}  # how many values each object holds; None: a mark
+        for code, value, _ in pickletools.genops(file):
+            before, held = code.stack_before, []
+            if pickletools.markobject in before:
+                before = before[: before.index(pickletools.markobject)]
+                while (size := stack.pop()) is not None:
+                    held.append(size)
+            held += [stack.pop() for _ in before]
+            is_fixed = code.name.startswith(("TUPLE", "FROZENSET"))
+            size = sum(held) + 1 if is_fixed else max(held, default=1)
+            if code.name.endswith("GET"):
+                size = memo[value]
+            elif code.name.endswith("PUT"):
+                memo[value] = stack[-1]
+            elif code.name == "MEMOIZE":
+                memo[len(memo)] = size
+            if size > MOST_HELD or value in ("builtins bytearray", "__builtin__ bytearray"):
+                raise ValueError("its objects would need too much time or memory")
+            is_mark = code.name == "MARK"
+            stack += [None if is_mark else size for _ in code.stack_after]
 
 
 def _stand_ins(path: str | Path) -> list:
@@ -160,6 +220,8 @@ def read_arrays(path: str | Path) -> object:
     """Read a pickle file of the Detectron2 model zoo; floating-point arrays become tensors."""
     with open(path, "rb") as file:
         try:
+            check_pickle(file)
+            file.seek(0)
             return _to_tensors(ArrayUnpickler(file, encoding="latin1").load(), {})
         except Exception as error:  # damaged files may raise any exception
             reason = str(error).rstrip(".")
@@ -197,9 +259,11 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         for name, entry in header.items():
             begin, end = map(int, entry["data_offsets"])
             shape = tuple(map(int, entry["shape"]))
-            if min(shape, default=0) < 0:
+            if min(shape, default=0) < 0 or math.prod(n or 1 for n in shape) >= 2**63:
                 raise ValueError(f"{name} has the shape {shape}")
             entries[name] = str(entry["dtype"]), shape, begin, end
+        if sum(end - begin for *_, begin, end in entries.values()) > len(data) - start:
+            raise ValueError("its tensors share their data")
     except (
         ValueError,
         LookupError,

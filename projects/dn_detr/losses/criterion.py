@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,14 +123,14 @@ class Criterion:
         return [name for layer_names in names for name in layer_names]
 
 
-def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Make a tensor of nested tuples of numbers, once, because the copy waits for the device."""
     make = _constant.__wrapped__ if torch.compiler.is_compiling() else _constant
     return make(values, dtype, device)
 
 
 @lru_cache(maxsize=256)
-def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)
 

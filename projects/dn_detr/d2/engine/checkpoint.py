@@ -93,7 +93,9 @@ def read_checkpoint(filename: str) -> dict:
     if isinstance(state, dict) and "state_dict" in state:
         state = state["state_dict"]
     if isinstance(state, dict):
-        state = {k: v for k, v in state.items() if not str(k).endswith("_momentum")}
+        state = {
+            k: v for k, v in state.items() if not isinstance(k, str) or not k.endswith("_momentum")
+        }
     others = {} if name is None else content
     return {**others, "model": state, "matching_heuristics": False}
 

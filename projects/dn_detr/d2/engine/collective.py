@@ -18,8 +18,8 @@ T = TypeVar("T")
 def raise_on_all_ranks(function: Callable[[], T]) -> T:
     """Call `function` on every rank, and raise on all ranks if one of them gets an InputError.
 
-    No rank then waits for one that has ended. Every rank must call this, and `function` itself must
-    not wait for other ranks.
+    An OSError, of a file or disk, becomes one. No rank then waits for one that has ended. Every
+    rank must call this, and `function` itself must not wait for other ranks.
 
     Returns:
         The result of `function` on this rank.
@@ -33,6 +33,8 @@ def raise_on_all_ranks(function: Callable[[], T]) -> T:
         result = function()
     except InputError as caught:
         error = caught
+    except OSError as caught:
+        error = InputError(f"files cannot be written or read: {caught}.")
     if not _any_rank(error is not None):
         return result
     messages = comm.all_gather(None if error is None else str(error))

@@ -84,7 +84,7 @@ class EarlyStopping(AfterEvaluation):
         return {"best": self.best, "num_worse": self.num_worse}
 
     def load_state_dict(self, state: dict) -> None:
-        self.best, self.num_worse = state["best"], state["num_worse"]
+        self.best, self.num_worse = float(state["best"]), int(state["num_worse"])
 
 
 def metric(storage: EventStorage, name: str, key: str) -> float:

@@ -12,6 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
 from dn_detr.d2.engine.collective import run_on_main_rank
+from dn_detr.d2.engine.writers import MetricsFile
 from dn_detr.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,11 @@ class Milestones(HookBase):
         self.save_time = time.monotonic()
         if self.num_done:
             self.saved = {self.num_done: self.checkpointer.resumed}
+        for writer in self.writers:
+            if isinstance(writer, MetricsFile):
+                # That after the last iteration has the number of the next one.
+                evaluation = self.num_done - self.is_pending + self.is_finished
+                writer.begin_at(self.num_done, evaluation)
         if self.num_done < trainer.max_iter and self.is_pending and self._is_eval_due():
             logger.info(f"making up the evaluation after iteration {self.num_done - 1}")
             trainer.iter = trainer.storage.iter = self.num_done - 1

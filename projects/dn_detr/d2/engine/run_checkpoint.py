@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
+from yaml import YAMLError
 
 from dn_detr.d2.data.dataset_dicts import load_annotations
 from dn_detr.d2.data.teacher_boxes import teacher_files
@@ -18,7 +19,7 @@ from dn_detr.d2.engine.checkpoint import DETECTOR, Checkpointer
 from dn_detr.d2.engine.collective import raise_on_all_ranks
 from dn_detr.d2.engine.run_folder import LAST, iteration_of, remove_old_checkpoints
 from dn_detr.datasets.cache import replacing
-from dn_detr.errors import InputError
+from dn_detr.errors import InputError, quoted
 from dn_detr.safe_yaml import read_yaml
 
 RUN = "run"
@@ -34,6 +35,9 @@ SILENT = (
     *("SOLVER.KEEP_EVERY", "SOLVER.REFERENCE_WORLD_SIZE"),
 )
 """Keys, or nodes of keys, that do not change the weights; datasets are compared by content."""
+
+UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, RuntimeError, YAMLError)
+"""What the state of a training raises that is none."""
 
 
 def facts(cfg: CfgNode) -> dict:
@@ -130,11 +134,21 @@ class RunCheckpointer(Checkpointer):
         """Resume from the newest checkpoint that is not damaged, else load the weights `path`."""
         self.resumed = self.get_checkpoint_file() if resume else ""
         if self.resumed:
-            return self.load(self.resumed)
+            try:
+                return self.load(self.resumed)
+            except InputError:
+                raise
+            except UNREADABLE as error:
+                raise InputError(
+                    f"--resume cannot continue {self.resumed!r}, which holds no state of a "
+                    f"training that could be read ({type(error).__name__}: {quoted(error)}): to "
+                    "start anew from its weights, set MODEL.WEIGHTS to it."
+                ) from error
         return self.load(path, checkpointables=[])
 
     def _load_model(self, checkpoint: dict):
         if self.resumed:
+            checkpoint["trainer"]  # a KeyError if it is of weights alone
             changes = raise_on_all_ranks(lambda: list(self._changes(checkpoint)))
             if changes:
                 self.logger.warning(f"changed since {self.resumed}: {'; '.join(changes)}")

@@ -35,14 +35,15 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
     The one that `last_checkpoint` names is the first, whatever its age.
     """
     folder = Path(folder)
-    found = [p for p in folder.glob("model_*.pth") if iteration_of(p) is not None]
-    found += folder.glob("model_final.pth")
+    names = [p for p in folder.glob("model_*.pth") if iteration_of(p) is not None]
+    found = [p for p in (*names, folder / "model_final.pth") if p.is_file()]
+    last = folder / LAST
     try:
-        last = folder / (folder / LAST).read_text().strip()
-    except (OSError, ValueError):
+        last = folder / last.read_text().strip() if last.is_file() else None
+        if last is not None and last.is_file() and last not in found:
+            found.append(last)
+    except (OSError, ValueError):  # no text, or no possible name
         last = None
-    if last is not None and last.is_file() and last not in found:
-        found.append(last)
     return sorted(found, key=lambda p: (p == last, p.stat().st_mtime_ns), reverse=True)
 
 

@@ -15,7 +15,7 @@ from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_
 from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventWriter, TensorboardXWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -37,7 +37,7 @@ from dn_detr.d2.engine.nonfinite_dump import NonFiniteDump
 from dn_detr.d2.engine.run_checkpoint import RunCheckpointer, facts
 from dn_detr.d2.engine.train_step import TrainStep
 from dn_detr.d2.engine.wandb_writer import WandbWriter
-from dn_detr.d2.engine.writers import FOR_FILE, ProgressBar, ProgressLines
+from dn_detr.d2.engine.writers import FOR_FILE, MetricsFile, ProgressBar, ProgressLines
 from dn_detr.d2.evaluation.coco_evaluator import Evaluator, build_evaluator
 from dn_detr.d2.modeling.batch import num_parts
 from dn_detr.d2.modeling.meta_arch import core_of
@@ -205,7 +205,7 @@ class Trainer(DefaultTrainer):
         wandb = [WandbWriter(self.cfg)] if self.cfg.WANDB.ENABLED else []  # fails without wandb
         return [
             ProgressLines(self.max_iter, period),
-            JSONWriter(os.path.join(output, "metrics.json"), period),
+            MetricsFile(os.path.join(output, "metrics.json"), period),
             TensorboardXWriter(output, period),
             *wandb,
         ]
@@ -237,7 +237,42 @@ class Trainer(DefaultTrainer):
 
     def state_dict(self) -> dict:
         # Iterations whose hooks have run: not one that failed.
-        return {**super().state_dict(), "iteration": max(self.milestones.num_done - 1, 0)}
+        return {
+            **super().state_dict(),
+            "iteration": max(self.milestones.num_done - 1, 0),
+            "parameters": self.parameter_names(),
+        }
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take up a training, whose parameters may have been in other groups of the optimizer.
+
+        Raises:
+            ValueError: If its iteration or the optimizer's tensors cannot be those of a training.
+        """
+        number, step = state_dict["iteration"], state_dict["_trainer"]
+        if type(number) is not int or number < 0:
+            raise ValueError(f"its iteration is {number!r}")
+        ours, states = self.parameter_names(), step["optimizer"]["state"]
+        if "parameters" in state_dict:  # else of an earlier version, in the order of its groups
+            known = {x: states[i] for i, x in enumerate(state_dict["parameters"]) if i in states}
+            optimizer = {
+                "state": {i: known[name] for i, name in enumerate(ours) if name in known},
+                "param_groups": self.optimizer.state_dict()["param_groups"],
+            }
+            state_dict = {**state_dict, "_trainer": {**step, "optimizer": optimizer}}
+        super().load_state_dict(state_dict)
+        for p, state in self.optimizer.state.items():
+            for key, value in state.items():
+                shape = () if key == "step" else p.shape
+                if value is not None and value.shape != shape:
+                    raise ValueError(f"{key} must have the shape {shape}, got {value.shape}")
+                # The fused step writes as many values as p has, also where strides overlap.
+                state[key] = None if value is None else value.clone()
+
+    def parameter_names(self) -> list[str]:
+        """Return the names of what is trained, in the order of the optimizer's groups."""
+        names = {p: name for name, p in without_wrapper(self.model).named_parameters()}
+        return [names[p] for group in self.optimizer.param_groups for p in group["params"]]
 
     def requests(self) -> list[float]:
         """Return what this process asks of all: to stop, by signal, and to save."""

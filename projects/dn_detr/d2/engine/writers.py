@@ -1,20 +1,24 @@
-"""What a training prints: progress bar on a terminal, lines on the screen and in log.txt."""
+"""What a training writes: progress bar, lines on the screen and in log.txt, metrics.json."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import logging
 import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from detectron2.engine import HookBase
-from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
+from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, get_event_storage
 from tqdm import tqdm
+
+from dn_detr.datasets.cache import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +137,39 @@ class ProgressLines(EventWriter):
             parts.append(f"eta: {datetime.timedelta(seconds=remaining)}")
             storage.put_scalar("eta_seconds", remaining, smoothing_hint=False)
         logger.info(f"iter {storage.iter + 1}/{self.max_iter}  " + "  ".join(parts))
+
+
+class MetricsFile(JSONWriter):
+    """Detectron2's metrics.json, in which a resumed training has each iteration once."""
+
+    def __init__(self, path: str, window: int):
+        super().__init__(path, window)
+        self.path = Path(path)
+        self.window = window
+
+    def begin_at(self, iteration: int, evaluation: int) -> None:
+        """Remove what a killed process has written of iterations that are to come, and half lines.
+
+        Args:
+            iteration: First iteration to come.
+            evaluation: First iteration whose evaluation is to come.
+        """
+        kept, lines = [], self.path.read_text(errors="replace").splitlines()
+        for line in lines:
+            try:
+                row = json.loads(line)
+                number = row.pop("iteration")
+                row = {
+                    k: v for k, v in row.items() if number < (evaluation if "/" in k else iteration)
+                }
+            except (ValueError, TypeError, AttributeError, LookupError):
+                continue
+            kept += [json.dumps({**row, "iteration": number}, sort_keys=True)] if row else []
+        if kept != lines:
+            self.close()
+            with replacing(self.path) as file:
+                file.write("".join(f"{line}\n" for line in kept).encode())
+            super().__init__(str(self.path), self.window)
 
 
 class ProgressBar(HookBase):
