@@ -105,6 +105,7 @@ __device__ __forceinline__ void pin_in_register(T*& pointer) {
 }
 
 // `from + by` as one instruction, of integers: a corner that does not exist has no valid address.
+// It is formed before the test of the corner, as a predicated load needs its address.
 // size: sizeof(T), a kernel argument so that it stays one.
 template <typename T>
 __device__ __forceinline__ T* advance(T* from, int32_t by, int32_t size) {

@@ -36,9 +36,6 @@ SILENT = (
 )
 """Keys, or nodes of keys, that do not change the weights; datasets are compared by content."""
 
-UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, RuntimeError, YAMLError)
-"""What the state of a training raises that is none."""
-
 
 def facts(cfg: CfgNode) -> dict:
     """Return what must or should be equal when a training is resumed.
@@ -138,7 +135,14 @@ class RunCheckpointer(Checkpointer):
                 return self.load(self.resumed)
             except InputError:
                 raise
-            except UNREADABLE as error:
+            except (
+                LookupError,
+                TypeError,
+                AttributeError,
+                ValueError,
+                RuntimeError,
+                YAMLError,
+            ) as error:
                 raise InputError(
                     f"--resume cannot continue {self.resumed!r}, which holds no state of a "
                     f"training that could be read ({type(error).__name__}: {quoted(error)}): to "

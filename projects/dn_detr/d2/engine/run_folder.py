@@ -97,13 +97,10 @@ def lock(folder: str | Path) -> BinaryIO:
     A record lock, which, unlike that of `flock`, the workers of a killed process do not hold on to.
 
     Raises:
-        InputError: If another process trains in it, or nothing can be written there.
+        InputError: If another process trains in it.
+        OSError: If nothing can be written there.
     """
-    path = Path(folder, ".lock")
-    try:
-        file = open(path, "ab+")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(f"OUTPUT_DIR cannot be written to: {error}.") from error
+    file = open(Path(folder, ".lock"), "ab+")  # noqa: SIM115
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:

@@ -231,12 +231,7 @@ class TrainStep(SimpleTrainer):
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        try:
-            super().load_state_dict(state_dict)
-        except ValueError as error:
-            raise InputError(
-                f"the optimizer of this checkpoint does not fit this configuration: {error}."
-            ) from error
+        super().load_state_dict(state_dict)
         self.saved_seed = state_dict.get("seed")
         if state_dict["grad_scaler"]:  # empty if it was saved in another precision
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

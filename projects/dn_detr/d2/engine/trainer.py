@@ -252,15 +252,14 @@ class Trainer(DefaultTrainer):
         number, step = state_dict["iteration"], state_dict["_trainer"]
         if type(number) is not int or number < 0:
             raise ValueError(f"its iteration is {number!r}")
-        ours, states = self.parameter_names(), step["optimizer"]["state"]
-        if "parameters" in state_dict:  # else of an earlier version, in the order of its groups
-            known = {x: states[i] for i, x in enumerate(state_dict["parameters"]) if i in states}
-            optimizer = {
-                "state": {i: known[name] for i, name in enumerate(ours) if name in known},
-                "param_groups": self.optimizer.state_dict()["param_groups"],
-            }
-            state_dict = {**state_dict, "_trainer": {**step, "optimizer": optimizer}}
-        super().load_state_dict(state_dict)
+        states = step["optimizer"]["state"]
+        known = {x: states[i] for i, x in enumerate(state_dict["parameters"]) if i in states}
+        ours = enumerate(self.parameter_names())
+        optimizer = {
+            "state": {i: known[name] for i, name in ours if name in known},
+            "param_groups": self.optimizer.state_dict()["param_groups"],
+        }
+        super().load_state_dict({**state_dict, "_trainer": {**step, "optimizer": optimizer}})
         for p, state in self.optimizer.state.items():
             for key, value in state.items():
                 shape = () if key == "step" else p.shape
