@@ -122,3 +122,9 @@ def test_a_training_says_what_was_derived_and_keeps_explicit_keys(arguments, tmp
     assert "\x1b" not in log
     weights = tmp_path / "run/model_final.pth"
     assert f"the last weights: {weights}; next:\n  dn-detr predict PICTURES" in printed
+    main(["train", "--resume", "--output", str(tmp_path / "run"), "--num-gpus", "0"])
+    assert "is the end: raise SOLVER.MAX_ITER to go on" in capsys.readouterr().out
+    main(["train", "--resume", "--output", str(tmp_path / "run"), "--num-gpus", "0", "--epochs=.4"])
+    printed = capsys.readouterr().out
+    assert "0.4 epochs of 10 images in batches of 1: 4 iterations" in printed
+    assert "iter 3/4" in printed and "iter 2/4" not in printed
