@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from dn_detr.auxiliary.box_prompts import add_prompts
 from dn_detr.d2.data.catalog import with_num_classes
 from dn_detr.d2.modeling.batch import Batch, BatchStats, batch_stats
-from dn_detr.d2.modeling.frozen_norm import join_frozen_norms
 from dn_detr.d2.modeling.from_config import core_from, losses_from
+from dn_detr.d2.modeling.frozen_norm import join_frozen_norms
 from dn_detr.d2.modeling.images import pad_images
 from dn_detr.d2.modeling.instances import (
     IterationCounter,
