@@ -10,7 +10,12 @@ from torch import nn
 
 from dn_detr.d2 import add_dn_detr_config
 from dn_detr.d2.modeling.timm_torchvision import build_named_backbone
-from dn_detr.d2.solver.optimizer import backbone_depths, build_optimizer, parameter_groups
+from dn_detr.d2.solver.optimizer import (
+    backbone_depths,
+    build_optimizer,
+    clip_full_model,
+    parameter_groups,
+)
 from dn_detr.errors import InputError
 
 
@@ -188,3 +193,16 @@ def test_sgd_adds_up_what_it_remembers_of_earlier_gradients(cfg):
         model.weight.grad = torch.full_like(model.weight, gradient)
         optimizer.step()
         assert model.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_norm_that_is_already_known_is_used_for_one_step():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    clip_full_model(optimizer, 1.0)
+    parameter.grad = torch.tensor([3.0, 4.0])
+    optimizer.gradient_norm = torch.tensor(10.0)
+    optimizer.step()
+    torch.testing.assert_close(parameter.grad, torch.tensor([0.3, 0.4]))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]))

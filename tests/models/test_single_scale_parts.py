@@ -30,7 +30,7 @@ def test_a_single_level_has_no_level_embedding():
     padding = torch.zeros(1, 2, 3, dtype=torch.bool)
     memory = flatten(FeatureMaps((torch.randn(1, 8, 2, 3),), (padding,), (32,)))
     assert not list(flatten.parameters())
-    torch.testing.assert_close(memory.position, position(padding).flatten(1, 2))
+    torch.testing.assert_close(memory.position, position(padding))
 
 
 def test_shared_content_is_the_same_for_all_queries_and_differs_by_pattern():

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dn_detr.layers.constants import made_once
+
 
 def sine(coordinates: Tensor, channels: int, temperature: float) -> Tensor:
     """Encode coordinates as interleaved sines and cosines (1706.03762, sec. 3.5).
@@ -20,10 +22,17 @@ def sine(coordinates: Tensor, channels: int, temperature: float) -> Tensor:
         [..., channels] float32 (float64 stays float64).
     """
     coordinates = coordinates if coordinates.dtype == torch.float64 else coordinates.float()
-    index = torch.arange(channels // 2, device=coordinates.device, dtype=coordinates.dtype)
-    frequency = temperature ** (-2 * index / channels)
-    angle = coordinates[..., None] * (2 * math.pi) * frequency
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
+    frequency, phase = _waves(channels, temperature, coordinates.dtype, coordinates.device)
+    return torch.addcmul(phase, coordinates[..., None], frequency).sin()
+
+
+@made_once
+def _waves(channels: int, temperature: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Angular frequency and phase of each channel, [2, channels]; cos x = sin(x + pi / 2)."""
+    index = torch.arange(channels // 2, device=device, dtype=dtype).repeat_interleave(2)
+    frequency = 2 * math.pi * temperature ** (-2 * index / channels)
+    phase = torch.tensor([0, math.pi / 2], device=device, dtype=dtype).repeat(channels // 2)
+    return torch.stack((frequency, phase))
 
 
 def sine_of_reference(reference: Tensor, channels: int, temperature: float = 10000.0) -> Tensor:
@@ -32,9 +41,8 @@ def sine_of_reference(reference: Tensor, channels: int, temperature: float = 100
     Order and temperature follow the code of Conditional DETR and DAB-DETR (the DAB-DETR paper uses
     temperature 20; 2201.12329, sec. 4.4).
     """
-    encoded = sine(reference, channels, temperature)
-    x, y = encoded[..., 0, :], encoded[..., 1, :]
-    return torch.cat((y, x, encoded[..., 2:, :].flatten(-2)), dim=-1)
+    x, y, *size = reference.split(1, dim=-1)
+    return sine(torch.cat((y, x, *size), dim=-1), channels, temperature).flatten(-2)
 
 
 class SinePosition(nn.Module):
@@ -54,14 +62,18 @@ class SinePosition(nn.Module):
         self.temperature = temperature
         self.cell_offset = cell_offset
 
-    def forward(self, padding: Tensor) -> Tensor:
-        """Return positions [B, h, w, C] from padding [B, h, w] bool."""
-        inside = (~padding).int()
-        axes = []
-        for axis in (1, 2):
-            # Integers, because float sums are not deterministic on a GPU.
-            count = inside.cumsum(axis).float()
-            last = count.narrow(axis, count.shape[axis] - 1, 1)
-            axes.append((count + self.cell_offset) / (last + 1e-6))
-        y, x = (sine(axis, self.channels // 2, self.temperature) for axis in axes)
-        return torch.cat((y, x), dim=-1)
+    def forward(self, *paddings: Tensor) -> Tensor:
+        """Return positions [B, S, C] of the cells of levels of padding [B, h, w] bool."""
+        counts, totals = [], []
+        for padding in paddings:
+            inside = ~padding
+            for axis in (1, 2):
+                # Integers, because float sums are not deterministic on a GPU.
+                count = inside.cumsum(axis)
+                last = count.narrow(axis, count.shape[axis] - 1, 1)
+                counts.append(count.flatten(1))
+                totals.append(last.expand_as(count).flatten(1))
+        y, x = torch.cat(counts[::2], dim=1), torch.cat(counts[1::2], dim=1)
+        last = torch.stack((torch.cat(totals[::2], dim=1), torch.cat(totals[1::2], dim=1)), dim=-1)
+        axes = (torch.stack((y, x), dim=-1).float() + self.cell_offset) / (last.float() + 1e-6)
+        return sine(axes, self.channels // 2, self.temperature).flatten(-2)

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dn_detr.layers.box_ops import at_least_float32
+from dn_detr.layers.constants import constant
 from dn_detr.losses.mask_terms import MaskTerms
 from dn_detr.losses.segments import split_segments
 from dn_detr.protocols import LossTerm
@@ -121,18 +120,6 @@ class Criterion:
         keys = [_joined("loss", name, _label(segment), self.suffix) for name in term_names]
         names = [[*(f"{key}_{layer}" for layer in range(layers - 1)), key] for key in keys]
         return [name for layer_names in names for name in layer_names]
-
-
-def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make a tensor of nested tuples of numbers, once, because the copy waits for the device."""
-    make = _constant.__wrapped__ if torch.compiler.is_compiling() else _constant
-    return make(values, dtype, device)
-
-
-@lru_cache(maxsize=256)
-def _constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _label(segment: str) -> str:

@@ -306,6 +306,6 @@ class MaskedDecoder(nn.Module):
         levels = []
         for level, (height, width) in enumerate(memory.shapes):
             value = tokens[level] + self.level_embedding[level]
-            position = self.position(paddings[level].unflatten(1, (height, width))).flatten(1, 2)
+            position = self.position(paddings[level].unflatten(1, (height, width)))
             levels.append((value + position.to(value.dtype), value, paddings[level]))
         return levels

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from dn_detr.layers.constants import made_once
 from dn_detr.layers.mlp import FeedForward
 from dn_detr.layers.multihead_attention import DenseAttention
 from dn_detr.structures import Memory
@@ -82,11 +83,23 @@ def token_centers(memory: Memory) -> Tensor:
 
     Tokens in the padding have coordinates above 1.
     """
+    valid = memory.valid_sizes
+    sides = [
+        level.expand(-1, height * width, -1)
+        for level, (height, width) in zip(valid.split(1, dim=1), memory.shapes, strict=True)
+    ]
+    return _cell_centers(memory.shapes, valid.dtype, valid.device) / torch.cat(sides, dim=1)
+
+
+@made_once
+def _cell_centers(
+    shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Centres [S, 2] (x, y) of the cells of all levels, in cells."""
     centers = []
-    valid_sizes = memory.valid_sizes
-    for level, (height, width) in enumerate(memory.shapes):
-        x = torch.arange(width, device=valid_sizes.device, dtype=valid_sizes.dtype) + 0.5
-        y = torch.arange(height, device=valid_sizes.device, dtype=valid_sizes.dtype) + 0.5
+    for height, width in shapes:
+        x = torch.arange(width, device=device, dtype=dtype) + 0.5
+        y = torch.arange(height, device=device, dtype=dtype) + 0.5
         cells = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1)
-        centers.append(cells.flatten(0, 1)[None] / valid_sizes[:, None, level])
-    return torch.cat(centers, dim=1)
+        centers.append(cells.flatten(0, 1))
+    return torch.cat(centers)

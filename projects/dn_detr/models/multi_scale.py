@@ -27,7 +27,7 @@ def deformable_detector(
 ) -> DETR:
     """Build a detector with deformable encoder and decoder.
 
-    image_position: padding [B, h, w] -> position encoding [B, h, w, C] of a feature map.
+    image_position: padding [B, h, w] of all levels -> position encoding [B, S, C].
     """
     return DETR(
         neck=multi_scale_neck(config, in_channels, strides),

@@ -78,8 +78,8 @@ def norm(channels: int) -> nn.GroupNorm:
 class Flatten(nn.Module):
     """Flatten feature maps to memory tokens.
 
-    position: padding [B, h, w] -> position encoding [B, h, w, C]. With several levels, a learned
-    level embedding is added to it.
+    position: padding [B, h, w] of all levels -> position encoding [B, S, C]. With several levels, a
+    learned level embedding is added to it.
     """
 
     def __init__(self, *, position: nn.Module, channels: int, num_levels: int):
@@ -91,22 +91,21 @@ class Flatten(nn.Module):
 
     def forward(self, maps: FeatureMaps) -> Memory:
         """Return the memory of S tokens, level by level, row by row."""
-        tokens, positions, paddings, shapes, valid = [], [], [], [], []
-        for level, (features, padding) in enumerate(zip(maps.maps, maps.padding, strict=True)):
-            position = self.position(padding)
-            position = position.to(torch.promote_types(position.dtype, features.dtype))
-            if self.level_embedding is not None:
-                position = position + self.level_embedding[level]
-            tokens.append(features.flatten(2).transpose(1, 2))
-            positions.append(position.flatten(1, 2))
-            paddings.append(padding.flatten(1))
-            shapes.append((features.shape[2], features.shape[3]))
-            inside = ~padding
-            valid.append(torch.stack((inside[:, 0].sum(1), inside[:, :, 0].sum(1)), dim=-1))
+        shapes = tuple((features.shape[2], features.shape[3]) for features in maps.maps)
+        position = self.position(*maps.padding)
+        position = position.to(torch.promote_types(position.dtype, maps.maps[0].dtype))
+        if self.level_embedding is not None:
+            of_levels = [
+                level.expand(height * width, -1)
+                for level, (height, width) in zip(self.level_embedding, shapes, strict=True)
+            ]
+            position = position + torch.cat(of_levels)
+        insides = [~padding for padding in maps.padding]
+        valid = [n for inside in insides for n in (inside[:, 0].sum(1), inside[:, :, 0].sum(1))]
         return Memory(
-            tokens=torch.cat(tokens, dim=1),
-            position=torch.cat(positions, dim=1),
-            padding=torch.cat(paddings, dim=1),
-            shapes=tuple(shapes),
-            valid_sizes=torch.stack(valid, dim=1).to(positions[0].dtype),
+            tokens=torch.cat([x.flatten(2).transpose(1, 2) for x in maps.maps], dim=1),
+            position=position,
+            padding=torch.cat([padding.flatten(1) for padding in maps.padding], dim=1),
+            shapes=shapes,
+            valid_sizes=torch.stack(valid, dim=1).unflatten(1, (-1, 2)).to(position.dtype),
         )

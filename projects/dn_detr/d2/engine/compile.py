@@ -36,3 +36,4 @@ def compile_core(core: nn.Module, backend: str) -> None:
         return function(self, features, padding, targets, prompt)
 
     core.forward = MethodType(forward, core)
+    core.is_compiled = True

@@ -195,10 +195,13 @@ class TrainStep(SimpleTrainer):
         return ""
 
     def gradient_norm(self) -> torch.Tensor:
-        """Of all gradients together, before clipping; a scalar."""
+        """Of all gradients together, before clipping, which does not compute it again; a scalar."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).float()
-        return norm / self.grad_scaler.get_scale()
+        if self.grad_scaler.is_enabled():
+            norm = norm / self.grad_scaler.get_scale()
+        self.optimizer.gradient_norm = norm
+        return norm
 
     def whereabouts(self, data: list[dict]) -> str:
         """Iteration and images of this rank's batch, for messages."""

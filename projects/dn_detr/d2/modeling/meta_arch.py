@@ -24,6 +24,7 @@ from dn_detr.d2.modeling.instances import (
     to_instances,
     to_targets,
 )
+from dn_detr.d2.modeling.low_precision import call_in_autocast
 from dn_detr.d2.modeling.prompts import classify_prompts, prompts_from
 from dn_detr.errors import InputError
 from dn_detr.losses.criterion import Criterion
@@ -213,10 +214,10 @@ class DenoisingDETR(nn.Module):
 
     def predict(self, batch: Batch) -> Predictions:
         """Run backbone and core."""
-        features = self.backbone(batch.images)
+        features = call_in_autocast(self.backbone, batch.images)
         features = [features[name] for name in self.in_features]
         prompt = None if batch.prompts is None else partial(add_prompts, given=batch.prompts)
-        return self.core(features, batch.padding, batch.targets, prompt=prompt)
+        return call_in_autocast(self.core, features, batch.padding, batch.targets, prompt=prompt)
 
     def losses(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
         """Return scalar losses by name."""

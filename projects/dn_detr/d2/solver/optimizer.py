@@ -136,10 +136,17 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
 def clip_full_model(
     optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float = 2.0
 ) -> None:
-    """Clip the total norm of all gradients to `max_norm` before each step of an optimizer."""
+    """Clip the total norm of all gradients to `max_norm` before each step of an optimizer.
+
+    Whoever has computed the 2-norm sets `optimizer.gradient_norm`, which holds for one step.
+    """
 
     def clip(optimizer, args, kwargs) -> None:  # noqa: ARG001
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+        norm = vars(optimizer).pop("gradient_norm", None)
+        if norm is None or norm_type != 2:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients, norm_type)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
     optimizer.register_step_pre_hook(clip)

@@ -1,0 +1,57 @@
+"""Weights in the precision of autocast, made once per forward by few operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CAST = (nn.Linear, nn.Conv2d)
+"""Modules whose weights and biases autocast casts at every use."""
+
+
+def call_in_autocast(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a module in training; results and gradients equal those of `module(*args, **kwargs)`.
+
+    The weights of each child are cast together, so that their gradients are ready together: a child
+    at a time, for DistributedDataParallel. Compiled modules cast for themselves.
+    """
+    device = next(module.parameters()).device.type
+    is_cast = torch.is_autocast_enabled(device) and torch.is_grad_enabled() and module.training
+    if not is_cast or getattr(module, "is_compiled", False):
+        return module(*args, **kwargs)
+    dtype = torch.get_autocast_dtype(device)
+    casts: dict[str, Tensor] = {}
+    for child_name, child in module.named_children():
+        weights = {
+            f"{child_name}.{name}.{key}".replace("..", "."): value
+            for name, part in child.named_modules()
+            if isinstance(part, CAST)
+            for key, value in part.named_parameters(recurse=False)
+            if value.dtype == torch.float32
+        }
+        if weights:
+            casts.update(zip(weights, Cast.apply(dtype, *weights.values()), strict=True))
+    return torch.func.functional_call(module, casts, args, kwargs)
+
+
+class Cast(torch.autograd.Function):
+    """Casts of float32 tensors to a dtype by one operator, and of their gradients back."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(_cast(weights, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ARG004
+        found = iter(_cast([g for g in gradients if g is not None], torch.float32))
+        return None, *(None if g is None else next(found) for g in gradients)
+
+
+def _cast(tensors: Any, dtype: torch.dtype) -> list[Tensor]:
+    cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if cast:
+        torch._foreach_copy_(cast, list(tensors))
+    return cast

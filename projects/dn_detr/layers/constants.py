@@ -1,0 +1,41 @@
+"""Tensors that depend on nothing but numbers, made once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+MAX_KEPT = 64
+
+
+def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep the last results of `make`, a function of hashable arguments, device included.
+
+    The results must not be changed. Compiled and exported graphs make their own.
+    """
+    kept: dict[tuple[Hashable, ...], Tensor] = {}
+
+    @functools.wraps(make)
+    def get(*key: Hashable) -> Tensor:
+        if torch.compiler.is_compiling():
+            return make(*key)
+        if key not in kept:
+            with torch.inference_mode(False):
+                made = make(*key)
+            if type(made) is not Tensor:  # of a tracer
+                return made
+            if len(kept) == MAX_KEPT:
+                kept.pop(next(iter(kept)))
+            kept[key] = made
+        return kept[key]
+
+    return get
+
+
+@made_once
+def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make a tensor of nested tuples of numbers; copying them each time would wait for a GPU."""
+    return torch.tensor(values, dtype=dtype, device=device)
