@@ -42,7 +42,7 @@ PARTS = {
 }
 """Modules of `DenoisingDETR` and the names of their parts."""
 NOT_LAUNCHED = re.compile(
-    r"aten\.(_unsafe_view|(new_)?empty\w*|lift_fresh|detach|promote_types|scalar_tensor)\b"
+    r"profiler\.|aten\.(_unsafe_view|(new_)?empty\w*|lift_fresh|detach|promote_types|scalar_tensor)\b"
 )
 """Views that do not say so, memory, and what stays on the host."""
 

@@ -85,12 +85,6 @@ def test_a_comparison_can_be_run_in_parts(tmp_path):
     assert {row["case"]: row["ms"] for row in section["rows"]} == {"a": 1, "b": 3, "c": 4}
 
 
-@pytest.fixture
-def benchmarks(monkeypatch):
-    """Modules of benchmarks/ can be imported."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-
 @pytest.mark.usefixtures("benchmarks")
 def test_candidates_are_timed_in_turn():
     from common import time_side_by_side

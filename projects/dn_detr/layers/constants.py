@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_KEPT = 64
-
 
 def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Keep the last results of `make`, a function of hashable arguments, device included.
 
     The results must not be changed. Compiled and exported graphs make their own.
     """
-    kept: dict[tuple[Hashable, ...], Tensor] = {}
+    kept: dict[tuple[Hashable, ...], Tensor] = {}  # the last 64
 
     @functools.wraps(make)
     def get(*key: Hashable) -> Tensor:
@@ -28,7 +26,7 @@ def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 made = make(*key)
             if type(made) is not Tensor:  # of a tracer
                 return made
-            if len(kept) == MAX_KEPT:
+            if len(kept) == 64:
                 kept.pop(next(iter(kept)))
             kept[key] = made
         return kept[key]

@@ -31,7 +31,8 @@ def attend(
     """
     outputs = []
     for start, size, num_groups, mask in query_mask.parts:
-        part = [x.narrow(1, start, size) for x in (q, k, v)]
+        # The gradient of a narrowed tensor is one more copy, even if it is narrowed to all of it.
+        part = [x if size == x.shape[1] else x.narrow(1, start, size) for x in (q, k, v)]
         query, key, value = (fold(x, num_groups, num_heads) for x in part)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         outputs.append(unfold(out, num_groups))

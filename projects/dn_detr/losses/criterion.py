@@ -138,11 +138,9 @@ def gather_targets(part: Predictions, targets: Targets, assignments: list[Assign
 
     Empty queries get logits 0 and boxes 0.5 without gradient. Tensors are [L, B, Q, ...].
     """
-    object_of, is_real = assignments[0].object_of, assignments[0].is_real
-    if len(assignments) > 1:
-        object_of = torch.cat([assignment.object_of for assignment in assignments], dim=2)
-        is_real = torch.cat([assignment.is_real for assignment in assignments], dim=1)
+    object_of = torch.cat([assignment.object_of for assignment in assignments], dim=2)
     layers = object_of.shape[0]
+    is_real = torch.cat([assignment.is_real for assignment in assignments], dim=1)
     is_real = is_real.expand(layers, -1, -1)
     index = object_of.clamp(min=0)
     logits = torch.where(is_real[..., None], at_least_float32(part.logits), 0)

@@ -18,19 +18,21 @@ def join_frozen_norms(backbone: nn.Module) -> None:
     Detectron2's recompute both in every norm and apply them one after the other. Neither names nor
     inference change.
     """
-    norms = [norm for norm in backbone.modules() if isinstance(norm, FrozenBatchNorm2d)]
-    for norm in norms:
-        if type(norm) is FrozenBatchNorm2d:
-            norm.forward = MethodType(_forward, norm)
-    if norms:
+    for norm in _norms(backbone):
+        norm.forward = MethodType(_forward, norm)
+    if _norms(backbone):
         backbone.register_forward_pre_hook(_prepare)
+
+
+def _norms(backbone: nn.Module) -> list[FrozenBatchNorm2d]:
+    return [norm for norm in backbone.modules() if type(norm) is FrozenBatchNorm2d]
 
 
 def _prepare(backbone: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Compute `scale_and_shift`, [1, C, 1, 1] each, of all norms with a gradient."""
     if not (backbone.training and torch.is_grad_enabled()):
         return
-    norms = [norm for norm in backbone.modules() if type(norm) is FrozenBatchNorm2d]
+    norms = _norms(backbone)
     scales = torch._foreach_add([norm.running_var for norm in norms], [norm.eps for norm in norms])
     torch._foreach_rsqrt_(scales)
     torch._foreach_mul_(scales, [norm.weight for norm in norms])

@@ -42,16 +42,12 @@ class Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        return tuple(_cast(weights, dtype))
+        casts = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        torch._foreach_copy_(casts, weights)
+        return tuple(casts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ARG004
-        found = iter(_cast([g for g in gradients if g is not None], torch.float32))
-        return None, *(None if g is None else next(found) for g in gradients)
-
-
-def _cast(tensors: Any, dtype: torch.dtype) -> list[Tensor]:
-    cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-    if cast:
-        torch._foreach_copy_(cast, list(tensors))
-    return cast
+        casts = [None if g is None else torch.empty_like(g, dtype=torch.float32) for g in gradients]
+        torch._foreach_copy_(*([x for x in xs if x is not None] for xs in (casts, gradients)))
+        return None, *casts
