@@ -46,7 +46,7 @@ def _prepare(backbone: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 def _forward(norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
     """Normalize x [B, C, h, w]."""
-    if not x.requires_grad or not hasattr(norm, "scale_and_shift"):
+    if not (norm.training and x.requires_grad) or not hasattr(norm, "scale_and_shift"):
         return FrozenBatchNorm2d.forward(norm, x)
     scale, shift = norm.scale_and_shift
     return ScaleAndShift.apply(x, scale.to(x.dtype), shift.to(x.dtype))
@@ -57,9 +57,11 @@ class ScaleAndShift(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Scale and shift x [B, C, h, w] by [1, C, 1, 1]."""
         ctx.save_for_backward(scale)
         return torch.addcmul(shift, x, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Scale the gradient [B, C, h, w]."""
         return grad * ctx.saved_tensors[0], None, None

@@ -41,6 +41,7 @@ class Cast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        """Cast `weights` [...] to `dtype`."""
         ctx.set_materialize_grads(False)
         casts = [torch.empty_like(weight, dtype=dtype) for weight in weights]
         torch._foreach_copy_(casts, weights)
@@ -48,6 +49,7 @@ class Cast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ARG004
+        """Cast `gradients` [...] to float32."""
         casts = [None if g is None else torch.empty_like(g, dtype=torch.float32) for g in gradients]
         torch._foreach_copy_(*([x for x in xs if x is not None] for xs in (casts, gradients)))
         return None, *casts
