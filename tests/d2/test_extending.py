@@ -65,8 +65,7 @@ LOSS_TERM = {
             '    """Squared distance of boxes."""\n\n'
             "    def __call__(self, matched, num_objects):\n"
             "        loss = (matched.boxes - matched.target_boxes).square().sum(-1)\n"
-            "        loss = torch.where(matched.is_positive, loss, 0).sum(dim=(1, 2))\n"
-            "        return loss / (matched.positives_per_object * num_objects)\n\n\n"
+            "        return _mean_over_objects(loss, matched.is_positive, matched, num_objects)\n\n\n"
             "@dataclass(frozen=True, kw_only=True)\n"
             "class GIoU:",
         )
