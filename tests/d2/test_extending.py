@@ -65,7 +65,8 @@ LOSS_TERM = {
             '    """Squared distance of boxes."""\n\n'
             "    def __call__(self, matched, num_objects):\n"
             "        loss = (matched.boxes - matched.target_boxes).square().sum(-1)\n"
-            "        return _mean_over_objects(loss, matched.is_positive, matched, num_objects)\n\n\n"
+            "        is_real = matched.is_positive\n"
+            "        return _mean_over_objects(loss, is_real, matched, num_objects)\n\n\n"
             "@dataclass(frozen=True, kw_only=True)\n"
             "class GIoU:",
         )

@@ -49,6 +49,13 @@ def test_iterations_exclude_epochs(tiny_config):
     assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.MAX_ITER) == (0, 3)
 
 
+def test_no_epochs_are_refused_instead_of_training_in_full(tiny_config):
+    cfg = tiny_config("SOLVER.EPOCHS", 0)
+    with pytest.raises(InputError, match=r"SOLVER.EPOCHS \(--epochs\) must be above 0, got 0"):
+        use_epochs(cfg, {"SOLVER.EPOCHS"})
+    assert use_epochs(cfg) == use_epochs(cfg, {"SOLVER.EPOCHS", "SOLVER.MAX_ITER"}) == []
+
+
 @pytest.mark.parametrize(("optimizer", "factor"), [("ADAMW", 0.5), ("SGD", 0.25)])
 def test_the_learning_rate_follows_the_batch(optimizer, factor):
     written = read_config("dn_deformable", ["SOLVER.OPTIMIZER", optimizer])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keep the last results [...] of `make`, a function of hashable arguments, device included.
+    """Keep the last results of `make`, of any shape, by its hashable arguments, device included.
 
     The results must not be changed. Compiled and exported graphs make their own.
     """
@@ -36,5 +36,5 @@ def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @made_once
 def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make a tensor [...] of nested tuples of numbers; copying them each time would wait for a GPU."""
+    """Make a tensor of any shape of nested tuples; copying them each time would wait for a GPU."""
     return torch.tensor(values, dtype=dtype, device=device)

@@ -23,7 +23,7 @@ from dn_detr.errors import on_one_line
 logger = logging.getLogger(__name__)
 
 _NUM_NAMES = 10  # most ids or classes that are listed
-_MOST_COMPARED = 5000  # images whose content is compared; check_data.py compares any number
+_MOST_COMPARED = 5000  # images whose content is compared; `dn-detr check` compares any number
 _LONGEST_LINE = 1000  # characters; names may be long
 
 

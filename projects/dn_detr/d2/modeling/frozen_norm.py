@@ -53,7 +53,7 @@ def _forward(norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
 
 
 class ScaleAndShift(torch.autograd.Function):
-    """x * scale + shift, whose backward is one operator; scale and shift get no gradient."""
+    """x [B, C, h, w] * scale + shift [1, C, 1, 1]; only x gets a gradient, by one operator."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def call_in_autocast(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 class Cast(torch.autograd.Function):
-    """Casts of float32 tensors to a dtype by one operator, and of their gradients back."""
+    """Casts of float32 tensors of any shape by one operator, and of their gradients back."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:

@@ -32,7 +32,7 @@ def use_epochs(cfg: CfgNode, given: Collection[str] = ()) -> list[str]:
         given: Keys that were set explicitly and stay; MAX_ITER among them excludes EPOCHS.
 
     Returns:
-        A sentence on the result, or nothing if EPOCHS is 0.
+        A sentence on the result, or nothing if EPOCHS is 0, which must not be given on its own.
     """
     solver = cfg.SOLVER
     if "SOLVER.MAX_ITER" in given and solver.EPOCHS:
@@ -40,6 +40,8 @@ def use_epochs(cfg: CfgNode, given: Collection[str] = ()) -> list[str]:
             raise InputError("give either SOLVER.EPOCHS (--epochs) or SOLVER.MAX_ITER, not both.")
         solver.EPOCHS = 0
     if not solver.EPOCHS:
+        if "SOLVER.EPOCHS" in given and "SOLVER.MAX_ITER" not in given:
+            raise InputError("SOLVER.EPOCHS (--epochs) must be above 0, got 0.")
         return []
     num_images = num_training_images(cfg)
     total = max(1, round(solver.EPOCHS * num_images / solver.IMS_PER_BATCH))
