@@ -101,14 +101,16 @@ def main() -> None:
     train(killed, options, settings, kill_after=args.checkpoint + 1)
     if (killed / "model_final.pth").exists():
         sys.exit("the run ended before it was killed: increase --iterations")
+    start = int((killed / "last_checkpoint").read_text()[len("model_") : -len(".pth")]) + 1
     train(killed, options, settings, flags=["--resume"])
 
     expected, pieces = dict(losses(whole)), losses(killed)
-    starts = [i for (before, _), (i, _) in pairwise(pieces) if i <= before]
-    if len(starts) != 1 or starts[0] == 0:
-        sys.exit(f"the second run did not resume from its checkpoint: it started at {starts}")
-    resumed = dict(pieces)  # of iterations that ran twice, the later ones
-    for iteration in range(starts[0], args.iterations):
+    if f"Starting training from iteration {start}\n" not in (killed / "log.txt").read_text():
+        sys.exit(f"the second run did not resume from its checkpoint, at iteration {start}")
+    if any(i <= before for (before, _), (i, _) in pairwise(pieces)):
+        sys.exit("metrics.json has an iteration twice")
+    resumed = dict(pieces)
+    for iteration in range(start, args.iterations):
         for name, value in expected[iteration].items():
             if resumed[iteration][name] != value:
                 sys.exit(
@@ -123,7 +125,7 @@ def main() -> None:
         if not are_equal(expected.get(name), resumed.get(name)):
             sys.exit(f"{name} differs in the final checkpoint")
     print(
-        f"equal bit for bit: {num_losses} losses in each of the iterations {starts[0]} to "
+        f"equal bit for bit: {num_losses} losses in each of the iterations {start} to "
         f"{args.iterations - 1}, and {len(expected)} values of the final checkpoint"
     )
 
