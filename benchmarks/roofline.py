@@ -24,8 +24,8 @@ ISSUE = 132 * 4 * 1.83e9
 """Instructions of a warp a second."""
 
 INSTRUCTIONS = {
-    ("forward", "float32"): 18.6,
-    ("forward", "bfloat16"): 17.5,
+    ("forward", "float32"): 19.0,
+    ("forward", "bfloat16"): 17.7,
     ("backward", "float32"): 44.7,
     ("backward", "bfloat16"): 37.3,
 }

@@ -1,6 +1,6 @@
 """Report instructions, registers and occupancy of the compiled kernels of deformable attention.
 
-    python dev/sass_report.py [LIBRARY] [--arch sm_90] [--all]
+    python dev/sass_report.py [LIBRARY] [--arch sm_90] [--all] [--opcodes]
 
 Reads the machine code of the built library (or a cubin) with cuobjdump, which is part of the CUDA
 toolkit and of Triton. Prints the instructions that a warp issues for one sample of one query and
@@ -13,7 +13,8 @@ head, with 16 samples (4 levels of 4 points):
 
 Two numbers if code may be skipped (padding, boxes, the last samples, error paths): with all of it
 skipped, and with none. Loops over logits are counted once, as 16 samples need. Memory and stalls
-are not included: this does not measure time.
+are not included: this does not measure time. --opcodes: what the loop over corners consists of, per
+sample, none of it skipped.
 
 Exits with an error if a kernel has atomics on memory whose address space the compiler does not
 know.
@@ -24,6 +25,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 SAMPLES = 16
@@ -79,15 +81,29 @@ def within(address, region):
     return region[0] <= address <= region[1]
 
 
+def loops_over_corners(code):
+    """Return (addresses of 128-bit reads, the loops with at least four, innermost first)."""
+    reads = [address for address, text in code if READ.search(text)]
+    loops = [(to, at) for at, to in branches(code) if to < at]
+    loops = [loop for loop in loops if sum(within(a, loop) for a in reads) >= 4]
+    return reads, sorted(loops, key=lambda loop: loop[1] - loop[0])
+
+
+def opcodes(code, lanes):
+    """Return {opcode: instructions of a warp for a sample of a query and head} of that loop."""
+    reads, loops = loops_over_corners(code)
+    samples = sum(within(a, loops[0]) for a in reads) / 4 * (32 // lanes)
+    names = (re.sub(r"^@!?U?P\w+ ", "", text) for a, text in code if within(a, loops[0]))
+    counts = Counter(name.split()[0].split(".")[0] for name in names)
+    return {name: count / samples for name, count in counts.most_common()}
+
+
 def instructions(code, lanes):
     """[(least, most)] for a sample of a query and head: corners, samples, rest. None if unclear."""
-    reads = [address for address, text in code if READ.search(text)]
     jumps = branches(code)
-    loops = [(to, at) for at, to in jumps if to < at]
-    loops = [loop for loop in loops if sum(within(a, loop) for a in reads) >= 4]
+    reads, loops = loops_over_corners(code)
     if not loops:
         return None
-    loops.sort(key=lambda loop: loop[1] - loop[0])
     skips = [(at + 16, to - 16) for at, to in jumps if to > at]
     skips = [s for s in skips if not any(within(a, s) for a in reads)]
     needed = [address for address, _ in code if not any(within(address, s) for s in skips)]
@@ -127,6 +143,7 @@ def main():
     parser.add_argument(
         "--all", action="store_true", help="all kernels, not only 8 heads of 32 channels"
     )
+    parser.add_argument("--opcodes", action="store_true")
     options = parser.parse_args()
     package = Path(__file__).resolve().parents[1] / "projects/dn_detr"
     library = options.library or next(package.glob("_C*.so"), None)
@@ -153,6 +170,9 @@ def main():
         occupancy = warps(use["REG"], THREADS[match["name"]])
         cells += [str(use["REG"]), str(use["STACK"]), str(use["SHARED"])]
         print(f"| {name} | {' | '.join(cells)} | {occupancy} of {MOST_WARPS} |")
+        if options.opcodes and parts:
+            found = opcodes(code, int(match["lanes"])).items()
+            print("   ", ", ".join(f"{opcode} {count:.2f}" for opcode, count in found))
     asking = [name for name, code in functions.items() if any("QSPC" in text for _, text in code)]
     if asking:
         sys.exit("\nAtomics that return a value and check the address space: " + ", ".join(asking))

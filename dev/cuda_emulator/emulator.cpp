@@ -111,7 +111,12 @@ struct Thread {
   unsigned warp_mask;
 };
 
+struct Warp {
+  unsigned waiting, ended; // lanes; ended: also those that the block does not have
+};
+
 std::vector<Thread> threads;
+std::vector<Warp> warps;
 Thread* current = nullptr;
 bool is_checked = false; // while a thread runs code of its kernel
 
@@ -214,7 +219,7 @@ void wait(State state, Meeting kind, unsigned mask, uint64_t value, int source, 
 
 bool is_same(const Thread& a, const Thread& b) {
   return a.kind == b.kind && a.mask == b.mask && a.place.line == b.place.line &&
-      std::strcmp(a.place.file, b.place.file) == 0;
+      (a.place.file == b.place.file || std::strcmp(a.place.file, b.place.file) == 0);
 }
 
 std::string describe(const Thread& t) {
@@ -234,11 +239,14 @@ void enter() {
   const Unchecked code;
   check_repeated();
   const unsigned own = rank_of(*current), first = own / 32 * 32;
-  for (unsigned i = first; i < first + 32 && i < threads.size(); ++i) {
-    if (threads[i].state == WARP_WAITS && threads[i].mask >> own % 32 & 1) {
-      fail("lane %u of a mask has ended: %s", own % 32, describe(threads[i]).c_str());
+  Warp& warp = warps[own / 32];
+  for (unsigned left = warp.waiting; left != 0; left &= left - 1) {
+    const Thread& other = threads[first + __builtin_ctz(left)];
+    if (other.mask >> own % 32 & 1) {
+      fail("lane %u of a mask has ended: %s", own % 32, describe(other).c_str());
     }
   }
+  warp.ended |= 1u << own % 32;
   if (arrived > 0) {
     fail("threads do not meet at one barrier: %s, %zu have ended",
          describe(*first_at_barrier).c_str(), threads.size() - alive + 1);
@@ -263,6 +271,10 @@ void prepare(Thread& t) {
 void run_block(const std::vector<unsigned>& order, bool is_greedy) {
   for (Thread& t : threads) {
     prepare(t);
+  }
+  std::fill(warps.begin(), warps.end(), Warp{0, 0});
+  if (threads.size() % 32 != 0) {
+    warps.back().ended = ~0u << threads.size() % 32;
   }
   alive = threads.size();
   arrived = 0;
@@ -339,16 +351,17 @@ void run(dim3 grid, dim3 block, size_t shared, Call new_call) {
   static_shared = 0;
   dynamic_shared = shared;
   threads.resize(count);
+  warps.resize((count + 31) / 32);
   launch_time = ++now;
   const unsigned launch = launches++;
   std::minstd_rand random(seed * 7919 + launch);
-  std::vector<unsigned> warps((count + 31) / 32), order;
-  std::iota(warps.begin(), warps.end(), 0);
+  std::vector<unsigned> warp_order(warps.size()), order;
+  std::iota(warp_order.begin(), warp_order.end(), 0);
   const unsigned kind = (launch + seed) % 4; // ascending, descending, by warps, by threads
   if (kind >= 2) {
-    std::shuffle(warps.begin(), warps.end(), random);
+    std::shuffle(warp_order.begin(), warp_order.end(), random);
   }
-  for (const unsigned warp : warps) {
+  for (const unsigned warp : warp_order) {
     for (unsigned t = warp * 32; t < std::min<size_t>(warp * 32 + 32, count); ++t) {
       order.push_back(t);
     }
@@ -407,38 +420,35 @@ uint64_t meet_warp(Meeting kind, unsigned mask, uint64_t value, int source, Plac
     fail("lane %d of a shuffle or vote is not in its mask: %s", mask >> source & 1 ? own % 32 : source,
          describe(me).c_str());
   }
-  bool is_complete = true;
-  for (unsigned i = 0; i < 32; ++i) {
-    if (!(mask >> i & 1)) {
-      continue;
-    }
-    if (first + i >= threads.size() || threads[first + i].state == ENDED) {
-      fail("lane %u of a mask has ended or does not exist: %s", i, describe(me).c_str());
-    }
-    const Thread& other = threads[first + i];
-    if (other.state == WARP_WAITS && !is_same(me, other)) {
+  Warp& warp = warps[own / 32];
+  if (const unsigned gone = warp.ended & mask) {
+    fail("lane %d of a mask has ended or does not exist: %s", __builtin_ctz(gone),
+         describe(me).c_str());
+  }
+  if (const unsigned others = warp.waiting & mask) { // which are the same among themselves
+    const Thread& other = threads[first + __builtin_ctz(others)];
+    if (!is_same(me, other)) {
       fail("lanes of a warp wait with different masks or at different places: %s, %s",
            describe(me).c_str(), describe(other).c_str());
     }
-    is_complete = is_complete && other.state == WARP_WAITS;
   }
-  if (!is_complete) {
+  warp.waiting |= 1u << own % 32;
+  if ((warp.waiting & mask) != mask) {
     switch_to_scheduler();
     return me.result;
   }
-  uint64_t votes = 0;
+  warp.waiting &= ~mask;
   now += kind == SYNC_WARP;
-  for (unsigned i = 0; i < 32; ++i) {
-    votes |= mask >> i & 1 ? threads[first + i].value << i : 0;
+  uint64_t votes = 0;
+  for (unsigned left = kind == VOTE ? mask : 0; left != 0; left &= left - 1) {
+    votes |= threads[first + __builtin_ctz(left)].value << __builtin_ctz(left);
   }
-  for (unsigned i = 0; i < 32; ++i) {
-    if (mask >> i & 1) {
-      Thread& other = threads[first + i];
-      if (kind == SYNC_WARP) {
-        other.warp_time = now, other.warp_mask = mask;
-      }
-      release(other, kind == VOTE ? votes : threads[first + other.source].value);
+  for (unsigned left = mask; left != 0; left &= left - 1) {
+    Thread& other = threads[first + __builtin_ctz(left)];
+    if (kind == SYNC_WARP) {
+      other.warp_time = now, other.warp_mask = mask;
     }
+    release(other, kind == VOTE ? votes : threads[first + other.source].value);
   }
   return me.result;
 }

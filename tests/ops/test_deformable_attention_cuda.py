@@ -194,6 +194,7 @@ def test_another_gpu_than_the_current_one():
         torch.testing.assert_close(got.cpu(), want.cpu(), rtol=1e-4, atol=1e-4)
 
 
+@needs_gpu  # 17 million threads take minutes in the emulator
 def test_more_images_than_a_grid_is_deep():
     sizes = {"heads": 1, "channels": 4, "points": 1, "queries": 1, "shapes": ((1, 2),)}
     inputs = on_gpu(batch=65_537, **sizes)
