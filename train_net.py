@@ -22,6 +22,8 @@ except ImportError as error:  # or the operators were built for another torch
         "torch": "torch is not installed: run `pip install torch torchvision`",
     }
     sys.exit(f"train_net.py: {missing.get(error.name, error)} (README.md, Install).")
+except KeyboardInterrupt:  # there is nothing to save yet
+    sys.exit(130)
 
 from detectron2.engine import default_argument_parser
 

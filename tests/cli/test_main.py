@@ -136,3 +136,27 @@ def test_data_beside_a_configuration_is_found_from_anywhere(tmp_path, monkeypatc
     assert node.COCO_FORMAT == [["a", "mine/a.json", "mine/images"]]
     monkeypatch.chdir(tmp_path / "mine")
     assert read_config("mine.yaml", []).DATASETS.COCO_FORMAT == [["a", "a.json", "images"]]
+
+
+@pytest.mark.parametrize(
+    "program", [["train_net.py", "--num-gpus", "0"], ["-m", "dn_detr", "eval"]]
+)
+def test_ctrl_c_while_libraries_are_imported_ends_without_a_traceback(program, tmp_path):
+    """torch, which is found first, stands for an import that is interrupted."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'torch':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted)\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (130, "")

@@ -131,6 +131,8 @@ def main(words: list[str] | None = None) -> None:
     except ImportError as error:
         hint = "run `pip install torch torchvision`" if error.name == "torch" else ""
         sys.exit(f"{program}: {error}{hint and f': {hint}'}.")
+    except KeyboardInterrupt:  # there is nothing to save yet
+        sys.exit(130)
 
     def call() -> None:
         faults = launch.invoke(args.run, args, program)
