@@ -120,7 +120,7 @@ def test_weights_that_do_not_fit_their_configuration_leave_nothing(tmp_path, mon
     entry = catalogue()["small-detr"]
     options = {**vars(entry), "options": (*OPTIONS, "MODEL.DN_DETR.CHANNELS", "48")}
     monkeypatch.setitem(catalogue(), "small-detr", PublishedWeights(**options))
-    with pytest.raises(InputError, match="quick/detr.yaml does not fit"):
+    with pytest.raises(InputError, match="quick/detr does not fit"):
         load_detector("small-detr", device="cpu")
     assert not list((tmp_path / "cache" / "converted").iterdir())
 
