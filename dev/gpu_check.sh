@@ -31,6 +31,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+[ -z "$packed" ] || packed=$(realpath "$packed")
 [ -n "$steps" ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 device=${dry:+cpu} device=${device:-cuda}
 failed=()
@@ -68,7 +69,7 @@ date -u +%Y-%m-%d
 [ -n "$dry" ] || step 20 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
 
 # Packages go into a folder of their own: the machine's Python is not ours to change.
-export PYTHONPATH="$PWD/projects:$scratch/site:${packed:+$PWD/$packed/python}${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD/projects:$scratch/site:${packed:+$packed/python}${PYTHONPATH:+:$PYTHONPATH}"
 if compgen -G "$packed/*.whl" > /dev/null && [ -z "$dry" ]; then
   step 120 "$python" -m pip install --quiet --no-index --no-deps --no-compile \
     --target "$scratch/site" "$packed"/*.whl

@@ -29,8 +29,10 @@ download() {
     --platform manylinux1_x86_64 --dest "$folder" "$@"
 }
 
-# Another implementation to measure, and dependencies of Detectron2.
+# Another implementation to measure, and dependencies of this package, of Detectron2 and of parallel
+# tests.
 download deformops==3.0.1
+download torchvision==0.26.0 msgspec pytest-xdist execnet
 download pycocotools yacs omegaconf==2.3.1 hydra-core==1.3.8 portalocker termcolor
 download tabulate cloudpickle tqdm pyyaml pillow packaging
 download matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six

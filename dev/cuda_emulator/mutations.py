@@ -75,6 +75,8 @@ MUTATIONS = (
              "m < most && batch.is_object", "batch.is_object", NOISE),
     Mutation("logits beyond the last one", "cuda/deformable_attention.cuh",
              "min(first + i * LANES + lane, samples - 1)", "first + i * LANES + lane", DEFORM),
+    Mutation("NaN where no sample is inside", "cuda/deformable_attention_forward.cu",
+             "sum[k] == T(0) ? T(0) : sum[k]", "sum[k]", DEFORM),
     Mutation("the next sample beyond the last one", "cuda/deformable_attention_forward.cu",
              "if (s + LANES < samples)", "if (true)", DEFORM),
     # Tiles and positions.

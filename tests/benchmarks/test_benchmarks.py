@@ -115,6 +115,40 @@ def test_wrong_results_are_not_timed():
     assert rows and all("ms" not in row and row["note"].startswith("wrong: output") for row in rows)
 
 
+@pytest.mark.usefixtures("benchmarks")
+def test_a_peer_that_sums_in_bfloat16_is_timed_beside_its_error():
+    """deformops was left out as wrong in its fastest mode, which is the one to compare with."""
+    from ms_deform_attn import Case, measure
+
+    case = Case(30, 1, "bfloat16", "uniform", (64, 96))
+    peers = {"deformops": lambda *inputs: wrong_output(*inputs) * 1.05}
+    rows = [row for row in measure(case, "cpu", peers, 0.0, 1.0) if row["who"] == "deformops"]
+    assert rows and all(row["ms"] > 0 and 0.05 < row["error"] < 0.1 for row in rows)
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_cases_are_saved_one_by_one(tmp_path, monkeypatch, capsys):
+    """Time ran out on a GPU, and nothing had been saved."""
+    import ms_deform_attn as script
+
+    done = []
+
+    def measure(case, *_):
+        if done:
+            raise KeyboardInterrupt
+        done.append(case)
+        return [{**case.row(), "measure": "forward", "who": "dn_detr", "note": "done"}]
+
+    monkeypatch.setattr(script, "measure", measure)
+    path = tmp_path / "x.json"
+    arguments = ["--quick", "--dtype", "bfloat16", "float32", "--save", str(path)]
+    monkeypatch.setattr(sys, "argv", ["ms_deform_attn.py", *arguments])
+    with pytest.raises(KeyboardInterrupt):
+        script.main()
+    (row,) = json.loads(path.read_text())["ms_deform_attn"]["rows"]
+    assert row["dtype"] == "bfloat16" and "done" in capsys.readouterr().out
+
+
 def allocate(mebibytes):
     def run():
         kept = torch.ones(mebibytes, 2**18)
