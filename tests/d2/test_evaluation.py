@@ -24,6 +24,7 @@ from dn_detr.d2.evaluation.coco_evaluator import (
     evaluate,
 )
 from dn_detr.d2.evaluation.error_analysis import Curve, analyse, images_at
+from dn_detr.d2.evaluation.results import evaluate_results
 from dn_detr.datasets.shape_drawing import CLASSES
 from dn_detr.errors import InputError
 
@@ -424,9 +425,9 @@ def test_results_of_any_detector_are_evaluated(dataset, tmp_path, capsys):
             main(["eval", *source, "--results", str(tmp_path / "r.json"), *output])
     (tmp_path / "r.json").write_text(json.dumps([*good, {**good[0], "bbox": [1e8, 1, 1e9, 1e9]}]))
     main(["eval", *source, "--results", str(tmp_path / "r.json"), *output])  # and can be drawn
-    with pytest.raises(SystemExit, match="the limit of detections must be at least 1, got -1"):
-        main(["eval", *source, "--results", str(tmp_path / "r.json"), *output, "--limit", "-1"])
     file = str(tmp_path / "r.json")
+    with pytest.raises(InputError, match="the limit of detections must be at least 1, got -1"):
+        evaluate_results(file, output[1], coco=source[1:], limit=-1)
     with pytest.raises(SystemExit, match="the folder of the report cannot be made"):
         main(["eval", *source, "--results", file, "--output", file])
     with pytest.raises(SystemExit, match="there is no result file none.json"):
