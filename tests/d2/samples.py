@@ -1,4 +1,7 @@
-"""Training samples of Detectron2's form, without files."""
+"""Training samples of Detectron2's form, without files; losses of a training."""
+
+import json
+from pathlib import Path
 
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances
@@ -42,3 +45,13 @@ def with_teacher(sample: dict, num_boxes: int, *, classes: int = 3) -> dict:
     taught.gt_classes = torch.randint(classes, (num_boxes,), generator=generator)
     taught.scores = 0.1 + 0.9 * torch.rand(num_boxes, generator=generator)
     return {**sample, "teacher_instances": taught}
+
+
+def losses_in(folder: Path) -> list[dict]:
+    """Iteration and losses of each line of metrics.json that has losses."""
+    lines = map(json.loads, (folder / "metrics.json").read_text().splitlines())
+    return [
+        {key: value for key, value in line.items() if key.startswith(("loss_", "iteration"))}
+        for line in lines
+        if "total_loss" in line
+    ]
