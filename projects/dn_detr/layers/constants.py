@@ -19,13 +19,12 @@ def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(make)
     def get(*key: Hashable) -> Tensor:
-        if torch.compiler.is_compiling():
+        # A tracer's tensors must not be kept, nor must it meet real ones.
+        if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:
             return make(*key)
         if key not in kept:
             with torch.inference_mode(False):
                 made = make(*key)
-            if type(made) is not Tensor:  # of a tracer
-                return made
             if len(kept) == 64:
                 kept.pop(next(iter(kept)))
             kept[key] = made

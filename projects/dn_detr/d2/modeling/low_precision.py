@@ -23,14 +23,16 @@ def call_in_autocast(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module(*args, **kwargs)
     dtype = torch.get_autocast_dtype(device)
     casts: dict[str, Tensor] = {}
+    first: dict[Tensor, str] = {}  # name; modules may share weights
     for child_name, child in module.named_children():
-        weights = {
+        names = {
             f"{child_name}.{name}.{key}".replace("..", "."): value
             for name, part in child.named_modules()
             if isinstance(part, CAST)
             for key, value in part.named_parameters(recurse=False)
             if value.dtype == torch.float32
         }
+        weights = {n: value for n, value in names.items() if first.setdefault(value, n) == n}
         if weights:
             casts.update(zip(weights, Cast.apply(dtype, *weights.values()), strict=True))
     return torch.func.functional_call(module, casts, args, kwargs)
