@@ -15,24 +15,25 @@ def call_in_autocast(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call a module in training; results and gradients equal those of `module(*args, **kwargs)`.
 
     The weights of each child are cast together, so that their gradients are ready together: a child
-    at a time, for DistributedDataParallel. Compiled modules cast for themselves.
+    at a time, for DistributedDataParallel. Compiled modules, and those that share weights, cast for
+    themselves.
     """
     device = next(module.parameters()).device.type
     is_cast = torch.is_autocast_enabled(device) and torch.is_grad_enabled() and module.training
-    if not is_cast or getattr(module, "is_compiled", False):
+    names = sum(1 for _ in module.named_parameters(remove_duplicate=False))
+    is_shared = names > sum(1 for _ in module.parameters())  # functional_call cannot restore it
+    if not is_cast or is_shared or getattr(module, "is_compiled", False):
         return module(*args, **kwargs)
     dtype = torch.get_autocast_dtype(device)
     casts: dict[str, Tensor] = {}
-    first: dict[Tensor, str] = {}  # name; modules may share weights
     for child_name, child in module.named_children():
-        names = {
+        weights = {
             f"{child_name}.{name}.{key}".replace("..", "."): value
             for name, part in child.named_modules()
             if isinstance(part, CAST)
             for key, value in part.named_parameters(recurse=False)
             if value.dtype == torch.float32
         }
-        weights = {n: value for n, value in names.items() if first.setdefault(value, n) == n}
         if weights:
             casts.update(zip(weights, Cast.apply(dtype, *weights.values()), strict=True))
     return torch.func.functional_call(module, casts, args, kwargs)
