@@ -105,7 +105,8 @@ def _unread_of_method(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     for name in sorted(names - own):
         yield name.upper(), f"{who} does not read it"
     if cfg.MODEL.BACKBONE.NAME != "build_named_backbone":
-        yield "BACKBONE", "only MODEL.BACKBONE.NAME 'build_named_backbone' reads it"
+        for key in ("BACKBONE", "BACKBONE_"):
+            yield key, "only MODEL.BACKBONE.NAME 'build_named_backbone' reads it"
 
 
 def why_unread(cfg: CfgNode, key: str) -> str | None:
