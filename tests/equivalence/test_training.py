@@ -513,13 +513,17 @@ def test_trains_as_the_authors(request, authors, monkeypatch, case):
     to_ours = partial(under_our_names, case, ours, theirs)
     ours.model.load_state_dict(to_ours(theirs.model.state_dict()))
     norms = []
-    clip = torch.nn.utils.clip_grad_norm_
 
-    def remember_norm(*args, **kwargs):
-        norms.append(clip(*args, **kwargs))
-        return norms[-1]
+    def remembering(norm_of):
+        def remember_norm(*args, **kwargs):
+            norms.append(norm_of(*args, **kwargs))
+            return norms[-1]
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", remember_norm)
+        return remember_norm
+
+    for name in ("clip_grad_norm_", "get_total_norm"):  # theirs, ours
+        norm_of = getattr(torch.nn.utils, name)
+        monkeypatch.setattr(torch.nn.utils, name, remembering(norm_of))
     worst = {}
     for iteration in range(STEPS):
         batch = batches[iteration % len(batches)]
