@@ -45,8 +45,9 @@ MUTATIONS = (
              "    __syncthreads();\n    own = 0;", "    own = 0;", MATCH),
     Mutation("no barrier between two columns", "assignment_solver.h",
              "close(end.index);\n  }\n  team.sync();", "close(end.index);\n  }", MATCH),
-    Mutation("no barrier before prices change", "assignment_solver.h",
-             "  team.sync();\n  // Update prices", "  // Update prices", MATCH),
+    Mutation("no barrier after prices have changed", "assignment_solver.h",
+             "  team.sync();\n  if (team.rank() == 0) {\n    w.row_price[first_row] +=",
+             "  if (team.rank() == 0) {\n    w.row_price[first_row] +=", MATCH),
     Mutation("a barrier that only some threads reach", "cuda/matching_costs.cu",
              "  for (int64_t start = 0; start < z.objects",
              "  if (blockIdx.x * THREADS + threadIdx.x < z.slots)\n"
