@@ -193,7 +193,8 @@ def step_of(model, cfg, batches, precision=None) -> TrainStep:
 def test_a_loss_that_is_not_finite_names_iteration_images_and_losses(model_of, tiny_config):
     step = step_of(model_of(), tiny_config(), [[sample(11, 2), sample(12, 1)]])
     weights = copy.deepcopy(step.model.state_dict())
-    step.model.criterion.terms["giou"] = (lambda *_: torch.tensor([1.0, torch.nan]), 2.0)
+    values = torch.tensor([1.0, torch.nan])[:, None].expand(-1, 2)  # both segments, last layer
+    step.model.criterion.terms["giou"] = (lambda *_: values, 2.0)
     step.iter = 5
     with EventStorage(start_iter=5), pytest.raises(FloatingPointError) as caught:
         step.run_step()

@@ -138,7 +138,8 @@ def break_a_rank(rank: int, folder: Path, cfg) -> None:
 
 
 def broken_only_in_its_derivative(matched, _num_objects):
-    return matched.boxes.flatten(1).sum(1).mul(0).sqrt()
+    of_layers = matched.boxes.flatten(1).sum(1).mul(0).sqrt()
+    return of_layers[:, None].expand(-1, len(matched.sizes))
 
 
 def train_until_an_image_is_broken(rank: int, cfg) -> None:
@@ -158,6 +159,6 @@ def train_until_an_image_is_broken(rank: int, cfg) -> None:
 
 
 def infinite_in_the_first_layer(matched, _num_objects):
-    values = matched.logits.new_ones(matched.logits.shape[0])
+    values = matched.logits.new_ones(matched.logits.shape[0], len(matched.sizes))
     values[0] = torch.inf
     return values

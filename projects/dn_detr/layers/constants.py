@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keep the last results of `make`, a function of hashable arguments, device included.
+    """Keep the last results [...] of `make`, a function of hashable arguments, device included.
 
     The results must not be changed. Compiled and exported graphs make their own.
     """
@@ -35,5 +35,5 @@ def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @made_once
 def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make a tensor of nested tuples of numbers; copying them each time would wait for a GPU."""
+    """Make a tensor [...] of nested tuples of numbers; copying them each time would wait for a GPU."""
     return torch.tensor(values, dtype=dtype, device=device)

@@ -49,11 +49,11 @@ def _forward(norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
     if not x.requires_grad or not hasattr(norm, "scale_and_shift"):
         return FrozenBatchNorm2d.forward(norm, x)
     scale, shift = norm.scale_and_shift
-    return ScaleAndShift.apply(x, scale.to(x.dtype), shift.to(x.dtype))
+    return _ScaleAndShift.apply(x, scale.to(x.dtype), shift.to(x.dtype))
 
 
-class ScaleAndShift(torch.autograd.Function):
-    """x * scale + shift, whose backward is one operator; scale and shift get no gradient."""
+class _ScaleAndShift(torch.autograd.Function):
+    """x [B, C, h, w] * scale + shift, with one operator backward; x alone gets a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

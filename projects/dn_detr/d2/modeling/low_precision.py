@@ -32,11 +32,11 @@ def call_in_autocast(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if value.dtype == torch.float32
         }
         if weights:
-            casts.update(zip(weights, Cast.apply(dtype, *weights.values()), strict=True))
+            casts.update(zip(weights, _Cast.apply(dtype, *weights.values()), strict=True))
     return torch.func.functional_call(module, casts, args, kwargs)
 
 
-class Cast(torch.autograd.Function):
+class _Cast(torch.autograd.Function):
     """Casts of float32 tensors to a dtype by one operator, and of their gradients back."""
 
     @staticmethod
