@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,6 @@ def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @made_once
-def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make a tensor [...] of nested tuples of numbers; copying them each time would wait for a GPU."""
+def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make a tensor [...] of nested tuples of numbers; a copy each time would wait for a GPU."""
     return torch.tensor(values, dtype=dtype, device=device)
