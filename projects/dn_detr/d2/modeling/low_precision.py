@@ -23,17 +23,20 @@ def call_in_autocast(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module(*args, **kwargs)
     dtype = torch.get_autocast_dtype(device)
     casts: dict[str, Tensor] = {}
-    for child_name, child in module.named_children():
+    # Shared weights are named, and cast, once.
+    names = {id(value): name for name, value in module.named_parameters()}
+    for child in module.children():
         weights = {
-            f"{child_name}.{name}.{key}".replace("..", "."): value
-            for name, part in child.named_modules()
+            names.pop(id(value)): value
+            for part in child.modules()
             if isinstance(part, CAST)
-            for key, value in part.named_parameters(recurse=False)
-            if value.dtype == torch.float32
+            for value in part.parameters(recurse=False)
+            if value.dtype == torch.float32 and id(value) in names
         }
         if weights:
             casts.update(zip(weights, _Cast.apply(dtype, *weights.values()), strict=True))
-    return torch.func.functional_call(module, casts, args, kwargs)
+    # With tie_weights, torch 2.11 leaves the casts in modules that have two names.
+    return torch.func.functional_call(module, casts, args, kwargs, tie_weights=False)
 
 
 class _Cast(torch.autograd.Function):
