@@ -9,12 +9,12 @@ from dn_detr.d2.modeling.low_precision import call_in_autocast
 
 
 class Twice(nn.Module):
-    """A shared linear layer, a convolution, a norm, and a layer that is not used."""
+    """A linear layer under two names, a convolution, a norm, and a layer that is not used."""
 
     def __init__(self):
         super().__init__()
         self.linear, self.unused = nn.Linear(6, 6), nn.Linear(6, 6)
-        self.stage = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.LayerNorm(6))
+        self.stage = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.LayerNorm(6), self.linear)
 
     def forward(self, x, *, scale):
         return self.stage(self.linear(self.linear(x).relu())) * scale
@@ -27,6 +27,7 @@ def test_results_and_gradients_equal_those_of_autocast_bit_for_bit():
     with torch.autocast("cpu", torch.bfloat16):
         results = plain(x, scale=2.0), call_in_autocast(once, x, scale=2.0)
     assert torch.equal(*results)
+    assert all(parameter.is_leaf for parameter in once.parameters())
     for result in results:
         result.square().sum().backward()
     for a, b in zip(plain.parameters(), once.parameters(), strict=True):

@@ -49,19 +49,17 @@ def _forward(norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
     if not (norm.training and x.requires_grad) or not hasattr(norm, "scale_and_shift"):
         return FrozenBatchNorm2d.forward(norm, x)
     scale, shift = norm.scale_and_shift
-    return ScaleAndShift.apply(x, scale.to(x.dtype), shift.to(x.dtype))
+    return _ScaleAndShift.apply(x, scale.to(x.dtype), shift.to(x.dtype))
 
 
-class ScaleAndShift(torch.autograd.Function):
-    """x [B, C, h, w] * scale + shift [1, C, 1, 1]; only x gets a gradient, by one operator."""
+class _ScaleAndShift(torch.autograd.Function):
+    """x [B, C, h, w] * scale + shift, with one operator backward; x alone gets a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """Scale and shift x [B, C, h, w] by [1, C, 1, 1]."""
         ctx.save_for_backward(scale)
         return torch.addcmul(shift, x, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Scale the gradient [B, C, h, w]."""
         return grad * ctx.saved_tensors[0], None, None

@@ -15,36 +15,35 @@ def call_in_autocast(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call a module in training; results and gradients equal those of `module(*args, **kwargs)`.
 
     The weights of each child are cast together, so that their gradients are ready together: a child
-    at a time, for DistributedDataParallel. Compiled modules, and those that share weights, cast for
-    themselves.
+    at a time, for DistributedDataParallel. Compiled modules cast for themselves.
     """
     device = next(module.parameters()).device.type
     is_cast = torch.is_autocast_enabled(device) and torch.is_grad_enabled() and module.training
-    names = sum(1 for _ in module.named_parameters(remove_duplicate=False))
-    is_shared = names > sum(1 for _ in module.parameters())  # functional_call cannot restore it
-    if not is_cast or is_shared or getattr(module, "is_compiled", False):
+    if not is_cast or getattr(module, "is_compiled", False):
         return module(*args, **kwargs)
     dtype = torch.get_autocast_dtype(device)
     casts: dict[str, Tensor] = {}
-    for child_name, child in module.named_children():
+    # Shared weights are named, and cast, once.
+    names = {id(value): name for name, value in module.named_parameters()}
+    for child in module.children():
         weights = {
-            f"{child_name}.{name}.{key}".replace("..", "."): value
-            for name, part in child.named_modules()
+            names.pop(id(value)): value
+            for part in child.modules()
             if isinstance(part, CAST)
-            for key, value in part.named_parameters(recurse=False)
-            if value.dtype == torch.float32
+            for value in part.parameters(recurse=False)
+            if value.dtype == torch.float32 and id(value) in names
         }
         if weights:
-            casts.update(zip(weights, Cast.apply(dtype, *weights.values()), strict=True))
-    return torch.func.functional_call(module, casts, args, kwargs)
+            casts.update(zip(weights, _Cast.apply(dtype, *weights.values()), strict=True))
+    # With tie_weights, torch 2.11 leaves the casts in modules that have two names.
+    return torch.func.functional_call(module, casts, args, kwargs, tie_weights=False)
 
 
-class Cast(torch.autograd.Function):
-    """Casts of float32 tensors of any shape by one operator, and of their gradients back."""
+class _Cast(torch.autograd.Function):
+    """Casts of float32 tensors to a dtype by one operator, and of their gradients back."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
-        """Cast `weights` [...] to `dtype`."""
         ctx.set_materialize_grads(False)
         casts = [torch.empty_like(weight, dtype=dtype) for weight in weights]
         torch._foreach_copy_(casts, weights)
@@ -52,7 +51,6 @@ class Cast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ARG004
-        """Cast `gradients` [...] to float32."""
         casts = [None if g is None else torch.empty_like(g, dtype=torch.float32) for g in gradients]
         torch._foreach_copy_(*([x for x in xs if x is not None] for xs in (casts, gradients)))
         return None, *casts
