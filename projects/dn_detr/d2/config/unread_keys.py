@@ -105,7 +105,7 @@ def _unread_of_method(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     for name in sorted(names - own):
         yield name.upper(), f"{who} does not read it"
     if cfg.MODEL.BACKBONE.NAME != "build_named_backbone":
-        for key in ("BACKBONE", "BACKBONE_"):
+        for key in ("BACKBONE", "BACKBONE_WINDOW"):  # BACKBONE_PRETRAINED False is always true
             yield key, "only MODEL.BACKBONE.NAME 'build_named_backbone' reads it"
 
 
