@@ -338,7 +338,8 @@ class Segment:
         is_empty: [B, size] bool, True where the query does not exist: no key, no loss, no match.
         matches_per_object: within one group (H-DETR, 2207.13080).
         positives_per_object: queries of an object in the whole segment, part of the loss
-        normalizer. weight: factor on all its losses.
+            normalizer.
+        weight: factor on all its losses.
         ignored_objects: [B, M] bool; a query matched to one of these is trained as background.
     """
 

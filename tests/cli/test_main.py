@@ -82,6 +82,8 @@ def test_file_and_class_names_in_capitals_are_no_keys(tmp_path, monkeypatch):
         ("train dino --epochs -1", "must be at least 0, got -1"),
         ("train dino --epochs 2 SOLVER.EPOCHS=-2", "SOLVER.EPOCHS must be at least 0, got -2"),
         ("train", "name a configuration"),
+        ("train quick/dino SOLVER.EPOCHS=1e999", "SOLVER.EPOCHS must be finite, got inf"),
+        ("train --resume --output nowhere", "there is no training to resume in 'nowhere'"),
         ("eval --data x", "an evaluation needs weights: --weights FILE"),
         ("predict nothing.jpg --weights nothing.pth", "there is no checkpoint 'nothing.pth'"),
         ("predict a.jpg --weights b.pth --threshold 2", "must be in [0, 1], got 2"),

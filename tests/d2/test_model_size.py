@@ -103,6 +103,14 @@ def test_files_that_do_not_exist_are_named_in_one_sentence(arguments, words):
     assert caught.value.code.startswith("dn-detr info: ") and words in caught.value.code
 
 
+def test_a_quick_configuration_is_not_taken_for_the_published_one(capsys, monkeypatch):
+    monkeypatch.setitem(tool["PUBLISHED"], "dn_deformable", (48, 195))
+    main(["info", "quick/dn_deformable", str(ROOT / "configs" / "quick" / "dino.yaml")])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert rows[0].startswith("| quick/dn_deformable |") and rows[0].endswith("|  |")
+    assert rows[1].startswith("| quick/dino |")
+
+
 def test_only_known_configurations_are_trained_side_by_side(monkeypatch, capsys):
     program = runpy.run_path(str(ROOT / "tools" / "train_all_quick.py"))
     monkeypatch.setattr(sys, "argv", ["train_all_quick.py", "--only", "dino", "nonsense"])

@@ -53,7 +53,10 @@ def run(args: argparse.Namespace) -> None:
     config = args.config
     if config is None and args.resume:
         pairs = dict(zip(args.opts[::2], args.opts[1::2], strict=True))
-        config = os.path.join(args.output or pairs.get("OUTPUT_DIR", "output"), "config.yaml")
+        folder = args.output or pairs.get("OUTPUT_DIR", "output")
+        config = os.path.join(folder, "config.yaml")
+        if not os.path.isfile(config):
+            raise InputError(f"there is no training to resume in {folder!r}: name its --output.")
     if config is None:
         raise InputError("name a configuration, e.g. dn-detr train dn_deformable --data FOLDER.")
     args.config_file, args.eval_only, args.adapts = config, False, True

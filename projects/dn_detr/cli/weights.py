@@ -1,4 +1,12 @@
-"""`dn-detr weights`: lists published weights, or fetches and converts some by name."""
+"""List the weights that others publish for these methods, or fetch and convert some by name.
+
+    dn-detr weights
+    dn-detr weights detrex-dn-detr-r50-50ep --output dn_detr_r50.pth
+
+None of them was tried here. Downloads go on where they were interrupted, are checked where a hash
+is published, and are kept in ~/.cache/dn_detr (DN_DETR_CACHE). MODEL.WEIGHTS and --weights take the
+names as well.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +24,7 @@ from dn_detr.conversion.published_weights import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command to its parser."""
-    parser.description = (
-        "Lists the weights that others publish for the methods of this project, none of which was "
-        "tried here; with a name, downloads and converts them. MODEL.WEIGHTS and --weights take "
-        "the names as well."
-    )
+    """Add the arguments of this command."""
     parser.add_argument("name", nargs="?", help="which weights to fetch; without: list all")
     parser.add_argument("--output", type=Path, metavar="FILE", help="copy them to this file (.pth)")
 

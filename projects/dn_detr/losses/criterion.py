@@ -21,12 +21,9 @@ from torch import Tensor
 from dn_detr.layers.box_ops import at_least_float32
 from dn_detr.layers.constants import constant
 from dn_detr.losses.mask_terms import MaskTerms
-from dn_detr.losses.segments import split_segments
+from dn_detr.losses.segments import ENCODER, split_segments
 from dn_detr.protocols import LossTerm
 from dn_detr.structures import Assignment, Assignments, Matched, Predictions, Targets
-
-ENCODER = "encoder/"
-"""Prefix of the segments of proposals."""
 
 
 class Criterion:

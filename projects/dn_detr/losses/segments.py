@@ -6,6 +6,9 @@ from collections.abc import Collection
 
 from dn_detr.structures import Predictions
 
+ENCODER = "encoder/"
+"""Prefix of the names of segments of proposals."""
+
 
 def split_segments(
     predictions: Predictions, only: Collection[str] | None = None
@@ -23,7 +26,7 @@ def split_segments(
     """
     sources = {"": predictions}
     if predictions.proposals is not None:
-        sources["encoder/"] = predictions.proposals
+        sources[ENCODER] = predictions.proposals
     names = [place + s.name for place, source in sources.items() for s in source.segments]
     if only is not None and set(only) - set(names):
         raise ValueError(f"there are no segments {sorted(set(only) - set(names))}, only {names}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import reduce
 
 from detectron2.config import CfgNode
@@ -121,6 +122,7 @@ def check_values(cfg: CfgNode) -> None:
     sizes = cfg.INPUT.MIN_SIZE_TRAIN
     for key, value, is_right, expected in (
         ("SEED", cfg.SEED, cfg.SEED < 2**32, "below 2^32"),
+        ("SOLVER.EPOCHS", cfg.SOLVER.EPOCHS, math.inf > cfg.SOLVER.EPOCHS, "finite"),
         ("INPUT.MIN_SIZE_TRAIN", sizes, sizes and min(sizes) >= 1, "one or more sizes in pixels"),
         ("INPUT.FORMAT", cfg.INPUT.FORMAT, cfg.INPUT.FORMAT in FORMATS, f"one of {FORMATS}"),
     ):

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
-from dn_detr.d2.config.defaults import add_dn_detr_config, read_config
+from dn_detr.d2.config.defaults import default_config, read_config
 from dn_detr.d2.data import dataset_dicts
 from dn_detr.d2.data.augmentation_schedule import build_dense_o2o
 from dn_detr.d2.data.catalog import (
@@ -26,14 +26,6 @@ from dn_detr.d2.data.image_check import equal_files, find_faults
 from dn_detr.d2.data.plausibility import file_warnings, size_table
 from dn_detr.d2.data.summary import num_queries_of, report_on
 from dn_detr.errors import InputError
-
-
-def configuration(config_file: str | None, opts: list[str]) -> CfgNode:
-    if config_file is not None:
-        return read_config(config_file, opts)
-    cfg = get_cfg()
-    add_dn_detr_config(cfg)
-    return cfg
 
 
 def report(cfg: CfgNode, name: str, *, knows_model: bool) -> str:
@@ -79,7 +71,7 @@ def write_cleaned(name: str, target: Path) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Print everything about the datasets of a command line, see `dn_detr.cli.check`."""
-    cfg = configuration(args.config_file, args.opts)
+    cfg = read_config(args.config_file, args.opts) if args.config_file else default_config()
     node, names = cfg.DATASETS, list(args.datasets)
     if args.data:
         node.FOLDER, node.IMAGES, node.ANNOTATIONS = args.data, args.images, args.annotations

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
@@ -16,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dn_detr.d2.config.defaults import add_dn_detr_config, read_config
+from dn_detr.d2.config.defaults import default_config, read_config
+from dn_detr.d2.config.files import configs_folder, find_config
 from dn_detr.d2.data.ground_truth import read_coco
 from dn_detr.d2.modeling.faster_rcnn import DenoisingRCNN
 from dn_detr.d2.modeling.timm_torchvision import build_named_backbone
@@ -145,8 +145,7 @@ def is_trained(parameter: Tensor) -> bool:
 
 def backbone_row(name: str, sizes: list[tuple[int, int]]) -> str:
     """Return a row of the table of backbones, by their name in MODEL.DN_DETR.BACKBONE."""
-    cfg = get_cfg()
-    add_dn_detr_config(cfg)
+    cfg = default_config()
     cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.DN_DETR.BACKBONE = 0, name
     cfg.MODEL.DN_DETR.BACKBONE_PRETRAINED = False
     counted = []
@@ -300,9 +299,11 @@ def print_table(
     print("| configuration | parameters (M) | trained (M) |", " | ".join(titles), "| published |")
     print("|---|---|---|" + "---|" * len(titles) + "---|")
     for file in configs:
-        name = Path(file).stem
-        if name.startswith("Base"):
+        path, folder = Path(find_config(file)).resolve(), configs_folder().resolve()
+        if path.name.startswith("Base"):
             continue
+        is_own = path.is_relative_to(folder)  # "quick/dino" is not "dino"
+        name = path.relative_to(folder).with_suffix("").as_posix() if is_own else file
         model = build(file)
         found = [mean(model, sizes) for sizes in asked.values()]
         cells = [f"{millions:.1f}" for millions in parameters(model)]
